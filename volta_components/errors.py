@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one exception that stands for a user's bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+class InputError(ValueError):
+    """Something that the user gave cannot be used; the message names it and the remedy."""
+
+    @classmethod
+    def many(cls, headline: str, rows: Iterable[Sequence[str]], remedy: str, limit: int = 50) -> InputError:
+        """List many bad inputs together, in aligned columns, between a headline and a remedy.
+
+        Args:
+            headline: what is wrong, with counts; ends without punctuation.
+            rows: one sequence of cells for each bad input, such as (subject, file, reason).
+            remedy: what the user can do about it.
+            limit: rows shown; the rest are counted.
+        """
+        cells = [[str(cell) for cell in row] for row in rows]
+        shown = cells[:limit]
+        widths = [max(len(cell) for cell in column) for column in zip(*shown, strict=True)] if shown else []
+        lines = [
+            "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown
+        ]
+        if len(cells) > limit:
+            lines.append(f"  ... and {len(cells) - limit} more")
+        return cls("\n".join([f"{headline}:", *lines, remedy]))
