@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The few collective operations that the losses need; each is the identity in a single process."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+def process_count() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process_rank() -> int:
+    """Rank of this process, 0 when it is alone."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+@torch.no_grad()
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Mean of a tensor over all processes; same shape, no gradient."""
+    if process_count() == 1:
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / process_count()
+
+
+@torch.no_grad()
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows ``[n, ...]`` of every process, in order of rank: ``[processes * n, ...]``, no gradient."""
+    if process_count() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(process_count())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)

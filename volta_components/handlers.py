@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ignite handlers: resuming, recording, watching for collapse, pictures, export."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.handlers import MLFlowHandler
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from volta_components.distributed import process_rank
+from volta_components.errors import InputError
+from volta_components.files import atomic_path
+from volta_components.record import code_version
+
+logger = logging.getLogger(__name__)
+
+
+def find_mlflow_handler(engine: Engine) -> MLFlowHandler | None:
+    """The MLflow handler that ``--tracking`` has attached to an engine, if any.
+
+    ``monai.bundle`` appends it to the list of handlers after the configuration was read, so that no configuration can
+    refer to it.
+    """
+    for handlers in engine._event_handlers.values():
+        for handler, *_ in handlers:
+            owner = getattr(handler, "__self__", None)
+            if owner is None:
+                owner = getattr(getattr(handler, "__wrapped__", None), "__self__", None)
+            if isinstance(owner, MLFlowHandler) and owner.cur_run is not None:
+                return owner
+    return None
+
+
+class ResumableCheckpoint:
+    """Saves a run so that the same command, started again, goes on where it was.
+
+    MONAI's ``CheckpointSaver`` writes in place, so that a run killed while saving loses its only checkpoint; it also
+    knows nothing of accumulation windows. This handler writes beside and renames, saves only where no gradient is
+    pending, and refuses a checkpoint of a run with other settings. Loading is ``weights_only``.
+
+    Args:
+        path: the checkpoint file.
+        objects: what to save, by name: anything with ``state_dict`` and ``load_state_dict``.
+        settings: the run's settings by name; they must be the same when it is resumed.
+        interval: mini-batches between two checkpoints; a multiple of the accumulation window. 0: ends of epochs only.
+        window: mini-batches of an accumulation window.
+
+    Raises:
+        InputError: if the interval is not a multiple of the window, or at the start of a run when the checkpoint
+            belongs to other settings or cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        objects: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        interval: int = 0,
+        window: int = 1,
+    ) -> None:
+        if interval % window:
+            raise InputError(f"checkpoint interval {interval} is not a multiple of the {window} accumulated mini-batches")
+        self.path = Path(path)
+        self.objects = {
+            name: item.module if isinstance(item, DistributedDataParallel) else item for name, item in objects.items()
+        }
+        self.settings = _plain(dict(settings))
+        self.interval = interval
+        self.window = window
+
+    def attach(self, engine: Engine) -> None:
+        """Load at the start; save at intervals and at the end of every epoch."""
+        engine.add_event_handler(Events.STARTED, self.load)
+        if self.interval:
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._interval_completed)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def _interval_completed(self, engine: Engine) -> None:
+        length = engine.state.epoch_length
+        place = engine.state.iteration % length if length else 0
+        # The end of an epoch has its own checkpoint, after what other handlers do there.
+        if place and place % self.interval == 0:
+            self.save(engine)
+
+    def save(self, engine: Engine) -> None:
+        """Write the checkpoint, atomically, from the first process."""
+        if process_rank():
+            return
+        state = {name: item.state_dict() for name, item in self.objects.items()}
+        state["engine"] = {
+            "iteration": engine.state.iteration,
+            "epoch_length": engine.state.epoch_length,
+            "max_epochs": engine.state.max_epochs,
+        }
+        state["settings"] = self.settings
+        with atomic_path(self.path) as temporary:
+            torch.save(state, temporary)
+
+    def load(self, engine: Engine) -> None:
+        """Restore a run if there is a checkpoint."""
+        if not self.path.exists():
+            return
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            settings, progress = state["settings"], state["engine"]
+        except Exception as error:
+            raise InputError(f"{self.path}: not a checkpoint of this project ({error}); remove it to start anew") from error
+        names = sorted(settings.keys() | self.settings.keys())
+        rows = [
+            (name, str(settings.get(name)), str(self.settings.get(name)))
+            for name in names
+            if settings.get(name) != self.settings.get(name)
+        ]
+        if rows:
+            raise InputError.many(
+                f"{self.path} belongs to a run with other settings (name, there, here)",
+                rows,
+                "Choose another run_name (--run_name NAME), or remove the checkpoint to start anew.",
+            )
+        for name, item in self.objects.items():
+            item.load_state_dict(state[name])
+        engine.load_state_dict(progress)
+        logger.info("resumed %s at mini-batch %d", self.path, engine.state.iteration)
+
+
+def _plain(value: Any) -> Any:
+    """Settings as types that a ``weights_only`` checkpoint can hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+class TrainingRecord:
+    """Means of a mini-batch's numbers, for the log, MLflow and the end of an epoch.
+
+    MONAI's MLflow handler records one loss and the learning rate; this one gives it every number that the trainer
+    returns, averaged over ``interval`` mini-batches, and puts the epoch's means into ``engine.state.metrics``, where
+    all of MONAI's handlers look for them.
+
+    Args:
+        settings: recorded as parameters.
+        interval: mini-batches over which to average.
+        tags: recorded as tags, such as the seed or the datalist's hash.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], interval: int = 8, tags: Mapping[str, Any] | None = None) -> None:
+        self.settings = _plain(dict(settings))
+        self.tags = {"code_version": code_version(), **_plain(dict(tags or {}))}
+        self.interval = interval
+        self._recent: dict[str, list[float]] = defaultdict(list)
+        self._epoch: dict[str, list[float]] = defaultdict(list)
+
+    def attach(self, engine: Engine) -> None:
+        """Follow every mini-batch and epoch."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+
+    def _iteration_completed(self, engine: Engine) -> None:
+        for name, value in engine.state.output[0].items():
+            self._recent[name].append(value)
+            self._epoch[name].append(value)
+        if engine.state.iteration % self.interval == 0:
+            means = {name: float(np.mean(values)) for name, values in self._recent.items()}
+            self._recent.clear()
+            self._log(engine, means)
+
+    def _log(self, engine: Engine, numbers: Mapping[str, float]) -> None:
+        mlflow_handler = find_mlflow_handler(engine)
+        if mlflow_handler is None:
+            return
+        if self.settings:
+            run_id = mlflow_handler.cur_run.info.run_id
+            known = mlflow_handler.client.get_run(run_id).data.params
+            mlflow_handler._log_params({k: v for k, v in self.settings.items() if k not in known})
+            for name, value in self.tags.items():
+                mlflow_handler.client.set_tag(run_id, name, str(value))
+            self.settings = {}
+        mlflow_handler._log_metrics(dict(numbers), step=engine.state.iteration)
+
+    def _epoch_completed(self, engine: Engine) -> None:
+        engine.state.metrics |= {name: float(np.mean(values)) for name, values in self._epoch.items()}
+        self._epoch.clear()
+
+
+class CollapseError(RuntimeError):
+    """A branch of the self-distillation has died."""
+
+
+class CollapseMonitor:
+    """Stops a run whose teacher has collapsed, and says which branch died.
+
+    Watches, as running means: the teacher's entropy in both branches as a share of ``ln K`` (near 1: uniform, near 0:
+    a single prototype), and the effective rank of the last summaries (the exponential of the entropy of their
+    covariance's eigenvalues; near 1: every volume has the same embedding). Adds ``effective_rank`` to the trainer's
+    numbers.
+
+    Args:
+        low: entropies under this share of ``ln K`` count as a collapse to a point.
+        high: entropies over this share count as a uniform collapse.
+        min_rank: effective ranks under this count as a collapse of the embeddings.
+        patience: mini-batches that a collapse must last to stop the run.
+        grace: mini-batches at the start that never count.
+        smoothing: share of the old running mean kept at a mini-batch.
+        queue_size: summaries over which the rank is taken.
+        rank_interval: mini-batches between two computations of the rank.
+    """
+
+    REMEDIES = (
+        "Try another centre_momentum or target_entropy, fewer prototypes (head_out_dim), a larger batch, or an "
+        "overlay that cannot collapse this way: configs/sinkhorn.json or configs/koleo.json."
+    )
+
+    def __init__(
+        self,
+        low: float = 0.02,
+        high: float = 0.995,
+        min_rank: float = 1.05,
+        patience: int = 4000,
+        grace: int = 2000,
+        smoothing: float = 0.95,
+        queue_size: int = 256,
+        rank_interval: int = 16,
+    ) -> None:
+        self.low = low
+        self.high = high
+        self.min_rank = min_rank
+        self.patience = patience
+        self.grace = grace
+        self.smoothing = smoothing
+        self.rank_interval = rank_interval
+        self.means: dict[str, float] = {}
+        self.bad: dict[str, int] = defaultdict(int)
+        self.queue: deque[torch.Tensor] = deque(maxlen=queue_size)
+
+    def attach(self, engine: Engine) -> None:
+        """Follow every mini-batch."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running means, counters and the queue."""
+        queue = torch.stack(list(self.queue)) if self.queue else torch.empty(0)
+        return {"means": dict(self.means), "bad": dict(self.bad), "queue": queue}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+        self.means = dict(state["means"])
+        self.bad = defaultdict(int, state["bad"])
+        self.queue.clear()
+        self.queue.extend(state["queue"].unbind(0) if len(state["queue"]) else ())
+
+    def _iteration_completed(self, engine: Any) -> None:
+        output = engine.state.output[0]
+        iteration = engine.state.iteration
+        # One view of each volume: two views of it would count twice.
+        self.queue.extend(engine.summaries[: len(engine.summaries) // 2].cpu().unbind(0))
+        checks = []
+        for branch in ("global", "patch"):
+            value = output[f"{branch}_teacher_entropy"]
+            mean = self.means.get(branch, value) * self.smoothing + value * (1 - self.smoothing)
+            self.means[branch] = mean
+            checks += [
+                (f"{branch} branch: the teacher's output is uniform", mean > self.high, f"entropy {mean:.3f} of ln K"),
+                (f"{branch} branch: the teacher's output is a point", mean < self.low, f"entropy {mean:.3f} of ln K"),
+            ]
+        if iteration % self.rank_interval == 0 and len(self.queue) >= 16:
+            self.means["rank"] = effective_rank(torch.stack(list(self.queue)))
+        if "rank" in self.means:
+            rank = self.means["rank"]
+            output["effective_rank"] = rank
+            checks.append(("summaries: every volume has the same", rank < self.min_rank, f"effective rank {rank:.2f}"))
+        for name, is_bad, figure in checks:
+            self.bad[name] = self.bad[name] + 1 if is_bad and iteration > self.grace else 0
+            if self.bad[name] >= self.patience:
+                raise CollapseError(
+                    f"collapsed for {self.bad[name]} mini-batches, at mini-batch {iteration}: {name} ({figure}). "
+                    + self.REMEDIES
+                )
+
+
+def effective_rank(rows: torch.Tensor) -> float:
+    """Exponential of the entropy of the covariance's normalised eigenvalues.
+
+    Args:
+        rows: ``[n, D]``.
+
+    Returns:
+        Between 1 and ``min(n - 1, D)``; 1 when all rows are equal.
+
+    Source: Roy and Vetterli, 2007, on eigenvalues of the covariance.
+    """
+    values = torch.linalg.svdvals((rows - rows.mean(dim=0)).double()).square()
+    total = values.sum()
+    if total <= 1e-12 * rows.double().square().sum():
+        return 1.0
+    return float(torch.exp(torch.special.entr(values / total).sum()))
+
+
+class ReconstructionPicture:
+    """Every few epochs, a picture of original, masked and reconstructed slices of one volume.
+
+    The volume, its crops and its mask are the same every time, so that pictures can be compared.
+
+    Args:
+        folder: where PNG files are written.
+        volume: ``[1, D, H, W]`` in [0, 1], or an item of the data set that has it as ``image``.
+        interval: epochs between two pictures.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], volume: Any, interval: int = 10) -> None:
+        self.folder = Path(folder)
+        self.volume = volume["image"] if isinstance(volume, Mapping) else volume
+        self.interval = interval
+
+    def attach(self, engine: Engine) -> None:
+        """Draw after the first epoch, every ``interval`` epochs, and after the last."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+
+    def _epoch_completed(self, engine: Any) -> None:
+        epoch = engine.state.epoch
+        if process_rank() or not (epoch == 1 or epoch == engine.state.max_epochs or epoch % self.interval == 0):
+            return
+        path = self.folder / f"reconstruction_{epoch:04d}.png"
+        self.draw(engine, path)
+        mlflow_handler = find_mlflow_handler(engine)
+        if mlflow_handler is not None:
+            mlflow_handler.client.log_artifact(mlflow_handler.cur_run.info.run_id, str(path), "pictures")
+
+    @torch.no_grad()
+    def draw(self, engine: Any, path: Path) -> None:
+        """Write the picture of the engine's present student."""
+        from matplotlib.figure import Figure
+
+        student = engine.plain_student
+        volume = torch.as_tensor(self.volume).to(engine.state.device)[None]
+        views = engine.views(volume, [(0, 0)])
+        with engine.autocast():
+            tokens = student.network.encode(views.student[0])
+            restored = student.network.decode(tokens, student.network.token_grid(views.student[0])).float()
+        images = {
+            "original": views.image[0],
+            "teacher's view": views.teacher[0],
+            "student's view": views.student[0],
+            "reconstruction": restored,
+            "masked parts restored": torch.where(views.masked[0], restored, views.image[0]),
+        }
+        figure = Figure(figsize=(3 * len(images), 6.5), layout="constrained")
+        axes = figure.subplots(2, len(images))
+        for column, (title, image) in enumerate(images.items()):
+            array = image[0, 0].cpu().numpy()
+            axial, coronal = array[:, :, array.shape[2] // 2], array[:, array.shape[1] // 2]
+            for row, plane in enumerate((axial, coronal)):
+                axes[row, column].imshow(plane.T, origin="lower", cmap="gray", vmin=0, vmax=1)
+                axes[row, column].set_axis_off()
+            axes[0, column].set_title(title)
+        figure.suptitle(f"epoch {engine.state.epoch}")
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=80)
+
+
+class EncoderExport:
+    """Writes the encoder and summariser of the teacher (or student) when the run is complete.
+
+    Args:
+        path: the ``.safetensors`` file; a JSON of the same name tells configuration and provenance.
+        network: the network to export.
+        provenance: written into the JSON, see ``volta_components.record.provenance``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], network: nn.Module, provenance: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.network = network
+        self.provenance = provenance
+
+    def attach(self, engine: Engine) -> None:
+        """Export when the run is complete."""
+        engine.add_event_handler(Events.COMPLETED, self._completed)
+
+    def _completed(self, engine: Engine) -> None:
+        from volta_components.weights import save_encoder
+
+        if process_rank():
+            return
+        progress = {"epochs": engine.state.epoch, "iterations": engine.state.iteration}
+        save_encoder(self.path, self.network, {**self.provenance, **progress})  # type: ignore[arg-type]
+        logger.info("encoder written to %s", self.path)
+        mlflow_handler = find_mlflow_handler(engine)
+        if mlflow_handler is not None:
+            run_id = mlflow_handler.cur_run.info.run_id
+            mlflow_handler.client.log_artifact(run_id, str(self.path.with_suffix(".json")), "encoder")

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses of VolTA-3D (paper, eq. 1 to 6), and how teacher logits become targets."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from volta_components.distributed import gather_rows, mean_over_processes, process_rank
+from volta_components.errors import InputError
+
+
+class CentredTargets(nn.Module):
+    """Teacher distributions by centring with a running mean and sharpening (paper, eq. 4 and text below eq. 2).
+
+    ``softmax((t - c) / tau_t)``; afterwards, in training mode, ``c = m * c + (1 - m) * mean(t)``, the mean being taken
+    over every row and every process. The first update sets the centre to the mean, so that a slow centre does not
+    start far from the logits.
+
+    A running mean is safe only while the logits differ between subjects by about the temperature. Those of aligned
+    brains differ by far less at first: then ``t - c`` is close to 0, targets are uniform, and the branch is dead.
+    ``target_entropy`` therefore lets the sharpening follow the spread of the logits: the temperature actually used is
+    ``tau_t * scale``, where ``scale`` is a running, bounded control variable that rises while the teacher's entropy is
+    under its target and falls while it is above.
+
+    Args:
+        out_dim: number of prototypes, ``K``.
+        momentum: share of the old centre kept at an update, in [0, 1].
+        target_entropy: wanted mean entropy of the targets as a share of ``ln K``, in (0, 1); ``None`` leaves the
+            temperature as it is given.
+        entropy_gain: how fast ``ln(scale)`` follows the error of the entropy, per mini-batch.
+
+    Shapes:
+        logits: ``[..., K]``; the targets have the same shape and sum to 1 along the last axis.
+
+    Source: DINO (Caron et al., 2021) for centring and sharpening; the entropy control is this project's own.
+    """
+
+    centre: Tensor
+    log_scale: Tensor
+    updates: Tensor
+
+    def __init__(
+        self,
+        out_dim: int,
+        momentum: float = 0.9,
+        target_entropy: float | None = None,
+        entropy_gain: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if not 0 <= momentum <= 1:
+            raise InputError(f"centre momentum {momentum} is not within [0, 1]")
+        if target_entropy is not None and not 0 < target_entropy < 1:
+            raise InputError(f"target_entropy {target_entropy} is not a share of ln K between 0 and 1")
+        self.momentum = momentum
+        self.target_entropy = target_entropy
+        self.entropy_gain = entropy_gain
+        self.register_buffer("centre", torch.zeros(out_dim))
+        self.register_buffer("log_scale", torch.zeros(()))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def forward(self, logits: Tensor, temperature: float) -> Tensor:
+        """Targets ``[..., K]`` of teacher logits; updates the centre in training mode."""
+        logits = logits.float()
+        targets = ((logits - self.centre) / (temperature * self.log_scale.exp())).softmax(dim=-1)
+        if self.training:
+            rows = logits.flatten(0, -2)
+            mean = mean_over_processes(rows.mean(dim=0))
+            momentum = torch.where(self.updates > 0, self.momentum, 0.0)
+            self.centre.lerp_(mean, 1.0 - momentum)
+            self.updates += 1
+            if self.target_entropy is not None:
+                entropy = mean_over_processes(entropy_share(targets).mean())
+                self.log_scale += self.entropy_gain * (self.target_entropy - entropy)
+                self.log_scale.clamp_(min=-12.0, max=3.0)
+        return targets
+
+
+class SinkhornTargets(nn.Module):
+    """Teacher distributions by Sinkhorn-Knopp over a queue of the last teacher outputs.
+
+    Every prototype gets the same total weight over the queue, which rules out both the uniform collapse and the
+    collapse to a point, however small the batch. Logits are first divided by their standard deviation over the queue
+    (after subtracting each prototype's mean), so that ``epsilon`` is a width in deviations and early, nearly equal
+    logits still give distinct targets.
+
+    Args:
+        out_dim: number of prototypes, ``K``.
+        queue_size: teacher outputs that are remembered.
+        epsilon: width of the assignment, in standard deviations of the logits; smaller is sharper.
+        num_iterations: row and column normalisations; 3 in SwAV.
+
+    Shapes:
+        logits: ``[..., K]``; the targets have the same shape and sum to 1 along the last axis.
+
+    Source: SwAV (Caron et al., 2020, section 3.1 and the queue of appendix C).
+    """
+
+    queue: Tensor
+    filled: Tensor
+
+    def __init__(self, out_dim: int, queue_size: int = 256, epsilon: float = 0.5, num_iterations: int = 3) -> None:
+        super().__init__()
+        if queue_size < 1 or epsilon <= 0 or num_iterations < 1:
+            raise InputError(
+                f"sinkhorn needs queue_size >= 1, epsilon > 0, num_iterations >= 1, not {queue_size}, {epsilon}, "
+                f"{num_iterations}"
+            )
+        self.epsilon = epsilon
+        self.num_iterations = num_iterations
+        self.register_buffer("queue", torch.zeros(queue_size, out_dim))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def forward(self, logits: Tensor, temperature: float) -> Tensor:
+        """Targets ``[..., K]`` of teacher logits; the queue grows in training mode.
+
+        Args:
+            logits: ``[..., K]``.
+            temperature: not used; ``epsilon`` takes its place.
+        """
+        own = logits.float().flatten(0, -2)
+        current = gather_rows(own)
+        rows = torch.cat([current, self.queue[: int(self.filled)]])
+        centred = rows - rows.mean(dim=0)
+        scores = centred / centred.std().clamp_min(1e-12) / self.epsilon
+        prototypes, samples = math.log(rows.shape[1]), math.log(rows.shape[0])
+        for _ in range(self.num_iterations):
+            scores = scores - scores.logsumexp(dim=0, keepdim=True) - prototypes
+            scores = scores - scores.logsumexp(dim=1, keepdim=True) - samples
+        start = process_rank() * len(own)
+        targets = scores[start : start + len(own)].softmax(dim=-1)
+        if self.training:
+            self.queue.copy_(torch.cat([current, self.queue])[: len(self.queue)])
+            self.filled.add_(len(current)).clamp_(max=len(self.queue))
+        return targets.view(logits.shape)
+
+
+def entropy_share(distribution: Tensor) -> Tensor:
+    """Entropy along the last axis as a share of ``ln K``: 1 is uniform, 0 a single prototype."""
+    return torch.special.entr(distribution).sum(dim=-1) / math.log(distribution.shape[-1])
+
+
+class GlobalAlignmentLoss(nn.Module):
+    """Cross-entropy between teacher and student summaries over all pairs of different views (eq. 2-3).
+
+    Args:
+        targets: turns teacher logits into distributions; ``CentredTargets`` in the paper.
+        student_temperature: tau_s; 0.1 in the paper.
+
+    Shapes:
+        student: ``[V, B, K]`` logits; the first two views are the teacher's, in the same order.
+        teacher: ``[2, B, K]`` logits.
+
+    Attributes:
+        statistics: ``teacher_entropy`` (share of ln K), ``divergence`` (mean KL of student from teacher, nats) and
+            ``centre_alignment`` (cosine between the centre and this batch's mean) of the last call, for monitoring.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Source: VolTA-3D eq. 2-3; DINO (Caron et al., 2021).
+    """
+
+    def __init__(self, targets: nn.Module, student_temperature: float = 0.1) -> None:
+        super().__init__()
+        self.targets = targets
+        self.student_temperature = student_temperature
+        self.statistics: dict[str, Tensor] = {}
+
+    def forward(self, student: Tensor, teacher: Tensor, teacher_temperature: float) -> Tensor:
+        """Mean over the ``2 (V - 1)`` pairs and the batch; a scalar."""
+        if student.ndim != 3 or teacher.ndim != 3 or student.shape[1:] != teacher.shape[1:] or len(student) < 2:
+            raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} do not fit")
+        targets = self.targets(teacher, teacher_temperature)
+        log_probabilities = (student.float() / self.student_temperature).log_softmax(dim=-1)
+        pairs = -torch.einsum("ibk,vbk->ivb", targets, log_probabilities)
+        different = ~torch.eye(len(teacher), len(student), dtype=torch.bool, device=student.device)
+        loss = pairs.mean(dim=-1)[different].mean()
+        self.statistics = _statistics(targets, loss, teacher, self.targets)
+        return loss
+
+
+class PatchAlignmentLoss(nn.Module):
+    """Cross-entropy between teacher and student distributions of every patch token of the same crop (eq. 4-5).
+
+    Args:
+        targets: turns teacher logits into distributions; ``CentredTargets`` in the paper, with a centre of its own.
+        student_temperature: tau_s.
+
+    Shapes:
+        student, teacher: ``[B, N, K]`` logits of the same crops, token for token.
+
+    Attributes:
+        statistics: as ``GlobalAlignmentLoss``.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Source: VolTA-3D eq. 4-5.
+    """
+
+    def __init__(self, targets: nn.Module, student_temperature: float = 0.1) -> None:
+        super().__init__()
+        self.targets = targets
+        self.student_temperature = student_temperature
+        self.statistics: dict[str, Tensor] = {}
+
+    def forward(self, student: Tensor, teacher: Tensor, teacher_temperature: float) -> Tensor:
+        """Mean over tokens and crops; a scalar."""
+        if student.shape != teacher.shape:
+            raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ")
+        targets = self.targets(teacher, teacher_temperature)
+        log_probabilities = (student.float() / self.student_temperature).log_softmax(dim=-1)
+        loss = -(targets * log_probabilities).sum(dim=-1).mean()
+        self.statistics = _statistics(targets, loss, teacher, self.targets)
+        return loss
+
+
+@torch.no_grad()
+def _statistics(targets: Tensor, loss: Tensor, teacher: Tensor, module: nn.Module) -> dict[str, Tensor]:
+    share = entropy_share(targets).mean()
+    statistics = {
+        "teacher_entropy": share,
+        "divergence": loss.detach() - share * math.log(targets.shape[-1]),
+        "logit_spread": teacher.float().flatten(0, -2).std(dim=0).mean(),
+    }
+    centre = getattr(module, "centre", None)
+    if centre is not None:
+        mean = teacher.float().flatten(0, -2).mean(dim=0)
+        statistics["centre_alignment"] = functional.cosine_similarity(mean, centre, dim=0)
+    return statistics
+
+
+class ReconstructionLoss(nn.Module):
+    """Mean squared error over the masked voxels only (eq. 1): a mean within each crop, then over crops.
+
+    MONAI's ``MaskedLoss`` averages over all voxels and over the batch at once, which would weigh crops by how much
+    of them is masked.
+
+    Shapes:
+        reconstruction, image, masked: ``[V, C, D, H, W]``; ``masked`` is true where the input was replaced.
+
+    Source: VolTA-3D eq. 1.
+    """
+
+    def forward(self, reconstruction: Tensor, image: Tensor, masked: Tensor) -> Tensor:
+        """A scalar in units of squared intensity."""
+        squared = (reconstruction.float() - image.float()).square() * masked
+        per_crop = squared.flatten(1).sum(dim=1) / masked.flatten(1).sum(dim=1).clamp_min(1)
+        return per_crop.mean()
+
+
+class KoLeoLoss(nn.Module):
+    """Kozachenko-Leonenko entropy: pushes each embedding away from its nearest neighbour in the batch and a queue.
+
+    With one volume a step there is no neighbour within the batch, hence the queue of the last embeddings. Neighbours
+    are constants: no gradient flows to them. Views of one volume never count as each other's neighbours, since
+    they are meant to be alike.
+
+    Args:
+        dim: size of an embedding.
+        queue_size: embeddings that are remembered.
+
+    Shapes:
+        embeddings: ``[V, B, D]``, any scale; they are normalised here.
+
+    Source: Sablayrolles et al., 2019, eq. 3; as used in DINOv2 (Oquab et al., 2023).
+    """
+
+    queue: Tensor
+    filled: Tensor
+
+    def __init__(self, dim: int, queue_size: int = 256) -> None:
+        super().__init__()
+        self.register_buffer("queue", torch.zeros(queue_size, dim))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.long))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """``-mean(ln(distance to the nearest neighbour))``; 0 while there is no neighbour."""
+        unit = functional.normalize(embeddings.float(), dim=-1, eps=1e-8)
+        views, batch, _ = unit.shape
+        everyone = gather_rows(unit.detach().transpose(0, 1))  # [processes * B, V, D]
+        others = torch.cat([everyone.flatten(0, 1), self.queue[: int(self.filled)]])
+        owner = torch.full((len(others),), -1, device=unit.device)
+        owner[: len(everyone) * views] = torch.arange(len(everyone), device=unit.device).repeat_interleave(views)
+        me = torch.arange(batch, device=unit.device) + process_rank() * batch
+        with torch.no_grad():
+            similarity = torch.einsum("vbd,nd->vbn", unit, others)
+            similarity = similarity.masked_fill(owner == me[:, None], -torch.inf)
+            found, nearest = similarity.max(dim=-1)
+        if torch.isinf(found).any():
+            loss = embeddings.sum() * 0.0
+        else:
+            loss = -torch.log((unit - others[nearest]).norm(dim=-1) + 1e-8).mean()
+        if self.training:
+            newest = everyone.flatten(0, 1)
+            with torch.no_grad():
+                self.queue.copy_(torch.cat([newest, self.queue])[: len(self.queue)])
+                self.filled.add_(len(newest)).clamp_(max=len(self.queue))
+        return loss

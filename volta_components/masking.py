@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GMML: group masked model learning (paper, section II-B; eq. 1 is taken over what is masked here)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from volta_components.errors import InputError
+
+VISIBLE, ZEROS, NOISE = 0, 1, 2
+
+
+class GroupMask:
+    """Random boxes until a share of the voxels is covered; each box is filled with zeros or with noise.
+
+    Boxes are drawn on a grid of cells, on the host, where placing a box costs next to nothing; the grid is then
+    enlarged on the device. MONAI's ``RandCoarseDropout`` places a fixed number of boxes, whatever they cover.
+
+    Args:
+        coverage: share of the voxels to be covered at least, in (0, 1); 0.5 in the paper.
+        min_side: smallest box side as a share of the volume's side.
+        max_side: largest box side as a share of the volume's side, in (0, 1].
+        noise_share: chance that a box holds noise rather than zeros.
+        cell: voxels along each axis to which box faces are aligned; 1 for any position, the patch size to mask
+            whole patches.
+
+    Raises:
+        InputError: if a share is out of range.
+
+    Source: box sizes from MC-SSL (Atito et al., 2021).
+    """
+
+    def __init__(
+        self,
+        coverage: float = 0.5,
+        min_side: float = 0.05,
+        max_side: float = 0.3,
+        noise_share: float = 0.5,
+        cell: int | Sequence[int] = 4,
+    ) -> None:
+        if not 0 < coverage < 1:
+            raise InputError(f"mask coverage {coverage} is not between 0 and 1")
+        if not 0 < min_side <= max_side <= 1:
+            raise InputError(f"mask box sides {min_side} to {max_side} are not within (0, 1]")
+        if not 0 <= noise_share <= 1:
+            raise InputError(f"mask noise_share {noise_share} is not within [0, 1]")
+        self.coverage = coverage
+        self.min_side = min_side
+        self.max_side = max_side
+        self.noise_share = noise_share
+        self.cell = (cell,) * 3 if isinstance(cell, int) else tuple(cell)
+
+    def draw(self, shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
+        """Labels of cells (``VISIBLE``, ``ZEROS``, ``NOISE``) for a volume of ``shape`` voxels.
+
+        Args:
+            shape: voxels along each axis.
+            rng: source of randomness.
+
+        Returns:
+            ``uint8`` array with ``ceil(shape / cell)`` cells along each axis.
+        """
+        counts = [-(-side // cell) for side, cell in zip(shape, self.cell, strict=True)]
+        # The last cell of an axis may stick out of the volume: weigh each by the voxels it really holds.
+        extents = [
+            np.minimum(cell, side - cell * np.arange(count))
+            for side, cell, count in zip(shape, self.cell, counts, strict=True)
+        ]
+        weights = extents[0][:, None, None] * extents[1][None, :, None] * extents[2][None, None, :]
+        largest = [max(1, int(self.max_side * side // cell)) for side, cell in zip(shape, self.cell, strict=True)]
+        smallest = [
+            min(big, max(1, round(self.min_side * side / cell)))
+            for side, cell, big in zip(shape, self.cell, largest, strict=True)
+        ]
+        labels = np.zeros(counts, dtype=np.uint8)
+        covered, wanted = 0, self.coverage * float(np.prod(shape))
+        while covered < wanted:
+            sides = [int(rng.integers(low, high + 1)) for low, high in zip(smallest, largest)]
+            starts = [int(rng.integers(0, count - side + 1)) for count, side in zip(counts, sides)]
+            box = tuple(slice(start, start + side) for start, side in zip(starts, sides))
+            covered += int(weights[box][labels[box] == VISIBLE].sum())
+            labels[box] = NOISE if rng.random() < self.noise_share else ZEROS
+        return labels
+
+    def enlarge(self, labels: np.ndarray, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Labels of voxels ``[D, H, W]`` (uint8) on ``device`` from labels of cells."""
+        volume = torch.from_numpy(labels).to(device)
+        for axis, cell in enumerate(self.cell):
+            if cell > 1:
+                volume = volume.repeat_interleave(cell, dim=axis)
+        return volume[tuple(slice(0, side) for side in shape)]
+
+    @staticmethod
+    def fill(image: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+        """Replace what is masked.
+
+        Args:
+            image: ``[..., D, H, W]`` in [0, 1].
+            labels: voxel labels of the same shape.
+            noise: standard normal values of the same shape; mapped so that three deviations span [0, 1].
+
+        Returns:
+            A new tensor of the same shape.
+        """
+        noise = (noise / 6.0 + 0.5).clamp_(0.0, 1.0)
+        return torch.where(labels == NOISE, noise, image.masked_fill(labels == ZEROS, 0.0))

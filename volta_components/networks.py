@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The networks of VolTA-3D: encoder with summariser and decoder, projection head, and the student for training."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from monai.networks.blocks.mlp import MLPBlock
+from monai.networks.blocks.selfattention import SABlock
+from monai.networks.nets import ViTAutoEnc
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import weight_norm
+
+from volta_components.errors import InputError
+
+
+def resample_position_embedding(embedding: Tensor, grid: Sequence[int], new_grid: Sequence[int]) -> Tensor:
+    """Resample a learned position embedding from one token grid to another (trilinear, ``align_corners=False``).
+
+    Args:
+        embedding: ``[1, N, D]`` with ``N = prod(grid)``.
+        grid: token counts along each axis that the embedding was learned for.
+        new_grid: token counts along each axis that are wanted.
+
+    Returns:
+        ``[1, prod(new_grid), D]``; the input itself when both grids are equal.
+
+    Raises:
+        InputError: if ``N`` is not ``prod(grid)``.
+    """
+    if embedding.shape[1] != math.prod(grid):
+        raise InputError(
+            f"position embedding of {embedding.shape[1]} tokens does not fit a grid of {'x'.join(map(str, grid))}; "
+            "give the grid (image size / patch size) it was trained on"
+        )
+    if tuple(grid) == tuple(new_grid):
+        return embedding
+    volume = embedding.transpose(1, 2).reshape(1, -1, *grid)
+    # float32: the CPU kernel has no bfloat16, and the cost is that of a few thousand tokens.
+    volume = functional.interpolate(volume.float(), size=tuple(new_grid), mode="trilinear", align_corners=False)
+    return volume.flatten(2).transpose(1, 2).to(embedding.dtype)
+
+
+class ClsSummariser(nn.Module):
+    """CLS-style summariser (paper, section II-B): a learned token that attends to all patch tokens.
+
+    A trainable ``[1, 1, D]`` token is expanded to the batch and prepended to the patch tokens; one transformer block
+    (LayerNorm, multi-head self-attention, residual, LayerNorm, GELU MLP, residual) follows. Only the summary's own row
+    of the block is computed, since the block's patch outputs are discarded: the same number for ``1/N`` of the cost.
+    MONAI's ``TransformerBlock`` computes every row, hence a module of our own around its ``SABlock`` and ``MLPBlock``.
+
+    Args:
+        hidden_size: token size ``D``.
+        num_heads: attention heads; 8 in the paper.
+        mlp_dim: hidden size of the MLP.
+
+    Raises:
+        InputError: if ``hidden_size`` is not divisible by ``num_heads``.
+    """
+
+    def __init__(self, hidden_size: int = 768, num_heads: int = 8, mlp_dim: int = 3072) -> None:
+        super().__init__()
+        if hidden_size % num_heads:
+            raise InputError(f"hidden_size {hidden_size} is not divisible by summary_heads {num_heads}")
+        self.num_heads = num_heads
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.norm1 = nn.LayerNorm(hidden_size)
+        self.attn = SABlock(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size)
+        self.mlp = MLPBlock(hidden_size, mlp_dim)
+
+    def _query_key_value(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        cls_token = self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
+        sequence = self.norm1(torch.cat([cls_token, tokens], dim=1))
+        weight = self.attn.qkv.weight
+        size = cls_token.shape[-1]
+        query = functional.linear(sequence[:, :1], weight[:size])
+        key, value = functional.linear(sequence, weight[size:]).chunk(2, dim=-1)
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+        return cls_token, heads(query), heads(key), heads(value)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Summarise patch tokens ``[B, N, D]`` into ``[B, D]``."""
+        cls_token, query, key, value = self._query_key_value(tokens)
+        attended = functional.scaled_dot_product_attention(query, key, value)
+        summary = cls_token + self.attn.out_proj(attended.transpose(1, 2).flatten(2))
+        summary = summary + self.mlp(self.norm2(summary))
+        return summary[:, 0]
+
+    def attention(self, tokens: Tensor) -> Tensor:
+        """Attention of the summary to each patch token, averaged over heads.
+
+        Args:
+            tokens: ``[B, N, D]``.
+
+        Returns:
+            ``[B, N]``, non-negative; the share that the summary gives to itself is left out and the rest sums to 1.
+        """
+        _, query, key, _ = self._query_key_value(tokens)
+        weights = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(dim=-1)
+        weights = weights.mean(dim=1)[:, 0, 1:]
+        return weights / weights.sum(dim=-1, keepdim=True)
+
+
+class VoltaViT(ViTAutoEnc):
+    """MONAI's ``ViTAutoEnc`` with a CLS-style summariser, for inputs of any size that the patch size divides.
+
+    The stock class runs at one input size only, returns a tuple, and has no summary token; this one keeps all of its
+    state-dict keys (so that encoders move to ``ViTAutoEnc``, ``UNETR.vit`` and back) and adds ``summariser.*``.
+    Attention is computed by ``scaled_dot_product_attention``, which saves the attention map of every layer.
+
+    Args:
+        in_channels: image channels.
+        img_size: size ``(D, H, W)`` in voxels for which position embeddings are learned.
+        patch_size: voxels a patch along each axis; each must be a square number (4, 9, 16) for the decoder.
+        hidden_size: token size.
+        mlp_dim: hidden size of each block's MLP.
+        num_layers: transformer blocks.
+        num_heads: attention heads of each block.
+        summary_heads: attention heads of the summariser; 8 in the paper.
+        decoder: keep the convolutional decoder; encoders for downstream tasks and the teacher need none.
+
+    Raises:
+        InputError: if the patch size does not divide the image size.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        img_size: Sequence[int] = (144, 192, 192),
+        patch_size: Sequence[int] = (16, 16, 16),
+        hidden_size: int = 768,
+        mlp_dim: int = 3072,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        summary_heads: int = 8,
+        decoder: bool = True,
+    ) -> None:
+        _check_divides(img_size, patch_size)
+        if any(math.isqrt(side) ** 2 != side for side in patch_size):
+            raise InputError(f"patch_size {tuple(patch_size)}: ViTAutoEnc's decoder needs square numbers (4, 9, 16)")
+        super().__init__(
+            in_channels=in_channels,
+            img_size=tuple(img_size),
+            patch_size=tuple(patch_size),
+            hidden_size=hidden_size,
+            mlp_dim=mlp_dim,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            proj_type="conv",
+        )
+        self.config = {
+            "in_channels": in_channels,
+            "img_size": list(img_size),
+            "patch_size": list(patch_size),
+            "hidden_size": hidden_size,
+            "mlp_dim": mlp_dim,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "summary_heads": summary_heads,
+        }
+        self.grid = tuple(size // patch for size, patch in zip(self.img_size, self.patch_size))
+        self.summariser = ClsSummariser(hidden_size, summary_heads, mlp_dim)
+        if not decoder:
+            del self.conv3d_transpose, self.conv3d_transpose_1
+        for block in self.blocks:
+            block.attn.use_flash_attention = True
+            # Never used without cross-attention, yet registered: DDP would wait for its gradient for ever.
+            block.norm_cross_attn.requires_grad_(False)
+
+    def token_grid(self, image: Tensor) -> tuple[int, int, int]:
+        """Tokens along each axis for an image ``[B, C, D, H, W]``."""
+        size = image.shape[2:]
+        _check_divides(size, self.patch_size)
+        depth, height, width = (int(side) // patch for side, patch in zip(size, self.patch_size))
+        return depth, height, width
+
+    def _embed(self, image: Tensor) -> Tensor:
+        grid = self.token_grid(image)
+        tokens = self.patch_embedding.patch_embeddings(image).flatten(2).transpose(1, 2)
+        position = resample_position_embedding(self.patch_embedding.position_embeddings, self.grid, grid)
+        return self.patch_embedding.dropout(tokens + position)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Final normalised patch tokens ``[B, N, D]`` of an image ``[B, C, D, H, W]``."""
+        tokens = self._embed(image)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def decode(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
+        """Reconstruct an image ``[B, C, D, H, W]`` from tokens ``[B, N, D]`` on a token grid."""
+        volume = tokens.transpose(1, 2).unflatten(2, tuple(grid))
+        return self.conv3d_transpose_1(self.conv3d_transpose(volume))
+
+    def summarise(self, tokens: Tensor) -> Tensor:
+        """Summary ``[B, D]`` of patch tokens ``[B, N, D]``."""
+        return self.summariser(tokens)
+
+    def summary_attention(self, tokens: Tensor) -> Tensor:
+        """Where the summary looks: ``[B, N]``, summing to 1."""
+        return self.summariser.attention(tokens)
+
+    def attention_map(self, image: Tensor) -> Tensor:
+        """Where the summary looks, on the voxels of the image: ``[B, 1, D, H, W]``, mean 1."""
+        grid = self.token_grid(image)
+        weights = self.summary_attention(self.encode(image))
+        weights = weights.unflatten(1, grid)[:, None] * math.prod(grid)
+        return functional.interpolate(weights.float(), size=image.shape[2:], mode="trilinear", align_corners=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embedding ``[B, D]`` of an image ``[B, C, D, H, W]``: one tensor, as MONAI's bundle tools expect."""
+        return self.summarise(self.encode(x))
+
+
+def _check_divides(size: Sequence[int], patch_size: Sequence[int]) -> None:
+    if len(size) != len(patch_size) or any(side % patch or side < patch for side, patch in zip(size, patch_size)):
+        raise InputError(
+            f"image size {tuple(int(side) for side in size)} cannot be cut into patches of {tuple(patch_size)}; "
+            "choose a size that is a multiple of the patch along each axis"
+        )
+
+
+class ProjectionHead(nn.Module):
+    """Projection branch (paper, section II-B): MLP, L2 normalisation, weight-normalised linear layer.
+
+    The MLP is shared by the summary and the patch tokens; each has its own last layer. The gain of the weight
+    normalisation is frozen at 1, so that logits are cosines in [-1, 1].
+
+    Args:
+        in_dim: token size.
+        hidden_dim: width of the MLP's hidden layers.
+        bottleneck_dim: size of the normalised vector.
+        out_dim: prototypes, ``K``.
+        num_layers: linear layers in the MLP.
+
+    Source: head sizes as DINO (Caron et al., 2021, appendix C), the second last layer as MC-SSL (Atito et al., 2021).
+    """
+
+    def __init__(
+        self,
+        in_dim: int = 768,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        out_dim: int = 8192,
+        num_layers: int = 3,
+    ) -> None:
+        super().__init__()
+        sizes = [in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
+        layers: list[nn.Module] = []
+        for size, next_size in zip(sizes, sizes[1:]):
+            layers += [nn.Linear(size, next_size), nn.GELU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self.last_layer = self._last_layer(bottleneck_dim, out_dim)
+        self.patch_last_layer = self._last_layer(bottleneck_dim, out_dim)
+        self.out_dim = out_dim
+
+    @staticmethod
+    def _last_layer(bottleneck_dim: int, out_dim: int) -> nn.Module:
+        layer = weight_norm(nn.Linear(bottleneck_dim, out_dim, bias=False))
+        gain = layer.parametrizations.weight.original0
+        nn.init.ones_(gain)
+        gain.requires_grad_(False)
+        return layer
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """Unit vectors ``[..., bottleneck_dim]`` of tokens ``[..., D]``."""
+        # float32: the norm of a bfloat16 vector is good to two digits only.
+        return functional.normalize(self.mlp(tokens).float(), dim=-1, eps=1e-6)
+
+    def forward(self, summary: Tensor) -> Tensor:
+        """Logits ``[B, K]`` of summaries ``[B, D]``."""
+        return self.last_layer(self.project(summary))
+
+    def patches(self, tokens: Tensor) -> Tensor:
+        """Logits ``[B, N, K]`` of patch tokens ``[B, N, D]``."""
+        return self.patch_last_layer(self.project(tokens))
+
+
+class GlobalOutput(NamedTuple):
+    """What a network gives for global crops.
+
+    Attributes:
+        summary: ``[V, D]``, the CLS-style token.
+        logits: ``[V, K]`` of the summary.
+        patch_logits: ``[V, N, K]`` of every patch token.
+    """
+
+    summary: Tensor
+    logits: Tensor
+    patch_logits: Tensor
+
+
+class StudentOutput(NamedTuple):
+    """What the student gives in one pass.
+
+    Attributes:
+        globals_: of the masked global crops, ``V = 2B``.
+        local_logits: ``[L * B, K]``; empty (0 rows) without local crops.
+        reconstruction: ``[2B, 1, D, H, W]``.
+    """
+
+    globals_: GlobalOutput
+    local_logits: Tensor
+    reconstruction: Tensor
+
+
+class VoltaStudent(nn.Module):
+    """Network and projection head, with one ``forward`` that gives all that the losses need.
+
+    Distributed data-parallel training sends gradients only through what ``forward`` of the wrapped module returns;
+    the plain network (``network``), with its single output, is what bundles share.
+
+    Args:
+        network: encoder, summariser and (for the student) decoder.
+        head: projection head.
+    """
+
+    def __init__(self, network: VoltaViT, head: ProjectionHead) -> None:
+        super().__init__()
+        self.network = network
+        self.head = head
+
+    def globals_(self, image: Tensor) -> tuple[GlobalOutput, Tensor]:
+        """Outputs of global crops ``[V, 1, D, H, W]``, and their tokens ``[V, N, D]``."""
+        tokens = self.network.encode(image)
+        summary = self.network.summarise(tokens)
+        return GlobalOutput(summary, self.head(summary), self.head.patches(tokens)), tokens
+
+    def forward(self, global_crops: Tensor, local_crops: Tensor) -> StudentOutput:
+        """Student's pass over masked global crops ``[2B, 1, D, H, W]`` and clean local crops ``[L * B, 1, d, h, w]``."""
+        output, tokens = self.globals_(global_crops)
+        reconstruction = self.network.decode(tokens, self.network.token_grid(global_crops))
+        local_logits = self.head(self.network(local_crops)) if len(local_crops) else output.logits[:0]
+        return StudentOutput(output, local_logits, reconstruction)
+
+
+class VoltaTeacher(VoltaStudent):
+    """Exponential moving average of a student (paper, section II-B, knowledge distillation); has no gradients.
+
+    Ignite's ``EMAHandler`` follows one module of one engine event and keeps its own counters; here the teacher is
+    a module that is saved with the run and whose momentum is a function of the mini-batch.
+
+    Args:
+        network: as the student's, without decoder.
+        head: as the student's.
+    """
+
+    def __init__(self, network: VoltaViT, head: ProjectionHead) -> None:
+        super().__init__(network, head)
+        self.requires_grad_(False)
+
+    def copy_from(self, student: VoltaStudent) -> None:
+        """Start as an exact copy of the student."""
+        self.update(student, momentum=0.0)
+
+    @torch.no_grad()
+    def update(self, student: VoltaStudent, momentum: float) -> None:
+        """``teacher = momentum * teacher + (1 - momentum) * student``, for every parameter.
+
+        Args:
+            student: the student, without any distributed wrapper.
+            momentum: in [0, 1].
+        """
+        source = dict(student.named_parameters())
+        mine = dict(self.named_parameters())
+        names = list(mine)
+        torch._foreach_lerp_([mine[n] for n in names], [source[n].detach() for n in names], 1.0 - momentum)
+
+    @torch.no_grad()
+    def forward(self, global_crops: Tensor) -> GlobalOutput:  # type: ignore[override]
+        """Outputs of unmasked global crops ``[2B, 1, D, H, W]``."""
+        return self.globals_(global_crops)[0]
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Two groups for the optimiser: with weight decay, and without.
+
+    Biases, norms, the position embedding, the CLS-style token and frozen parameters are not decayed (``method.md``,
+    section 6; as DINO).
+
+    Args:
+        module: the module whose trainable parameters are grouped.
+        weight_decay: decay of the first group.
+    """
+    decayed, plain = [], []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        exempt = parameter.ndim <= 1 or name.endswith(("position_embeddings", "cls_token"))
+        (plain if exempt else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of values in a module's parameters, trainable or not."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def make_teacher(student: VoltaStudent) -> VoltaTeacher:
+    """A teacher with the student's architecture and weights, without decoder."""
+    network = VoltaViT(**student.network.config, decoder=False)  # type: ignore[arg-type]
+    teacher = VoltaTeacher(network, copy.deepcopy(student.head))
+    teacher.copy_from(student)
+    return teacher

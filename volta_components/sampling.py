@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Order and randomness of the samples, as functions of seed, epoch and sample alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from monai.transforms import Compose
+from torch.utils.data import Dataset, Sampler
+
+from volta_components.errors import InputError
+
+
+def derived_seed(*parts: int | str) -> int:
+    """A seed in [0, 2^63) that depends on every part, and on nothing else."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class ResumableSampler(Sampler[tuple[int, int]]):
+    """Shuffled ``(epoch, index)`` pairs that can start anywhere in an epoch.
+
+    PyTorch's samplers draw from a global generator and always begin an epoch at its first sample, so an interrupted
+    run could not go on in the middle of one. Here the order of an epoch follows from seed and epoch; ``set_position``
+    tells where to begin. Over processes, the samples of one global mini-batch are adjacent in the order, so that two
+    processes with batch 1 see what one with batch 2 sees. When the samples do not fill the last global mini-batch,
+    the order's first ones are used again.
+
+    Args:
+        num_samples: size of the data set.
+        seed: base seed.
+        batch_size: samples of one process in one mini-batch.
+        num_replicas: processes.
+        rank: this process.
+        weights: chances of the samples; with them, samples are drawn with replacement.
+        shuffle: false keeps the order of the data set.
+
+    Raises:
+        InputError: if there are fewer samples than processes, or weights do not fit.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        seed: int = 0,
+        batch_size: int = 1,
+        num_replicas: int = 1,
+        rank: int = 0,
+        weights: Sequence[float] | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        if num_samples < num_replicas:
+            raise InputError(f"{num_samples} volumes cannot be shared by {num_replicas} processes; start fewer processes")
+        if weights is not None and (len(weights) != num_samples or min(weights) < 0 or sum(weights) <= 0):
+            raise InputError(f"sampling weights must be {num_samples} non-negative numbers, not all 0")
+        self.num_samples = num_samples
+        self.seed = seed
+        self.batch_size = batch_size
+        self.num_replicas = num_replicas
+        self.rank = rank
+        self.weights = None if weights is None else np.asarray(weights, dtype=float) / float(sum(weights))
+        self.shuffle = shuffle
+        self.epoch = 1
+        self.first_iteration = 0
+
+    @property
+    def iterations(self) -> int:
+        """Mini-batches of one epoch in each process."""
+        return -(-self.num_samples // (self.batch_size * self.num_replicas))
+
+    def __len__(self) -> int:
+        return min(self.iterations * self.batch_size, self.num_samples) if self.num_replicas == 1 else (
+            self.iterations * self.batch_size
+        )
+
+    def set_position(self, epoch: int, iteration: int = 0) -> None:
+        """Choose the epoch (counted from 1) and the mini-batch (counted from 0) to begin with."""
+        self.epoch = epoch
+        self.first_iteration = iteration
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Indices of one epoch, over all processes."""
+        rng = np.random.default_rng(derived_seed(self.seed, "order", epoch))
+        if self.weights is not None:
+            return rng.choice(self.num_samples, size=self.num_samples, p=self.weights)
+        return rng.permutation(self.num_samples) if self.shuffle else np.arange(self.num_samples)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = self.order(self.epoch)
+        step = self.batch_size * self.num_replicas
+        if self.num_replicas > 1:
+            order = np.resize(order, self.iterations * step)
+        epoch = self.epoch
+        for iteration in range(self.first_iteration, self.iterations):
+            start = iteration * step + self.rank * self.batch_size
+            for index in order[start : start + self.batch_size]:
+                yield epoch, int(index)
+
+
+class KeyedDataset(Dataset[Any]):
+    """A data set whose random transforms depend on seed, epoch and sample, not on workers, processes or restarts.
+
+    MONAI's data sets seed random transforms once for each worker, so what a sample looks like depends on which
+    samples the worker had before. This one takes the ``(epoch, index)`` pairs of ``ResumableSampler``.
+
+    Args:
+        data: items, such as those of a datalist.
+        transform: applied to a shallow copy of an item; random ones are reseeded for each sample.
+        seed: base seed.
+    """
+
+    def __init__(
+        self, data: Sequence[Mapping[str, Any]], transform: Callable[[Any], Any] | None = None, seed: int = 0
+    ) -> None:
+        self.data = data
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> Any:
+        epoch, index = (0, key) if isinstance(key, int) else key
+        item: Any = {**self.data[index], "key": torch.tensor([epoch, index])}
+        if self.transform is None:
+            return item
+        if isinstance(self.transform, Compose):
+            self.transform.set_random_state(seed=derived_seed(self.seed, "transform", epoch, index) % 2**32)
+        return self.transform(item)

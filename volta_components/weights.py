@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights: saved as safetensors with their provenance, loaded by one function that resamples and reports."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from volta_components.errors import InputError
+from volta_components.files import atomic_path, read_json, sha256_file, write_json
+from volta_components.networks import VoltaViT, resample_position_embedding
+
+logger = logging.getLogger(__name__)
+
+POSITION = "patch_embedding.position_embeddings"
+DECODER = ("conv3d_transpose.", "conv3d_transpose_1.")
+
+
+@dataclass
+class LoadReport:
+    """What became of every weight.
+
+    Attributes:
+        loaded: keys copied as they were.
+        resampled: position embeddings that were resampled to another token grid.
+        missing: keys of the module that the file has no weights for; they keep their values.
+        unused: keys of the file that the module has no place for.
+    """
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    resampled: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        def some(keys: list[str]) -> str:
+            return "" if not keys else f" ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
+
+        return (
+            f"{self.source}: {len(self.loaded)} weights loaded, {len(self.resampled)} resampled{some(self.resampled)}, "
+            f"{len(self.missing)} of the network left as they were{some(self.missing)}, "
+            f"{len(self.unused)} of the file not used{some(self.unused)}"
+        )
+
+
+def save_encoder(path: str | os.PathLike[str], network: VoltaViT, provenance: Mapping[str, Any]) -> None:
+    """Write encoder and summariser (no decoder) and, beside them, a JSON of configuration and provenance.
+
+    Args:
+        path: the ``.safetensors`` file; the JSON has the same name with the suffix ``.json``.
+        network: the network; keys are MONAI's ``ViTAutoEnc``'s, and ``summariser.*``.
+        provenance: see ``volta_components.record.provenance``.
+    """
+    path = Path(path)
+    state = {
+        name: value.detach().cpu().contiguous()
+        for name, value in network.state_dict().items()
+        if not name.startswith(DECODER)
+    }
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
+    record = {
+        "network": network.config,
+        "sha256": sha256_file(path),
+        "parameters": sum(value.numel() for value in state.values()),
+        "provenance": dict(provenance),
+    }
+    write_json(path.with_suffix(".json"), record)
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Tensors of a ``.safetensors`` file, or of a checkpoint that holds nothing but tensors.
+
+    Neither way can run code. Where a JSON with a hash lies beside the file, the hash is verified first.
+
+    Raises:
+        InputError: if the file is missing, damaged, changed, or would need code to be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such weights; run the pretraining first, download a bundle, or give another path")
+    record = path.with_suffix(".json")
+    if path.suffix == ".safetensors" and record.is_file():
+        expected = read_json(record).get("sha256")
+        if expected and expected != sha256_file(path):
+            raise InputError(f"{path}: its SHA-256 is not that of {record.name}; it was changed or cut: fetch it again")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged weights ({error}); fetch them again") from error
+    except Exception as error:
+        raise InputError(
+            f"{path}: not a file of plain weights ({str(error).splitlines()[0]}); loading it could run code, so it is "
+            "refused. Convert it to safetensors where it was made"
+        ) from error
+    for key in ("state_dict", "model", "network"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path}: holds no state dict of tensors")
+    return state
+
+
+def load_encoder(path: str | os.PathLike[str]) -> VoltaViT:
+    """The network of an exported encoder, ready for inference: ``encode``, ``summarise``, ``attention_map``.
+
+    Args:
+        path: the ``.safetensors`` file, with its JSON beside it.
+
+    Raises:
+        InputError: if either is missing, damaged or changed.
+    """
+    path = Path(path)
+    weights = read_weights(path)
+    config = read_json(path.with_suffix(".json")).get("network")
+    if not isinstance(config, dict):
+        raise InputError(f"{path.with_suffix('.json')}: has no network configuration; export the encoder again")
+    network = VoltaViT(**config, decoder=False)
+    report = _fill(network, weights, "", (), str(path))
+    if report.missing:
+        raise InputError(f"{report}; the file is not a whole encoder: export it again")
+    return network.eval()
+
+
+def load_pretrained(
+    module: nn.Module, path: str | os.PathLike[str], prefix: str = "", grid: tuple[int, ...] | None = None
+) -> LoadReport:
+    """Copy pretrained weights into a network; resample the position embedding; report what happened.
+
+    Args:
+        module: a ``VoltaViT``, a classifier, MONAI's ``ViTAutoEnc`` or ``UNETR``.
+        path: exported encoder.
+        prefix: where the encoder sits in ``module``: ``"vit."`` in a UNETR; ``""`` when it is the module itself.
+        grid: token grid of the module's position embedding; found from ``img_size`` and ``patch_size`` by default.
+
+    Returns:
+        The report; it is also logged.
+
+    Raises:
+        InputError: if no weight matches, or one has another shape.
+    """
+    weights = read_weights(path)
+    record = Path(path).with_suffix(".json")
+    config = read_json(record).get("network", {}) if record.is_file() else {}
+    report = _fill(module, weights, prefix, _grid_of(config), str(path), grid)
+    logger.info("%s", report)
+    return report
+
+
+def _grid_of(config: Mapping[str, Any]) -> tuple[int, ...]:
+    if "img_size" not in config or "patch_size" not in config:
+        return ()
+    return tuple(size // patch for size, patch in zip(config["img_size"], config["patch_size"]))
+
+
+def _fill(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    prefix: str,
+    source_grid: tuple[int, ...],
+    source: str,
+    grid: tuple[int, ...] | None = None,
+) -> LoadReport:
+    own = module.state_dict()
+    report = LoadReport(source)
+    new: dict[str, Tensor] = {}
+    wrong = []
+    for name, value in weights.items():
+        key = prefix + name
+        if key not in own:
+            report.unused.append(name)
+        elif own[key].shape == value.shape:
+            new[key] = value
+            report.loaded.append(key)
+        elif name == POSITION and own[key].shape[-1] == value.shape[-1]:
+            target_grid = grid or _module_grid(module, prefix, own[key].shape[1])
+            start_grid = source_grid or _cube(value.shape[1], source)
+            new[key] = resample_position_embedding(value, start_grid, target_grid)
+            report.resampled.append(f"{key} {'x'.join(map(str, start_grid))} -> {'x'.join(map(str, target_grid))}")
+        else:
+            wrong.append((key, str(tuple(value.shape)), str(tuple(own[key].shape))))
+    if wrong:
+        raise InputError.many(
+            f"{source}: weights of another size (name, file, network)",
+            wrong,
+            "Build the network with the sizes of the JSON beside the weights.",
+        )
+    report.missing = [key for key in own if key not in new]
+    if not new:
+        raise InputError(
+            f"{source}: none of its {len(weights)} weights has a place in {type(module).__name__} under the prefix "
+            f"{prefix!r}; is it an encoder of this project, and the prefix right ('vit.' for UNETR)?"
+        )
+    module.load_state_dict(new, strict=False)
+    return report
+
+
+def _module_grid(module: nn.Module, prefix: str, count: int) -> tuple[int, ...]:
+    owner: Any = module.get_submodule(prefix.rstrip(".")) if prefix else module
+    for candidate in (owner, module):
+        size, patch = getattr(candidate, "img_size", None), getattr(candidate, "patch_size", None)
+        if size is not None and patch is not None and len(size) == len(patch):
+            return tuple(int(s) // int(p) for s, p in zip(size, patch))
+    return _cube(count, type(module).__name__)
+
+
+def _cube(count: int, what: str) -> tuple[int, ...]:
+    side = round(count ** (1 / 3))
+    if side**3 != count:
+        raise InputError(f"{what}: cannot tell the token grid of {count} position embeddings; give it")
+    return (side,) * 3
