@@ -55,6 +55,7 @@ class CentredTargets(nn.Module):
             raise InputError(f"centre momentum {momentum} is not within [0, 1]")
         if target_entropy is not None and not 0 < target_entropy < 1:
             raise InputError(f"target_entropy {target_entropy} is not a share of ln K between 0 and 1")
+        self.out_dim = out_dim
         self.momentum = momentum
         self.target_entropy = target_entropy
         self.entropy_gain = entropy_gain
@@ -110,6 +111,7 @@ class SinkhornTargets(nn.Module):
                 f"sinkhorn needs queue_size >= 1, epsilon > 0, num_iterations >= 1, not {queue_size}, {epsilon}, "
                 f"{num_iterations}"
             )
+        self.out_dim = out_dim
         self.epsilon = epsilon
         self.num_iterations = num_iterations
         self.register_buffer("queue", torch.zeros(queue_size, out_dim))
@@ -157,8 +159,11 @@ class GlobalAlignmentLoss(nn.Module):
         teacher: ``[2, B, K]`` logits.
 
     Attributes:
-        statistics: ``teacher_entropy`` (share of ln K), ``divergence`` (mean KL of student from teacher, nats) and
-            ``centre_alignment`` (cosine between the centre and this batch's mean) of the last call, for monitoring.
+        statistics: of the last call, for monitoring: ``teacher_entropy`` (share of ln K), ``information`` (entropy of
+            the running mean target less that of the targets, share of ln K: what tells inputs apart), ``divergence``
+            (mean KL of student from teacher, nats), ``logit_spread`` (deviation of the teacher's logits over rows) and
+            ``centre_alignment`` (cosine between the centre and this batch's mean).
+        marginal: running mean of the targets, ``[K]``.
 
     Raises:
         ValueError: if the shapes do not fit.
@@ -166,11 +171,14 @@ class GlobalAlignmentLoss(nn.Module):
     Source: VolTA-3D eq. 2-3; DINO (Caron et al., 2021).
     """
 
-    def __init__(self, targets: nn.Module, student_temperature: float = 0.1) -> None:
+    marginal: Tensor
+
+    def __init__(self, targets: CentredTargets | SinkhornTargets, student_temperature: float = 0.1) -> None:
         super().__init__()
         self.targets = targets
         self.student_temperature = student_temperature
         self.statistics: dict[str, Tensor] = {}
+        self.register_buffer("marginal", torch.zeros(targets.out_dim))
 
     def forward(self, student: Tensor, teacher: Tensor, teacher_temperature: float) -> Tensor:
         """Mean over the ``2 (V - 1)`` pairs and the batch; a scalar."""
@@ -181,7 +189,7 @@ class GlobalAlignmentLoss(nn.Module):
         pairs = -torch.einsum("ibk,vbk->ivb", targets, log_probabilities)
         different = ~torch.eye(len(teacher), len(student), dtype=torch.bool, device=student.device)
         loss = pairs.mean(dim=-1)[different].mean()
-        self.statistics = _statistics(targets, loss, teacher, self.targets)
+        self.statistics = _statistics(targets, loss, teacher, self.targets, self.marginal)
         return loss
 
 
@@ -204,11 +212,14 @@ class PatchAlignmentLoss(nn.Module):
     Source: VolTA-3D eq. 4-5.
     """
 
-    def __init__(self, targets: nn.Module, student_temperature: float = 0.1) -> None:
+    marginal: Tensor
+
+    def __init__(self, targets: CentredTargets | SinkhornTargets, student_temperature: float = 0.1) -> None:
         super().__init__()
         self.targets = targets
         self.student_temperature = student_temperature
         self.statistics: dict[str, Tensor] = {}
+        self.register_buffer("marginal", torch.zeros(targets.out_dim))
 
     def forward(self, student: Tensor, teacher: Tensor, teacher_temperature: float) -> Tensor:
         """Mean over tokens and crops; a scalar."""
@@ -217,15 +228,21 @@ class PatchAlignmentLoss(nn.Module):
         targets = self.targets(teacher, teacher_temperature)
         log_probabilities = (student.float() / self.student_temperature).log_softmax(dim=-1)
         loss = -(targets * log_probabilities).sum(dim=-1).mean()
-        self.statistics = _statistics(targets, loss, teacher, self.targets)
+        self.statistics = _statistics(targets, loss, teacher, self.targets, self.marginal)
         return loss
 
 
 @torch.no_grad()
-def _statistics(targets: Tensor, loss: Tensor, teacher: Tensor, module: nn.Module) -> dict[str, Tensor]:
+def _statistics(
+    targets: Tensor, loss: Tensor, teacher: Tensor, module: nn.Module, marginal: Tensor
+) -> dict[str, Tensor]:
     share = entropy_share(targets).mean()
+    mean_target = targets.flatten(0, -2).mean(dim=0)
+    marginal.lerp_(mean_target, 0.02 if marginal.any() else 1.0)
     statistics = {
         "teacher_entropy": share,
+        # What a target says about its input beyond the average target; 0 when all inputs have the same target.
+        "information": (entropy_share(marginal) - share).clamp_min(0.0),
         "divergence": loss.detach() - share * math.log(targets.shape[-1]),
         "logit_spread": teacher.float().flatten(0, -2).std(dim=0).mean(),
     }

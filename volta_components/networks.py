@@ -210,12 +210,15 @@ class VoltaViT(ViTAutoEnc):
         """Where the summary looks: ``[B, N]``, summing to 1."""
         return self.summariser.attention(tokens)
 
-    def attention_map(self, image: Tensor) -> Tensor:
-        """Where the summary looks, on the voxels of the image: ``[B, 1, D, H, W]``, mean 1."""
+    def attention_on_voxels(self, tokens: Tensor, image: Tensor) -> Tensor:
+        """Where the summary looks, on the voxels of the image that the tokens are of: ``[B, 1, D, H, W]``, mean 1."""
         grid = self.token_grid(image)
-        weights = self.summary_attention(self.encode(image))
-        weights = weights.unflatten(1, grid)[:, None] * math.prod(grid)
+        weights = self.summary_attention(tokens).unflatten(1, grid)[:, None] * math.prod(grid)
         return functional.interpolate(weights.float(), size=image.shape[2:], mode="trilinear", align_corners=False)
+
+    def attention_map(self, image: Tensor) -> Tensor:
+        """Where the summary looks in an image ``[B, C, D, H, W]``, on its voxels: ``[B, 1, D, H, W]``, mean 1."""
+        return self.attention_on_voxels(self.encode(image), image)
 
     def forward(self, x: Tensor) -> Tensor:
         """Embedding ``[B, D]`` of an image ``[B, C, D, H, W]``: one tensor, as MONAI's bundle tools expect."""

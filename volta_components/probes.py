@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a frozen encoder's embeddings know: nearest neighbours and linear probes, scored out of fold."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from monai.inferers import Inferer
+from monai.transforms import SaveImage
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import Normalizer, StandardScaler
+from torch import Tensor
+
+from volta_components.errors import InputError
+from volta_components.files import atomic_path, write_json
+from volta_components.networks import VoltaViT
+
+FEATURES = ("summary", "mean")
+
+
+class EmbeddingInferer(Inferer):
+    """Summary, mean token and, if asked for, the summary's attention in one pass through the encoder.
+
+    MONAI's ``SimpleInferer`` gives the network's one output; the mean token and the attention map come from the same
+    tokens, which would otherwise be computed again.
+
+    Args:
+        attention: also give ``attention`` ``[B, 1, D, H, W]``.
+    """
+
+    def __init__(self, attention: bool = False) -> None:
+        self.attention = attention
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Embeddings ``summary`` and ``mean`` ``[B, D]`` of volumes ``[B, 1, D, H, W]``."""
+        assert isinstance(network, VoltaViT)
+        image = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        tokens = network.encode(image)
+        output = {"summary": network.summarise(tokens).float(), "mean": tokens.mean(dim=1).float()}
+        if self.attention:
+            output["attention"] = network.attention_on_voxels(tokens, image)
+        return output
+
+
+class EmbeddingTable:
+    """Collects the embeddings that an evaluator computes; writes them as a table, and attention maps as NIfTI.
+
+    The table (CSV) has a row for each volume: ``subject_id``, ``session``, then ``summary_0`` ... and ``mean_0`` ... .
+
+    Args:
+        path: the table; ``None`` keeps it in memory only.
+        attention_dir: folder for attention maps, on the grid of the network's input; ``None`` for none.
+        keys: columns taken from the items.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        attention_dir: str | os.PathLike[str] | None = None,
+        keys: Sequence[str] = ("subject_id", "session"),
+    ) -> None:
+        self.path = None if path is None else Path(path)
+        self.attention_dir = attention_dir
+        self.keys = tuple(keys)
+        self.rows: list[dict[str, Any]] = []
+        self.features: dict[str, list[np.ndarray]] = {name: [] for name in FEATURES}
+
+    def attach(self, engine: Engine) -> None:
+        """Follow every mini-batch of the evaluator."""
+        engine.add_event_handler(Events.STARTED, self._started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
+        engine.add_event_handler(Events.COMPLETED, self._completed)
+
+    def _started(self) -> None:
+        self.rows.clear()
+        for values in self.features.values():
+            values.clear()
+
+    def _iteration_completed(self, engine: Engine) -> None:
+        for item, output in zip(engine.state.batch, engine.state.output, strict=True):
+            self.rows.append({key: item.get(key) for key in self.keys})
+            for name in FEATURES:
+                self.features[name].append(output["pred"][name].cpu().numpy())
+            if self.attention_dir is not None:
+                meta = item["image"].meta if isinstance(item["image"], MetaTensor) else None
+                name = "_".join(str(item[key]) for key in self.keys if item.get(key))
+                saver = SaveImage(
+                    output_dir=self.attention_dir, output_ext=".nii.gz", separate_folder=False, print_log=False
+                )
+                volume = MetaTensor(output["pred"]["attention"].cpu(), meta=meta)
+                saver(volume, filename=str(Path(self.attention_dir) / f"{name}_attention"))
+
+    def matrix(self, feature: str) -> np.ndarray:
+        """All embeddings of one kind, ``[volumes, D]``, in order of the rows; ``summary+mean`` has both."""
+        return np.concatenate([np.stack(self.features[part]) for part in feature.split("+")], axis=1)
+
+    def _completed(self) -> None:
+        if self.path is None or not self.rows:
+            return
+        matrices = {name: self.matrix(name) for name in FEATURES}
+        header = [*self.keys, *(f"{n}_{i}" for n, matrix in matrices.items() for i in range(matrix.shape[1]))]
+        with atomic_path(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(header)
+            for index, row in enumerate(self.rows):
+                values = [f"{value:.7g}" for matrix in matrices.values() for value in matrix[index]]
+                writer.writerow([*("" if row[key] is None else row[key] for key in self.keys), *values])
+
+
+def out_of_fold_scores(
+    features: np.ndarray, labels: np.ndarray, folds: np.ndarray, probe: str, neighbours: int = 20, seed: int = 0
+) -> np.ndarray:
+    """Scores of every subject from a probe that was fitted on the other folds.
+
+    Args:
+        features: ``[n, D]``.
+        labels: ``[n]``, 0 or 1.
+        folds: ``[n]``, by patient.
+        probe: ``knn`` (cosine distance, votes weighted by it) or ``linear`` (standardised features, L2 logistic
+            regression whose strength is chosen by cross-validation within the training part).
+        neighbours: of ``knn``.
+        seed: for the inner cross-validation.
+
+    Returns:
+        ``[n]``, higher for label 1.
+
+    Raises:
+        InputError: if a training part lacks a class.
+    """
+    scores = np.full(len(labels), np.nan)
+    for fold in np.unique(folds):
+        scored = folds == fold
+        fitted = ~scored
+        if len(np.unique(labels[fitted])) < 2:
+            raise InputError(f"fold {fold}: the other folds hold one class only; use fewer folds or more subjects")
+        if probe == "knn":
+            count = min(neighbours, int(fitted.sum()))
+            model: Any = make_pipeline(Normalizer(), KNeighborsClassifier(count, weights="distance"))
+        elif probe == "linear":
+            inner = int(min(5, np.bincount(labels[fitted].astype(int)).min()))
+            model = make_pipeline(
+                StandardScaler(),
+                LogisticRegressionCV(
+                    Cs=np.logspace(-4, 1, 6), cv=max(2, inner), scoring="roc_auc", max_iter=500, random_state=seed,
+                    l1_ratios=(0.0,), use_legacy_attributes=False,
+                ),
+            )
+        else:
+            raise InputError(f"no probe {probe!r}; there are 'knn' and 'linear'")
+        model.fit(features[fitted], labels[fitted])
+        scores[scored] = model.predict_proba(features[scored])[:, 1]
+    return scores
+
+
+def bootstrap_auroc(
+    labels: np.ndarray, scores: np.ndarray, patients: Sequence[str], repeats: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """AUROC with a 95 % percentile bootstrap interval over patients.
+
+    Args:
+        labels: ``[n]``, 0 or 1.
+        scores: ``[n]``.
+        patients: patient of each row; all rows of a patient are drawn together.
+        repeats: bootstrap samples; those with one class only are drawn again.
+        seed: of the draws.
+
+    Returns:
+        AUROC, lower and upper bound.
+    """
+    rng = np.random.default_rng(seed)
+    names, inverse = np.unique(np.asarray(patients), return_inverse=True)
+    rows = [np.flatnonzero(inverse == i) for i in range(len(names))]
+    values: list[float] = []
+    while len(values) < repeats:
+        chosen = np.concatenate([rows[i] for i in rng.integers(0, len(rows), len(rows))])
+        if len(np.unique(labels[chosen])) == 2:
+            values.append(float(roc_auc_score(labels[chosen], scores[chosen])))
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(roc_auc_score(labels, scores)), float(low), float(high)
+
+
+def probe_report(
+    tables: Mapping[str, EmbeddingTable],
+    items: Sequence[Mapping[str, Any]],
+    targets: Mapping[str, Sequence[str]],
+    path: str | os.PathLike[str],
+    neighbours: int = 20,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Probe several encoders on the same subjects, print the comparison and write it as JSON.
+
+    Args:
+        tables: embeddings by encoder, such as ``{"volta": ..., "random": ...}``; rows as ``items``.
+        items: the datalist's items: ``patient_id``, ``fold`` and the labels.
+        targets: for each label (``sex``, ``diagnosis``) the value that counts as 0 and the one that counts as 1; items
+            with another value are left out of that label.
+        path: the JSON file.
+        neighbours: of the nearest-neighbour probe.
+        seed: of probes and bootstrap.
+
+    Returns:
+        A row for each label, encoder, kind of embedding and probe.
+
+    Raises:
+        InputError: if no label has both classes.
+    """
+    rows: list[dict[str, Any]] = []
+    folds = np.array([item["fold"] for item in items])
+    patients = np.array([str(item.get("patient_id", item["subject_id"])) for item in items])
+    for label, (negative, positive) in targets.items():
+        values = np.array([str(item.get(label)) for item in items])
+        known = np.isin(values, [negative, positive])
+        truth = (values[known] == positive).astype(int)
+        if len(np.unique(truth)) < 2:
+            continue
+        for encoder, table in tables.items():
+            for feature in ("summary", "mean", "summary+mean"):
+                matrix = table.matrix(feature)[known]
+                for probe in ("knn", "linear"):
+                    scores = out_of_fold_scores(matrix, truth, folds[known], probe, neighbours, seed)
+                    auroc, low, high = bootstrap_auroc(truth, scores, list(patients[known]), seed=seed)
+                    rows.append(
+                        {
+                            "label": label,
+                            "encoder": encoder,
+                            "embedding": feature,
+                            "probe": probe,
+                            "subjects": int(known.sum()),
+                            "positive": int(truth.sum()),
+                            "auroc": auroc,
+                            "auroc_low": low,
+                            "auroc_high": high,
+                        }
+                    )
+    if not rows:
+        raise InputError(f"no label of {', '.join(targets)} has both classes in the datalist; give --targets")
+    write_json(path, rows)
+    print(f"{'label':<10} {'encoder':<8} {'embedding':<13} {'probe':<7} AUROC (95 % interval), out of fold")
+    for row in rows:
+        print(
+            f"{row['label']:<10} {row['encoder']:<8} {row['embedding']:<13} {row['probe']:<7} "
+            f"{row['auroc']:.3f} ({row['auroc_low']:.3f} to {row['auroc_high']:.3f})"
+        )
+    return rows
+
+
+def embedding_picture(
+    table: EmbeddingTable, items: Sequence[Mapping[str, Any]], keys: Sequence[str], path: str | os.PathLike[str]
+) -> None:
+    """Scatter plot of the summaries' first two principal components, once for each key, coloured by its values.
+
+    Args:
+        table: embeddings, rows as ``items``.
+        items: the datalist's items.
+        keys: ``sex``, ``diagnosis``, ``site``, ...
+        path: the PNG file.
+    """
+    from matplotlib.figure import Figure
+    from sklearn.decomposition import PCA
+
+    pca = PCA(2)
+    points = pca.fit_transform(table.matrix("summary"))
+    figure = Figure(figsize=(4.5 * len(keys), 4.2), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(keys)))
+    for axis, key in zip(axes, keys):
+        values = np.array([str(item.get(key)) for item in items])
+        for value in np.unique(values):
+            chosen = values == value
+            axis.scatter(*points[chosen].T, s=14, alpha=0.8, label=value)
+        axis.legend(title=key)
+        axis.set_xlabel(f"component 1 ({pca.explained_variance_ratio_[0]:.0%} of variance)")
+        axis.set_ylabel(f"component 2 ({pca.explained_variance_ratio_[1]:.0%})")
+    figure.suptitle("Summary tokens of the frozen encoder")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=100)
+
+
+@torch.no_grad()
+def reconstruction_check(
+    network: VoltaViT,
+    volumes: Sequence[Tensor],
+    reference: Sequence[Tensor],
+    views: Any,
+) -> dict[str, float]:
+    """Masked reconstruction error on held-out volumes, against predicting the mean volume.
+
+    Args:
+        network: student with decoder.
+        volumes: held-out volumes ``[1, D, H, W]`` in [0, 1].
+        reference: training volumes whose mean is the naive prediction, at the same pose (no random geometry).
+        views: a ``ViewGenerator``; its masks are used on the volumes as they lie.
+
+    Returns:
+        ``reconstruction`` and ``mean_view``, mean squared errors over masked voxels, averaged over volumes.
+    """
+    device = next(network.parameters()).device
+    mean = torch.stack([torch.as_tensor(volume) for volume in reference]).mean(dim=0).to(device)
+    errors: dict[str, list[float]] = {"reconstruction": [], "mean_view": []}
+    for index, volume in enumerate(volumes):
+        image = torch.as_tensor(volume).to(device)[None]
+        rng = np.random.default_rng(index)
+        labels = views.mask.enlarge(views.mask.draw(image.shape[2:], rng), image.shape[2:], device).expand_as(image)
+        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(index)).to(device)
+        masked = views.mask.fill(image, labels, noise)
+        restored = network.decode(network.encode(masked), network.token_grid(image))
+        hidden = labels != 0
+        errors["reconstruction"].append(float((restored - image)[hidden].square().mean()))
+        errors["mean_view"].append(float((mean[None] - image)[hidden].square().mean()))
+    return {name: float(np.mean(values)) for name, values in errors.items()}
