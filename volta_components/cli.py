@@ -11,6 +11,8 @@ from volta_components.errors import InputError
 COMMANDS = {
     "phantom": ("volta_components.data.phantom:phantom", "grow a BIDS data set of brain phantoms"),
     "prepare": ("volta_components.data.prepare:prepare", "turn a data set into checked volumes and a datalist"),
+    "crossval": ("volta_components.crossval:crossval", "train a bundle over folds, inits and fractions"),
+    "report": ("volta_components.report.command:report", "tables and figures of finished cross-validations"),
     "check": ("volta_components.data.datalist:check", "prove that datalists do not overlap"),
     "merge": ("volta_components.data.datalist:merge", "join prepared data sets into one datalist"),
 }
@@ -19,7 +21,9 @@ COMMANDS = {
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     rows = [f"  {name.ljust(width)}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join(["usage: volta3d COMMAND [OPTIONS]", "", *rows, "", "volta3d COMMAND --help lists a command's options."])
+    return "\n".join(
+        ["usage: volta3d COMMAND [OPTIONS]", "", *rows, "", "volta3d COMMAND --help lists a command's options."]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,7 +23,8 @@ class InputError(ValueError):
         shown = cells[:limit]
         widths = [max(len(cell) for cell in column) for column in zip(*shown, strict=True)] if shown else []
         lines = [
-            "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown
+            "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in shown
         ]
         if len(cells) > limit:
             lines.append(f"  ... and {len(cells) - limit} more")

@@ -19,17 +19,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from volta_components.distributed import process_rank
 from volta_components.errors import InputError
-from volta_components.files import atomic_path
+from volta_components.files import atomic_path, write_json
+from volta_components.masking import VISIBLE
 from volta_components.record import code_version
 
 logger = logging.getLogger(__name__)
 
 
-def find_mlflow_handler(engine: Engine) -> MLFlowHandler | None:
+def find_mlflow_handler(engine: Engine) -> Any:
     """The MLflow handler that ``--tracking`` has attached to an engine, if any.
 
     ``monai.bundle`` appends it to the list of handlers after the configuration was read, so that no configuration can
-    refer to it.
+    refer to it. ``None`` when there is none.
     """
     for handlers in engine._event_handlers.values():
         for handler, *_ in handlers:
@@ -69,7 +70,9 @@ class ResumableCheckpoint:
         window: int = 1,
     ) -> None:
         if interval % window:
-            raise InputError(f"checkpoint interval {interval} is not a multiple of the {window} accumulated mini-batches")
+            raise InputError(
+                f"checkpoint interval {interval} is not a multiple of the {window} accumulated mini-batches"
+            )
         self.path = Path(path)
         self.objects = {
             name: item.module if isinstance(item, DistributedDataParallel) else item for name, item in objects.items()
@@ -114,7 +117,9 @@ class ResumableCheckpoint:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             settings, progress = state["settings"], state["engine"]
         except Exception as error:
-            raise InputError(f"{self.path}: not a checkpoint of this project ({error}); remove it to start anew") from error
+            raise InputError(
+                f"{self.path}: not a checkpoint of this project ({error}); remove it to start anew"
+            ) from error
         names = sorted(settings.keys() | self.settings.keys())
         rows = [
             (name, str(settings.get(name)), str(self.settings.get(name)))
@@ -167,7 +172,7 @@ class TrainingRecord:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
 
-    def _iteration_completed(self, engine: Engine) -> None:
+    def _iteration_completed(self, engine: Any) -> None:
         for name, value in engine.state.output[0].items():
             self._recent[name].append(value)
             self._epoch[name].append(value)
@@ -367,6 +372,66 @@ class ReconstructionPicture:
         figure.suptitle(f"epoch {engine.state.epoch}")
         with atomic_path(path) as temporary:
             figure.savefig(temporary, dpi=80)
+
+
+class ReconstructionCheck:
+    """Masked reconstruction error on held-out volumes, beside that of predicting the mean training volume.
+
+    Held-out volumes are masked as they lie, with the same masks every time. Their errors, ``validation_reconstruction``
+    and ``validation_mean_view``, go to ``engine.state.metrics`` every ``interval`` epochs and, at the end, to a JSON.
+
+    Args:
+        path: the JSON file.
+        validation: held-out items, with ``image`` ``[1, D, H, W]`` in [0, 1]; none of them is trained on.
+        training: items whose mean volume is the naive prediction.
+        interval: epochs between two checks.
+        limit: volumes of each that are used at most.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], validation: Any, training: Any, interval: int = 10, limit: int = 64
+    ) -> None:
+        self.path = Path(path)
+        self.validation = validation
+        self.training = training
+        self.interval = interval
+        self.limit = limit
+        self._mean: torch.Tensor | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Check every ``interval`` epochs and after the last."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+
+    def _epoch_completed(self, engine: Any) -> None:
+        epoch, last = engine.state.epoch, engine.state.max_epochs
+        if epoch % self.interval and epoch != last:
+            return
+        errors = self.errors(engine)
+        engine.state.metrics |= {f"validation_{name}": value for name, value in errors.items()}
+        if epoch == last:
+            write_json(self.path, {"epoch": epoch, **errors, "volumes": min(self.limit, len(self.validation))})
+
+    @torch.no_grad()
+    def errors(self, engine: Any) -> dict[str, float]:
+        """Mean squared errors over masked voxels, averaged over volumes: ``reconstruction`` and ``mean_view``."""
+        device, network, mask = engine.state.device, engine.plain_student.network, engine.views.mask
+        if self._mean is None:
+            count = min(self.limit, len(self.training))
+            self._mean = torch.stack([torch.as_tensor(self.training[i]["image"]) for i in range(count)]).mean(dim=0)
+        mean = self._mean.to(device)[None]
+        errors: dict[str, list[float]] = {"reconstruction": [], "mean_view": []}
+        for index in range(min(self.limit, len(self.validation))):
+            image = torch.as_tensor(self.validation[index]["image"]).to(device)[None]
+            size = image.shape[2:]
+            labels = mask.enlarge(mask.draw(size, np.random.default_rng(index)), size, device).expand_as(image)
+            noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(index)).to(device)
+            with engine.autocast():
+                tokens = network.encode(mask.fill(image, labels, noise))
+                restored = network.decode(tokens, network.token_grid(image)).float()
+            hidden = labels != VISIBLE
+            errors["reconstruction"].append(float((restored - image)[hidden].square().mean()))
+            errors["mean_view"].append(float((mean - image)[hidden].square().mean()))
+        return {name: float(np.mean(values)) for name, values in errors.items()}
 
 
 class EncoderExport:

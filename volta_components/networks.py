@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -79,6 +80,7 @@ class ClsSummariser(nn.Module):
         cls_token = self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
         sequence = self.norm1(torch.cat([cls_token, tokens], dim=1))
         weight = self.attn.qkv.weight
+        assert isinstance(weight, Tensor)
         size = cls_token.shape[-1]
         query = functional.linear(sequence[:, :1], weight[:size])
         key, value = functional.linear(sequence, weight[size:]).chunk(2, dim=-1)
@@ -173,7 +175,7 @@ class VoltaViT(ViTAutoEnc):
         if not decoder:
             del self.conv3d_transpose, self.conv3d_transpose_1
         for block in self.blocks:
-            block.attn.use_flash_attention = True
+            block.attn.use_flash_attention = True  # type: ignore[union-attr]
             # Never used without cross-attention, yet registered: DDP would wait for its gradient for ever.
             block.norm_cross_attn.requires_grad_(False)
 
@@ -260,7 +262,7 @@ class ProjectionHead(nn.Module):
         super().__init__()
         sizes = [in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
         layers: list[nn.Module] = []
-        for size, next_size in zip(sizes, sizes[1:]):
+        for size, next_size in itertools.pairwise(sizes):
             layers += [nn.Linear(size, next_size), nn.GELU()]
         self.mlp = nn.Sequential(*layers[:-1])
         for module in self.mlp:
@@ -344,7 +346,7 @@ class VoltaStudent(nn.Module):
         return GlobalOutput(summary, self.head(summary), self.head.patches(tokens)), tokens
 
     def forward(self, global_crops: Tensor, local_crops: Tensor) -> StudentOutput:
-        """Student's pass over masked global crops ``[2B, 1, D, H, W]`` and clean local crops ``[L * B, 1, d, h, w]``."""
+        """Pass over masked global crops ``[2B, 1, D, H, W]`` and clean local crops ``[L * B, 1, d, h, w]``."""
         output, tokens = self.globals_(global_crops)
         reconstruction = self.network.decode(tokens, self.network.token_grid(global_crops))
         local_logits = self.head(self.network(local_crops)) if len(local_crops) else output.logits[:0]
@@ -399,7 +401,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
         module: the module whose trainable parameters are grouped.
         weight_decay: decay of the first group.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.inferers import Inferer
@@ -87,7 +86,7 @@ class EmbeddingTable:
         for values in self.features.values():
             values.clear()
 
-    def _iteration_completed(self, engine: Engine) -> None:
+    def _iteration_completed(self, engine: Any) -> None:
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
             self.rows.append({key: item.get(key) for key in self.keys})
             for name in FEATURES:
@@ -152,8 +151,13 @@ def out_of_fold_scores(
             model = make_pipeline(
                 StandardScaler(),
                 LogisticRegressionCV(
-                    Cs=np.logspace(-4, 1, 6), cv=max(2, inner), scoring="roc_auc", max_iter=500, random_state=seed,
-                    l1_ratios=(0.0,), use_legacy_attributes=False,
+                    Cs=np.logspace(-4, 1, 6),
+                    cv=max(2, inner),
+                    scoring="roc_auc",
+                    max_iter=500,
+                    random_state=seed,
+                    l1_ratios=(0.0,),
+                    use_legacy_attributes=False,
                 ),
             )
         else:
@@ -284,37 +288,3 @@ def embedding_picture(
     figure.suptitle("Summary tokens of the frozen encoder")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=100)
-
-
-@torch.no_grad()
-def reconstruction_check(
-    network: VoltaViT,
-    volumes: Sequence[Tensor],
-    reference: Sequence[Tensor],
-    views: Any,
-) -> dict[str, float]:
-    """Masked reconstruction error on held-out volumes, against predicting the mean volume.
-
-    Args:
-        network: student with decoder.
-        volumes: held-out volumes ``[1, D, H, W]`` in [0, 1].
-        reference: training volumes whose mean is the naive prediction, at the same pose (no random geometry).
-        views: a ``ViewGenerator``; its masks are used on the volumes as they lie.
-
-    Returns:
-        ``reconstruction`` and ``mean_view``, mean squared errors over masked voxels, averaged over volumes.
-    """
-    device = next(network.parameters()).device
-    mean = torch.stack([torch.as_tensor(volume) for volume in reference]).mean(dim=0).to(device)
-    errors: dict[str, list[float]] = {"reconstruction": [], "mean_view": []}
-    for index, volume in enumerate(volumes):
-        image = torch.as_tensor(volume).to(device)[None]
-        rng = np.random.default_rng(index)
-        labels = views.mask.enlarge(views.mask.draw(image.shape[2:], rng), image.shape[2:], device).expand_as(image)
-        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(index)).to(device)
-        masked = views.mask.fill(image, labels, noise)
-        restored = network.decode(network.encode(masked), network.token_grid(image))
-        hidden = labels != 0
-        errors["reconstruction"].append(float((restored - image)[hidden].square().mean()))
-        errors["mean_view"].append(float((mean[None] - image)[hidden].square().mean()))
-    return {name: float(np.mean(values)) for name, values in errors.items()}

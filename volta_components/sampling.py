@@ -54,7 +54,9 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         shuffle: bool = True,
     ) -> None:
         if num_samples < num_replicas:
-            raise InputError(f"{num_samples} volumes cannot be shared by {num_replicas} processes; start fewer processes")
+            raise InputError(
+                f"{num_samples} volumes cannot be shared by {num_replicas} processes; start fewer processes"
+            )
         if weights is not None and (len(weights) != num_samples or min(weights) < 0 or sum(weights) <= 0):
             raise InputError(f"sampling weights must be {num_samples} non-negative numbers, not all 0")
         self.num_samples = num_samples
@@ -73,8 +75,10 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         return -(-self.num_samples // (self.batch_size * self.num_replicas))
 
     def __len__(self) -> int:
-        return min(self.iterations * self.batch_size, self.num_samples) if self.num_replicas == 1 else (
-            self.iterations * self.batch_size
+        return (
+            min(self.iterations * self.batch_size, self.num_samples)
+            if self.num_replicas == 1
+            else (self.iterations * self.batch_size)
         )
 
     def set_position(self, epoch: int, iteration: int = 0) -> None:

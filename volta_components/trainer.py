@@ -53,7 +53,8 @@ class VoltaTrainer(Trainer):
         reconstruction_loss: eq. 1.
         learning_rate: of an optimiser step, counted from 0.
         teacher_momentum: of a mini-batch, counted from 0.
-        teacher_temperature: of a mini-batch, counted from 0.
+        teacher_temperature: tau_t of the global branch, of a mini-batch, counted from 0.
+        patch_teacher_temperature: tau_t of the patch branch; the global branch's by default.
         reconstruction_weight: lambda_rec of eq. 6; 100 in the paper.
         accumulation_steps: mini-batches in a window; 8 in the paper.
         clip_norm: largest norm of the gradient; 0 for no clipping.
@@ -84,6 +85,7 @@ class VoltaTrainer(Trainer):
         learning_rate: Callable[[int], float],
         teacher_momentum: Callable[[int], float],
         teacher_temperature: Callable[[int], float],
+        patch_teacher_temperature: Callable[[int], float] | None = None,
         reconstruction_weight: float = 100.0,
         accumulation_steps: int = 8,
         clip_norm: float = 3.0,
@@ -107,6 +109,7 @@ class VoltaTrainer(Trainer):
         self.learning_rate = learning_rate
         self.teacher_momentum = teacher_momentum
         self.teacher_temperature = teacher_temperature
+        self.patch_teacher_temperature = patch_teacher_temperature or teacher_temperature
         self.reconstruction_weight = reconstruction_weight
         self.accumulation_steps = accumulation_steps
         self.clip_norm = clip_norm
@@ -172,10 +175,12 @@ class VoltaTrainer(Trainer):
         image = batchdata["image"].to(self.state.device, non_blocking=True)
         views = self.views(image, batchdata["key"])
         temperature = self.teacher_temperature(iteration)
-        wrapped = isinstance(self.student, DistributedDataParallel)
-        quiet = self.student.no_sync() if wrapped and not is_last else contextlib.nullcontext()
+        patch_temperature = self.patch_teacher_temperature(iteration)
+        quiet: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if isinstance(self.student, DistributedDataParallel) and not is_last:
+            quiet = self.student.no_sync()
         with quiet:
-            output = self._losses(views, temperature)
+            output = self._losses(views, temperature, patch_temperature)
             (output["loss"] / window).backward()
         if is_last:
             rate = self.learning_rate(step)
@@ -188,17 +193,18 @@ class VoltaTrainer(Trainer):
         numbers = {name: float(torch.as_tensor(value).detach()) for name, value in output.items()}
         numbers["teacher_momentum"] = momentum
         numbers["teacher_temperature"] = temperature
+        numbers["patch_teacher_temperature"] = patch_temperature
         numbers["volumes_per_second"] = len(image) * process_count() / (time.perf_counter() - started)
         return [numbers]
 
-    def _losses(self, views: Views, temperature: float) -> dict[str, Any]:
+    def _losses(self, views: Views, temperature: float, patch_temperature: float) -> dict[str, Any]:
         pairs, batch = views.teacher.shape[:2]
         with self.autocast():
             taught = self.teacher(views.teacher.flatten(0, 1))
             learnt = self.student(views.student.flatten(0, 1), views.local.flatten(0, 1))
         logits = torch.cat([learnt.globals_.logits, learnt.local_logits]).unflatten(0, (-1, batch))
         loss_global = self.global_loss(logits, taught.logits.unflatten(0, (pairs, batch)), temperature)
-        loss_patch = self.patch_loss(learnt.globals_.patch_logits, taught.patch_logits, temperature)
+        loss_patch = self.patch_loss(learnt.globals_.patch_logits, taught.patch_logits, patch_temperature)
         loss_rec = self.reconstruction_loss(
             learnt.reconstruction, views.image.flatten(0, 1), views.masked.flatten(0, 1)
         )
