@@ -1,0 +1,513 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one datalist format: written by ``volta3d prepare``, read by every bundle, checked and merged here.
+
+It is MONAI's Decathlon-style JSON (``monai.data.load_decathlon_datalist`` reads it as it is), with what that lacks: who
+each volume is of, in which fold, whence it came, and hashes of all of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from volta_components.data.identity import canonical_patient_id, is_worldwide
+from volta_components.data.volumes import UnusableVolume, read_header, read_volume
+from volta_components.errors import InputError
+from volta_components.files import read_json, sha256_file, sha256_json, write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Datalist:
+    """A prepared data set.
+
+    Attributes:
+        path: the JSON file; the paths in it are relative to its folder.
+        content: the file's content, paths still relative.
+        hash: SHA-256 of the content (without the hash itself) as canonical JSON; the same on every machine.
+    """
+
+    path: Path
+    content: Mapping[str, Any]
+    hash: str
+
+    @property
+    def name(self) -> str:
+        """Name of the data set."""
+        return str(self.content["name"])
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Of every volume, mm."""
+        return tuple(self.content["spacing"])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of every volume, voxels."""
+        return tuple(self.content["shape"])
+
+    @property
+    def n_folds(self) -> int:
+        """Number of folds."""
+        return int(self.content["n_folds"])
+
+    @property
+    def excluded(self) -> list[dict[str, Any]]:
+        """What was left out, and why."""
+        return list(self.content.get("excluded", []))
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """All items with absolute paths, ready for ``monai.data.Dataset``; sorted by subject and session."""
+        root = self.path.resolve().parent
+        return [
+            {key: str(root / value) if key in ("image", "label") else value for key, value in item.items()}
+            for item in self.content["training"]
+        ]
+
+    @property
+    def patients(self) -> set[str]:
+        """Canonical ids."""
+        return {item["patient_id"] for item in self.content["training"]}
+
+    def split(self, fold: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Items of all other folds, and items of ``fold``.
+
+        Raises:
+            InputError: if there is no such fold.
+        """
+        if not 0 <= fold < self.n_folds:
+            raise InputError(f"{self.path}: no fold {fold}; it has folds 0 to {self.n_folds - 1}")
+        items = self.items
+        return [item for item in items if item["fold"] != fold], [item for item in items if item["fold"] == fold]
+
+    def __len__(self) -> int:
+        return len(self.content["training"])
+
+
+def datalist_hash(content: Mapping[str, Any]) -> str:
+    """SHA-256 over canonical JSON of everything but ``hash``."""
+    return sha256_json({key: value for key, value in content.items() if key != "hash"})
+
+
+def load_datalist(
+    path: str | os.PathLike[str], shape: Sequence[int] | None = None, spacing: Sequence[float] | None = None
+) -> Datalist:
+    """Read a datalist and check its form; the volumes are checked by :func:`check_volumes`.
+
+    Args:
+        path: of ``datalist.json``, or of the folder that holds it.
+        shape: of the volumes that the caller wants; None takes any.
+        spacing: of the volumes that the caller wants, mm; None takes any.
+
+    Raises:
+        InputError: if it is missing, empty, of another format, contradicts itself (a patient in two folds, an item
+            twice), or does not have the wanted shape and spacing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "datalist.json"
+    if not path.exists():
+        raise InputError(
+            f"{path}: no such datalist; make one with: volta3d prepare --layout LAYOUT --source FOLDER "
+            f"--output {path.parent}"
+        )
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("training"), list):
+        raise InputError(f"{path}: not a datalist (no list named 'training'); make one with volta3d prepare")
+    if content.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: datalist format {content.get('format')!r} where {FORMAT} is wanted; prepare the data set again"
+        )
+    if not content["training"]:
+        raise InputError(f"{path}: the datalist is empty; see its 'excluded' for the reasons, and prepare it again")
+    _check_content(path, content)
+    for name, wanted in (("shape", shape), ("spacing", spacing)):
+        if wanted is not None and not np.allclose(content[name], list(wanted), rtol=0, atol=1e-6):
+            raise InputError(
+                f"{path}: volumes of {name} {'x'.join(f'{n:g}' for n in content[name])}, but "
+                f"{'x'.join(f'{n:g}' for n in wanted)} is wanted; prepare it with --{name} "
+                f"{','.join(f'{n:g}' for n in wanted)}, or change the config"
+            )
+    actual = datalist_hash(content)
+    if content.get("hash") != actual:
+        warnings.warn(f"{path} was changed since it was written; its hash is now {actual}", stacklevel=2)
+    return Datalist(path, content, actual)
+
+
+def _check_content(path: Path, content: Mapping[str, Any]) -> None:
+    missing = [key for key in ("name", "spacing", "shape", "n_folds", "seed") if key not in content]
+    if missing:
+        raise InputError(f"{path}: lacks {', '.join(missing)}; prepare the data set again")
+    for key in ("spacing", "shape"):
+        value = content[key]
+        if not (
+            isinstance(value, list) and len(value) == 3 and all(isinstance(n, int | float) and n > 0 for n in value)
+        ):
+            raise InputError(f"{path}: {key} is {value!r} where three positive numbers are wanted; prepare it again")
+    rows: list[tuple[str, str]] = []
+    folds: dict[str, int] = {}
+    seen: set[tuple[str, Any]] = set()
+    for i, item in enumerate(content["training"]):
+        name = f"item {i}"
+        if not isinstance(item, dict):
+            rows.append((name, f"is {type(item).__name__}, not an object"))
+            continue
+        name = str(item.get("subject_id", name))
+        lacking = [
+            key for key in ("image", "subject_id", "patient_id", "fold") if not isinstance(item.get(key), str | int)
+        ]
+        if lacking:
+            rows.append((name, f"lacks {', '.join(lacking)}"))
+            continue
+        if not 0 <= item["fold"] < content["n_folds"]:
+            rows.append((name, f"fold {item['fold']} where folds 0 to {content['n_folds'] - 1} exist"))
+        if folds.setdefault(item["patient_id"], item["fold"]) != item["fold"]:
+            rows.append(
+                (name, f"patient {item['patient_id']} is in folds {folds[item['patient_id']]} and {item['fold']}")
+            )
+        key = (item["subject_id"], item.get("session"))
+        if key in seen:
+            rows.append((name, f"is there twice (session {item.get('session')})"))
+        seen.add(key)
+    if rows:
+        raise InputError.many(
+            f"{path}: {len(rows)} of {len(content['training'])} items are wrong", rows, "Prepare the data set again."
+        )
+
+
+def make_content(
+    name: str,
+    spacing: Sequence[float],
+    shape: Sequence[int],
+    seed: int,
+    n_folds: int,
+    items: Iterable[Mapping[str, Any]],
+    excluded: Iterable[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Content of a datalist, sorted and with its hash."""
+
+    def order(item: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(str(item.get(key) or "") for key in ("subject_id", "session", "source", "reason"))
+
+    content: dict[str, Any] = {
+        "name": name,
+        "format": FORMAT,
+        "spacing": [float(s) for s in spacing],
+        "shape": [int(n) for n in shape],
+        "seed": int(seed),
+        "n_folds": int(n_folds),
+        "training": [dict(item) for item in sorted(items, key=order)],
+        "excluded": [dict(item) for item in sorted(excluded, key=order)],
+    }
+    return {**content, "hash": datalist_hash(content)}
+
+
+def assign_folds(items: Iterable[Mapping[str, Any]], n_folds: int, seed: int) -> dict[str, int]:
+    """Give each patient a fold, balanced over diagnosis, sex, site and cohort.
+
+    Patients are gone through stratum by stratum, in an order that a hash of seed and id decides; each goes to the fold
+    that has the fewest of its stratum, then of its diagnosis, its sex, its site, its cohort, then of scans. So the folds
+    depend on nothing but the patients and the seed: not on the machine, the order of files, or a library's version.
+    scikit-learn's ``StratifiedGroupKFold`` balances one label only and hangs on NumPy's shuffling.
+
+    Args:
+        items: with ``patient_id`` and, where known, ``diagnosis``, ``sex``, ``site``, ``cohort``.
+        n_folds: at least 1; with 1, everybody is in fold 0.
+        seed: any integer.
+
+    Returns:
+        Fold of each patient, from 0.
+    """
+    patients: dict[str, dict[str, Any]] = {}
+    scans: Counter[str] = Counter()
+    for item in sorted(items, key=lambda item: (str(item["patient_id"]), str(item.get("session") or ""))):
+        first = patients.setdefault(item["patient_id"], {})
+        scans[item["patient_id"]] += 1
+        for key in ("diagnosis", "sex", "site", "cohort"):
+            if first.get(key) is None:
+                first[key] = item.get(key)
+
+    def stratum(patient: str) -> tuple[str, ...]:
+        facts = patients[patient]
+        return tuple(str(facts[key] or "") for key in ("cohort", "diagnosis", "sex", "site"))
+
+    def lot(patient: str) -> str:
+        return hashlib.sha256(f"{seed}:{patient}".encode()).hexdigest()
+
+    counts: list[Counter[tuple[str, str]]] = [Counter() for _ in range(n_folds)]
+    folds: dict[str, int] = {}
+    for patient in sorted(patients, key=lambda patient: (stratum(patient), lot(patient))):
+        cohort, diagnosis, sex, site = stratum(patient)
+        keys = [
+            ("stratum", "\0".join((cohort, diagnosis, sex, site))),
+            ("class", "\0".join((cohort, diagnosis))),
+            ("diagnosis", diagnosis),
+            ("sex", sex),
+            ("site", site),
+            ("cohort", cohort),
+        ]
+        fold = min(
+            range(n_folds),
+            key=lambda fold: (
+                *(counts[fold][key] for key in keys),
+                counts[fold][("scans", "")],
+                hashlib.sha256(f"{seed}:{patient}:{fold}".encode()).hexdigest(),
+            ),
+        )
+        folds[patient] = fold
+        counts[fold].update(keys)
+        counts[fold][("scans", "")] += scans[patient]
+    return folds
+
+
+def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = None) -> None:
+    """Check that every volume of a datalist is there and is what the datalist says, before a training starts.
+
+    By default the headers and file sizes are read (about a millisecond a volume), since the content was checked when it
+    was prepared. ``deep`` also reads every voxel and compares hashes; threads suffice, as reading, NumPy and hashing all
+    release the interpreter's lock.
+
+    Args:
+        datalist: the data set.
+        deep: read voxels as well.
+        workers: threads; the number of cores by default.
+
+    Raises:
+        InputError: listing every bad file with its reason.
+    """
+
+    def examine(item: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+        found = []
+        for kind in ("image", "label"):
+            if kind in item:
+                try:
+                    _check_volume(Path(item[kind]), kind, item, datalist, deep)
+                except UnusableVolume as error:
+                    found.append((str(item["subject_id"]), str(item[kind]), error.reason))
+        return found
+
+    items = datalist.items
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        rows = [row for found in pool.map(examine, items) for row in found]
+    if rows:
+        raise InputError.many(
+            f"{datalist.path}: {len(rows)} files of {len(items)} items cannot be used",
+            rows,
+            "Run the same volta3d prepare again (what is whole is kept), or remove the items from the datalist.",
+        )
+
+
+def _check_volume(path: Path, kind: str, item: Mapping[str, Any], datalist: Datalist, deep: bool) -> None:
+    remedy = "prepare it again"
+    header = read_header(path)
+    if header.shape != datalist.shape:
+        sizes = ["x".join(map(str, shape)) for shape in (header.shape, datalist.shape)]
+        raise UnusableVolume(path, f"shape {sizes[0]} where the datalist says {sizes[1]}", remedy)
+    if not np.allclose(header.spacing, datalist.spacing, rtol=0, atol=1e-3):
+        sizes = ["x".join(f"{s:.4g}" for s in spacing) for spacing in (header.spacing, datalist.spacing)]
+        raise UnusableVolume(path, f"spacing {sizes[0]} mm where the datalist says {sizes[1]}", remedy)
+    if not deep:
+        return
+    volume = read_volume(path)
+    if volume.voxels.dtype.kind == "f" and not np.isfinite(volume.voxels).all():
+        bad = volume.voxels.size - int(np.isfinite(volume.voxels).sum())
+        raise UnusableVolume(path, f"contains NaN or Inf ({bad:,} voxels)", remedy)
+    low, high = (float(v) * volume.slope + volume.intercept for v in (volume.voxels.min(), volume.voxels.max()))
+    if kind == "image" and low == high:
+        raise UnusableVolume(path, f"constant: every voxel is {low:g}", remedy)
+    if kind == "image" and (low < -1e-3 or high > 1 + 1e-3):
+        raise UnusableVolume(path, f"intensities from {low:g} to {high:g} where 0 to 1 is wanted", remedy)
+    if kind == "label" and volume.voxels.dtype.kind == "f" and not (volume.voxels == np.round(volume.voxels)).all():
+        raise UnusableVolume(path, "label values that are no integers", remedy)
+    if kind == "image" and item.get("sha256") and sha256_file(path) != item["sha256"]:
+        raise UnusableVolume(path, "its content is not what was prepared (another hash)", remedy)
+
+
+def cohort_weights(datalist: Datalist, weights: Mapping[str, float]) -> list[float]:
+    """Sampling weight of each item so that the cohorts are drawn in the given proportion, whatever their sizes.
+
+    Args:
+        datalist: usually a merged one.
+        weights: share of each cohort, any positive scale; 0 leaves a cohort out. All cohorts must be named.
+
+    Returns:
+        One weight an item, in the order of ``datalist.items``; they sum to 1.
+
+    Raises:
+        InputError: if a cohort is missing or unknown, or a weight is negative, or all are 0.
+    """
+    cohorts = [str(item.get("cohort", datalist.name)) for item in datalist.content["training"]]
+    sizes = Counter(cohorts)
+    unknown, missing = sorted(set(weights) - set(sizes)), sorted(set(sizes) - set(weights))
+    if unknown or missing:
+        raise InputError(
+            f"{datalist.path}: cohort weights must name its cohorts ({', '.join(sorted(sizes))}); "
+            + "; ".join(
+                f"{what}: {', '.join(names)}" for what, names in (("unknown", unknown), ("missing", missing)) if names
+            )
+        )
+    if any(not np.isfinite(w) or w < 0 for w in weights.values()) or sum(weights.values()) <= 0:
+        raise InputError(f"cohort weights must be positive numbers, or 0 to leave a cohort out; got {dict(weights)}")
+    total = sum(weights.values())
+    return [weights[cohort] / total / sizes[cohort] for cohort in cohorts]
+
+
+def _person(item: Mapping[str, Any]) -> tuple[str, bool]:
+    """Canonical patient of an item, and whether that id is one person's in any data set."""
+    patient = canonical_patient_id(str(item["patient_id"]))
+    return patient, is_worldwide(patient)
+
+
+def find_overlaps(datalists: Sequence[Datalist]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Patients or voxels that datalists share.
+
+    Args:
+        datalists: at least one; a single one is searched for the same voxels under two ids.
+
+    Returns:
+        Certain overlaps, as rows (what, id, where and where), and uncertain ones: an id like ``sub-0001`` in two
+        cohorts of different names, which need not be one person.
+    """
+    certain: list[tuple[str, ...]] = []
+    uncertain: list[tuple[str, ...]] = []
+    where: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    voxels: dict[str, dict[tuple[int, str], None]] = defaultdict(dict)
+    for i, datalist in enumerate(datalists):
+        for item in datalist.content["training"]:
+            patient, _ = _person(item)
+            where[patient][i].add(str(item.get("cohort", datalist.name)))
+            for key in ("voxels_sha256", "source_sha256", "sha256"):
+                if item.get(key):
+                    name = "_".join(str(item[k]) for k in ("subject_id", "session") if item.get(k))
+                    voxels[item[key]].setdefault((i, name))
+    for patient, places in sorted(where.items()):
+        if len(places) < 2:
+            continue
+        row = ("patient", patient, " and ".join(str(datalists[i].path) for i in sorted(places)))
+        cohorts = set.union(*places.values())
+        (certain if is_worldwide(patient) or len(cohorts) == 1 else uncertain).append(row)
+    rows = set()
+    for holders in voxels.values():
+        if len(holders) > 1:
+            names = sorted({name for _, name in holders})
+            rows.add(("voxels", " = ".join(names), " and ".join(sorted({str(datalists[i].path) for i, _ in holders}))))
+    return certain + sorted(rows), uncertain
+
+
+def check(*datalists: str, strict: bool = False) -> int:
+    """Prove that datalists share no patient and no voxels; without overlap the exit status is 0, else 1.
+
+    Patients are compared by canonical id, whatever the form (002_S_0295, sub-ADNI002S0295, file names); volumes by the
+    hash of their voxels, so that one scan under two ids is found too, also within one datalist.
+
+    Args:
+        datalists: datalist.json files, or the folders that hold them.
+        strict: count an id such as sub-0001 as an overlap even when it stands in cohorts of different names.
+    """
+    if not datalists:
+        raise InputError("no datalist given; write: volta3d check A/datalist.json B/datalist.json")
+    loaded = [load_datalist(str(path)) for path in datalists]
+    certain, uncertain = find_overlaps(loaded)
+    if strict:
+        certain, uncertain = certain + uncertain, []
+    for datalist in loaded:
+        print(f"{datalist.path}: {len(datalist)} scans of {len(datalist.patients)} patients, hash {datalist.hash[:16]}")
+    if uncertain:
+        ids = ", ".join(row[1] for row in uncertain[:10]) + (" ..." if len(uncertain) > 10 else "")
+        print(
+            f"{len(uncertain)} ids stand in cohorts of different names and were taken for different people "
+            f"(--strict counts them): {ids}"
+        )
+    if certain:
+        print(InputError.many(f"{len(certain)} overlaps", certain, "Leave them out with --exclude-patients-of."))
+        return 1
+    print("no overlap")
+    return 0
+
+
+def merge(
+    *datalists: str, output: str, name: str = "merged", refold: bool = False, folds: int = 5, seed: int = 0
+) -> int:
+    """Join prepared data sets into one datalist; the volumes stay where they are.
+
+    Each item keeps its cohort, so that a config can weight cohorts, and its fold.
+
+    Args:
+        datalists: datalist.json files, or the folders that hold them.
+        output: the datalist.json to write.
+        name: of the merged data set.
+        refold: assign folds anew over all patients, by --folds and --seed.
+        folds: number of folds, with --refold.
+        seed: of the folds, with --refold.
+    """
+    if len(datalists) < 2:
+        raise InputError("merge wants two datalists or more: volta3d merge A B --output C/datalist.json")
+    loaded = [load_datalist(str(path)) for path in datalists]
+    first = loaded[0]
+    for other in loaded[1:]:
+        for key in ("spacing", "shape") if refold else ("spacing", "shape", "n_folds"):
+            if other.content[key] != first.content[key]:
+                raise InputError(
+                    f"{other.path}: {key} {other.content[key]} where {first.path} has {first.content[key]}; "
+                    + ("prepare both alike" if key != "n_folds" else "add --refold")
+                )
+    target = Path(output)
+    target = target / "datalist.json" if target.suffix != ".json" else target
+    certain, uncertain = find_overlaps(loaded)
+    doubles = [row for row in certain if row[0] == "voxels"]
+    if doubles:
+        raise InputError.many(f"{len(doubles)} volumes are there twice", doubles, "Leave one of each out.")
+    clashing = {row[1] for row in uncertain}
+    items, excluded = [], []
+    for datalist in loaded:
+        base = Path(os.path.relpath(datalist.path.resolve().parent, target.resolve().parent))
+        for item in datalist.content["training"]:
+            entry = {**item, "cohort": item.get("cohort", datalist.name)}
+            for key in ("image", "label"):
+                if key in entry:
+                    entry[key] = (base / entry[key]).as_posix()
+            if entry["patient_id"] in clashing:
+                for key in ("subject_id", "patient_id"):
+                    entry[key] = f"{entry['cohort']}-{entry[key]}"
+            items.append(entry)
+        excluded += [{**row, "cohort": row.get("cohort", datalist.name)} for row in datalist.excluded]
+    placed: dict[str, set[int]] = defaultdict(set)
+    for item in items:
+        placed[item["patient_id"]].add(item["fold"])
+    split = sorted(patient for patient, where in placed.items() if len(where) > 1)
+    if split and not refold:
+        raise InputError.many(
+            f"{len(split)} patients are in different folds of the datalists",
+            [(patient,) for patient in split],
+            "Add --refold to assign the folds anew.",
+        )
+    n_folds, used_seed = first.n_folds, int(first.content["seed"])
+    if refold:
+        _check_folds(folds)
+        n_folds, used_seed = folds, seed
+        new = assign_folds(items, folds, seed)
+        items = [{**item, "fold": new[item["patient_id"]]} for item in items]
+    content = make_content(name, first.spacing, first.shape, used_seed, n_folds, items, excluded)
+    _check_content(target, content)
+    write_json(target, content)
+    counts = Counter(item["cohort"] for item in items)
+    print(f"{target}: {len(items)} scans ({', '.join(f'{c} {n}' for c, n in sorted(counts.items()))})")
+    if clashing:
+        print(f"{len(clashing)} ids stood in two cohorts and got their cohort's name in front")
+    return 0
+
+
+def _check_folds(folds: int) -> None:
+    if not isinstance(folds, int) or isinstance(folds, bool) or not 1 <= folds <= 100:
+        raise InputError(f"--folds {folds}: a number from 1 to 100 is wanted")

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Label files of a scan, checked and merged into one map: 0 background, 1 left, 2 right hippocampus."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from volta_components.data.layouts.common import LabelFile
+from volta_components.data.volumes import UnusableVolume, Volume, read_volume
+
+LEFT, RIGHT = 1, 2
+
+
+def _integers(path: Path, volume: Volume) -> np.ndarray:
+    """Voxels as integers.
+
+    Raises:
+        UnusableVolume: if they are not.
+    """
+    voxels = volume.voxels
+    if volume.slope != 1 or volume.intercept != 0:
+        voxels = voxels * volume.slope + volume.intercept
+    if voxels.dtype.kind == "f":
+        if not np.isfinite(voxels).all():
+            raise UnusableVolume(path, "label contains NaN or Inf", "fetch it again")
+        rounded = np.round(voxels)
+        if np.abs(voxels - rounded).max() > 1e-3:
+            raise UnusableVolume(path, "label values are no integers", "give a label map, not a probability map")
+        voxels = rounded.astype(np.int64)
+    return voxels
+
+
+def _same_grid(path: Path, label: Volume, scan: Volume, scan_path: Path) -> None:
+    if label.voxels.shape != scan.voxels.shape:
+        sizes = ["x".join(map(str, v.voxels.shape)) for v in (label, scan)]
+        raise UnusableVolume(
+            path, f"label of {sizes[0]} voxels, scan of {sizes[1]} ({scan_path.name})", "give them on one grid"
+        )
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(scan.voxels.shape) - 1)
+    ends = [nib.affines.apply_affine(v.affine, corners) for v in (label, scan)]
+    distance = float(np.linalg.norm(ends[0] - ends[1], axis=1).max())
+    if distance > 0.25 * float(np.linalg.norm(scan.affine[:3, :3], axis=0).min()):
+        raise UnusableVolume(
+            path, f"label and scan do not share one grid: up to {distance:.1f} mm apart", "give them on one grid"
+        )
+
+
+def _centre_x(mask: np.ndarray, affine: np.ndarray) -> float:
+    """World x (towards the right) of a mask's centroid, mm."""
+    return float(nib.affines.apply_affine(affine, np.argwhere(mask).mean(axis=0))[0])
+
+
+def read_labels(
+    files: Sequence[LabelFile], scan: Volume, scan_path: Path, assume_orientation: str | None = None
+) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Read a scan's label files into one map.
+
+    One-sided files (HarP) hold two values, which need not be 0 and 1; the lower is background. Sides are told from the
+    centroids in world coordinates: where the file named left lies right of the one named right, they are swapped.
+
+    Args:
+        files: one map with values 0, 1, 2; or one file a side.
+        scan: the scan, whose grid they must share.
+        scan_path: to name it.
+        assume_orientation: see :func:`volta_components.data.volumes.read_volume`.
+
+    Returns:
+        ``[X, Y, Z]`` uint8; quirks found, as (file, what).
+
+    Raises:
+        UnusableVolume: if a file cannot be used, is empty, is on another grid or holds unexpected values.
+    """
+    merged = np.zeros(scan.voxels.shape, np.uint8, order="F")
+    quirks: list[tuple[str, str]] = []
+    sides: dict[int, np.ndarray] = {}
+    for file in files:
+        volume = read_volume(file.path, assume_orientation)
+        _same_grid(file.path, volume, scan, scan_path)
+        voxels = _integers(file.path, volume)
+        values = np.unique(voxels)
+        if len(values) == 1:
+            raise UnusableVolume(file.path, f"empty label: every voxel is {values[0]}", "fetch it again")
+        if file.value is None:
+            if values[0] < 0 or values[-1] > 2:
+                raise UnusableVolume(
+                    file.path,
+                    f"label values {values[:6].tolist()}{' ...' if len(values) > 6 else ''}",
+                    "0 is background, 1 left and 2 right hippocampus; renumber it",
+                )
+            merged[...] = voxels
+            left, right = (merged == side for side in (LEFT, RIGHT))
+            if left.any() and right.any() and _centre_x(left, volume.affine) > _centre_x(right, volume.affine):
+                quirks.append((file.path.name, "label 1 (left) lies right of label 2 (right)"))
+            continue
+        if len(values) != 2:
+            raise UnusableVolume(
+                file.path, f"{len(values)} values where two are wanted: {values[:6].tolist()}", "fetch it again"
+            )
+        if values[0] != 0 or values[1] != 1:
+            quirks.append((file.path.name, f"values {values[0]} and {values[1]} taken as 0 and 1"))
+        sides[file.value] = voxels == values[1]
+    if sides:
+        order = dict(sides)
+        if LEFT in sides and RIGHT in sides:
+            x = {side: _centre_x(mask, scan.affine) for side, mask in sides.items()}
+            if x[LEFT] > x[RIGHT]:
+                names = " and ".join(file.path.name for file in files)
+                quirks.append((names, f"left and right swapped (centroids at x = {x[LEFT]:.1f} and {x[RIGHT]:.1f} mm)"))
+                order = {LEFT: sides[RIGHT], RIGHT: sides[LEFT]}
+        overlap = int(np.logical_and.reduce(list(order.values())).sum()) if len(order) > 1 else 0
+        if overlap:
+            quirks.append((files[0].path.name, f"{overlap} voxels are in both sides; they became right"))
+        for side, mask in sorted(order.items()):
+            merged[mask] = side
+    return merged, quirks

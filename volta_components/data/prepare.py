@@ -1,0 +1,737 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``volta3d prepare``: a data set as its users have it, to checked volumes and a datalist.
+
+A volume is finished by the record that is written last (``.prepare/records/KEY.json``): image, label and thumbnail are
+whole files by then, since each is written under another name and renamed. Whatever moment a run is killed at, the same
+command goes on with the volumes that have no record, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+from tqdm import tqdm
+
+from volta_components.data import quality
+from volta_components.data.datalist import _check_folds, assign_folds, load_datalist, make_content
+from volta_components.data.identity import canonical_patient_id
+from volta_components.data.labels import read_labels
+from volta_components.data.layouts import Finding, LayoutOptions, Listing, Scan, reader
+from volta_components.data.layouts.common import relative
+from volta_components.data.preprocess import Prepared, Settings, UnusableVoxels, prepare_volume
+from volta_components.data.volumes import UnusableVolume, Volume, read_volume
+from volta_components.errors import InputError
+from volta_components.files import read_json, sha256_file, write_json
+
+DTYPES = {"float32": np.float32, "uint16": np.uint16, "uint8": np.uint8}
+STATE = ".prepare"
+# What the paper used of each data set (its section II), to be read beside what was found.
+PAPER_COUNTS = {
+    "adni": "773 scans (CN, SMC, EMCI, LMCI, AD)",
+    "brats": "1,229 scans (GLI, MET, PED)",
+    "harp": "135 scans with both hippocampi",
+    "ixi": "619 scans: 342 male, 277 female",
+    "aibl": "420 scans: 347 healthy, 73 AD",
+}
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One volume for one worker."""
+
+    scan: Scan
+    settings: Settings
+    labels: bool
+    source: Path
+    output: Path
+    temporary: Path
+
+
+def prepare(
+    layout: str,
+    source: str,
+    output: str,
+    name: str | None = None,
+    spacing: float | Sequence[float] = 1.0,
+    shape: Sequence[int] | None = None,
+    dtype: str = "float32",
+    sessions: str | Sequence[str] | None = None,
+    labels: str | None = None,
+    diagnoses: str | Sequence[str] | None = None,
+    require: str | Sequence[str] | None = None,
+    exclude_patients_of: str | Sequence[str] | None = None,
+    table: str | None = None,
+    folds: int = 5,
+    seed: int = 0,
+    workers: int | None = None,
+    shard: str | None = None,
+    skip_bad: bool = False,
+    strict: bool = False,
+    assume_orientation: str | None = None,
+) -> int:
+    """Turn a data set into volumes that the bundles read, a datalist with folds, and a QC page.
+
+    Every scan is brought to RAS order, one spacing and one window (centred on the head, anchored at its top), and its
+    foreground's percentiles 0.5 to 99.5 to [0, 1]. Started again after an interruption, it goes on where it was.
+    Exit status: 0 done, 1 done but something was left out, 2 nothing could be done.
+
+    Args:
+        layout: bids, ixi, brats, harp, dicom or folder.
+        source: root of the data set.
+        output: folder of the prepared data set.
+        name: of the cohort; by default that of the data set.
+        spacing: target spacing in mm, one number or three.
+        shape: target shape in voxels, three numbers; 144,192,192 by default, 160,160,160 for harp.
+        dtype: float32, uint16 or uint8 (the last two with NIfTI's scale factor).
+        sessions: baseline (the first of each patient), all, or names such as ses-M000,ses-M012; brats and harp: all.
+        labels: auto (take those there are), require (leave out scans without) or none; harp: require.
+        diagnoses: keep only these, such as CN,AD.
+        require: leave out scans without these: sex, age, diagnosis or site; ixi: sex.
+        exclude_patients_of: datalists (or folders of such) whose patients are left out, whatever form their ids have.
+        table: a table of subjects (CSV, TSV or Excel) instead of the layout's own.
+        folds: number of folds, by patient, balanced over diagnosis, sex and site.
+        seed: of the folds.
+        workers: processes, one volume in memory each; the number of cores by default.
+        shard: i/n, as 3/8: do only the third of eight parts; the shard that ends last writes the datalist.
+        skip_bad: accept what cannot be used: it is listed, and the exit status stays 0.
+        strict: leave out volumes that the QC marks.
+        assume_orientation: axis codes such as RAS for scans whose header has no orientation; otherwise these are errors.
+    """
+    started = time.monotonic()
+    settings = _settings(layout, spacing, shape, dtype, assume_orientation)
+    _check_folds(folds)
+    index, n_shards = _shard(shard)
+    n_workers = _workers(workers)
+    root, target = Path(str(source)).expanduser(), Path(str(output)).expanduser()
+    find = reader(layout)
+    wanted_labels = _choice(
+        "labels", labels or ("require" if layout == "harp" else "auto"), ("auto", "require", "none")
+    )
+    needed = _words(require) if require is not None else ("sex",) if layout == "ixi" else ()
+    for word in needed:
+        _choice("require", word, ("sex", "age", "diagnosis", "site"))
+    wanted_sessions = _words(sessions) or (("all",) if layout in {"brats", "harp"} else ("baseline",))
+    excluded_patients = _patients_of(_words(exclude_patients_of))
+    _make_folder(target)
+    state = target / STATE
+    with _lock(state, index, n_shards) as temporary:
+        _same_settings(state, layout, settings, wanted_labels, wanted_sessions)
+        listing = find(
+            LayoutOptions(
+                source=root,
+                sessions=wanted_sessions,
+                labels=wanted_labels,  # type: ignore[arg-type]
+                table=Path(str(table)) if table else None,
+                work=state / "converted",
+            )
+        )
+        cohort = str(name) if name else listing.cohort
+        scans = _select(listing, wanted_labels, needed, _words(diagnoses), excluded_patients)
+        if not scans:
+            _print_findings(listing.findings)
+            raise InputError(f"{root}: no scan is left to prepare; see the findings above, or choose another --layout")
+        tasks = [_Task(scan, settings, wanted_labels != "none", root, target, temporary) for scan in scans]
+        mine = [task for i, task in enumerate(tasks) if i % n_shards == index]
+        _check_space(target, settings, [task for task in mine if _finished(task) is None], wanted_labels)
+        _run(mine, n_workers)
+        records = [_read_record(task) for task in tasks]
+        waiting = sum(record is None for record in records)
+        if waiting:
+            print(f"shard {index + 1} of {n_shards} is done; {waiting} volumes are left to others")
+            print("The last shard to end writes the datalist (so does the same command without --shard).")
+            return 0
+        return _finish(
+            target,
+            cohort,
+            layout,
+            settings,
+            scans,
+            records,
+            listing,
+            folds,
+            seed,
+            skip_bad,
+            strict,
+            started,  # type: ignore[arg-type]
+        )
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def _words(value: str | Sequence[Any] | None) -> tuple[str, ...]:
+    """``a,b`` or a sequence, as a tuple of words."""
+    if value is None or value is False:
+        return ()
+    parts = str(value).split(",") if isinstance(value, str | int | float) else [str(part) for part in value]
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def _choice(option: str, value: str, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise InputError(f"--{option} {value}: choose one of {', '.join(allowed)}")
+    return value
+
+
+def _numbers(option: str, value: Any) -> list[float]:
+    try:
+        return [float(word) for word in (_words(value) if isinstance(value, str) else np.atleast_1d(value))]
+    except (TypeError, ValueError):
+        raise InputError(f"--{option} {value}: numbers are wanted, such as --{option} 1,1,1") from None
+
+
+def _settings(layout: str, spacing: Any, shape: Any, dtype: str, assume_orientation: str | None) -> Settings:
+    mm = _numbers("spacing", spacing)
+    mm = mm * 3 if len(mm) == 1 else mm
+    if len(mm) != 3 or not all(0.2 <= s <= 10 for s in mm):
+        raise InputError(f"--spacing {spacing}: one number or three, from 0.2 to 10 mm")
+    voxels = ([160.0] * 3 if layout == "harp" else [144.0, 192.0, 192.0]) if shape is None else _numbers("shape", shape)
+    if len(voxels) != 3 or not all(8 <= n <= 1024 and n == int(n) for n in voxels):
+        raise InputError(f"--shape {shape}: three whole numbers from 8 to 1024, such as 144,192,192")
+    _choice("dtype", dtype, tuple(DTYPES))
+    codes = None
+    if assume_orientation is not None:
+        codes = str(assume_orientation).upper()
+        if len(codes) != 3 or any(len(set(pair) & set(codes)) != 1 for pair in ("LR", "AP", "SI")):
+            raise InputError(f"--assume-orientation {assume_orientation}: three axis codes, such as RAS or LPS")
+    return Settings(
+        spacing=(mm[0], mm[1], mm[2]),
+        shape=(int(voxels[0]), int(voxels[1]), int(voxels[2])),
+        dtype=dtype,
+        assume_orientation=codes,
+    )
+
+
+def _shard(shard: str | None) -> tuple[int, int]:
+    if shard is None:
+        return 0, 1
+    try:
+        i, n = (int(part) for part in str(shard).split("/"))
+    except ValueError:
+        raise InputError(f"--shard {shard}: write it as i/n, such as 3/8") from None
+    if not 1 <= i <= n:
+        raise InputError(f"--shard {shard}: i runs from 1 to n")
+    return i - 1, n
+
+
+def _workers(workers: int | None) -> int:
+    if workers is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
+        raise InputError(f"--workers {workers}: a number of processes, at least 1")
+    return workers
+
+
+def _make_folder(target: Path) -> None:
+    try:
+        for name in ("images", f"{STATE}/records", "qc/thumbnails"):
+            (target / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{target}: cannot write there ({error.strerror}); choose another --output") from error
+
+
+def _same_settings(state: Path, layout: str, settings: Settings, labels: str, sessions: tuple[str, ...]) -> None:
+    """Refuse to mix volumes of different settings in one folder."""
+    wanted = json.loads(json.dumps({"version": 1, "layout": layout, "labels": labels, **asdict(settings)}))
+    path = state / "settings.json"
+    if path.exists():
+        found = read_json(path)
+        changed = [key for key in wanted if found.get(key) != wanted[key]]
+        if changed:
+            was = ", ".join(f"{key} {found.get(key)} instead of {wanted[key]}" for key in changed)
+            raise InputError(
+                f"{state.parent}: holds a data set prepared with {was}; choose another --output, or delete that folder"
+            )
+    else:
+        write_json(path, wanted)
+
+
+@contextlib.contextmanager
+def _lock(state: Path, index: int, n_shards: int) -> Iterator[Path]:
+    """Hold this shard's lock; give its folder for temporary files, empty, and remove it at the end."""
+    name = f"{index + 1}-of-{n_shards}"
+    temporary = state / f"temporary-{name}"
+    with (state / f"lock-{name}").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{state.parent}: another volta3d prepare is at work there; wait for it") from None
+        except OSError:  # a file system without locks
+            pass
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (state / f"lock-{name}").unlink(missing_ok=True)
+
+
+def _check_space(target: Path, settings: Settings, tasks: Sequence[_Task], labels: str) -> None:
+    per_voxel = np.dtype(DTYPES[settings.dtype]).itemsize
+    voxels = int(np.prod(settings.shape))
+    need = sum(voxels * (per_voxel + (1 if task.scan.labels and labels != "none" else 0)) for task in tasks)
+    free = shutil.disk_usage(target).free
+    if need > free:
+        raise InputError(
+            f"{target}: {need / 1e9:.1f} GB are needed for {len(tasks)} volumes, {free / 1e9:.1f} GB are free; free some, "
+            "choose another --output, or a smaller --dtype"
+        )
+
+
+# --- which scans -----------------------------------------------------------------------------------------------------
+
+
+def _patients_of(paths: Sequence[str]) -> dict[str, str]:
+    """Canonical patients of datalists, and which datalist each is from."""
+    return {
+        canonical_patient_id(item["patient_id"]): datalist.name
+        for datalist in map(load_datalist, paths)
+        for item in datalist.content["training"]
+    }
+
+
+def _select(
+    listing: Listing,
+    labels: str,
+    require: Sequence[str],
+    diagnoses: Sequence[str],
+    excluded_patients: Mapping[str, str],
+) -> list[Scan]:
+    kept = []
+    wanted_diagnoses = {word.upper() for word in diagnoses}
+    some_labels = any(scan.labels for scan in listing.scans)
+    for scan in sorted(listing.scans, key=lambda scan: scan.key):
+
+        def leave(kind: Literal["problem", "choice"], reason: str, remedy: str, scan: Scan = scan) -> None:
+            listing.note(kind, scan.subject_id, scan.source, reason, remedy)
+
+        lacking = [word for word in require if getattr(scan, word) is None]
+        if scan.patient_id in excluded_patients:
+            other = excluded_patients[scan.patient_id]
+            leave("choice", f"patient {scan.patient_id} is in {other} (--exclude-patients-of)", "")
+        elif wanted_diagnoses and (scan.diagnosis or "").upper() not in wanted_diagnoses:
+            leave("choice", f"diagnosis {scan.diagnosis} is not asked for", f"--diagnoses {','.join(diagnoses)}")
+        elif lacking:
+            leave("problem", f"has no {' and no '.join(lacking)}", "complete the table, or do not --require it")
+        elif labels == "require" and not scan.labels:
+            leave("problem", "image without label", "fetch its label, or choose --labels auto")
+        else:
+            if labels == "auto" and some_labels and not scan.labels:
+                listing.note("problem", scan.subject_id, scan.source, "image without label", "kept unlabelled", False)
+            kept.append(scan)
+    return kept
+
+
+# --- one volume ------------------------------------------------------------------------------------------------------
+
+
+def _sources(scan: Scan) -> list[Path]:
+    return [*(scan.series or (scan.image,)), *(label.path for label in scan.labels)]
+
+
+def _stamp(scan: Scan, source: Path) -> list[list[Any]]:
+    """Name, size and time of each file that a volume is made from."""
+    stamps = []
+    for path in _sources(scan):
+        try:
+            status = path.stat()
+            stamps.append([relative(path, source), status.st_size, status.st_mtime_ns])
+        except OSError:
+            stamps.append([relative(path, source), None, None])
+    return stamps
+
+
+def _record_path(task: _Task) -> Path:
+    return task.output / STATE / "records" / f"{task.scan.key}.json"
+
+
+def _read_record(task: _Task) -> dict[str, Any] | None:
+    try:
+        return read_json(_record_path(task))  # type: ignore[no-any-return]
+    except InputError:
+        return None
+
+
+def _finished(task: _Task) -> dict[str, Any] | None:
+    """The record of a volume that needs no work: prepared, from the same files, and still there."""
+    record = _read_record(task)
+    if record is None or "error" in record or record["stamp"] != _stamp(task.scan, task.source):
+        return None
+    for name, size in record["files"].items():
+        try:
+            if (task.output / name).stat().st_size != size:
+                return None
+        except OSError:
+            return None
+    return record
+
+
+def _write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray, code: int, slope: float | None = None) -> str:
+    """Write a NIfTI-1 file; give the SHA-256 of its bytes.
+
+    NiBabel makes the header; the voxels are written from memory as they lie, hashed on the way.
+    """
+    header = nib.Nifti1Header()
+    header.set_data_dtype(voxels.dtype)
+    header.set_data_shape(voxels.shape)
+    header.set_zooms(np.linalg.norm(affine[:3, :3], axis=0))
+    header.set_sform(affine, code)
+    header.set_qform(affine, code)
+    header.set_xyzt_units("mm")
+    header.set_slope_inter(slope if slope is not None else 1.0, 0.0)
+    header["magic"] = b"n+1"
+    header["vox_offset"] = 352
+    digest = hashlib.sha256()
+    with path.open("wb") as stream:
+        planes = (np.asfortranarray(voxels[:, :, k]).T for k in range(voxels.shape[2]))
+        for part in (header.binaryblock + bytes(4), *planes):
+            data = part if isinstance(part, bytes) else np.ascontiguousarray(part).data
+            digest.update(data)
+            stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return digest.hexdigest()
+
+
+def _place(task: _Task, name: str, write: Callable[[Path], Any]) -> Any:
+    """Write a file under a name of its own in the temporary folder, then rename it to its place."""
+    task.temporary.mkdir(parents=True, exist_ok=True)
+    temporary = task.temporary / f"{os.getpid()}-{Path(name).name}"
+    target = task.output / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        result = write(temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return result
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _load(task: _Task) -> tuple[Volume, Path]:
+    return read_volume(task.scan.image, task.settings.assume_orientation), task.scan.image
+
+
+def _process(task: _Task) -> dict[str, Any]:
+    """Prepare one volume and record it; a bad one is recorded with its error, and never raises but for a full disk."""
+    scan = task.scan
+    record: dict[str, Any] = {"key": scan.key, "stamp": _stamp(scan, task.source)}
+    try:
+        record |= _prepared(task)
+    except UnusableVolume as error:
+        record["error"] = {
+            "file": relative(Path(error.path), task.source)
+            if Path(error.path).is_absolute() or task.source in Path(error.path).parents
+            else error.path,
+            "reason": error.reason,
+            "remedy": error.remedy,
+        }
+    except UnusableVoxels as error:
+        record["error"] = {"file": scan.source, "reason": error.reason, "remedy": error.remedy}
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        record["error"] = {
+            "file": error.filename or scan.source,
+            "reason": f"{error.strerror or error}",
+            "remedy": "check the disk and the permissions",
+        }
+    except MemoryError:
+        record["error"] = {"file": scan.source, "reason": "does not fit in memory", "remedy": "use fewer --workers"}
+    except Exception as error:
+        record["error"] = {
+            "file": scan.source,
+            "reason": f"unexpected {type(error).__name__}: {error}",
+            "remedy": "please report it",
+        }
+    text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    _place(task, f"{STATE}/records/{scan.key}.json", lambda path: _write_text(path, text))
+    return record
+
+
+def _prepared(task: _Task) -> dict[str, Any]:
+    scan, settings = task.scan, task.settings
+    volume, path = _load(task)
+    label, quirks = None, []
+    if task.labels and scan.labels:
+        label, quirks = read_labels(scan.labels, volume, path, settings.assume_orientation)
+    done = prepare_volume(volume, settings, label, volume.affine if label is not None else None)
+    del volume, label
+    return _write(task, done, quirks)
+
+
+def _write(task: _Task, done: Prepared, quirks: list[tuple[str, str]]) -> dict[str, Any]:
+    scan, settings = task.scan, task.settings
+    image_name = f"images/{scan.key}.nii"
+    label_name = f"labels/{scan.key}.nii" if done.label is not None else None
+    picture = quality.thumbnail(done.image, done.label)
+    voxels, slope = done.image, None
+    if settings.dtype != "float32":
+        top = np.iinfo(DTYPES[settings.dtype]).max
+        voxels, slope = np.round(done.image * top).astype(DTYPES[settings.dtype]), 1 / top
+    digest = _place(task, image_name, lambda path: _write_nifti(path, voxels, done.affine, done.code, slope))
+    names = [image_name]
+    if done.label is not None and label_name is not None:
+        label = done.label
+        _place(task, label_name, lambda path: _write_nifti(path, label, done.affine, done.code))
+        names.append(label_name)
+    _place(task, f"qc/thumbnails/{scan.key}.png", lambda path: path.write_bytes(picture))
+    hashes = [sha256_file(path) for path in (scan.series or (scan.image,))]
+    source_hash = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return {
+        "image": image_name,
+        "label": label_name,
+        "sha256": digest,
+        "source_sha256": source_hash,
+        "voxels_sha256": done.digest,
+        "files": {name: (task.output / name).stat().st_size for name in names},
+        "quality": done.quality,
+        "warnings": done.warnings,
+        "quirks": [list(quirk) for quirk in quirks],
+    }
+
+
+# --- all volumes -----------------------------------------------------------------------------------------------------
+
+
+def _watch_parent() -> None:
+    """End this worker when the process that started it is gone; a killed run must not leave workers behind."""
+    parent = parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _run(tasks: Sequence[_Task], workers: int) -> None:
+    """Prepare all volumes that are not finished yet, in parallel, a few in flight a worker."""
+    todo = [task for task in tasks if _finished(task) is None]
+    bar = tqdm(total=len(tasks), initial=len(tasks) - len(todo), unit="volume", desc="preparing", smoothing=0.1)
+    try:
+        with bar:
+            if workers == 1 or len(todo) <= 1:
+                for task in todo:
+                    _process(task)
+                    bar.update()
+                return
+            _run_pool(todo, min(workers, len(todo)), bar)
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a worker was killed, most likely for want of memory; use fewer --workers. Started again, the same command "
+            "goes on where it was"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"{tasks[0].output}: disk full ({error.strerror}); free some space and start the same command again: what is "
+            "done is kept"
+        ) from error
+
+
+def _run_pool(todo: Sequence[_Task], workers: int, bar: Any) -> None:
+    queue = iter(todo)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_watch_parent) as pool:
+        running: set[Future[dict[str, Any]]] = set()
+        try:
+            while True:
+                while len(running) < 2 * workers and (task := next(queue, None)) is not None:
+                    running.add(pool.submit(_process, task))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                    bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+def _finish(
+    target: Path,
+    cohort: str,
+    layout: str,
+    settings: Settings,
+    scans: Sequence[Scan],
+    records: Sequence[dict[str, Any]],
+    listing: Listing,
+    folds: int,
+    seed: int,
+    skip_bad: bool,
+    strict: bool,
+    started: float,
+) -> int:
+    """Findings, marks, folds, datalist, QC files and summary; gives the exit status."""
+    good: list[tuple[Scan, dict[str, Any]]] = []
+    for scan, record in zip(scans, records, strict=True):
+        if "error" in record:
+            error = record["error"]
+            listing.note("problem", scan.subject_id, error["file"], error["reason"], error["remedy"])
+        else:
+            good.append((scan, record))
+            for file, what in record["quirks"]:
+                listing.note("quirk", scan.subject_id, file, what)
+    _note_twins(listing, good)
+    marks = quality.find_marks([{**record["quality"], "warnings": record["warnings"]} for _, record in good])
+    if strict:
+        for (scan, _), found in zip(good, marks, strict=True):
+            if found:
+                listing.note("problem", scan.subject_id, scan.source, "; ".join(found), "marked by the QC (--strict)")
+        good = [pair for pair, found in zip(good, marks, strict=True) if not found]
+        marks = [[] for _ in good]
+    if not good:
+        _print_findings(listing.findings)
+        raise InputError(f"{target}: no volume could be prepared; see the findings above")
+    items = [_item(scan, record, cohort) for scan, record in good]
+    fold_of = assign_folds(items, folds, seed)
+    for item in items:
+        item["fold"] = fold_of[item["patient_id"]]
+    findings = sorted(listing.findings, key=lambda f: (f.kind, f.subject, f.file, f.reason))
+    excluded = [
+        {"subject_id": f.subject, "source": f.file, "reason": f.reason}
+        for f in findings
+        if f.left_out and f.kind != "quirk"
+    ]
+    content = make_content(cohort, settings.spacing, settings.shape, seed, folds, items, excluded)
+    problems = sum(f.kind == "problem" for f in findings)
+    rows = [
+        {**item, **record["quality"], "key": scan.key, "marks": found}
+        for item, (scan, record), found in zip(items, good, marks, strict=True)
+    ]
+    summary = _summary(cohort, layout, listing, items, marks, findings)
+    qc = target / "qc"
+    quality.write_contact_sheets(
+        qc,
+        [
+            (scan.key, qc / "thumbnails" / f"{scan.key}.png", bool(found))
+            for (scan, _), found in zip(good, marks, strict=True)
+        ],
+    )
+    quality.write_table(qc / "quality.csv", rows)
+    quality.write_table(qc / "findings.csv", map(asdict, findings), list(Finding.__dataclass_fields__))
+    quality.write_page(qc / "index.html", f"{cohort}: prepared volumes", summary, rows, [asdict(f) for f in findings])
+    write_json(target / "datalist.json", content)
+    _print_findings(findings)
+    print("\n".join(summary))
+    print(f"{target / 'datalist.json'}: {len(items)} volumes, {folds} folds, hash {content['hash'][:16]}")
+    print(f"{qc / 'index.html'}: look at it; {time.monotonic() - started:.0f} s")
+    if problems and not skip_bad:
+        print(
+            f"{problems} problems, so the exit status is 1; mend them and run it again, or accept them with --skip-bad"
+        )
+        return 1
+    return 0
+
+
+def _note_twins(listing: Listing, good: Iterable[tuple[Scan, dict[str, Any]]]) -> None:
+    """Report scans that hold the same voxels under two ids."""
+    first: dict[str, Scan] = {}
+    for scan, record in good:
+        other = first.setdefault(record["voxels_sha256"], scan)
+        if other is not scan:
+            listing.note(
+                "problem",
+                scan.subject_id,
+                scan.source,
+                f"the same voxels as {other.subject_id} ({other.source})",
+                "remove one; both are kept",
+                False,
+            )
+
+
+def _item(scan: Scan, record: Mapping[str, Any], cohort: str) -> dict[str, Any]:
+    return {
+        "image": record["image"],
+        **({"label": record["label"]} if record["label"] else {}),
+        "subject_id": scan.subject_id,
+        "patient_id": scan.patient_id,
+        "session": scan.session,
+        "site": scan.site,
+        "cohort": cohort,
+        "sex": scan.sex,
+        "diagnosis": scan.diagnosis,
+        "age": scan.age,
+        "fold": 0,
+        "source": scan.source,
+        "source_sha256": record["source_sha256"],
+        "sha256": record["sha256"],
+        "voxels_sha256": record["voxels_sha256"],
+    }
+
+
+def _summary(
+    cohort: str,
+    layout: str,
+    listing: Listing,
+    items: Sequence[Mapping[str, Any]],
+    marks: Sequence[Sequence[str]],
+    findings: Sequence[Finding],
+) -> list[str]:
+    """Counts beside the paper's."""
+    patients = len({item["patient_id"] for item in items})
+    parts = [f"{len(items)} scans of {patients} patients"]
+    for key in ("sex", "diagnosis", "site"):
+        counts = Counter(str(item[key]) for item in items if item[key] is not None)
+        if counts and len(counts) <= 12:
+            parts.append(f"{key} " + ", ".join(f"{value} {n}" for value, n in sorted(counts.items())))
+    lines = [f"{cohort}: " + "; ".join(parts)]
+    if listing.found:
+        lines.append("found: " + ", ".join(f"{what} {n}" for what, n in listing.found.items()))
+    if paper := PAPER_COUNTS.get(cohort) or PAPER_COUNTS.get(layout):
+        lines.append(f"the paper used: {paper}")
+    kinds = Counter(f.kind for f in findings)
+    lines.append(
+        f"{sum(map(bool, marks))} volumes marked; {kinds['problem']} problems, {kinds['quirk']} quirks handled, "
+        f"{kinds['choice']} left out by choice"
+    )
+    return lines
+
+
+def _print_findings(findings: Sequence[Finding], limit: int = 30) -> None:
+    """Print problems and quirks as a table; choices are only counted (all are in qc/findings.csv)."""
+    for kind in ("problem", "quirk"):
+        rows = [
+            (f.subject, f.file or "(none)", f.reason + (f"; {f.remedy}" if f.remedy else ""))
+            for f in findings
+            if f.kind == kind
+        ]
+        if rows:
+            print(str(InputError.many(f"{len(rows)} {kind}s", rows, "", limit)).rstrip())
+
+
+def with_series(scan: Scan, series: Sequence[Path]) -> Scan:
+    """A scan that is made from these DICOM files."""
+    return replace(scan, series=tuple(series))

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person looks at after preparing: marks on odd volumes, a table, a contact sheet and a page to sort and click.
+
+Pictures are drawn from small thumbnails that were made while each volume was in memory, so that no volume is read again.
+Pillow draws them: its PNG files are the same bytes each time, which the resume test relies on.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from volta_components.files import atomic_path
+
+THUMBNAIL = 96  # pixels a side of each of the three views
+SHEET_COLUMNS, SHEET_ROWS = 4, 25
+# Absolute limits beyond which a volume is marked; named in the page.
+LIMITS = {
+    "cut at a side": 0.005,
+    "cut at the bottom": 0.35,
+    "foreground at least": 0.03,
+    "source spacing, mm": 3.0,
+    "oblique, degrees": 20.0,
+    "robust deviations": 6.0,
+}
+_RELATIVE = ("foreground_fraction", "mean", "snr")
+_COLUMNS = (
+    "subject_id",
+    "session",
+    "fold",
+    "sex",
+    "age",
+    "diagnosis",
+    "site",
+    "marks",
+    "spacing",
+    "orientation",
+    "oblique_degrees",
+    "shape",
+    "type",
+    "minimum",
+    "maximum",
+    "low",
+    "high",
+    "foreground_fraction",
+    "mean",
+    "snr",
+    "cut",
+    "cut_left",
+    "cut_right",
+    "cut_back",
+    "cut_front",
+    "cut_bottom",
+    "cut_top",
+    "label_volume_mm3",
+    "source",
+)
+
+
+def thumbnail(image: np.ndarray, label: np.ndarray | None = None) -> bytes:
+    """Sagittal, coronal and axial middle slice side by side, labels in colour, as PNG.
+
+    Args:
+        image: ``[X, Y, Z]`` in [0, 1], RAS.
+        label: the same shape, or None; the slices then go through the labels' centre.
+    """
+    centre = [n // 2 for n in image.shape]
+    if label is not None and label.any():
+        centre = [round(float(np.mean(index))) for index in np.nonzero(label)]
+    views = []
+    for axis in range(3):
+        flat = np.take(image, centre[axis], axis=axis).T[::-1]
+        grey = np.uint8(np.round(255 * np.clip(flat, 0, 1)))
+        colour = np.stack([grey] * 3, axis=-1)
+        if label is not None:
+            mask = np.take(label, centre[axis], axis=axis).T[::-1]
+            colour[mask == 1] = (230, 80, 60)
+            colour[mask >= 2] = (60, 140, 240)
+        picture = Image.fromarray(colour)
+        scale = THUMBNAIL / max(picture.size)
+        picture = picture.resize(
+            (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.BILINEAR
+        )
+        view = Image.new("RGB", (THUMBNAIL, THUMBNAIL))
+        view.paste(picture, ((THUMBNAIL - picture.width) // 2, (THUMBNAIL - picture.height) // 2))
+        views.append(np.asarray(view))
+    buffer = io.BytesIO()
+    Image.fromarray(np.concatenate(views, axis=1)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def find_marks(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """What is odd about each volume: beyond an absolute limit, or far from the rest of the data set.
+
+    Far is more than 6 robust deviations (1.4826 times the median absolute one) from the median, among at least 10.
+
+    Args:
+        rows: the measures of :class:`volta_components.data.preprocess.Prepared`, with its ``warnings``.
+
+    Returns:
+        A list of marks for each row; empty for most.
+    """
+    marks: list[list[str]] = [list(row.get("warnings", [])) for row in rows]
+    for row, found in zip(rows, marks, strict=True):
+        for side in ("left", "right", "back", "front", "top"):
+            if row[f"cut_{side}"] > LIMITS["cut at a side"]:
+                found.append(f"{100 * row[f'cut_{side}']:.1f} % of the foreground cut at the {side}")
+        if row["cut_bottom"] > LIMITS["cut at the bottom"]:
+            found.append(f"{100 * row['cut_bottom']:.0f} % of the foreground cut at the bottom")
+        if row["foreground_fraction"] < LIMITS["foreground at least"]:
+            found.append(f"foreground fills only {100 * row['foreground_fraction']:.1f} % of the window")
+        if max(float(s) for s in row["spacing"].split("x")) > LIMITS["source spacing, mm"]:
+            found.append(f"coarse source ({row['spacing']} mm)")
+        if row["oblique_degrees"] > LIMITS["oblique, degrees"]:
+            found.append(f"oblique by {row['oblique_degrees']:.0f} degrees")
+    for name in _RELATIVE:
+        values = np.array([np.nan if row.get(name) is None else float(row[name]) for row in rows])
+        if np.isfinite(values).sum() < 10:
+            continue
+        middle = np.nanmedian(values)
+        deviation = max(1.4826 * np.nanmedian(np.abs(values - middle)), 1e-3 * abs(middle), 1e-9)
+        for value, found in zip(values, marks, strict=True):
+            if np.isfinite(value) and abs(value - middle) / deviation > LIMITS["robust deviations"]:
+                found.append(f"{name} {value:.3g} is far from the median {middle:.3g}")
+    return marks
+
+
+def write_contact_sheets(folder: Path, entries: Sequence[tuple[str, Path, bool]]) -> list[Path]:
+    """Draw all thumbnails on sheets of 100, marked ones framed in red; further sheets are numbered from 2.
+
+    Args:
+        folder: to write ``contact_sheet.png`` to.
+        entries: (caption, thumbnail, marked) of each volume.
+    """
+    per_sheet = SHEET_COLUMNS * SHEET_ROWS
+    width, height = 3 * THUMBNAIL + 8, THUMBNAIL + 20
+    paths = []
+    for number, first in enumerate(range(0, len(entries), per_sheet), start=1):
+        part = entries[first : first + per_sheet]
+        columns = min(SHEET_COLUMNS, len(part))
+        sheet = Image.new("RGB", (columns * width, -(-len(part) // columns) * height), (24, 24, 24))
+        draw = ImageDraw.Draw(sheet)
+        for i, (caption, path, marked) in enumerate(part):
+            x, y = i % columns * width, i // columns * height
+            with Image.open(path) as picture:
+                sheet.paste(picture, (x + 4, y + 16))
+            draw.text((x + 5, y + 3), caption, fill=(255, 120, 100) if marked else (220, 220, 220))
+            if marked:
+                draw.rectangle((x + 2, y + 14, x + width - 4, y + height - 3), outline=(255, 60, 40), width=2)
+        path = folder / ("contact_sheet.png" if number == 1 else f"contact_sheet_{number:02d}.png")
+        with atomic_path(path) as temporary:
+            sheet.save(temporary, "PNG")
+        paths.append(path)
+    for old in folder.glob("contact_sheet*.png"):
+        if old not in paths:
+            old.unlink()
+    return paths
+
+
+def write_table(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """Write rows as CSV, atomically; lists are joined by semicolons, objects are JSON."""
+
+    def text(value: Any) -> Any:
+        if isinstance(value, list):
+            return "; ".join(map(str, value))
+        return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
+
+    columns = _COLUMNS if columns is None else columns
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(columns)
+        for row in rows:
+            writer.writerow([text(row.get(column)) for column in columns])
+
+
+_STYLE = """
+body{font:14px/1.45 system-ui,sans-serif;margin:24px;color:#222;background:#fff}
+h1{font-size:22px}h2{font-size:17px;margin-top:28px}table{border-collapse:collapse;margin-top:8px}
+th,td{border-bottom:1px solid #ddd;padding:3px 8px;text-align:left;vertical-align:top}
+th{position:sticky;top:0;background:#f3f3f3}th button{font:inherit;font-weight:600;border:0;background:none;cursor:pointer;padding:0}
+tr.marked td{background:#fff0ec}img{display:block;width:288px;height:96px}.n{text-align:right}
+"""
+_SCRIPT = """
+for(const table of document.querySelectorAll('table.sortable')){
+  [...table.tHead.rows[0].cells].forEach((cell,column)=>{
+    const button=cell.querySelector('button'); if(!button) return;
+    button.addEventListener('click',()=>{
+      const down=cell.getAttribute('aria-sort')==='ascending';
+      for(const other of table.tHead.rows[0].cells) other.removeAttribute('aria-sort');
+      cell.setAttribute('aria-sort',down?'descending':'ascending');
+      const value=row=>row.cells[column].dataset.v??row.cells[column].textContent;
+      const rows=[...table.tBodies[0].rows].sort((a,b)=>{
+        const x=value(a),y=value(b); if(x===''||y==='') return (x==='')-(y==='');
+        const d=x-y; return (Number.isNaN(d)?x.localeCompare(y):d)*(down?-1:1);});
+      table.tBodies[0].append(...rows);
+    });
+  });
+}
+"""
+
+
+def write_page(
+    path: Path,
+    title: str,
+    summary: Sequence[str],
+    rows: Sequence[Mapping[str, Any]],
+    findings: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write the QC page: one row a volume, sortable by a click on a column; needs no network.
+
+    Args:
+        path: the HTML file; thumbnails are looked for in ``thumbnails/`` beside it.
+        title: headline.
+        summary: lines under it.
+        rows: item, measures, ``marks`` and ``key`` of each volume.
+        findings: kind, subject, file, reason, remedy and left_out of each.
+    """
+    columns = [column for column in _COLUMNS if any(row.get(column) not in (None, "", []) for row in rows)]
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return "<td></td>"
+        if isinstance(value, bool):
+            return f"<td>{'yes' if value else 'no'}</td>"
+        if isinstance(value, int | float):
+            return f'<td class="n" data-v="{value!r}">{value:.6g}</td>'
+        if isinstance(value, list):
+            return f'<td data-v="{len(value)}">{"<br>".join(html.escape(str(v)) for v in value)}</td>'
+        if isinstance(value, dict):
+            value = ", ".join(f"{k}: {v:g}" for k, v in value.items())
+        return f"<td>{html.escape(str(value))}</td>"
+
+    def header(names: Sequence[str]) -> str:
+        return "".join(
+            f'<th scope="col"><button type="button">{html.escape(name.replace("_", " "))}</button></th>'
+            for name in names
+        )
+
+    lines = [
+        "<!doctype html>",
+        f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
+        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>",
+        *(f"<p>{html.escape(line)}</p>" for line in summary),
+        "<p>A volume is marked when " + ", ".join(f"{k} {v:g}" for k, v in LIMITS.items()) + " is passed.</p>",
+        f"<h2>Volumes ({len(rows)})</h2>",
+        f'<table class="sortable"><thead><tr><th scope="col">slices</th>{header(columns)}</tr></thead><tbody>',
+    ]
+    for row in rows:
+        picture = html.escape(f"thumbnails/{row['key']}.png")
+        lines.append(
+            f'<tr{" class=marked" if row["marks"] else ""}><td><img loading="lazy" alt="three slices of '
+            f'{html.escape(row["key"])}" src="{picture}"></td>' + "".join(cell(row.get(c)) for c in columns) + "</tr>"
+        )
+    names = ("kind", "subject", "file", "reason", "remedy", "left_out")
+    lines += [
+        "</tbody></table>",
+        f"<h2>Findings ({len(findings)})</h2>",
+        "<p>A problem is broken or missing; a quirk is known of the data set and was handled; a choice follows from an "
+        "option or the layout.</p>",
+        f'<table class="sortable"><thead><tr>{header(names)}</tr></thead><tbody>',
+        *("<tr>" + "".join(cell(finding[name]) for name in names) + "</tr>" for finding in findings),
+        f"</tbody></table><script>{_SCRIPT}</script></body></html>",
+    ]
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
