@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.transforms import Compose
+from monai.transforms import Randomizable
 from torch.utils.data import Dataset, Sampler
 
 from volta_components.errors import InputError
@@ -132,6 +132,6 @@ class KeyedDataset(Dataset[Any]):
         item: Any = {**self.data[index], "key": torch.tensor([epoch, index])}
         if self.transform is None:
             return item
-        if isinstance(self.transform, Compose):
+        if isinstance(self.transform, Randomizable):
             self.transform.set_random_state(seed=derived_seed(self.seed, "transform", epoch, index) % 2**32)
         return self.transform(item)
