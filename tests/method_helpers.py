@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny builders for the tests of the method; a module (not fixtures) because spawned processes need them too."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from monai.transforms import Compose
+from torch import nn
+from torch.utils.data import DataLoader
+
+from volta_components.losses import CentredTargets, GlobalAlignmentLoss, PatchAlignmentLoss, ReconstructionLoss
+from volta_components.masking import GroupMask
+from volta_components.networks import ProjectionHead, VoltaStudent, VoltaViT, make_teacher, parameter_groups
+from volta_components.sampling import KeyedDataset, ResumableSampler
+from volta_components.schedules import CosineSchedule, LinearSchedule
+from volta_components.trainer import VoltaTrainer
+from volta_components.views import CropGeometry, IntensityAugment, ViewGenerator
+
+IMAGE = (8, 12, 12)
+PATCH = (4, 4, 4)
+HIDDEN = 32
+PROTOTYPES = 16
+# Tokens of a global crop of IMAGE size: a grid of 2 x 3 x 3.
+TOKENS = 18
+
+
+def tiny_network(seed: int = 0, **changes: Any) -> VoltaViT:
+    """Two blocks of 32 on 18 tokens."""
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "img_size": IMAGE,
+        "patch_size": PATCH,
+        "hidden_size": HIDDEN,
+        "mlp_dim": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "summary_heads": 2,
+    }
+    return VoltaViT(**{**settings, **changes})
+
+
+def tiny_head(seed: int = 1) -> ProjectionHead:
+    torch.manual_seed(seed)
+    return ProjectionHead(HIDDEN, hidden_dim=24, bottleneck_dim=8, out_dim=PROTOTYPES)
+
+
+def tiny_student(seed: int = 0) -> VoltaStudent:
+    return VoltaStudent(tiny_network(seed), tiny_head(seed + 1))
+
+
+def tiny_views(num_local: int = 2, seed: int = 0, plain: bool = False, **changes: Any) -> ViewGenerator:
+    """Views of volumes of about 10 x 14 x 14 voxels; ``plain`` without intensity changes."""
+    strong = IntensityAugment() if plain else IntensityAugment(0.1, 0.2, 1.3, 0.1, 0.05, 0.8, 0.5)
+    mild = IntensityAugment() if plain else IntensityAugment(0.02, 0.1, 1.1, 0.05, 0.01, 0.5, 0.1)
+    settings: dict[str, Any] = {
+        "global_geometry": CropGeometry(IMAGE, zoom=(0.9, 1.1), rotation=10, translation=1),
+        "local_geometry": CropGeometry((8, 8, 8), cube_side=(5, 12), rotation=10, anywhere=True),
+        "num_local": num_local,
+        "teacher_intensity": mild,
+        "student_intensity": strong,
+        "mask": GroupMask(cell=1),
+        "seed": seed,
+    }
+    return ViewGenerator(**{**settings, **changes})
+
+
+def tiny_volumes(count: int, shape: tuple[int, ...] = (10, 14, 14), seed: int = 5) -> list[dict[str, torch.Tensor]]:
+    """Items with smooth random volumes ``[1, D, H, W]`` in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 1, 4, 4, 4, generator=generator)
+    volumes = nn.functional.interpolate(coarse, size=shape, mode="trilinear", align_corners=True)
+    return [{"image": volume} for volume in volumes]
+
+
+def tiny_run(
+    count: int = 5,
+    epochs: int = 2,
+    batch_size: int = 1,
+    num_replicas: int = 1,
+    rank: int = 0,
+    accumulation_steps: int = 2,
+    seed: int = 0,
+    shuffle: bool = True,
+    transform: Compose | None = None,
+    **changes: Any,
+) -> SimpleNamespace:
+    """Everything of a tiny pretraining, fresh and reproducible; ``changes`` go to the trainer."""
+    device = torch.device("cpu")
+    student = tiny_student(seed)
+    sampler = ResumableSampler(count, seed, batch_size, num_replicas, rank, shuffle=shuffle)
+    parts = SimpleNamespace(
+        plain_student=student,
+        student=student,
+        teacher=make_teacher(student),
+        sampler=sampler,
+        views=tiny_views(seed=seed),
+        global_loss=GlobalAlignmentLoss(CentredTargets(PROTOTYPES)),
+        patch_loss=PatchAlignmentLoss(CentredTargets(PROTOTYPES)),
+        optimizer=torch.optim.AdamW(parameter_groups(student, 0.04), lr=0.0),
+    )
+    steps = epochs * -(-sampler.iterations // accumulation_steps)
+    settings: dict[str, Any] = {
+        "reconstruction_loss": ReconstructionLoss(),
+        "learning_rate": CosineSchedule(1e-3, 1e-5, steps, 1),
+        "teacher_momentum": CosineSchedule(0.9, 1.0, epochs * sampler.iterations),
+        "teacher_temperature": LinearSchedule(0.04, 0.07, sampler.iterations),
+        "accumulation_steps": accumulation_steps,
+    }
+    for name, value in changes.items():
+        if hasattr(parts, name):
+            setattr(parts, name, value)
+        else:
+            settings[name] = value
+    parts.losses = nn.ModuleList([parts.global_loss, parts.patch_loss])
+    if settings.get("koleo_loss") is not None:
+        parts.losses.append(settings["koleo_loss"])
+    dataset = KeyedDataset(tiny_volumes(count), transform, seed)
+    parts.loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler)
+    parts.trainer = VoltaTrainer(
+        device=device,
+        max_epochs=epochs,
+        train_data_loader=parts.loader,
+        sampler=sampler,
+        student=parts.student,
+        teacher=parts.teacher,
+        optimizer=parts.optimizer,
+        views=parts.views,
+        global_loss=parts.global_loss,
+        patch_loss=parts.patch_loss,
+        **settings,
+    )
+    return parts
+
+
+def flat(module: nn.Module) -> dict[str, np.ndarray]:
+    """A copy of a module's state as arrays."""
+    return {name: value.detach().cpu().numpy().copy() for name, value in module.state_dict().items()}

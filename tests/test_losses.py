@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses against NumPy implementations of the equations, written independently of the package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax, softmax
+
+from volta_components.errors import InputError
+from volta_components.losses import (
+    CentredTargets,
+    GlobalAlignmentLoss,
+    KoLeoLoss,
+    PatchAlignmentLoss,
+    ReconstructionLoss,
+    SinkhornTargets,
+    entropy_share,
+)
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.tensor(array, dtype=torch.float32)
+
+
+def numpy_global(student: np.ndarray, targets: np.ndarray, tau: float) -> float:
+    """Eq. 2-3, term by term."""
+    terms = []
+    for i in range(len(targets)):
+        for j in range(len(student)):
+            if i != j:
+                cross_entropy = [
+                    -(targets[i, b] * log_softmax(student[j, b] / tau)).sum() for b in range(student.shape[1])
+                ]
+                terms.append(np.mean(cross_entropy))
+    assert len(terms) == 2 * (len(student) - 1)
+    return float(np.mean(terms))
+
+
+def numerical_gradient(function: Callable[[np.ndarray], float], at: np.ndarray, step: float = 1e-6) -> np.ndarray:
+    gradient = np.zeros_like(at)
+    for index in np.ndindex(*at.shape):
+        up, down = at.copy(), at.copy()
+        up[index] += step
+        down[index] -= step
+        gradient[index] = (function(up) - function(down)) / (2 * step)
+    return gradient
+
+
+@pytest.mark.parametrize(("views", "batch"), [(2, 1), (5, 3), (10, 1), (3, 4)])
+def test_global_loss_and_centre_over_steps(rng: np.random.Generator, views: int, batch: int) -> None:
+    prototypes, momentum, tau = 7, 0.9, 0.1
+    loss = GlobalAlignmentLoss(CentredTargets(prototypes, momentum), tau)
+    centre = np.zeros(prototypes)
+    for step in range(5):
+        student = rng.uniform(-1, 1, (views, batch, prototypes))
+        teacher = rng.uniform(-1, 1, (2, batch, prototypes)) + 0.3
+        temperature = 0.04 + 0.01 * step
+        expected = numpy_global(student, softmax((teacher - centre) / temperature, axis=-1), tau)
+        assert loss(as_tensor(student), as_tensor(teacher), temperature).item() == pytest.approx(expected, rel=1e-5)
+        mean = teacher.mean(axis=(0, 1))
+        centre = mean if step == 0 else momentum * centre + (1 - momentum) * mean
+        np.testing.assert_allclose(loss.targets.centre.numpy(), centre, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 1), (2, 18), (6, 5)])
+def test_patch_loss_and_centre_over_steps(rng: np.random.Generator, batch: int, tokens: int) -> None:
+    prototypes, momentum, tau = 6, 0.95, 0.1
+    loss = PatchAlignmentLoss(CentredTargets(prototypes, momentum), tau)
+    centre = np.zeros(prototypes)
+    for step in range(5):
+        student, teacher = rng.uniform(-1, 1, (2, batch, tokens, prototypes))
+        target = softmax((teacher - centre) / 0.05, axis=-1)
+        expected = np.mean(
+            [-(target[b, n] @ log_softmax(student[b, n] / tau)) for b in range(batch) for n in range(tokens)]
+        )
+        assert loss(as_tensor(student), as_tensor(teacher), 0.05).item() == pytest.approx(expected, rel=1e-5)
+        mean = teacher.reshape(-1, prototypes).mean(axis=0)
+        centre = mean if step == 0 else momentum * centre + (1 - momentum) * mean
+        np.testing.assert_allclose(loss.targets.centre.numpy(), centre, atol=1e-6)
+
+
+def test_global_loss_by_hand() -> None:
+    """Two prototypes, teacher certain: -ln of the student's share of that prototype in the other view."""
+    teacher = torch.tensor([[[100.0, 0.0]], [[0.0, 100.0]]])
+    student = torch.tensor([[[0.1, 0.0]], [[0.0, 0.3]]])
+    loss = GlobalAlignmentLoss(CentredTargets(2), student_temperature=0.1)(student, teacher, 0.04)
+    # Teacher 1 says prototype 0 to student 2 (logits 0, 3); teacher 2 says prototype 1 to student 1 (logits 1, 0).
+    expected = (math.log(1 + math.exp(3)) + math.log(1 + math.exp(1))) / 2
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_centre_stands_still_in_evaluation(rng: np.random.Generator) -> None:
+    targets = CentredTargets(4, 0.5, target_entropy=0.5)
+    teacher = as_tensor(rng.normal(size=(3, 4)))
+    targets(teacher, 0.05)
+    before = {name: value.clone() for name, value in targets.state_dict().items()}
+    targets.eval()(teacher + 1, 0.05)
+    for name, value in targets.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_entropy_control_by_hand(rng: np.random.Generator) -> None:
+    prototypes, wanted, gain, temperature = 5, 0.6, 0.3, 0.04
+    targets = CentredTargets(prototypes, 0.9, target_entropy=wanted, entropy_gain=gain)
+    centre, log_scale = np.zeros(prototypes), 0.0
+    for step in range(6):
+        logits = rng.normal(scale=0.02, size=(4, prototypes))
+        distribution = softmax((logits - centre) / (temperature * math.exp(log_scale)), axis=-1)
+        np.testing.assert_allclose(targets(as_tensor(logits), temperature).numpy(), distribution, atol=1e-5)
+        share = np.mean([-(row * np.log(row)).sum() for row in distribution]) / math.log(prototypes)
+        log_scale += gain * (wanted - share)
+        centre = logits.mean(axis=0) if step == 0 else 0.9 * centre + 0.1 * logits.mean(axis=0)
+        assert targets.log_scale.item() == pytest.approx(log_scale, abs=1e-5)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e-2, 1.0])
+def test_entropy_control_finds_its_target(rng: np.random.Generator, spread: float) -> None:
+    targets = CentredTargets(32, 0.99, target_entropy=0.5, entropy_gain=0.3)
+    shares = [
+        entropy_share(targets(as_tensor(rng.normal(scale=spread, size=(8, 32))), 0.04)).mean() for _ in range(150)
+    ]
+    assert np.mean(shares[-30:]) == pytest.approx(0.5, abs=0.05)
+
+
+def test_entropy_scale_is_bounded() -> None:
+    targets = CentredTargets(4, target_entropy=0.5, entropy_gain=100.0)
+    for _ in range(3):
+        assert torch.isfinite(targets(torch.zeros(2, 4), 0.04)).all()
+    assert targets.log_scale.item() == -12.0
+
+
+def test_entropy_share_by_hand() -> None:
+    rows = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0]])
+    np.testing.assert_allclose(entropy_share(rows).numpy(), [1.0, 0.0, 0.5], atol=1e-6)
+
+
+def numpy_sinkhorn(rows: np.ndarray, epsilon: float, iterations: int) -> np.ndarray:
+    """Sinkhorn-Knopp on probabilities (the package works on logarithms)."""
+    scores = rows - rows.mean(axis=0)
+    plan = np.exp(scores / scores.std(ddof=1) / epsilon)
+    plan /= plan.sum()
+    for _ in range(iterations):
+        plan /= plan.sum(axis=0, keepdims=True) * plan.shape[1]
+        plan /= plan.sum(axis=1, keepdims=True) * plan.shape[0]
+    return plan * plan.shape[0]
+
+
+def test_sinkhorn_over_the_queue_equals_numpy(rng: np.random.Generator) -> None:
+    targets = SinkhornTargets(5, queue_size=7, epsilon=0.4, num_iterations=3)
+    queue = np.zeros((0, 5))
+    for _ in range(5):
+        logits = rng.normal(scale=0.01, size=(2, 2, 5)) + rng.normal(size=5)
+        rows = np.concatenate([logits.reshape(-1, 5), queue])
+        expected = numpy_sinkhorn(rows, 0.4, 3)[:4].reshape(2, 2, 5)
+        actual = targets(as_tensor(logits), 0.04).numpy()
+        np.testing.assert_allclose(actual, expected, atol=1e-4)
+        np.testing.assert_allclose(actual.sum(axis=-1), 1.0, atol=1e-6)
+        queue = rows[:7]
+        # The newest outputs lie in front; the oldest fall out.
+        assert int(targets.filled) == len(queue)
+        np.testing.assert_allclose(targets.queue[: len(queue)].numpy(), queue, atol=1e-6)
+
+
+def test_sinkhorn_marginals(rng: np.random.Generator) -> None:
+    """Each sample weighs 1, each prototype samples / prototypes, over all that takes part."""
+    plan = SinkhornTargets(6, queue_size=4, epsilon=0.5, num_iterations=100)(as_tensor(rng.normal(size=(40, 6))), 0.04)
+    np.testing.assert_allclose(plan.sum(dim=1).numpy(), 1.0, atol=1e-5)
+    np.testing.assert_allclose(plan.sum(dim=0).numpy(), 40 / 6, rtol=1e-3)
+
+
+def test_sinkhorn_cannot_be_driven_to_a_point(rng: np.random.Generator) -> None:
+    """One prototype favoured by every sample still gets only its share."""
+    logits = rng.normal(scale=0.1, size=(64, 4))
+    logits[:, 2] += 5.0
+    plan = SinkhornTargets(4, epsilon=0.5, num_iterations=50)(as_tensor(logits), 0.04)
+    np.testing.assert_allclose(plan.mean(dim=0).numpy(), 0.25, atol=0.01)
+
+
+def test_sinkhorn_of_one_sample_is_finite() -> None:
+    targets = SinkhornTargets(4)
+    np.testing.assert_allclose(targets(torch.ones(1, 4), 0.04).numpy(), 0.25, atol=1e-6)
+
+
+def test_sinkhorn_queue_stands_still_in_evaluation(rng: np.random.Generator) -> None:
+    targets = SinkhornTargets(4, queue_size=3).eval()
+    targets(as_tensor(rng.normal(size=(2, 4))), 0.04)
+    assert int(targets.filled) == 0
+
+
+def numpy_koleo(embeddings: np.ndarray, queue: np.ndarray) -> float:
+    unit = embeddings / np.linalg.norm(embeddings, axis=-1, keepdims=True)
+    views, batch, _ = unit.shape
+    logs = []
+    for v in range(views):
+        for b in range(batch):
+            others = [unit[w, c] for w in range(views) for c in range(batch) if c != b] + list(queue)
+            distances = [np.linalg.norm(unit[v, b] - other) for other in others]
+            logs.append(np.log(min(distances)))
+    return -float(np.mean(logs))
+
+
+def test_koleo_equals_brute_force_with_queue(rng: np.random.Generator) -> None:
+    loss = KoLeoLoss(dim=6, queue_size=10)
+    queue = np.zeros((0, 6))
+    for _ in range(4):
+        embeddings = rng.normal(size=(2, 3, 6)) * rng.uniform(0.1, 10)
+        expected = numpy_koleo(embeddings, queue)
+        assert loss(as_tensor(embeddings)).item() == pytest.approx(expected, rel=1e-4)
+        unit = embeddings / np.linalg.norm(embeddings, axis=-1, keepdims=True)
+        queue = np.concatenate([unit.transpose(1, 0, 2).reshape(-1, 6), queue])[:10]
+
+
+def test_koleo_with_one_volume_has_neighbours_in_the_queue_only(rng: np.random.Generator) -> None:
+    loss = KoLeoLoss(dim=4, queue_size=8)
+    first, second = rng.normal(size=(2, 2, 1, 4))
+    embeddings = as_tensor(first).requires_grad_()
+    value = loss(embeddings)
+    assert value.item() == 0.0
+    value.backward()  # the graph must exist: distributed training waits for every gradient
+    assert torch.equal(embeddings.grad, torch.zeros_like(embeddings))
+    unit = first.reshape(2, 4) / np.linalg.norm(first.reshape(2, 4), axis=-1, keepdims=True)
+    assert loss(as_tensor(second)).item() == pytest.approx(numpy_koleo(second, unit), rel=1e-4)
+
+
+def test_koleo_pushes_towards_greater_distance(rng: np.random.Generator) -> None:
+    embeddings = as_tensor(rng.normal(size=(1, 6, 3)) * 0.05 + np.array([1.0, 0, 0])).requires_grad_()
+    loss = KoLeoLoss(dim=3).eval()
+    start = loss(embeddings)
+    start.backward()
+    assert loss(embeddings - 1e-4 * embeddings.grad) < start
+
+
+def test_reconstruction_is_a_mean_within_each_crop_then_over_crops(rng: np.random.Generator) -> None:
+    image, restored = rng.uniform(size=(2, 3, 1, 4, 5, 6))
+    masked = np.stack([rng.random((1, 4, 5, 6)) < share for share in (0.05, 0.5, 0.95)])
+    expected = np.mean([((restored[i] - image[i]) ** 2)[masked[i]].mean() for i in range(3)])
+    pooled = ((restored - image) ** 2)[masked].mean()
+    assert abs(expected - pooled) > 1e-4  # the two readings differ here, so the test can tell them apart
+    actual = ReconstructionLoss()(as_tensor(restored), as_tensor(image), torch.tensor(masked))
+    assert actual.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_reconstruction_ignores_what_is_visible(rng: np.random.Generator) -> None:
+    image = as_tensor(rng.uniform(size=(2, 1, 3, 3, 3)))
+    masked = torch.zeros(2, 1, 3, 3, 3, dtype=torch.bool)
+    masked[:, :, 1] = True
+    restored = image + (~masked) * 7.0 + masked * 0.5
+    assert ReconstructionLoss()(restored, image, masked).item() == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize("branch", ["global", "patch", "reconstruction", "koleo"])
+def test_gradients_equal_finite_differences_of_numpy(rng: np.random.Generator, branch: str) -> None:
+    if branch == "global":
+        student, teacher = rng.uniform(-1, 1, (4, 2, 5)), rng.uniform(-1, 1, (2, 2, 5))
+        module = GlobalAlignmentLoss(CentredTargets(5))
+        target = softmax(teacher / 0.05, axis=-1)
+        expected = numerical_gradient(lambda s: numpy_global(s, target, 0.1), student)
+        value = as_tensor(student).requires_grad_()
+        loss = module(value, as_tensor(teacher), 0.05)
+    elif branch == "patch":
+        student, teacher = rng.uniform(-1, 1, (2, 2, 3, 5))
+        target = softmax(teacher / 0.05, axis=-1)
+        # Analytically: (softmax - target) / tau, over the number of tokens.
+        expected = (softmax(student / 0.1, axis=-1) - target) / 0.1 / 6
+        value = as_tensor(student).requires_grad_()
+        loss = PatchAlignmentLoss(CentredTargets(5))(value, as_tensor(teacher), 0.05)
+    elif branch == "reconstruction":
+        restored, image = rng.uniform(size=(2, 2, 1, 2, 3, 2))
+        masked = rng.random(restored.shape) < 0.5
+        counts = masked.reshape(2, -1).sum(axis=1).reshape(2, 1, 1, 1, 1)
+        expected = 2 * (restored - image) * masked / counts / 2
+        value = as_tensor(restored).requires_grad_()
+        loss = ReconstructionLoss()(value, as_tensor(image), torch.tensor(masked))
+    else:
+        embeddings, past = rng.normal(size=(2, 2, 2, 4))
+        unit = (past / np.linalg.norm(past, axis=-1, keepdims=True)).transpose(1, 0, 2).reshape(-1, 4)
+        fixed = embeddings / np.linalg.norm(embeddings, axis=-1, keepdims=True)
+
+        def koleo_of_own(own: np.ndarray) -> float:
+            """Neighbours are constants: only the embedding itself moves."""
+            norm = own / np.linalg.norm(own, axis=-1, keepdims=True)
+            logs = []
+            for v, b in np.ndindex(2, 2):
+                others = [fixed[w, 1 - b] for w in range(2)] + list(unit)
+                nearest = min(others, key=lambda other: np.linalg.norm(fixed[v, b] - other))
+                logs.append(np.log(np.linalg.norm(norm[v, b] - nearest)))
+            return -float(np.mean(logs))
+
+        expected = numerical_gradient(koleo_of_own, embeddings)
+        module = KoLeoLoss(4, queue_size=4)
+        module(as_tensor(past))
+        value = as_tensor(embeddings).requires_grad_()
+        loss = module(value)
+    loss.backward()
+    np.testing.assert_allclose(value.grad.numpy(), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_no_gradient_reaches_the_teacher(rng: np.random.Generator) -> None:
+    student = as_tensor(rng.normal(size=(3, 2, 4))).requires_grad_()
+    teacher = as_tensor(rng.normal(size=(2, 2, 4))).requires_grad_()
+    GlobalAlignmentLoss(CentredTargets(4))(student, teacher, 0.04).backward()
+    assert teacher.grad is None
+    assert student.grad.abs().sum() > 0
+
+
+def test_statistics_for_monitoring(rng: np.random.Generator) -> None:
+    prototypes = 6
+    loss = GlobalAlignmentLoss(CentredTargets(prototypes, 0.9))
+    first = rng.normal(scale=0.1, size=(2, 3, prototypes))
+    loss(as_tensor(rng.normal(size=(4, 3, prototypes))), as_tensor(first), 0.05)
+    student = rng.uniform(-0.2, 0.2, size=(4, 3, prototypes))
+    teacher = rng.normal(scale=0.1, size=(2, 3, prototypes))
+    loss(as_tensor(student), as_tensor(teacher), 0.05)
+    target = softmax((teacher - first.mean(axis=(0, 1))) / 0.05, axis=-1)
+    divergences = [
+        (target[i, b] * (np.log(target[i, b]) - log_softmax(student[j, b] / 0.1))).sum()
+        for i in range(2)
+        for j in range(4)
+        for b in range(3)
+        if i != j
+    ]
+    assert loss.statistics["divergence"].item() == pytest.approx(np.mean(divergences), rel=1e-4)
+    entropy = -(target * np.log(target)).sum(axis=-1).mean() / np.log(prototypes)
+    assert loss.statistics["teacher_entropy"].item() == pytest.approx(entropy, rel=1e-5)
+    spread = teacher.reshape(-1, prototypes).std(axis=0, ddof=1).mean()
+    assert loss.statistics["logit_spread"].item() == pytest.approx(spread, rel=1e-5)
+
+
+def test_half_precision_logits_are_used_in_single_precision(rng: np.random.Generator) -> None:
+    student, teacher = (as_tensor(rng.normal(size=(2, 3, 8))).bfloat16() for _ in range(2))
+    half = PatchAlignmentLoss(CentredTargets(8))(student, teacher, 0.05)
+    single = PatchAlignmentLoss(CentredTargets(8))(student.float(), teacher.float(), 0.05)
+    assert half.dtype == torch.float32
+    assert half.item() == single.item()
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(InputError, match=r"momentum 1\.5"):
+        CentredTargets(4, momentum=1.5)
+    with pytest.raises(InputError, match="target_entropy 0"):
+        CentredTargets(4, target_entropy=0)
+    with pytest.raises(InputError, match="sinkhorn"):
+        SinkhornTargets(4, epsilon=0)
+    with pytest.raises(ValueError, match="do not fit"):
+        GlobalAlignmentLoss(CentredTargets(4))(torch.zeros(3, 2, 4), torch.zeros(2, 3, 4), 0.04)
+    with pytest.raises(ValueError, match="do not fit"):
+        GlobalAlignmentLoss(CentredTargets(4))(torch.zeros(1, 2, 4), torch.zeros(2, 2, 4), 0.04)
+    with pytest.raises(ValueError, match="differ"):
+        PatchAlignmentLoss(CentredTargets(4))(torch.zeros(3, 2, 4), torch.zeros(2, 2, 4), 0.04)
