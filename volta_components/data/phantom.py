@@ -76,13 +76,13 @@ _GRID = 3
 """Spacing of the velocity grid, mm."""
 _CENTRE = np.array([0.0, -17.0, 5.0])
 """Middle of the template's brain, mm: what a head is scaled and turned about."""
-_MEAN_SCALE = 0.9
+_MEAN_SCALE = 0.88
 """The template is 145 mm wide; the mean head must leave room for larger ones in 144 mm."""
 _MARGIN = 3.0
 """Least distance between brain and edge of the image, mm; as much as the step at which a brain's surface is sampled."""
-_SQUARINGS = 7
+_SQUARINGS = 6
 _RANDOM_SCALES = ((8.0, 1.0), (24.0, 2.5))
-"""Standard deviation of the smoothing and of each component of the random velocity, mm."""
+"""Smoothing and amplitude of the random velocity: standard deviations, mm; the latter of each component."""
 
 # Between scanners: shift of grey matter and fluid (white matter is about 0.87), gamma, bias field, blur (mm), noise.
 _SITES: dict[str, dict[str, float]] = {
@@ -299,24 +299,18 @@ class Atlas:
     """The template's maps over one box of MNI space, at 1 mm, and what moves its structures.
 
     Attributes:
-        t1, grey, fluid: ``[X, Y, Z]`` intensities and tissue shares in [0, 1], smoothed for the spacing at which they
-            will be sampled.
-        shares: ``[4, X, Y, Z]`` brain, left hippocampus, right hippocampus and ventricles, in [0, 1], smoothed too.
-        volumes: of the four, unsmoothed, mm^3.
+        maps: ``[7, X, Y, Z]`` in [0, 1], smoothed for the spacing at which they will be sampled: T1 intensity, and the
+            shares of grey matter, fluid, brain, left hippocampus, right hippocampus and ventricles.
         hippocampus_left, hippocampus_right, ventricles: ``[3, x, y, z]`` velocities in mm on the 3 mm grid; looking the
             template up at ``exp(velocity)`` makes the structure's log volume *fall* by 1, to first order.
-        brain: ``[n, 3]`` positions of brain on the 3 mm grid, as indices.
+        surface: ``[n, 3]`` positions on the brain's surface, mm, one in each 3 mm.
     """
 
-    t1: torch.Tensor
-    grey: torch.Tensor
-    fluid: torch.Tensor
-    shares: torch.Tensor
-    volumes: tuple[float, float, float, float]
+    maps: torch.Tensor
     hippocampus_left: torch.Tensor
     hippocampus_right: torch.Tensor
     ventricles: torch.Tensor
-    brain: NDArray[np.int64]
+    surface: torch.Tensor
 
 
 def _axes(step: int) -> list[NDArray[np.float64]]:
@@ -406,25 +400,23 @@ def load_atlas(spacing: int) -> Atlas:
     t1, grey, white, brain = (_cut(np.asarray(image.dataobj), image.affine) for image in images)
     fluid = np.clip(1 - grey - white, 0, 1) * (brain > 0)
     sides = [(_hippocampus(side) & (grey > 0.5)).astype(np.float32) for side in (-1, 1)]
-    ventricles = np.where(_ventricle_region() & (fluid > 0.25), fluid, 0)
+    ventricles = np.where(_ventricle_region() & (fluid > 0.25), fluid, 0).astype(np.float32)
     deviation = 0.4247 * math.sqrt(spacing**2 - 1)
 
     def prepare(volume: NDArray[np.float32], least: float = 0.0) -> torch.Tensor:
         width = max(deviation, least)
         return torch.from_numpy(ndimage.gaussian_filter(volume, width, truncate=3) if width else volume.copy())
 
-    shares = [brain.astype(np.float32), *sides, ventricles.astype(np.float32)]
-    coarse = ndimage.maximum_filter(brain, 3)[::_GRID, ::_GRID, ::_GRID] > 0
+    tissues = [prepare(volume) for volume in (t1 * (brain > 0), grey * (brain > 0), fluid)]
+    shares = [prepare(share, least=0.5) for share in (brain, *sides, ventricles)]
+    coarse = ndimage.maximum_filter(brain, _GRID)[::_GRID, ::_GRID, ::_GRID] > 0
+    surface = np.argwhere(coarse & ~ndimage.binary_erosion(coarse))
     return Atlas(
-        t1=prepare(t1 * (brain > 0)),
-        grey=prepare(grey * (brain > 0)),
-        fluid=prepare(fluid),
-        shares=torch.stack([prepare(share, least=0.5) for share in shares]),
-        volumes=(float(brain.sum()), float(sides[0].sum()), float(sides[1].sum()), float(ventricles.sum())),
+        maps=torch.stack([*tissues, *shares]),
         hippocampus_left=_volume_field(sides[0], 3.0, 10.0),
         hippocampus_right=_volume_field(sides[1], 3.0, 10.0),
-        ventricles=_volume_field(shares[3], 3.0, 16.0),
-        brain=np.argwhere(coarse),
+        ventricles=_volume_field(ventricles, 3.0, 16.0),
+        surface=torch.from_numpy(_BOX[:, 0] + surface * _GRID).float(),
     )
 
 
@@ -467,30 +459,63 @@ def exponential(velocity: torch.Tensor) -> torch.Tensor:
     return step * half
 
 
+def follow(velocity: torch.Tensor, points: torch.Tensor, steps: int = 16) -> torch.Tensor:
+    """Carry points along a stationary velocity field for unit time, by the midpoint rule.
+
+    Args:
+        velocity: ``[3, x, y, z]`` mm, on the velocity grid.
+        points: ``[n, 3]`` mm.
+        steps: of equal length.
+
+    Returns:
+        ``[n, 3]`` mm; what `exponential` gives, for a few points.
+    """
+
+    def speed(places: torch.Tensor) -> torch.Tensor:
+        return _sample(velocity, ((places - _MIDDLE) / _HALF)[:, None, None], padding="border")[:, :, 0, 0].T
+
+    for _ in range(steps):
+        points = points + speed(points + speed(points) / (2 * steps)) / steps
+    return points
+
+
+@functools.lru_cache(maxsize=1)
+def _random_spectrum() -> NDArray[np.float64]:
+    """Factors that turn the spectrum of white noise over the velocity grid into that of one component of velocity."""
+    shape = tuple(len(axis) for axis in _axes(_GRID))
+    waves = sum(wave**2 for wave in _waves(shape))
+    power = np.zeros(waves.shape)
+    for width, deviation in _RANDOM_SCALES:
+        part = np.exp(-waves * width**2)
+        part[0, 0, 0] = 0.0  # no shift of the whole
+        twice = np.full(part.shape[2], 2.0)  # a real transform keeps one of each pair of conjugates
+        twice[0] = 1.0
+        if shape[2] % 2 == 0:
+            twice[-1] = 1.0
+        power += deviation**2 * part * math.prod(shape) / (part * twice).sum()
+    spectrum: NDArray[np.float64] = np.sqrt(power)
+    return spectrum
+
+
 def draw_velocity(subject: Subject, atlas: Atlas) -> torch.Tensor:
     """Velocity field of a subject's anatomy: ``[3, x, y, z]`` mm; look the template up at its exponential."""
     rng = _random(subject.seed, 5, subject.number)
     shape = tuple(len(axis) for axis in _axes(_GRID))
-    square = sum(wave**2 for wave in _waves(shape))
-    random = np.zeros((3, *shape))
-    for width, deviation in _RANDOM_SCALES:
-        transfer = np.exp(-square * width**2 / 2)
-        for part in random:
-            smooth = fft.irfftn(fft.rfftn(rng.standard_normal(shape)) * transfer, s=shape)
-            part += deviation * smooth / smooth.std()
+    random = [fft.irfftn(fft.rfftn(rng.standard_normal(shape)) * _random_spectrum(), s=shape) for _ in range(3)]
     return (
-        torch.from_numpy(random.astype(np.float32))
+        torch.from_numpy(np.stack(random).astype(np.float32))
         - subject.log_hippocampus_left * atlas.hippocampus_left
         - subject.log_hippocampus_right * atlas.hippocampus_right
         - subject.log_ventricles * atlas.ventricles
     )
 
 
-def jacobian_determinant(displacement: torch.Tensor) -> NDArray[np.float64]:
+def jacobian_determinant(displacement: torch.Tensor) -> NDArray[np.float32]:
     """Local change of volume of ``p -> p + displacement(p)``: ``[x, y, z]``, by finite differences on the grid."""
-    slopes = np.stack([np.stack(np.gradient(part.double().numpy(), _GRID)) for part in displacement])
-    matrix: NDArray[np.float64] = np.moveaxis(slopes, (0, 1), (-2, -1)) + np.eye(3)
-    determinant: NDArray[np.float64] = np.linalg.det(matrix)
+    rows = [np.stack(np.gradient(part.numpy(), _GRID)) for part in displacement]
+    for axis, row in enumerate(rows):
+        row[axis] += 1
+    determinant: NDArray[np.float32] = (rows[0] * np.cross(rows[1], rows[2], axis=0)).sum(axis=0)
     return determinant
 
 
@@ -515,7 +540,7 @@ def _fit(
     Args:
         matrix: ``[3, 3]`` from the deformed template to the head.
         translation: ``[3]`` mm.
-        brain: ``[n, 3]`` positions of brain in the deformed template, mm from its centre.
+        brain: ``[n, 3]`` positions of the brain's surface in the deformed template, mm from its centre.
 
     Returns:
         A factor of at most 1, and the translation, mm.
@@ -581,9 +606,7 @@ def geometry(subject: Subject, atlas: Atlas) -> Geometry:
             f"subject {subject.number} of seed {subject.seed} would fold (Jacobian determinant {least:.3f}); "
             "give smaller --effect-hippocampus or --effect-ventricles"
         )
-    forward = exponential(-velocity)
-    index = atlas.brain
-    brain = _BOX[:, 0] + index * _GRID + forward[:, index[:, 0], index[:, 1], index[:, 2]].double().numpy().T
+    brain = follow(-velocity, atlas.surface).double().numpy()
     matrix = _rotation(subject.rotation) @ np.diag(subject.scale)
     fit, translation = _fit(matrix, np.array(subject.translation), brain - _CENTRE)
     inverse: NDArray[Any] = np.linalg.inv(fit * matrix)
@@ -620,12 +643,12 @@ def render(subject: Subject, spacing: int) -> Phantom:
     shape = tuple(side // spacing for side in FIELD_OF_VIEW)
     affine = image_affine(spacing)
     where = geometry(subject, atlas)
-    contrast = torch.clamp(atlas.t1 + subject.grey * atlas.grey + subject.fluid * atlas.fluid, min=0)
-    sampled = _sample(torch.cat([contrast[None], atlas.shares]), where.template_positions(affine, shape))
-    shares = sampled[1:]
+    sampled = _sample(atlas.maps, where.template_positions(affine, shape))
+    shares = sampled[3:]
+    contrast = torch.clamp(sampled[0] + subject.grey * sampled[1] + subject.fluid * sampled[2], min=0)
 
     rng = _random(subject.seed, 6, subject.number)
-    intensity = sampled[0] ** subject.gamma * _bias_field(rng, shape, subject.bias)
+    intensity = contrast**subject.gamma * _bias_field(rng, shape, subject.bias)
     pixels = ndimage.gaussian_filter(intensity.numpy(), subject.blur / spacing, truncate=3)
     # Magnitude of a complex signal with Gaussian noise in both parts, as in MRI.
     pixels = np.hypot(
@@ -715,7 +738,7 @@ def _cores() -> int:
 
 def _run(output: Path, settings: Settings, numbers: list[int], workers: int) -> None:
     """Make subjects, in this process or in several."""
-    bar = tqdm(total=len(numbers), desc="phantoms", unit="subject", disable=None if numbers else True)
+    bar = tqdm(total=len(numbers), desc="phantoms", unit="subject")
     with bar:
         if workers == 1 or len(numbers) < 3:
             for number in numbers:
@@ -815,6 +838,14 @@ def _describe(output: Path, settings: Settings, subjects: list[Subject]) -> None
         },
     }
     write_json(output / "participants.json", participants)
+    sessions = {
+        "age": {"Description": "age of the phantom at the session", "Units": "year"},
+        "diagnosis": {
+            "Description": "what the phantom's anatomy shows",
+            "Levels": {"CN": "cognitively normal", "AD": "Alzheimer's disease: smaller hippocampi, wider ventricles"},
+        },
+    }
+    write_json(output / "sessions.json", sessions)
     rows = [(settings.subject_id(s.number), s.sex, s.age, s.site) for s in subjects]
     _write_table(output / "participants.tsv", ("participant_id", "sex", "age", "site"), rows)
     readme = _README.format(
@@ -825,7 +856,9 @@ def _describe(output: Path, settings: Settings, subjects: list[Subject]) -> None
         session=SESSION,
         labels=LABELS_FOLDER,
     )
-    for name, text in (("README.md", readme), ("LICENSE", _TEMPLATE_NOTICE)):
+    labels = "# Label maps of the phantoms' hippocampi\n\nOn the grid of the T1w images: 1 left, 2 right.\n"
+    texts = (("README.md", readme), (f"{LABELS_FOLDER}/README.md", labels), ("LICENSE", _TEMPLATE_NOTICE))
+    for name, text in texts:
         with atomic_path(output / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
