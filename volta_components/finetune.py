@@ -1,0 +1,602 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the downstream bundles share: splits by patient, the leak guard, pretrained weights, freezing, and the record.
+
+Every choice of subjects follows from the datalist's stored folds, the seed and the patients' ids alone, so that all
+inits of a fold see the same subjects.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.transforms import Compose
+from monai.transforms.traits import RandomizableTrait
+from torch import Tensor, nn
+
+from volta_components.data.datalist import Datalist
+from volta_components.data.identity import canonical_patient_id
+from volta_components.errors import InputError
+from volta_components.files import read_json, sha256_file
+from volta_components.handlers import find_mlflow_handler
+from volta_components.record import code_version
+from volta_components.sampling import KeyedDataset, ResumableSampler, derived_seed
+from volta_components.weights import LoadReport, load_pretrained
+
+logger = logging.getLogger(__name__)
+
+PRETRAINED = "volta"
+SCRATCH = "_scratch"
+
+Item = dict[str, Any]
+
+
+def is_pretrained(init: str) -> bool:
+    """Whether an init starts from pretrained weights (``volta``) or not (``..._scratch``).
+
+    Raises:
+        InputError: if it is neither.
+    """
+    if init == PRETRAINED:
+        return True
+    if init.endswith(SCRATCH):
+        return False
+    raise InputError(f"init {init!r}: choose {PRETRAINED!r}, or one that ends in {SCRATCH!r} through its overlay")
+
+
+# --- who is trained on, who chooses, who is scored ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Items of one run; no patient is in two of the lists.
+
+    Attributes:
+        training: what the weights are fitted on.
+        validation: the inner validation part: thresholds, epochs and learning curves, never the fit.
+        scored: the fold that results are about; always whole.
+        unused: items of the training part that the fraction leaves out.
+    """
+
+    training: list[Item]
+    validation: list[Item]
+    scored: list[Item]
+    unused: list[Item] = field(default_factory=list)
+
+
+def patients_of(items: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Patient ids of items."""
+    return {str(item["patient_id"]) for item in items}
+
+
+def item_name(item: Mapping[str, Any]) -> str:
+    """Subject and session, as files are named."""
+    return "_".join(str(item[key]) for key in ("subject_id", "session") if item.get(key))
+
+
+def split_items(
+    items: Sequence[Item],
+    fold: int,
+    fraction: float = 1.0,
+    validation_fraction: float = 0.2,
+    seed: int = 0,
+    stratify: str | None = None,
+) -> Parts:
+    """Split items into training, inner validation and scored part, by patient.
+
+    The scored part is the stored fold. The patients of the other folds are put in an order that a hash of seed, fold
+    and id decides, for each stratum alone; a fraction takes the first ones, so that a smaller fraction is a subset of
+    a larger one. Of those taken, evenly spread ones are the inner validation part, so that it is nested as well.
+
+    Args:
+        items: those that can be used, with ``patient_id`` and ``fold``.
+        fold: the scored fold.
+        fraction: share of the training part that is used, in (0, 1].
+        validation_fraction: share of the used ones that is held out for inner validation, in [0, 1).
+        seed: of the order.
+        stratify: a key of the items; both shares hold in each of its values (rounded, a half up). A patient with
+            several scans counts by the largest.
+
+    Raises:
+        InputError: if a share is out of range, the fold has no items, or a patient is in two folds.
+    """
+    if not 0 < fraction <= 1:
+        raise InputError(f"fraction {fraction}: a share of the training part in (0, 1] is wanted")
+    if not 0 <= validation_fraction < 1:
+        raise InputError(f"validation_fraction {validation_fraction}: a share in [0, 1) is wanted")
+    scored = [item for item in items if item["fold"] == fold]
+    rest = [item for item in items if item["fold"] != fold]
+    if not scored or not rest:
+        known = sorted({int(item["fold"]) for item in items})
+        raise InputError(
+            f"fold {fold} cannot be scored: the usable items are in fold{'s' * (len(known) != 1)} "
+            f"{', '.join(map(str, known)) or '(none)'}; choose another fold, or prepare more subjects"
+        )
+    check_disjoint({"scored fold": scored, "other folds": rest})
+    by_patient: dict[str, list[Item]] = defaultdict(list)
+    for item in rest:
+        by_patient[str(item["patient_id"])].append(item)
+    strata: dict[Any, list[str]] = defaultdict(list)
+    for patient, scans in by_patient.items():
+        values = [scan.get(stratify) for scan in scans] if stratify else [None]
+        strata[max(values, key=lambda value: (value is not None, str(value)))].append(patient)
+    place: dict[str, str] = {}
+    for patients in strata.values():
+        patients.sort(key=lambda patient: hashlib.sha256(f"{seed}:{fold}:{patient}".encode()).hexdigest())
+        taken = int(fraction * len(patients) + 0.5)
+        for number, patient in enumerate(patients):
+            before, after = (int(validation_fraction * count + 0.5) for count in (number, number + 1))
+            place[patient] = "unused" if number >= taken else "validation" if after > before else "training"
+    parts: dict[str, list[Item]] = {"training": [], "validation": [], "unused": []}
+    for item in rest:
+        parts[place[str(item["patient_id"])]].append(item)
+    return Parts(scored=scored, **parts)
+
+
+def check_disjoint(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Make sure that no patient is in two parts.
+
+    Raises:
+        InputError: with the ids.
+    """
+    where: dict[str, list[str]] = defaultdict(list)
+    for name, items in parts.items():
+        for patient in patients_of(items):
+            where[canonical_patient_id(patient)].append(name)
+    rows = [(patient, " and ".join(names)) for patient, names in sorted(where.items()) if len(names) > 1]
+    if rows:
+        raise InputError.many(
+            f"{len(rows)} patients are in two parts of the split",
+            rows,
+            "Give each patient one fold: prepare the data set again, or volta3d merge --refold.",
+        )
+
+
+def check_classes(
+    parts: Parts,
+    classes: Sequence[str],
+    fraction: float = 1.0,
+    validation: bool = True,
+    key: str = "label",
+) -> None:
+    """Make sure that every part has every class, before anything is trained.
+
+    Args:
+        parts: items with ``key``, the index of the class.
+        classes: names of the classes, by index.
+        fraction: named in the message.
+        validation: whether the inner validation part needs every class as well.
+        key: where items have their class.
+
+    Raises:
+        InputError: naming the part, the class, and the subjects that are there.
+    """
+
+    def lacking(items: Sequence[Item]) -> list[str]:
+        there = {int(item[key]) for item in items}
+        return [name for index, name in enumerate(classes) if index not in there]
+
+    def counted(items: Sequence[Item]) -> str:
+        counts = Counter(classes[int(item[key])] for item in items)
+        return ", ".join(f"{counts[name]} {name}" for name in classes)
+
+    def listed(items: Sequence[Item]) -> list[tuple[str, str]]:
+        return [(item_name(item), classes[int(item[key])]) for item in items]
+
+    if missing := lacking(parts.scored):
+        raise InputError.many(
+            f"the scored fold has nobody of {', '.join(missing)}; it has {counted(parts.scored)}",
+            listed(parts.scored),
+            "Prepare the data set with fewer folds (volta3d prepare --folds), or with more subjects.",
+        )
+    whole = [*parts.training, *parts.validation, *parts.unused]
+    if missing := lacking(whole):
+        raise InputError.many(
+            f"the training part has nobody of {', '.join(missing)}; it has {counted(whole)}",
+            listed(whole),
+            "Prepare the data set with more folds, or with more subjects.",
+        )
+    for name, items in (("training", parts.training), ("inner validation", parts.validation)):
+        if (name == "training" or validation) and (missing := lacking(items)):
+            raise InputError.many(
+                f"fraction {fraction:g} is too small: of {len(whole)} scans in the training part ({counted(whole)}) it "
+                f"leaves nobody of {', '.join(missing)} for {name}; there are {counted(items)}",
+                listed(items),
+                "Take a larger fraction, or prepare more subjects.",
+            )
+
+
+def class_weights(items: Sequence[Mapping[str, Any]], num_classes: int, key: str = "label") -> Tensor:
+    """Weights that balance the classes in a cross-entropy: ``n / (num_classes * n_class)``.
+
+    Args:
+        items: the training part, with ``key``, the index of the class.
+        num_classes: number of classes.
+        key: where items have their class.
+
+    Returns:
+        ``[num_classes]``; their mean over the items is 1.
+
+    Raises:
+        InputError: if a class has no items.
+    """
+    counts = np.bincount([int(item[key]) for item in items], minlength=num_classes)
+    if counts.min() == 0:
+        raise InputError(f"class {int(counts.argmin())} has no items to compute a weight from")
+    return torch.tensor(len(items) / (num_classes * counts), dtype=torch.float32)
+
+
+# --- pretrained weights ------------------------------------------------------------------------------------------
+
+
+def patient_key(patient_id: str) -> str:
+    """A patient's canonical id as 16 hexadecimal digits, which is what exported weights tell of their patients."""
+    return hashlib.sha256(canonical_patient_id(patient_id).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run's weights come from.
+
+    Attributes:
+        encoder_sha256: hash of the file; empty when training from scratch.
+        pretrain_datalist_hash: of the data that the encoder was trained on.
+        leak: ``none``, or ``allowed`` when scored patients were, or may have been, pretrained on.
+        leaked: those patients' ids.
+    """
+
+    encoder_sha256: str = ""
+    pretrain_datalist_hash: str = ""
+    leak: str = "none"
+    leaked: tuple[str, ...] = ()
+
+
+def check_origin(
+    init: str, encoder_path: str | os.PathLike[str], scored: Sequence[Mapping[str, Any]], allow_leak: bool = False
+) -> Origin:
+    """The leak guard: nobody who is scored was in the data that the encoder was pretrained on.
+
+    Args:
+        init: see ``is_pretrained``.
+        encoder_path: the exported encoder, with its JSON beside it.
+        scored: items of the scored fold.
+        allow_leak: go on all the same; the run is marked.
+
+    Raises:
+        InputError: with the ids of those who were pretrained on; when the encoder does not tell its patients; or when
+            it is missing.
+    """
+    if not is_pretrained(init):
+        return Origin()
+    path = Path(encoder_path)
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such encoder. Pretrain one (python -m monai.bundle run --config_file "
+            "bundles/pretrain/configs/train.json), give another (--encoder_path FILE), or train from scratch "
+            "(the overlay of a *_scratch init)"
+        )
+    record = path.with_suffix(".json")
+    provenance = (read_json(record).get("provenance") or {}) if record.is_file() else {}
+    digest, datalist_hash = sha256_file(path), str(provenance.get("datalist_hash") or "")
+    known = provenance.get("patient_ids")
+    if known is None:
+        if allow_leak:
+            logger.warning("%s does not tell whom it was pretrained on; the run is marked as a possible leak", path)
+            return Origin(digest, datalist_hash, leak="allowed")
+        raise InputError(
+            f"{record}: does not tell whom the encoder was pretrained on (provenance.patient_ids), so that a leak into "
+            "the scored fold cannot be ruled out; export the encoder again, or say --allow_leak True"
+        )
+    keys = set(known)
+    leaked = sorted(patient for patient in patients_of(scored) if patient_key(patient) in keys)
+    if leaked and not allow_leak:
+        raise InputError.many(
+            f"{path} was pretrained on {len(leaked)} of the {len(patients_of(scored))} scored patients",
+            [(patient,) for patient in leaked],
+            "Pretrain without them (volta3d prepare --exclude-patients-of), or say --allow_leak True, which marks the "
+            "run.",
+        )
+    if leaked:
+        logger.warning("%d scored patients were pretrained on; the run is marked: %s", len(leaked), ", ".join(leaked))
+    return Origin(digest, datalist_hash, leak="allowed" if leaked else "none", leaked=tuple(leaked))
+
+
+def freeze_encoder(encoder: nn.Module, unfrozen_blocks: int) -> None:
+    """Let only the last blocks of a ViT train.
+
+    With 0, the whole encoder (and its summariser) is frozen; with ``n``, the last ``n`` blocks train, and the final
+    norm and the summariser after them; with all blocks, the patch and position embeddings train as well.
+
+    Args:
+        encoder: ``VoltaViT``, or MONAI's ``ViT`` or ``ViTAutoEnc``.
+        unfrozen_blocks: how many of its blocks train.
+
+    Raises:
+        InputError: if there are not so many blocks.
+    """
+    blocks = encoder.blocks
+    assert isinstance(blocks, nn.ModuleList)
+    if not 0 <= unfrozen_blocks <= len(blocks):
+        raise InputError(f"unfrozen_blocks {unfrozen_blocks}: the encoder has {len(blocks)} blocks")
+    if unfrozen_blocks == len(blocks):
+        return
+    encoder.requires_grad_(False)
+    if unfrozen_blocks == 0:
+        return
+    for module in [*blocks[len(blocks) - unfrozen_blocks :], encoder.norm, getattr(encoder, "summariser", None)]:
+        if module is not None:
+            module.requires_grad_(True)
+    for block in blocks:
+        # Never used without cross-attention: DDP would wait for its gradient for ever.
+        if hasattr(block, "norm_cross_attn"):
+            block.norm_cross_attn.requires_grad_(False)
+
+
+def start_from(
+    network: nn.Module,
+    init: str,
+    encoder_path: str | os.PathLike[str],
+    unfrozen_blocks: int,
+    prefix: str,
+    report_path: str | os.PathLike[str] | None = None,
+) -> LoadReport | None:
+    """Give a network its start: pretrained weights and frozen blocks, or nothing when it trains from scratch.
+
+    Args:
+        network: the network, changed in place.
+        init: see ``is_pretrained``; models from scratch always train whole.
+        encoder_path: the exported encoder.
+        unfrozen_blocks: see ``freeze_encoder``.
+        prefix: where the encoder sits in the network: ``"encoder."``, or ``"vit."`` in a UNETR.
+        report_path: where the report of what was loaded, resampled or left is written as text.
+
+    Returns:
+        That report, or None from scratch.
+
+    Raises:
+        InputError: see ``load_pretrained`` and ``freeze_encoder``.
+    """
+    if not is_pretrained(init):
+        logger.info("%s: all %d parameters train from scratch", init, sum(p.numel() for p in network.parameters()))
+        return None
+    report = load_pretrained(network, encoder_path, prefix=prefix)
+    freeze_encoder(network.get_submodule(prefix.rstrip(".")), unfrozen_blocks)
+    total, trained = (
+        sum(p.numel() for p in network.parameters() if p.requires_grad or every) for every in (True, False)
+    )
+    line = f"{trained:,} of {total:,} parameters train ({unfrozen_blocks} blocks of the encoder unfrozen)"
+    logger.info("%s", line)
+    if report_path is not None:
+        target = Path(report_path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        names = [("loaded", report.loaded), ("resampled", report.resampled), ("left", report.missing)]
+        rows = [f"{what}  {name}" for what, keys in [*names, ("unused", report.unused)] for name in keys]
+        target.write_text("\n".join([str(report), line, *rows]) + "\n", encoding="utf-8")
+    return report
+
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+
+class KeyedCacheDataset(KeyedDataset):
+    """``KeyedDataset`` that computes what comes before the first random transform only once.
+
+    MONAI's ``CacheDataset`` seeds random transforms once for each worker and fills its cache when it is built, even
+    for a run that turns out to be finished; this one fills it at the first epoch (``TrainingPlan``) or as it is used.
+
+    Args:
+        data: items.
+        transform: a ``Compose``; the part before its first random transform is cached.
+        seed: base seed.
+        cache: whether to keep anything in memory.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, Any]],
+        transform: Callable[[Any], Any] | None = None,
+        seed: int = 0,
+        cache: bool = True,
+    ) -> None:
+        super().__init__(data, transform if isinstance(transform, Compose) else Compose(transform or []), seed)
+        first = self._compose.get_index_of_first(lambda t: isinstance(t, RandomizableTrait))
+        self._first = len(self._compose.transforms) if first is None else int(first)
+        self.cache = cache
+        self._cache: dict[int, Any] = {}
+
+    @property
+    def _compose(self) -> Compose:
+        assert isinstance(self.transform, Compose)
+        return self.transform
+
+    def fill(self, workers: int | None = None) -> None:
+        """Fill the cache with threads, before workers are forked off."""
+        missing = [index for index in range(len(self.data)) if index not in self._cache]
+        if not self.cache or not missing:
+            return
+        with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+            self._cache.update(zip(missing, pool.map(self._deterministic, missing)))
+
+    def _deterministic(self, index: int) -> Any:
+        return self._compose(dict(self.data[index]), end=self._first, threading=True)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> Any:
+        epoch, index = (0, key) if isinstance(key, int) else key
+        if index in self._cache:
+            item = copy.deepcopy(self._cache[index])
+        else:
+            item = self._deterministic(index)
+            if self.cache:
+                self._cache[index] = copy.deepcopy(item)
+        item["key"] = torch.tensor([epoch, index])
+        self._compose.set_random_state(seed=derived_seed(self.seed, "transform", epoch, index) % 2**32)
+        return self._compose(item, start=self._first)
+
+
+# --- handlers ----------------------------------------------------------------------------------------------------
+
+
+class TrainingPlan:
+    """Order and learning rate of a ``SupervisedTrainer``, as functions of epoch and mini-batch: nothing to restore.
+
+    MONAI's ``LrScheduleHandler`` drives PyTorch's schedulers, whose counters would have to be saved with the run.
+
+    Args:
+        sampler: told where each epoch begins.
+        learning_rate: of an optimiser step, counted from 0.
+        dataset: a ``KeyedCacheDataset`` to fill before the first epoch.
+    """
+
+    def __init__(
+        self,
+        sampler: ResumableSampler,
+        learning_rate: Callable[[int], float],
+        dataset: KeyedCacheDataset | None = None,
+    ) -> None:
+        self.sampler = sampler
+        self.learning_rate = learning_rate
+        self.dataset = dataset
+
+    def attach(self, engine: Engine) -> None:
+        """Follow epochs and mini-batches."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._epoch_started)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._iteration_started)
+
+    def _epoch_started(self, engine: Engine) -> None:
+        self.sampler.set_position(engine.state.epoch)
+        if self.dataset is not None:
+            self.dataset.fill()
+
+    def _iteration_started(self, engine: Any) -> None:
+        rate = self.learning_rate(engine.state.iteration - 1)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate
+
+
+class RunRecord:
+    """Settings, tags and epoch means of a fine-tuning run, for MLflow, the log and ``history``.
+
+    MONAI's MLflow handler records a loss at every mini-batch, by iteration; here ``train_loss`` is the epoch's mean, at
+    the epoch, as the validation's numbers are, and tags are set.
+
+    Args:
+        settings: recorded as parameters.
+        tags: see ``run_tags``.
+        evaluator: the validation engine, whose metrics ``history`` holds too; run it before this handler.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], tags: Mapping[str, Any], evaluator: Engine | None = None) -> None:
+        self.settings = dict(settings)
+        self.tags = {name: str(value) for name, value in tags.items()}
+        self.evaluator = evaluator
+        self.history: list[dict[str, float]] = []
+        self._losses: list[float] = []
+        self._recorded = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbers of past epochs."""
+        return {"history": [dict(row) for row in self.history]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them."""
+        self.history = [dict(row) for row in state["history"]]
+
+    def attach(self, engine: Engine) -> None:
+        """Follow every mini-batch and epoch."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self.record)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+        engine.add_event_handler(Events.COMPLETED, self.record)
+
+    def record(self, engine: Engine) -> None:
+        """Parameters and tags to MLflow, once."""
+        handler = find_mlflow_handler(engine)
+        if handler is None or self._recorded:
+            return
+        self._recorded = True
+        handler.iteration_logger = lambda _: None
+        run_id = handler.cur_run.info.run_id
+        known = handler.client.get_run(run_id).data.params
+        handler._log_params({name: value for name, value in self.settings.items() if name not in known})
+        for name, value in self.tags.items():
+            handler.client.set_tag(run_id, name, value)
+
+    def _iteration_completed(self, engine: Engine) -> None:
+        output: Any = engine.state.output
+        self._losses.append(float((output[0] if isinstance(output, list) else output)["loss"]))
+
+    def _epoch_completed(self, engine: Any) -> None:
+        row = {
+            "epoch": engine.state.epoch,
+            "train_loss": float(np.mean(self._losses)) if self._losses else float("nan"),
+            "learning_rate": float(engine.optimizer.param_groups[0]["lr"]),
+        }
+        self._losses.clear()
+        engine.state.metrics |= {name: value for name, value in row.items() if name != "epoch"}
+        if self.evaluator is not None and self.evaluator.state.epoch == engine.state.epoch:
+            row |= {name: float(value) for name, value in self.evaluator.state.metrics.items()}
+        self.history.append(row)
+
+
+def run_tags(
+    bundle: str, init: str, fold: int, fraction: float, seed: int, datalist: Datalist, origin: Origin
+) -> dict[str, str]:
+    """The tags by which MLflow's runs are found and compared; ``finished`` comes last, by ``log_results``."""
+    cohorts = {str(item.get("cohort", "")) for item in datalist.content["training"]} | {datalist.name}
+    return {
+        "bundle": bundle,
+        "init": init,
+        "fold": str(fold),
+        "fraction": f"{fraction:g}",
+        "seed": str(seed),
+        "datalist_hash": datalist.hash,
+        "datalist_name": datalist.name,
+        "code_version": code_version(),
+        "encoder_sha256": origin.encoder_sha256,
+        "pretrain_datalist_hash": origin.pretrain_datalist_hash,
+        "leak": origin.leak,
+        "phantom": str(any("phantom" in cohort.lower() for cohort in cohorts)).lower(),
+    }
+
+
+def log_results(
+    engine: Engine,
+    metrics: Mapping[str, float],
+    artifacts: Iterable[tuple[str | os.PathLike[str], str]],
+    tags: Mapping[str, str] | None = None,
+) -> str | None:
+    """Give MLflow a finished run's numbers and files, and mark it as finished when all of it is there.
+
+    Args:
+        engine: the trainer.
+        metrics: final numbers.
+        artifacts: files or folders, each with the folder of the run's artifacts that it goes to.
+        tags: more tags.
+
+    Returns:
+        The MLflow run's id, or None without tracking.
+    """
+    handler = find_mlflow_handler(engine)
+    if handler is None:
+        return None
+    run_id = str(handler.cur_run.info.run_id)
+    handler._log_metrics({name: float(value) for name, value in metrics.items()}, step=engine.state.epoch)
+    for path, folder in artifacts:
+        if Path(path).is_dir():
+            handler.client.log_artifacts(run_id, str(path), folder or None)
+        else:
+            handler.client.log_artifact(run_id, str(path), folder or None)
+    for name, value in {**(tags or {}), "finished": "true"}.items():
+        handler.client.set_tag(run_id, name, str(value))
+    return run_id
