@@ -176,10 +176,10 @@ def _check_content(path: Path, content: Mapping[str, Any]) -> None:
             rows.append(
                 (name, f"patient {item['patient_id']} is in folds {folds[item['patient_id']]} and {item['fold']}")
             )
-        key = (item["subject_id"], item.get("session"))
-        if key in seen:
+        scan = (item["subject_id"], item.get("session"))
+        if scan in seen:
             rows.append((name, f"is there twice (session {item.get('session')})"))
-        seen.add(key)
+        seen.add(scan)
     if rows:
         raise InputError.many(
             f"{path}: {len(rows)} of {len(content['training'])} items are wrong", rows, "Prepare the data set again."
@@ -217,9 +217,9 @@ def assign_folds(items: Iterable[Mapping[str, Any]], n_folds: int, seed: int) ->
     """Give each patient a fold, balanced over diagnosis, sex, site and cohort.
 
     Patients are gone through stratum by stratum, in an order that a hash of seed and id decides; each goes to the fold
-    that has the fewest of its stratum, then of its diagnosis, its sex, its site, its cohort, then of scans. So the folds
-    depend on nothing but the patients and the seed: not on the machine, the order of files, or a library's version.
-    scikit-learn's ``StratifiedGroupKFold`` balances one label only and hangs on NumPy's shuffling.
+    that has the fewest of its stratum, then of its diagnosis, its sex, its site, its cohort, then of scans. So the
+    folds depend on nothing but the patients and the seed: not on the machine, the order of files, or a library's
+    version. scikit-learn's ``StratifiedGroupKFold`` balances one label only and hangs on NumPy's shuffling.
 
     Args:
         items: with ``patient_id`` and, where known, ``diagnosis``, ``sex``, ``site``, ``cohort``.
@@ -274,9 +274,9 @@ def assign_folds(items: Iterable[Mapping[str, Any]], n_folds: int, seed: int) ->
 def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = None) -> None:
     """Check that every volume of a datalist is there and is what the datalist says, before a training starts.
 
-    By default the headers and file sizes are read (about a millisecond a volume), since the content was checked when it
-    was prepared. ``deep`` also reads every voxel and compares hashes; threads suffice, as reading, NumPy and hashing all
-    release the interpreter's lock.
+    By default the headers and file sizes are read (about a millisecond a volume), since the content was checked when
+    it was prepared. ``deep`` also reads every voxel and compares hashes; threads suffice, as reading, NumPy and hashing
+    all release the interpreter's lock.
 
     Args:
         datalist: the data set.

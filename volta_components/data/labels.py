@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
-from volta_components.data.layouts.common import LabelFile
+from volta_components.data.layouts.common import LEFT, RIGHT, LabelFile
 from volta_components.data.volumes import UnusableVolume, Volume, read_volume
-
-LEFT, RIGHT = 1, 2
 
 
 def _integers(path: Path, volume: Volume) -> np.ndarray:
@@ -34,7 +34,15 @@ def _integers(path: Path, volume: Volume) -> np.ndarray:
     return voxels
 
 
+def _canonical(volume: Volume) -> Volume:
+    """The same volume, viewed in the axis order and directions nearest to RAS."""
+    orientation = io_orientation(volume.affine)
+    affine = volume.affine @ inv_ornt_aff(orientation, volume.voxels.shape)
+    return replace(volume, voxels=apply_orientation(volume.voxels, orientation), affine=affine)
+
+
 def _same_grid(path: Path, label: Volume, scan: Volume, scan_path: Path) -> None:
+    """Raise unless two volumes in RAS order lie on one grid (MINC and NIfTI store different axis orders)."""
     if label.voxels.shape != scan.voxels.shape:
         sizes = ["x".join(map(str, v.voxels.shape)) for v in (label, scan)]
         raise UnusableVolume(
@@ -56,7 +64,7 @@ def _centre_x(mask: np.ndarray, affine: np.ndarray) -> float:
 
 def read_labels(
     files: Sequence[LabelFile], scan: Volume, scan_path: Path, assume_orientation: str | None = None
-) -> tuple[np.ndarray, list[tuple[str, str]]]:
+) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str]]]:
     """Read a scan's label files into one map.
 
     One-sided files (HarP) hold two values, which need not be 0 and 1; the lower is background. Sides are told from the
@@ -69,17 +77,18 @@ def read_labels(
         assume_orientation: see :func:`volta_components.data.volumes.read_volume`.
 
     Returns:
-        ``[X, Y, Z]`` uint8; quirks found, as (file, what).
+        ``[X, Y, Z]`` uint8 in RAS order; its affine; quirks found, as (file, what).
 
     Raises:
         UnusableVolume: if a file cannot be used, is empty, is on another grid or holds unexpected values.
     """
-    merged = np.zeros(scan.voxels.shape, np.uint8, order="F")
+    grid = _canonical(scan)
+    merged = np.zeros(grid.voxels.shape, np.uint8, order="F")
     quirks: list[tuple[str, str]] = []
     sides: dict[int, np.ndarray] = {}
     for file in files:
-        volume = read_volume(file.path, assume_orientation)
-        _same_grid(file.path, volume, scan, scan_path)
+        volume = _canonical(read_volume(file.path, assume_orientation))
+        _same_grid(file.path, volume, grid, scan_path)
         voxels = _integers(file.path, volume)
         values = np.unique(voxels)
         if len(values) == 1:
@@ -106,7 +115,7 @@ def read_labels(
     if sides:
         order = dict(sides)
         if LEFT in sides and RIGHT in sides:
-            x = {side: _centre_x(mask, scan.affine) for side, mask in sides.items()}
+            x = {side: _centre_x(mask, grid.affine) for side, mask in sides.items()}
             if x[LEFT] > x[RIGHT]:
                 names = " and ".join(file.path.name for file in files)
                 quirks.append((names, f"left and right swapped (centroids at x = {x[LEFT]:.1f} and {x[RIGHT]:.1f} mm)"))
@@ -116,4 +125,4 @@ def read_labels(
             quirks.append((files[0].path.name, f"{overlap} voxels are in both sides; they became right"))
         for side, mask in sorted(order.items()):
             merged[mask] = side
-    return merged, quirks
+    return merged, grid.affine, quirks

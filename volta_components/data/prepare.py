@@ -1,48 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """``volta3d prepare``: a data set as its users have it, to checked volumes and a datalist.
 
-A volume is finished by the record that is written last (``.prepare/records/KEY.json``): image, label and thumbnail are
-whole files by then, since each is written under another name and renamed. Whatever moment a run is killed at, the same
-command goes on with the volumes that have no record, and ends with the same bytes.
+List the scans of a layout, choose among them, prepare each (:mod:`volta_components.data.worker`), assign folds, and
+write ``datalist.json`` and the QC files.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
-from multiprocessing import connection, get_context, parent_process
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import nibabel as nib
 import numpy as np
-from tqdm import tqdm
 
 from volta_components.data import quality
 from volta_components.data.datalist import _check_folds, assign_folds, load_datalist, make_content
 from volta_components.data.identity import canonical_patient_id
-from volta_components.data.labels import read_labels
 from volta_components.data.layouts import Finding, LayoutOptions, Listing, Scan, reader
-from volta_components.data.layouts.common import relative
-from volta_components.data.preprocess import Prepared, Settings, UnusableVoxels, prepare_volume
-from volta_components.data.volumes import UnusableVolume, Volume, read_volume
+from volta_components.data.preprocess import Settings
+from volta_components.data.worker import DTYPES, STATE, Task, finished, read_record, run
 from volta_components.errors import InputError
-from volta_components.files import read_json, sha256_file, write_json
+from volta_components.files import read_json, write_json
 
-DTYPES = {"float32": np.float32, "uint16": np.uint16, "uint8": np.uint8}
-STATE = ".prepare"
 # What the paper used of each data set (its section II), to be read beside what was found.
 PAPER_COUNTS = {
     "adni": "773 scans (CN, SMC, EMCI, LMCI, AD)",
@@ -51,18 +38,6 @@ PAPER_COUNTS = {
     "ixi": "619 scans: 342 male, 277 female",
     "aibl": "420 scans: 347 healthy, 73 AD",
 }
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One volume for one worker."""
-
-    scan: Scan
-    settings: Settings
-    labels: bool
-    source: Path
-    output: Path
-    temporary: Path
 
 
 def prepare(
@@ -104,7 +79,7 @@ def prepare(
         sessions: baseline (the first of each patient), all, or names such as ses-M000,ses-M012; brats and harp: all.
         labels: auto (take those there are), require (leave out scans without) or none; harp: require.
         diagnoses: keep only these, such as CN,AD.
-        require: leave out scans without these: sex, age, diagnosis or site; ixi: sex.
+        require: leave out scans without these: sex, age, diagnosis or site, or none; ixi: sex.
         exclude_patients_of: datalists (or folders of such) whose patients are left out, whatever form their ids have.
         table: a table of subjects (CSV, TSV or Excel) instead of the layout's own.
         folds: number of folds, by patient, balanced over diagnosis, sex and site.
@@ -113,7 +88,7 @@ def prepare(
         shard: i/n, as 3/8: do only the third of eight parts; the shard that ends last writes the datalist.
         skip_bad: accept what cannot be used: it is listed, and the exit status stays 0.
         strict: leave out volumes that the QC marks.
-        assume_orientation: axis codes such as RAS for scans whose header has no orientation; otherwise these are errors.
+        assume_orientation: axis codes such as RAS for scans whose header has none; otherwise these are errors.
     """
     started = time.monotonic()
     settings = _settings(layout, spacing, shape, dtype, assume_orientation)
@@ -126,6 +101,7 @@ def prepare(
         "labels", labels or ("require" if layout == "harp" else "auto"), ("auto", "require", "none")
     )
     needed = _words(require) if require is not None else ("sex",) if layout == "ixi" else ()
+    needed = () if needed == ("none",) else needed
     for word in needed:
         _choice("require", word, ("sex", "age", "diagnosis", "site"))
     wanted_sessions = _words(sessions) or (("all",) if layout in {"brats", "harp"} else ("baseline",))
@@ -140,7 +116,9 @@ def prepare(
                 sessions=wanted_sessions,
                 labels=wanted_labels,  # type: ignore[arg-type]
                 table=Path(str(table)) if table else None,
-                work=state / "converted",
+                name=str(name) if name else None,
+                work=state / "dicom",
+                workers=n_workers,
             )
         )
         cohort = str(name) if name else listing.cohort
@@ -148,13 +126,12 @@ def prepare(
         if not scans:
             _print_findings(listing.findings)
             raise InputError(f"{root}: no scan is left to prepare; see the findings above, or choose another --layout")
-        tasks = [_Task(scan, settings, wanted_labels != "none", root, target, temporary) for scan in scans]
+        tasks = [Task(scan, settings, wanted_labels != "none", root, target, temporary) for scan in scans]
         mine = [task for i, task in enumerate(tasks) if i % n_shards == index]
-        _check_space(target, settings, [task for task in mine if _finished(task) is None], wanted_labels)
-        _run(mine, n_workers)
-        records = [_read_record(task) for task in tasks]
-        waiting = sum(record is None for record in records)
-        if waiting:
+        _check_space(target, settings, [task for task in mine if finished(task) is None], wanted_labels)
+        run(mine, n_workers)
+        records = [record for task in tasks if (record := read_record(task)) is not None]
+        if waiting := len(tasks) - len(records):
             print(f"shard {index + 1} of {n_shards} is done; {waiting} volumes are left to others")
             print("The last shard to end writes the datalist (so does the same command without --shard).")
             return 0
@@ -170,7 +147,7 @@ def prepare(
             seed,
             skip_bad,
             strict,
-            started,  # type: ignore[arg-type]
+            started,
         )
 
 
@@ -285,15 +262,15 @@ def _lock(state: Path, index: int, n_shards: int) -> Iterator[Path]:
             (state / f"lock-{name}").unlink(missing_ok=True)
 
 
-def _check_space(target: Path, settings: Settings, tasks: Sequence[_Task], labels: str) -> None:
-    per_voxel = np.dtype(DTYPES[settings.dtype]).itemsize
+def _check_space(target: Path, settings: Settings, tasks: Sequence[Task], labels: str) -> None:
+    per_voxel = DTYPES[settings.dtype].itemsize
     voxels = int(np.prod(settings.shape))
     need = sum(voxels * (per_voxel + (1 if task.scan.labels and labels != "none" else 0)) for task in tasks)
     free = shutil.disk_usage(target).free
     if need > free:
         raise InputError(
-            f"{target}: {need / 1e9:.1f} GB are needed for {len(tasks)} volumes, {free / 1e9:.1f} GB are free; free some, "
-            "choose another --output, or a smaller --dtype"
+            f"{target}: {need / 1e9:.1f} GB are needed for {len(tasks)} volumes, {free / 1e9:.1f} GB are free; "
+            "free some, choose another --output, or a smaller --dtype"
         )
 
 
@@ -341,242 +318,6 @@ def _select(
     return kept
 
 
-# --- one volume ------------------------------------------------------------------------------------------------------
-
-
-def _sources(scan: Scan) -> list[Path]:
-    return [*(scan.series or (scan.image,)), *(label.path for label in scan.labels)]
-
-
-def _stamp(scan: Scan, source: Path) -> list[list[Any]]:
-    """Name, size and time of each file that a volume is made from."""
-    stamps = []
-    for path in _sources(scan):
-        try:
-            status = path.stat()
-            stamps.append([relative(path, source), status.st_size, status.st_mtime_ns])
-        except OSError:
-            stamps.append([relative(path, source), None, None])
-    return stamps
-
-
-def _record_path(task: _Task) -> Path:
-    return task.output / STATE / "records" / f"{task.scan.key}.json"
-
-
-def _read_record(task: _Task) -> dict[str, Any] | None:
-    try:
-        return read_json(_record_path(task))  # type: ignore[no-any-return]
-    except InputError:
-        return None
-
-
-def _finished(task: _Task) -> dict[str, Any] | None:
-    """The record of a volume that needs no work: prepared, from the same files, and still there."""
-    record = _read_record(task)
-    if record is None or "error" in record or record["stamp"] != _stamp(task.scan, task.source):
-        return None
-    for name, size in record["files"].items():
-        try:
-            if (task.output / name).stat().st_size != size:
-                return None
-        except OSError:
-            return None
-    return record
-
-
-def _write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray, code: int, slope: float | None = None) -> str:
-    """Write a NIfTI-1 file; give the SHA-256 of its bytes.
-
-    NiBabel makes the header; the voxels are written from memory as they lie, hashed on the way.
-    """
-    header = nib.Nifti1Header()
-    header.set_data_dtype(voxels.dtype)
-    header.set_data_shape(voxels.shape)
-    header.set_zooms(np.linalg.norm(affine[:3, :3], axis=0))
-    header.set_sform(affine, code)
-    header.set_qform(affine, code)
-    header.set_xyzt_units("mm")
-    header.set_slope_inter(slope if slope is not None else 1.0, 0.0)
-    header["magic"] = b"n+1"
-    header["vox_offset"] = 352
-    digest = hashlib.sha256()
-    with path.open("wb") as stream:
-        planes = (np.asfortranarray(voxels[:, :, k]).T for k in range(voxels.shape[2]))
-        for part in (header.binaryblock + bytes(4), *planes):
-            data = part if isinstance(part, bytes) else np.ascontiguousarray(part).data
-            digest.update(data)
-            stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return digest.hexdigest()
-
-
-def _place(task: _Task, name: str, write: Callable[[Path], Any]) -> Any:
-    """Write a file under a name of its own in the temporary folder, then rename it to its place."""
-    task.temporary.mkdir(parents=True, exist_ok=True)
-    temporary = task.temporary / f"{os.getpid()}-{Path(name).name}"
-    target = task.output / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        result = write(temporary)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return result
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _load(task: _Task) -> tuple[Volume, Path]:
-    return read_volume(task.scan.image, task.settings.assume_orientation), task.scan.image
-
-
-def _process(task: _Task) -> dict[str, Any]:
-    """Prepare one volume and record it; a bad one is recorded with its error, and never raises but for a full disk."""
-    scan = task.scan
-    record: dict[str, Any] = {"key": scan.key, "stamp": _stamp(scan, task.source)}
-    try:
-        record |= _prepared(task)
-    except UnusableVolume as error:
-        record["error"] = {
-            "file": relative(Path(error.path), task.source)
-            if Path(error.path).is_absolute() or task.source in Path(error.path).parents
-            else error.path,
-            "reason": error.reason,
-            "remedy": error.remedy,
-        }
-    except UnusableVoxels as error:
-        record["error"] = {"file": scan.source, "reason": error.reason, "remedy": error.remedy}
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        record["error"] = {
-            "file": error.filename or scan.source,
-            "reason": f"{error.strerror or error}",
-            "remedy": "check the disk and the permissions",
-        }
-    except MemoryError:
-        record["error"] = {"file": scan.source, "reason": "does not fit in memory", "remedy": "use fewer --workers"}
-    except Exception as error:
-        record["error"] = {
-            "file": scan.source,
-            "reason": f"unexpected {type(error).__name__}: {error}",
-            "remedy": "please report it",
-        }
-    text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    _place(task, f"{STATE}/records/{scan.key}.json", lambda path: _write_text(path, text))
-    return record
-
-
-def _prepared(task: _Task) -> dict[str, Any]:
-    scan, settings = task.scan, task.settings
-    volume, path = _load(task)
-    label, quirks = None, []
-    if task.labels and scan.labels:
-        label, quirks = read_labels(scan.labels, volume, path, settings.assume_orientation)
-    done = prepare_volume(volume, settings, label, volume.affine if label is not None else None)
-    del volume, label
-    return _write(task, done, quirks)
-
-
-def _write(task: _Task, done: Prepared, quirks: list[tuple[str, str]]) -> dict[str, Any]:
-    scan, settings = task.scan, task.settings
-    image_name = f"images/{scan.key}.nii"
-    label_name = f"labels/{scan.key}.nii" if done.label is not None else None
-    picture = quality.thumbnail(done.image, done.label)
-    voxels, slope = done.image, None
-    if settings.dtype != "float32":
-        top = np.iinfo(DTYPES[settings.dtype]).max
-        voxels, slope = np.round(done.image * top).astype(DTYPES[settings.dtype]), 1 / top
-    digest = _place(task, image_name, lambda path: _write_nifti(path, voxels, done.affine, done.code, slope))
-    names = [image_name]
-    if done.label is not None and label_name is not None:
-        label = done.label
-        _place(task, label_name, lambda path: _write_nifti(path, label, done.affine, done.code))
-        names.append(label_name)
-    _place(task, f"qc/thumbnails/{scan.key}.png", lambda path: path.write_bytes(picture))
-    hashes = [sha256_file(path) for path in (scan.series or (scan.image,))]
-    source_hash = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    return {
-        "image": image_name,
-        "label": label_name,
-        "sha256": digest,
-        "source_sha256": source_hash,
-        "voxels_sha256": done.digest,
-        "files": {name: (task.output / name).stat().st_size for name in names},
-        "quality": done.quality,
-        "warnings": done.warnings,
-        "quirks": [list(quirk) for quirk in quirks],
-    }
-
-
-# --- all volumes -----------------------------------------------------------------------------------------------------
-
-
-def _watch_parent() -> None:
-    """End this worker when the process that started it is gone; a killed run must not leave workers behind."""
-    parent = parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _run(tasks: Sequence[_Task], workers: int) -> None:
-    """Prepare all volumes that are not finished yet, in parallel, a few in flight a worker."""
-    todo = [task for task in tasks if _finished(task) is None]
-    bar = tqdm(total=len(tasks), initial=len(tasks) - len(todo), unit="volume", desc="preparing", smoothing=0.1)
-    try:
-        with bar:
-            if workers == 1 or len(todo) <= 1:
-                for task in todo:
-                    _process(task)
-                    bar.update()
-                return
-            _run_pool(todo, min(workers, len(todo)), bar)
-    except BrokenProcessPool as error:
-        raise InputError(
-            "a worker was killed, most likely for want of memory; use fewer --workers. Started again, the same command "
-            "goes on where it was"
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise InputError(
-            f"{tasks[0].output}: disk full ({error.strerror}); free some space and start the same command again: what is "
-            "done is kept"
-        ) from error
-
-
-def _run_pool(todo: Sequence[_Task], workers: int, bar: Any) -> None:
-    queue = iter(todo)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_watch_parent) as pool:
-        running: set[Future[dict[str, Any]]] = set()
-        try:
-            while True:
-                while len(running) < 2 * workers and (task := next(queue, None)) is not None:
-                    running.add(pool.submit(_process, task))
-                if not running:
-                    return
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                    bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
 # --- the end ---------------------------------------------------------------------------------------------------------
 
 
@@ -603,7 +344,14 @@ def _finish(
         else:
             good.append((scan, record))
             for file, what in record["quirks"]:
-                listing.note("quirk", scan.subject_id, file, what)
+                listing.note("quirk", scan.subject_id, file, _with_cross_check(listing, scan, what))
+            if scan.subject_id in listing.swapped and not any("swapped" in what for _, what in record["quirks"]):
+                listing.note(
+                    "quirk",
+                    scan.subject_id,
+                    scan.source,
+                    "listed as swapped, but its centroids say otherwise: left alone",
+                )
     _note_twins(listing, good)
     marks = quality.find_marks([{**record["quality"], "warnings": record["warnings"]} for _, record in good])
     if strict:
@@ -654,6 +402,13 @@ def _finish(
         )
         return 1
     return 0
+
+
+def _with_cross_check(listing: Listing, scan: Scan, what: str) -> str:
+    """Say whether a swapped pair is one of those that the data set is known for."""
+    if "swapped" not in what or not listing.swapped:
+        return what
+    return what + ("; known of this scan" if scan.subject_id in listing.swapped else "; NOT among the known ones")
 
 
 def _note_twins(listing: Listing, good: Iterable[tuple[Scan, dict[str, Any]]]) -> None:
@@ -730,8 +485,3 @@ def _print_findings(findings: Sequence[Finding], limit: int = 30) -> None:
         ]
         if rows:
             print(str(InputError.many(f"{len(rows)} {kind}s", rows, "", limit)).rstrip())
-
-
-def with_series(scan: Scan, series: Sequence[Path]) -> Scan:
-    """A scan that is made from these DICOM files."""
-    return replace(scan, series=tuple(series))

@@ -224,8 +224,8 @@ def place_window(
     """Choose the target grid: along the scan's own axes, centred on the head, anchored at its top.
 
     The axes stay those of the scan (no rotation is interpolated; the affine keeps the obliquity), in RAS order. The
-    window's top lies one voxel above the top of the foreground. Left-right and back-front, it is centred on the bounding
-    box of that part of the foreground that the window's height holds, so that a neck or shoulders do not move it.
+    window's top lies one voxel above the top of the foreground. Left-right and back-front, it is centred on the
+    bounding box of that part of the foreground that the window's height holds, so that a neck does not move it.
     With labels, it is then moved just as far as it takes to hold every labelled voxel. Where the scan has the target's
     spacing already, the grid is put on the scan's own voxels, so that nothing is interpolated.
 
@@ -426,7 +426,7 @@ def prepare_volume(
     Args:
         volume: the scan.
         settings: the target.
-        label: ``[X, Y, Z]`` integers on the scan's own grid, or None.
+        label: ``[X, Y, Z]`` integers on the scan's grid, in RAS order, or None.
         label_affine: ``[4, 4]`` of the label map.
 
     Raises:
@@ -450,14 +450,11 @@ def prepare_volume(
     result_label = None
     ratios: dict[int, float] = {}
     if label is not None and label_affine is not None:
-        orientation = io_orientation(label_affine)
-        turned = apply_orientation(label, orientation)
-        turned_affine = label_affine @ inv_ornt_aff(orientation, label.shape)
-        result_label, ratios = resample_label(turned, turned_affine, window, settings.shape)
+        result_label, ratios = resample_label(label, label_affine, window, settings.shape)
         for value, ratio in ratios.items():
             if abs(ratio - 1) > 0.02:
                 warnings.append(f"label {value} changed its volume by {100 * (ratio - 1):+.1f} %")
-    quality = {
+    quality: dict[str, Any] = {
         "spacing": "x".join(f"{s:.3g}" for s in spacing),
         "orientation": "".join(nib.orientations.aff2axcodes(volume.affine)),
         "oblique_degrees": round(oblique, 2),
@@ -472,7 +469,6 @@ def prepare_volume(
         "snr": None if (snr := snr_like(image)) is None else round(snr, 2),
         "cut": round(cut["total"], 5),
         **{f"cut_{side}": round(cut[side], 5) for side in SIDES},
-        **({"label_volume_mm3": {str(v): None for v in ratios}} if ratios else {}),
     }
     if ratios and result_label is not None:
         voxel = float(np.prod(settings.spacing))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a person looks at after preparing: marks on odd volumes, a table, a contact sheet and a page to sort and click.
 
-Pictures are drawn from small thumbnails that were made while each volume was in memory, so that no volume is read again.
+Pictures are drawn from small thumbnails that were made while each volume was in memory, so that none is read again.
 Pillow draws them: its PNG files are the same bytes each time, which the resume test relies on.
 """
 
@@ -185,7 +185,8 @@ _STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:24px;color:#222;background:#fff}
 h1{font-size:22px}h2{font-size:17px;margin-top:28px}table{border-collapse:collapse;margin-top:8px}
 th,td{border-bottom:1px solid #ddd;padding:3px 8px;text-align:left;vertical-align:top}
-th{position:sticky;top:0;background:#f3f3f3}th button{font:inherit;font-weight:600;border:0;background:none;cursor:pointer;padding:0}
+th{position:sticky;top:0;background:#f3f3f3}
+th button{font:inherit;font-weight:600;border:0;background:none;cursor:pointer;padding:0}
 tr.marked td{background:#fff0ec}img{display:block;width:288px;height:96px}.n{text-align:right}
 """
 _SCRIPT = """

@@ -270,16 +270,16 @@ def _read_nifti(path: Path, assume_orientation: str | None) -> Volume:
     with _named_errors(path):
         if header.compressed:
             flat = np.empty(count, header.dtype)
-            wanted = memoryview(flat).cast("B")
+            wanted = flat.view(np.uint8).data
             with gzip.open(path) as stream:
                 stream.seek(header.offset)
                 done = 0
                 while done < len(wanted):
-                    n = stream.readinto(wanted[done : done + 2**22])  # type: ignore[attr-defined]
+                    n = stream.readinto(wanted[done : done + 2**22])
                     if n == 0:
                         raise UnusableVolume(
                             path,
-                            f"truncated: {_megabytes(done + header.offset)} of {_megabytes(header.n_bytes)} MB unpacked",
+                            f"truncated: {_megabytes(done + header.offset)} of {_megabytes(header.n_bytes)} MB",
                             "fetch it again",
                         )
                     done += n

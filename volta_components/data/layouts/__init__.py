@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Readers of the data sets' layouts: each turns a folder as users have it into a :class:`Listing` of scans.
 
-A reader looks at names and tables only; voxels are read later, in parallel. It never raises for one bad subject: what it
-leaves out, or keeps with a reservation, is a :class:`Finding`.
+A reader looks at names and tables only; voxels are read later, in parallel. It never raises for one bad subject: what
+it leaves out, or keeps with a reservation, is a :class:`Finding`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from volta_components.data.layouts.common import Finding, LayoutOptions, Listing, Scan
 from volta_components.errors import InputError
 
-LAYOUTS = ("bids",)
+LAYOUTS = ("bids", "ixi", "brats", "harp", "dicom", "folder")
 
 __all__ = ["LAYOUTS", "Finding", "LayoutOptions", "Listing", "Scan", "reader"]
 
@@ -26,4 +26,4 @@ def reader(layout: str) -> Callable[[LayoutOptions], Listing]:
     """
     if layout not in LAYOUTS:
         raise InputError(f"no layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
-    return importlib.import_module(f"volta_components.data.layouts.{layout}").read  # type: ignore[no-any-return]
+    return importlib.import_module(f"volta_components.data.layouts.{layout}").read

@@ -18,7 +18,7 @@ from volta_components.data.layouts.common import (
     Listing,
     Scan,
     check_folder,
-    describe,
+    describe_person,
     drop_doubles,
     pick,
     read_delimited,
@@ -29,10 +29,6 @@ from volta_components.data.layouts.common import (
 )
 from volta_components.data.volumes import NIFTI_SUFFIXES, volume_suffix
 from volta_components.errors import InputError
-
-_SITES = ("site", "site_id", "acquisition_site", "institution")
-_DIAGNOSES = ("diagnosis", "dx", "diagnosis_sc", "group")
-_AGES = ("age", "age_bl", "age_at_scan")
 
 
 def read(options: LayoutOptions) -> Listing:
@@ -105,14 +101,14 @@ def _subject(listing: Listing, options: LayoutOptions, folder: Path, person: dic
     if table.exists():
         try:
             for row in read_delimited(table):
-                if session := pick(row, "session_id"):
-                    visits[session if session.startswith("ses-") else f"ses-{session}"] = row
+                if visit := pick(row, "session_id"):
+                    visits[visit if visit.startswith("ses-") else f"ses-{visit}"] = row
         except InputError as error:
             listing.note("problem", name, relative(table, root), str(error).split(": ", 1)[-1], "", False)
     try:
-        sessions: list[Path | None] = [*sorted(path for path in folder.glob("ses-*") if path.is_dir())] or [None]
+        visits_found: list[Path | None] = [*sorted(path for path in folder.glob("ses-*") if path.is_dir())]
         scans = []
-        for session in sessions:
+        for session in visits_found or [None]:
             anat = (session or folder) / "anat"
             images = [
                 path
@@ -156,12 +152,8 @@ def _scan(
     listing: Listing, options: LayoutOptions, name: str, session: Path | None, image: Path, row: dict[str, str]
 ) -> Scan:
     root = options.source
-    facts = describe(
-        listing, name, "participants.tsv", row, sex=("sex", "gender"), age=_AGES, diagnosis=_DIAGNOSES, site=_SITES
-    )
     patient = canonical_patient_id(name)
-    if facts["site"] is None and cohort_of(patient) == "adni":
-        facts["site"] = patient[:3]
+    facts = describe_person(listing, patient, "participants.tsv", row)
     labels: tuple[LabelFile, ...] = ()
     if options.labels != "none":
         place = image.parent.relative_to(root)

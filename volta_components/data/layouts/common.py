@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from volta_components.data.identity import canonical_patient_id
+from volta_components.data.identity import canonical_patient_id, cohort_of
 from volta_components.data.volumes import volume_suffix
 from volta_components.errors import InputError
 
+LEFT, RIGHT = 1, 2  # values of the hippocampi in label maps
 Kind = Literal["problem", "quirk", "choice"]
 MISSING = {"", "n/a", "na", "nan", "none", "null", "unknown", "-4", "-1", "."}
 # Names of one thing in the public tables, brought to Clinica's.
@@ -69,7 +70,7 @@ class Scan:
         image: the volume file, or a folder of DICOM files.
         source: ``image`` relative to the source, with forward slashes.
         labels: its label files.
-        series: for DICOM, the files of the one series, sorted.
+        series: for DICOM, the UID of the one series in the folder; None for a volume file.
         site, sex, diagnosis, age: where known. Sex is ``F`` or ``M``; age in years.
     """
 
@@ -79,7 +80,7 @@ class Scan:
     image: Path
     source: str
     labels: tuple[LabelFile, ...] = ()
-    series: tuple[Path, ...] = ()
+    series: str | None = None
     site: str | None = None
     sex: str | None = None
     diagnosis: str | None = None
@@ -100,12 +101,14 @@ class Listing:
         scans: to prepare, unsorted.
         findings: about everything else.
         found: counts to print beside the paper's, such as ``{"rows": 619, "male": 342}``.
+        swapped: subjects whose left and right label files are known to be swapped.
     """
 
     cohort: str
     scans: list[Scan] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     found: dict[str, int] = field(default_factory=dict)
+    swapped: frozenset[str] = frozenset()
 
     def note(
         self, kind: Kind, subject: str, file: str, reason: str, remedy: str = "", left_out: bool | None = None
@@ -125,14 +128,18 @@ class LayoutOptions:
         sessions: ``baseline`` (the first with a scan), ``all``, or names.
         labels: ``auto`` (take those there are), ``require`` or ``none``.
         table: a table of subjects to read instead of the layout's own, or None.
-        work: a folder for intermediate files (converted DICOM series).
+        name: the cohort's name, where the user gave one; tells whose numbers bare ids are (``aibl``).
+        work: a folder to keep what was learnt of DICOM folders.
+        workers: threads for reading DICOM headers.
     """
 
     source: Path
     sessions: tuple[str, ...] = ("baseline",)
     labels: Literal["auto", "require", "none"] = "auto"
     table: Path | None = None
+    name: str | None = None
     work: Path | None = None
+    workers: int = 1
 
 
 def relative(path: Path, root: Path) -> str:
@@ -341,6 +348,77 @@ def check_folder(root: Path) -> None:
         raise InputError(f"{root}: permission denied; make it readable (chmod u+rx)")
 
 
-def patient_of(subject_id: str) -> str:
-    """Canonical patient id of a subject id."""
-    return canonical_patient_id(subject_id)
+# Columns of the tables that come with the data sets (ADNIMERGE, the image archive's search results, BIDS and others).
+ID_COLUMNS = (
+    "participant_id",
+    "subject_id",
+    "PTID",
+    "Subject",
+    "Subject ID",
+    "patient_id",
+    "ID",
+    "name",
+    "file",
+    "RID",
+)
+SEX_COLUMNS = ("sex", "PTGENDER", "gender")
+AGE_COLUMNS = ("age", "age_bl", "age_at_scan", "Age at scan")
+DIAGNOSIS_COLUMNS = ("diagnosis", "DX_bl", "DX", "diagnosis_sc", "Research Group", "group", "label")
+SITE_COLUMNS = ("site", "site_id", "acquisition_site", "institution", "scanner")
+
+
+def read_people(listing: Listing, path: Path, prefix: str = "") -> dict[str, dict[str, str]]:
+    """Rows of a table of people by canonical patient id; of several rows (visits) the first with a value counts.
+
+    Args:
+        listing: takes notes of rows that contradict each other.
+        path: CSV, TSV or Excel.
+        prefix: put before ids that are bare numbers, such as ``AIBL``.
+
+    Raises:
+        InputError: if the table cannot be read or has no column of ids.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file; give the table of subjects as --table")
+    rows = read_table(path)
+    if rows and not any(pick(row, *ID_COLUMNS) for row in rows):
+        raise InputError(
+            f"{path}: no column of subject ids among {', '.join(rows[0])}; name one of them {ID_COLUMNS[0]}"
+        )
+    people: dict[str, dict[str, str]] = {}
+    for row in rows:
+        text = pick(row, *ID_COLUMNS)
+        if text is None:
+            continue
+        person = canonical_patient_id(f"{prefix}{text}" if text.isdigit() else text)
+        known = people.setdefault(person, {})
+        for key, value in row.items():
+            if value.strip().lower() in MISSING:
+                continue
+            if known.setdefault(key, value) != value and key.lower() in {name.lower() for name in SEX_COLUMNS}:
+                listing.note(
+                    "problem",
+                    person,
+                    path.name,
+                    f"rows differ in {key}: {known[key]!r}, {value!r}",
+                    "the first is used",
+                    False,
+                )
+    return people
+
+
+def describe_person(listing: Listing, patient_id: str, file: str, row: Mapping[str, str] | None) -> dict[str, Any]:
+    """Sex, age, diagnosis and site out of a row of :func:`read_people`; an ADNI patient's site is in the id."""
+    facts = describe(
+        listing,
+        patient_id,
+        file,
+        row or {},
+        sex=SEX_COLUMNS,
+        age=AGE_COLUMNS,
+        diagnosis=DIAGNOSIS_COLUMNS,
+        site=SITE_COLUMNS,
+    )
+    if facts["site"] is None and cohort_of(patient_id) == "adni":
+        facts["site"] = patient_id[:3]
+    return facts

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One volume in one worker process, and all of them in parallel.
+
+A volume is finished by the record that is written last (``.prepare/records/KEY.json``): image, label and thumbnail are
+whole files by then, since each is written under another name and renamed. Whatever moment a run is killed at, the same
+command goes on with the volumes that have no record, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from tqdm import tqdm
+
+from volta_components.data import quality
+from volta_components.data.labels import read_labels
+from volta_components.data.layouts import Scan
+from volta_components.data.layouts.common import relative
+from volta_components.data.layouts.dicom import convert_series, dicom_files
+from volta_components.data.preprocess import Prepared, Settings, UnusableVoxels, prepare_volume
+from volta_components.data.volumes import UnusableVolume, Volume, read_volume
+from volta_components.errors import InputError
+from volta_components.files import read_json, sha256_file
+
+DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float32", "uint16", "uint8")}
+STATE = ".prepare"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One volume for one worker.
+
+    Attributes:
+        scan: what to prepare.
+        settings: the target.
+        labels: whether its label files are wanted.
+        source: root of the data set.
+        output: folder of the prepared data set.
+        temporary: this run's own folder for files that are not whole yet, on the output's file system.
+    """
+
+    scan: Scan
+    settings: Settings
+    labels: bool
+    source: Path
+    output: Path
+    temporary: Path
+
+
+def _image_files(scan: Scan) -> list[Path]:
+    """The files that a scan is made of; for DICOM, all of its folder."""
+    return dicom_files(scan.image) if scan.series else [scan.image]
+
+
+def _stamp(scan: Scan, source: Path) -> list[list[Any]]:
+    """Name, size and time of each file that a volume is made from."""
+    stamps: list[list[Any]] = []
+    try:
+        files = _image_files(scan)
+    except OSError:
+        files = []
+    for path in [*files, *(label.path for label in scan.labels)]:
+        try:
+            status = path.stat()
+            stamps.append([relative(path, source), status.st_size, status.st_mtime_ns])
+        except OSError:
+            stamps.append([relative(path, source), None, None])
+    return stamps
+
+
+def _record_path(task: Task) -> Path:
+    return task.output / STATE / "records" / f"{task.scan.key}.json"
+
+
+def read_record(task: Task) -> dict[str, Any] | None:
+    """What is known of a volume, good or bad; None when it was not come to yet."""
+    try:
+        record: dict[str, Any] = read_json(_record_path(task))
+    except InputError:
+        return None
+    return record
+
+
+def finished(task: Task) -> dict[str, Any] | None:
+    """The record of a volume that needs no work: prepared, from the same files, and still there."""
+    record = read_record(task)
+    if record is None or "error" in record or record["stamp"] != _stamp(task.scan, task.source):
+        return None
+    for name, size in record["files"].items():
+        try:
+            if (task.output / name).stat().st_size != size:
+                return None
+        except OSError:
+            return None
+    return record
+
+
+def _write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray, code: int, slope: float | None = None) -> str:
+    """Write a NIfTI-1 file; give the SHA-256 of its bytes.
+
+    NiBabel makes the header; the voxels are written from memory as they lie, hashed on the way.
+    """
+    header = nib.Nifti1Header()
+    header.set_data_dtype(voxels.dtype)
+    header.set_data_shape(voxels.shape)
+    header.set_zooms(np.linalg.norm(affine[:3, :3], axis=0))
+    header.set_sform(affine, code)
+    header.set_qform(affine, code)
+    header.set_xyzt_units("mm")
+    header.set_slope_inter(slope if slope is not None else 1.0, 0.0)
+    header["magic"] = b"n+1"
+    header["vox_offset"] = 352
+    digest = hashlib.sha256()
+    with path.open("wb") as stream:
+        planes = (np.asfortranarray(voxels[:, :, k]).T for k in range(voxels.shape[2]))
+        for part in (header.binaryblock + bytes(4), *planes):
+            data = part if isinstance(part, bytes) else np.ascontiguousarray(part).data
+            digest.update(data)
+            stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return digest.hexdigest()
+
+
+def _place(task: Task, name: str, write: Callable[[Path], Any]) -> Any:
+    """Write a file under a name of its own in the temporary folder, then rename it to its place."""
+    task.temporary.mkdir(parents=True, exist_ok=True)
+    temporary = task.temporary / f"{os.getpid()}-{Path(name).name}"
+    target = task.output / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        result = write(temporary)
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return result
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _load(task: Task) -> Volume:
+    scan = task.scan
+    if not scan.series:
+        return read_volume(scan.image, task.settings.assume_orientation)
+    task.temporary.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=task.temporary) as folder:
+        path, warnings = convert_series(scan.image, scan.series, Path(folder))
+        volume = read_volume(path)  # mapped into memory: the file may go while the voxels are in use
+    if min(volume.voxels.shape) < 8:
+        raise UnusableVolume(
+            scan.image,
+            f"only {min(volume.voxels.shape)} slices: a localiser, or incomplete",
+            "download the series again",
+        )
+    return replace(volume, warnings=tuple(warnings))
+
+
+def process(task: Task) -> dict[str, Any]:
+    """Prepare one volume and record it; a bad one is recorded with its error, and never raises but for a full disk."""
+    scan = task.scan
+    record: dict[str, Any] = {"key": scan.key, "stamp": _stamp(scan, task.source)}
+    try:
+        record |= _prepared(task)
+    except UnusableVolume as error:
+        file = relative(Path(error.path), task.source)
+        record["error"] = {"file": file, "reason": error.reason, "remedy": error.remedy}
+    except UnusableVoxels as error:
+        record["error"] = {"file": scan.source, "reason": error.reason, "remedy": error.remedy}
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        record["error"] = {
+            "file": error.filename or scan.source,
+            "reason": f"{error.strerror or error}",
+            "remedy": "check the disk and the permissions",
+        }
+    except MemoryError:
+        record["error"] = {"file": scan.source, "reason": "does not fit in memory", "remedy": "use fewer --workers"}
+    except Exception as error:
+        record["error"] = {
+            "file": scan.source,
+            "reason": f"unexpected {type(error).__name__}: {error}",
+            "remedy": "please report it",
+        }
+    text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    _place(task, f"{STATE}/records/{scan.key}.json", lambda path: _write_text(path, text))
+    return record
+
+
+def _prepared(task: Task) -> dict[str, Any]:
+    scan, settings = task.scan, task.settings
+    volume = _load(task)
+    label, label_affine = None, None
+    quirks: list[tuple[str, str]] = []
+    if task.labels and scan.labels:
+        label, label_affine, quirks = read_labels(scan.labels, volume, scan.image, settings.assume_orientation)
+    done = prepare_volume(volume, settings, label, label_affine)
+    del volume, label
+    return _write(task, done, quirks)
+
+
+def _write(task: Task, done: Prepared, quirks: list[tuple[str, str]]) -> dict[str, Any]:
+    scan, settings = task.scan, task.settings
+    image_name = f"images/{scan.key}.nii"
+    label_name = f"labels/{scan.key}.nii" if done.label is not None else None
+    picture = quality.thumbnail(done.image, done.label)
+    voxels, slope = done.image, None
+    if settings.dtype != "float32":
+        dtype = DTYPES[settings.dtype]
+        top = 2 ** (8 * dtype.itemsize) - 1
+        voxels, slope = np.round(done.image * top).astype(dtype), 1 / top
+    digest = _place(task, image_name, lambda path: _write_nifti(path, voxels, done.affine, done.code, slope))
+    names = [image_name]
+    if done.label is not None and label_name is not None:
+        label = done.label
+        _place(task, label_name, lambda path: _write_nifti(path, label, done.affine, done.code))
+        names.append(label_name)
+    _place(task, f"qc/thumbnails/{scan.key}.png", lambda path: path.write_bytes(picture))
+    hashes = [sha256_file(path) for path in _image_files(scan)]
+    source_hash = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return {
+        "image": image_name,
+        "label": label_name,
+        "sha256": digest,
+        "source_sha256": source_hash,
+        "voxels_sha256": done.digest,
+        "files": {name: (task.output / name).stat().st_size for name in names},
+        "quality": done.quality,
+        "warnings": done.warnings,
+        "quirks": [list(quirk) for quirk in quirks],
+    }
+
+
+def _watch_parent() -> None:
+    """End this worker when the process that started it is gone; a killed run must not leave workers behind."""
+    parent = parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run(tasks: Sequence[Task], workers: int) -> None:
+    """Prepare all volumes that are not finished yet, in parallel, a few in flight a worker."""
+    todo = [task for task in tasks if finished(task) is None]
+    bar = tqdm(total=len(tasks), initial=len(tasks) - len(todo), unit="volume", desc="preparing", smoothing=0.1)
+    try:
+        with bar:
+            if workers == 1 or len(todo) <= 1:
+                for task in todo:
+                    process(task)
+                    bar.update()
+                return
+            _run_pool(todo, min(workers, len(todo)), bar)
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a worker was killed, most likely for want of memory; use fewer --workers. Started again, the same command "
+            "goes on where it was"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"{tasks[0].output}: disk full ({error.strerror}); free some space and start the same command again: "
+            "what is done is kept"
+        ) from error
+
+
+def _run_pool(todo: Sequence[Task], workers: int, bar: Any) -> None:
+    queue = iter(todo)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_watch_parent) as pool:
+        running: set[Future[dict[str, Any]]] = set()
+        try:
+            while True:
+                while len(running) < 2 * workers and (task := next(queue, None)) is not None:
+                    running.add(pool.submit(process, task))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                    bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
