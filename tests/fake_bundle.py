@@ -76,10 +76,18 @@ def load(path: str, fold: int, fraction: float) -> tuple[list[dict[str, Any]], l
 
 def write_datalist(path: Path, folds: int = 2) -> Path:
     training = [
-        {"subject_id": f"sub-{i:04d}", "patient_id": f"sub-{i:04d}", "label": i % 2, "fold": i // 2 % folds}
+        {
+            "image": f"images/sub-{i:04d}.nii",
+            "subject_id": f"sub-{i:04d}",
+            "patient_id": f"sub-{i:04d}",
+            "session": "ses-1",
+            "label": i % 2,
+            "fold": i // 2 % folds,
+        }
         for i in range(SUBJECTS)
     ]
-    content = {"name": "fake", "format": 1, "n_folds": folds, "training": training}
+    size = {"spacing": [1.0, 1.0, 1.0], "shape": [8, 8, 8]}
+    content = {"name": "fake", "format": 1, "n_folds": folds, "seed": 0, **size, "training": training}
     write_json(path, {**content, "hash": sha256_json(content)})
     return path
 

@@ -103,7 +103,7 @@ def test_several_processes_go_through_torchrun(place):
         ({"settings": {"fold": 1}}, "crossval sets this id itself"),
         ({"encoder": Path("nothing.safetensors")}, "nothing.safetensors: no such encoder"),
         ({"bundle": Path("datalist.json")}, "not a bundle"),
-        ({"datalist": Path("missing.json")}, "missing.json: no such file"),
+        ({"datalist": Path("missing.json")}, "missing.json: no such datalist"),
         ({"datalist": Path("fake/configs/tiny.json")}, "not a datalist"),
         ({"experiment": "a'b"}, "letters, digits"),
     ],

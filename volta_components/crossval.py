@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from volta_components.data.datalist import load_datalist
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file, sha256_json, write_json
 
@@ -225,15 +226,12 @@ def plan(
     configs = bundle / "configs"
     if not (configs / "train.json").is_file():
         raise InputError(f"{bundle}: not a bundle: it has no configs/train.json")
-    content = read_json(datalist)
-    try:
-        datalist_hash, available = str(content["hash"]), sorted({int(item["fold"]) for item in content["training"]})
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{datalist}: not a datalist with folds ({error!r}); write it with volta3d prepare") from error
+    content = load_datalist(datalist)
+    available = list(range(content.n_folds))
     wanted = list(range(folds)) if isinstance(folds, int) else [int(fold) for fold in folds]
     absent = [fold for fold in wanted if fold not in available]
     if absent or not wanted:
-        raise InputError(f"{datalist} has the folds {available}, not {absent}; choose --folds among them")
+        raise InputError(f"{content.path} has the folds {available}, not {absent}; choose --folds among them")
     shares = [float(share) for share in ([fractions] if isinstance(fractions, (int, float)) else fractions)]
     wrong = [share for share in shares if not 0 < share <= 1]
     if wrong or not shares:
@@ -258,7 +256,7 @@ def plan(
         identity = {
             "config": merged,
             "changes": {key: value for key, value in changes.items() if key != "encoder_path"},
-            "datalist": datalist_hash,
+            "datalist": content.hash,
             "encoder": _encoder_hash(merged, changes, bundle),
         }
         for fold, share in itertools.product(wanted, shares):
@@ -277,8 +275,8 @@ def plan(
                 "run_name": name,
                 # monai.bundle logs the configuration as an artifact only where output_dir is an expression.
                 "output_dir": f"${str(folder)!r}",
-                "dataset_dir": str(datalist.resolve().parent),
-                "datalist_path": str(datalist.resolve()),
+                "dataset_dir": str(content.path.resolve().parent),
+                "datalist_path": str(content.path.resolve()),
                 "experiment_name": experiment_name,
                 "tracking_uri": tracking_uri,
             }
@@ -599,8 +597,9 @@ def _submit(
     by_id = {job.job_id: run for job, run in zip(jobs, runs, strict=True)}
     try:
         for job in submitit.helpers.as_completed(jobs, poll_frequency=1 if cluster == "local" else 10):
-            error = job.exception()
-            yield job.result() if error is None else Outcome(by_id[job.job_id], "failed", f"job {job.job_id}: {error}")
+            trouble = job.exception()
+            failed = Outcome(by_id[job.job_id], "failed", f"job {job.job_id}: {trouble}")
+            yield job.result() if trouble is None else failed
     except BaseException:
         for job in jobs:
             job.cancel(check=False)
