@@ -102,8 +102,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise InputError(f"{path}: damaged weights ({error}); fetch them again") from error
     except Exception as error:
         raise InputError(
-            f"{path}: not a file of plain weights ({str(error).splitlines()[0]}); loading it could run code, so it is "
-            "refused. Convert it to safetensors where it was made"
+            # Not the error's own text: it advises to load without protection, or is empty.
+            f"{path}: not a file of plain weights ({type(error).__name__}): damaged, or loading it could run code, so "
+            "it is refused. Fetch it again, or convert it to safetensors where it was made"
         ) from error
     for key in ("state_dict", "model", "network"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -177,18 +178,24 @@ def _fill(
     report = LoadReport(source)
     new: dict[str, Tensor] = {}
     wrong = []
+    owner_name = type(module).__name__
     for name, value in weights.items():
         key = prefix + name
         if key not in own:
             report.unused.append(name)
-        elif own[key].shape == value.shape:
+            continue
+        fits = own[key].shape == value.shape
+        if name == POSITION and own[key].shape[-1] == value.shape[-1]:
+            # Compare grids, not sizes: 9x12x12 and 12x12x9 have as many tokens.
+            start = source_grid or (() if fits else _cube(value.shape[1], source))
+            target = grid or _module_grid(module, prefix) or (start if fits else _cube(own[key].shape[1], owner_name))
+            if start and start != target:
+                new[key] = resample_position_embedding(value, start, target)
+                report.resampled.append(f"{key} {'x'.join(map(str, start))} -> {'x'.join(map(str, target))}")
+                continue
+        if fits:
             new[key] = value
             report.loaded.append(key)
-        elif name == POSITION and own[key].shape[-1] == value.shape[-1]:
-            target_grid = grid or _module_grid(module, prefix, own[key].shape[1])
-            start_grid = source_grid or _cube(value.shape[1], source)
-            new[key] = resample_position_embedding(value, start_grid, target_grid)
-            report.resampled.append(f"{key} {'x'.join(map(str, start_grid))} -> {'x'.join(map(str, target_grid))}")
         else:
             wrong.append((key, str(tuple(value.shape)), str(tuple(own[key].shape))))
     if wrong:
@@ -200,20 +207,24 @@ def _fill(
     report.missing = [key for key in own if key not in new]
     if not new:
         raise InputError(
-            f"{source}: none of its {len(weights)} weights has a place in {type(module).__name__} under the prefix "
+            f"{source}: none of its {len(weights)} weights has a place in {owner_name} under the prefix "
             f"{prefix!r}; is it an encoder of this project, and the prefix right ('vit.' for UNETR)?"
         )
     module.load_state_dict(new, strict=False)
     return report
 
 
-def _module_grid(module: nn.Module, prefix: str, count: int) -> tuple[int, ...]:
+def _module_grid(module: nn.Module, prefix: str) -> tuple[int, ...]:
+    """Token grid of the encoder in a module, as far as it tells; otherwise ``()``."""
     owner: Any = module.get_submodule(prefix.rstrip(".")) if prefix else module
     for candidate in (owner, module):
         size, patch = getattr(candidate, "img_size", None), getattr(candidate, "patch_size", None)
         if size is not None and patch is not None and len(size) == len(patch):
             return tuple(int(s) // int(p) for s, p in zip(size, patch))
-    return _cube(count, type(module).__name__)
+        tokens = getattr(candidate, "feat_size", None)  # UNETR
+        if tokens is not None:
+            return tuple(int(count) for count in tokens)
+    return ()
 
 
 def _cube(count: int, what: str) -> tuple[int, ...]:
