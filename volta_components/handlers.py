@@ -118,7 +118,7 @@ class ResumableCheckpoint:
             settings, progress = state["settings"], state["engine"]
         except Exception as error:
             raise InputError(
-                f"{self.path}: not a checkpoint of this project ({error}); remove it to start anew"
+                f"{self.path}: not a checkpoint of this project ({type(error).__name__}); remove it to start anew"
             ) from error
         names = sorted(settings.keys() | self.settings.keys())
         rows = [
