@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from volta_components.errors import InputError
 
@@ -24,6 +27,23 @@ def _usage() -> str:
     return "\n".join(
         ["usage: volta3d COMMAND [OPTIONS]", "", *rows, "", "volta3d COMMAND --help lists a command's options."]
     )
+
+
+class _Call:
+    """A command with its options, ready to run."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.run = run
+
+
+def _deferred(function: Callable[..., Any]) -> Callable[..., _Call]:
+    """What fire may call instead of a command: it calls first and only then complains of options that do not exist."""
+
+    @functools.wraps(function)
+    def bind(*args: Any, **kwargs: Any) -> _Call:
+        return _Call(functools.partial(function, *args, **kwargs))
+
+    return bind
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,13 +68,15 @@ def main(argv: list[str] | None = None) -> int:
     import fire.core
 
     fire.core.Display = lambda lines, out: print("\n".join(lines), file=out)
+    asks_help = bool({"-h", "--help"} & set(words[1:]))
     try:
-        result = fire.Fire(
-            getattr(importlib.import_module(module), function),
-            command=words[1:],
+        call = fire.Fire(
+            _deferred(getattr(importlib.import_module(module), function)),
+            command=["--help"] if asks_help else words[1:],
             name=f"volta3d {words[0]}",
-            serialize=lambda value: None if isinstance(value, int) else value,
+            serialize=lambda _: None,
         )
+        result = call.run()
     except InputError as error:
         print(f"volta3d {words[0]}: {error}", file=sys.stderr)
         return 2
