@@ -102,7 +102,7 @@ def tiny_run(
         patch_loss=PatchAlignmentLoss(CentredTargets(PROTOTYPES)),
         optimizer=torch.optim.AdamW(parameter_groups(student, 0.04), lr=0.0),
     )
-    steps = epochs * -(-sampler.iterations // accumulation_steps)
+    steps = epochs * -(-sampler.iterations // max(1, accumulation_steps))
     settings: dict[str, Any] = {
         "reconstruction_loss": ReconstructionLoss(),
         "learning_rate": CosineSchedule(1e-3, 1e-5, steps, 1),
@@ -139,3 +139,14 @@ def tiny_run(
 def flat(module: nn.Module) -> dict[str, np.ndarray]:
     """A copy of a module's state as arrays."""
     return {name: value.detach().cpu().numpy().copy() for name, value in module.state_dict().items()}
+
+
+def record_gradients(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """A list that grows, at every optimiser step, by the gradients that the step is about to use."""
+    steps: list[dict[str, torch.Tensor]] = []
+
+    def remember(*_: Any) -> None:
+        steps.append({name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None})
+
+    optimizer.register_step_pre_hook(remember)
+    return steps

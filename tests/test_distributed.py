@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two real processes with batch 1 each against one process with batch 2.
+
+Everything that needs two processes runs in one pair of them, which writes what it found to files; the tests compare.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Events
+from method_helpers import HIDDEN, PROTOTYPES, record_gradients, tiny_run, tiny_student
+from torch import distributed as dist
+from torch import multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+from volta_components.distributed import gather_rows, mean_over_processes, process_count, process_rank
+from volta_components.losses import CentredTargets, GlobalAlignmentLoss, KoLeoLoss, PatchAlignmentLoss, SinkhornTargets
+
+TARGETS = {
+    "centred": lambda: CentredTargets(PROTOTYPES),
+    "controlled": lambda: CentredTargets(PROTOTYPES, target_entropy=0.5),
+    "sinkhorn": lambda: SinkhornTargets(PROTOTYPES, queue_size=12),
+}
+
+
+def train(rank: int, processes: int, kind: str) -> dict[str, Any]:
+    """Two epochs of six volumes, windows of two mini-batches (the last of each epoch holds one)."""
+    plain = tiny_student()
+    student = DistributedDataParallel(plain) if processes > 1 else plain
+    parts = tiny_run(
+        count=6,
+        batch_size=2 // processes,
+        num_replicas=processes,
+        rank=rank,
+        student=student,
+        optimizer=torch.optim.SGD(plain.parameters(), lr=0.0),
+        global_loss=GlobalAlignmentLoss(TARGETS[kind]()),
+        patch_loss=PatchAlignmentLoss(TARGETS[kind]()),
+        koleo_loss=KoLeoLoss(HIDDEN, queue_size=20),
+        learning_rate=lambda _: 0.01,
+    )
+    gradients = record_gradients(parts.optimizer, plain)
+    losses: list[float] = []
+    parts.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: losses.append(e.state.output[0]["loss"]))
+    parts.trainer.run()
+    return {
+        "gradients": gradients,
+        "student": plain.state_dict(),
+        "teacher": parts.teacher.state_dict(),
+        "losses": parts.losses.state_dict(),
+        "loss": losses,
+    }
+
+
+def teacher_logits() -> torch.Tensor:
+    return torch.randn(4, 2, 2, PROTOTYPES, generator=torch.Generator().manual_seed(3))
+
+
+def worker(rank: int, folder: str) -> None:
+    """What each process does: the collectives, the targets, KoLeo, and whole trainings."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    found: dict[str, Any] = {
+        "count": process_count(),
+        "rank": process_rank(),
+        "mean": mean_over_processes(torch.tensor([1.0 + rank, 10.0 * rank])),
+        "rows": gather_rows(torch.arange(6).view(2, 3) + 100 * rank),
+    }
+    for kind, make in TARGETS.items():
+        module = make()
+        found[f"targets {kind}"] = [module(step[:, rank : rank + 1], 0.04) for step in teacher_logits()]
+    koleo = KoLeoLoss(HIDDEN, 10)
+    found["koleo"] = []
+    for step in summaries():
+        own = step[:, rank : rank + 1].clone().requires_grad_()
+        value = koleo(own)
+        value.backward()
+        found["koleo"].append((value.item(), own.grad))
+    for kind in ("centred", "sinkhorn"):
+        found[f"train {kind}"] = train(rank, 2, kind)
+    torch.save(found, Path(folder) / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def summaries() -> torch.Tensor:
+    return torch.randn(4, 2, 2, HIDDEN, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("gloo")
+    multiprocessing.spawn(worker, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_alone_every_collective_is_the_identity() -> None:
+    value = torch.randn(3, 2)
+    assert (process_count(), process_rank()) == (1, 0)
+    assert mean_over_processes(value) is value
+    assert gather_rows(value) is value
+
+
+@pytest.mark.slow
+def test_collectives(ranks: list[dict[str, Any]]) -> None:
+    for rank, found in enumerate(ranks):
+        assert (found["count"], found["rank"]) == (2, rank)
+        assert found["mean"].tolist() == [1.5, 5.0]
+        assert found["rows"].tolist() == [[0, 1, 2], [3, 4, 5], [100, 101, 102], [103, 104, 105]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TARGETS)
+def test_targets_do_not_depend_on_how_the_batch_is_shared(ranks: list[dict[str, Any]], kind: str) -> None:
+    module = TARGETS[kind]()
+    for step, logits in enumerate(teacher_logits()):
+        together = module(logits, 0.04)
+        for rank in (0, 1):
+            part = ranks[rank][f"targets {kind}"][step]
+            torch.testing.assert_close(part, together[:, rank : rank + 1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_koleo_does_not_depend_on_how_the_batch_is_shared(ranks: list[dict[str, Any]]) -> None:
+    module = KoLeoLoss(HIDDEN, 10)
+    for step, rows in enumerate(summaries()):
+        together = rows.clone().requires_grad_()
+        value = module(together)
+        value.backward()
+        parts = [ranks[rank]["koleo"][step] for rank in (0, 1)]
+        assert np.mean([part for part, _ in parts]) == pytest.approx(value.item(), rel=1e-5)
+        # Distributed training averages over processes, hence the half.
+        own = torch.cat([gradient for _, gradient in parts], dim=1) / 2
+        torch.testing.assert_close(own, together.grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["centred", "sinkhorn"])
+def test_two_processes_train_as_one_does(ranks: list[dict[str, Any]], kind: str) -> None:
+    one = train(0, 1, kind)
+    two = [found[f"train {kind}"] for found in ranks]
+    assert len(one["gradients"]) == len(two[0]["gradients"]) == 4  # windows of 2 and 1 mini-batches, twice
+    for rank in (0, 1):
+        for step, expected in enumerate(one["gradients"]):
+            actual = two[rank]["gradients"][step]
+            assert set(actual) == set(expected)
+            for name, value in expected.items():
+                torch.testing.assert_close(actual[name], value, atol=1e-5, rtol=1e-4, msg=f"{name} at step {step}")
+        for part in ("student", "teacher"):
+            for name, value in one[part].items():
+                torch.testing.assert_close(two[rank][part][name], value, atol=1e-5, rtol=1e-4, msg=name)
+        centres = [name for name in one["losses"] if name.endswith("targets.centre")]
+        assert len(centres) == (2 if kind == "centred" else 0)
+        for name in centres:
+            torch.testing.assert_close(two[rank]["losses"][name], one["losses"][name], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(np.mean([part["loss"] for part in two], axis=0), one["loss"], rtol=1e-5)
+    # Both processes end as one, to the bit.
+    for name, value in two[0]["student"].items():
+        assert torch.equal(value, two[1]["student"][name]), name

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages about many bad inputs."""
+
+from __future__ import annotations
+
+from volta_components.errors import InputError
+
+
+def test_many_bad_inputs_in_columns() -> None:
+    rows = [("sub-A", "a/long/file.nii", "truncated"), ("sub-long", "b.nii", "contains NaN")]
+    error = InputError.many("2 of 9 volumes cannot be used", rows, "Fetch them again.")
+    assert isinstance(error, ValueError)
+    assert str(error).splitlines() == [
+        "2 of 9 volumes cannot be used:",
+        "  sub-A     a/long/file.nii  truncated",
+        "  sub-long  b.nii            contains NaN",
+        "Fetch them again.",
+    ]
+
+
+def test_a_long_list_is_cut_and_counted() -> None:
+    lines = str(InputError.many("bad", [(str(i), "x") for i in range(120)], "Remedy.", limit=3)).splitlines()
+    assert lines == ["bad:", "  0  x", "  1  x", "  2  x", "  ... and 117 more", "Remedy."]
+
+
+def test_no_rows() -> None:
+    assert str(InputError.many("nothing", [], "Remedy.")) == "nothing:\nRemedy."

@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer: accumulation windows, clocks, moving averages, frozen layers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ignite.engine import Events
+from method_helpers import flat, record_gradients, tiny_run, tiny_student, tiny_views
+from torch import nn
+
+from volta_components.errors import InputError
+from volta_components.losses import KoLeoLoss
+from volta_components.networks import make_teacher
+
+
+def test_windows_of_an_epoch_that_the_window_does_not_divide() -> None:
+    """2,002 volumes and windows of 8: 250 whole windows and one of 2."""
+    trainer = tiny_run(count=2002, accumulation_steps=8).trainer
+    assert trainer.state.epoch_length == 2002
+    places = [trainer.window(iteration) for iteration in range(4004)]
+    assert places[0] == (0, 8, 0)
+    assert places[7] == (7, 8, 0)
+    assert places[8] == (0, 8, 1)
+    assert places[1999] == (7, 8, 249)
+    assert places[2000:2002] == [(0, 2, 250), (1, 2, 250)]
+    assert places[2002] == (0, 8, 251)
+    assert places[4003] == (1, 2, 501)
+    # Each window's mini-batches weigh 1 together, and steps count up without a gap.
+    assert sum(1 / length for _, length, _ in places) == pytest.approx(502)
+    assert sorted({step for *_, step in places}) == list(range(502))
+
+
+def loss_of(
+    parts: Any, student: nn.Module, teacher: nn.Module, centres: list[torch.Tensor], key: tuple[int, int]
+) -> Any:
+    """Eq. 6 for one volume, written out with PyTorch's own functions; also the teacher's mean logits."""
+    volume = parts.loader.dataset[key]["image"][None]
+    views = parts.views(volume, [key])
+    out = student(views.student[:, 0], views.local[:, 0])
+    with torch.no_grad():
+        taught = teacher(views.teacher[:, 0])
+    student_logits = torch.cat([out.globals_.logits, out.local_logits])
+    pairs = []
+    for i in range(2):
+        target = ((taught.logits[i] - centres[0]) / 0.05).softmax(-1)
+        pairs += [
+            nn.functional.cross_entropy(student_logits[j] / 0.1, target) for j in range(len(student_logits)) if j != i
+        ]
+    patch_target = ((taught.patch_logits.flatten(0, 1) - centres[1]) / 0.06).softmax(-1)
+    patch = nn.functional.cross_entropy(out.globals_.patch_logits.flatten(0, 1) / 0.1, patch_target)
+    rec = torch.stack(
+        [
+            nn.functional.mse_loss(out.reconstruction[v][views.masked[v, 0]], views.image[v, 0][views.masked[v, 0]])
+            for v in range(2)
+        ]
+    ).mean()
+    means = [taught.logits.mean(0), taught.patch_logits.flatten(0, 1).mean(0)]
+    return torch.stack(pairs).mean(), patch, rec, means
+
+
+def test_gradients_and_losses_equal_those_computed_by_hand() -> None:
+    """Five volumes, windows of three: the last window is averaged over the two that it holds."""
+    parts = tiny_run(
+        count=5,
+        epochs=1,
+        accumulation_steps=3,
+        learning_rate=lambda step: 0.0,
+        teacher_momentum=lambda step: 1.0,
+        teacher_temperature=lambda step: 0.05,
+        patch_teacher_temperature=lambda step: 0.06,
+        reconstruction_weight=10.0,
+        clip_norm=0.0,
+        frozen_last_layer_epochs=0,
+    )
+    student, teacher = copy.deepcopy(parts.plain_student), copy.deepcopy(parts.teacher)
+    gradients = record_gradients(parts.optimizer, parts.plain_student)
+    outputs: list[dict[str, float]] = []
+    parts.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: outputs.extend(e.state.output))
+    parts.trainer.run()
+
+    order = parts.sampler.order(1)
+    centres = [torch.zeros(16), torch.zeros(16)]
+    single: list[dict[str, torch.Tensor]] = []
+    for position, index in enumerate(order):
+        student.zero_grad()
+        loss_global, patch, rec, means = loss_of(parts, student, teacher, centres, (1, int(index)))
+        loss = loss_global + patch + 10.0 * rec
+        loss.backward()
+        single.append({name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None})
+        for name, value in (("global", loss_global), ("patch", patch), ("reconstruction", rec)):
+            assert outputs[position][f"loss_{name}"] == pytest.approx(value.item(), rel=1e-5)
+        assert outputs[position]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        # Centres move at every mini-batch, not at every optimiser step.
+        centres = [mean if position == 0 else 0.9 * old + 0.1 * mean for old, mean in zip(centres, means)]
+    for module, centre in ((parts.global_loss, centres[0]), (parts.patch_loss, centres[1])):
+        torch.testing.assert_close(module.targets.centre, centre, atol=1e-6, rtol=1e-5)
+    assert len(gradients) == 2
+    for window, members in zip(gradients, ([0, 1, 2], [3, 4])):
+        assert set(window) == set(single[0])
+        for name, value in window.items():
+            expected = sum(single[i][name] for i in members) / len(members)
+            torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_learning_rate_is_set_at_every_optimiser_step() -> None:
+    schedule = {0: 0.3, 1: 0.1, 2: 0.05, 3: 0.2}
+    parts = tiny_run(count=3, epochs=2, accumulation_steps=2, learning_rate=lambda step: schedule[step])
+    used: list[list[float]] = []
+    parts.optimizer.register_step_pre_hook(lambda *_: used.append([g["lr"] for g in parts.optimizer.param_groups]))
+    parts.trainer.run()
+    assert used == [[0.3, 0.3], [0.1, 0.1], [0.05, 0.05], [0.2, 0.2]]
+
+
+def test_teacher_follows_at_every_mini_batch() -> None:
+    momenta = [0.9, 0.5, 0.8, 0.99, 0.7]
+    asked: list[int] = []
+
+    def momentum(iteration: int) -> float:
+        asked.append(iteration)
+        return momenta[iteration]
+
+    student = tiny_student(0)
+    start = make_teacher(tiny_student(7))
+    parts = tiny_run(
+        count=5, epochs=1, accumulation_steps=2, teacher=start, learning_rate=lambda _: 0.0, teacher_momentum=momentum
+    )
+    before = {name: value.clone() for name, value in start.named_parameters()}
+    parts.trainer.run()
+    assert asked == [0, 1, 2, 3, 4]
+    share = math.prod(momenta)
+    theirs = dict(student.named_parameters())
+    for name, value in parts.teacher.named_parameters():
+        torch.testing.assert_close(value, share * before[name] + (1 - share) * theirs[name], atol=1e-6, rtol=1e-5)
+    assert int(parts.global_loss.targets.updates) == int(parts.patch_loss.targets.updates) == 5
+
+
+def test_last_layers_stand_still_in_the_first_epoch() -> None:
+    parts = tiny_run(count=4, epochs=2, accumulation_steps=2, learning_rate=lambda _: 1e-2)
+    states = [flat(parts.plain_student)]
+    parts.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda _: states.append(flat(parts.plain_student)))
+    parts.trainer.run()
+    frozen = [name for name in states[0] if name.startswith(("head.last_layer", "head.patch_last_layer"))]
+    assert len(frozen) == 4
+    for name in states[0]:
+        if "norm_cross_attn" in name or name.endswith("original0"):  # never trained
+            assert np.array_equal(states[0][name], states[2][name]), name
+        else:
+            assert np.array_equal(states[0][name], states[1][name]) == (name in frozen), name
+            assert not np.array_equal(states[1][name], states[2][name]), name
+
+
+def test_clipping() -> None:
+    norms = {}
+    for limit in (0.0, 0.01):
+        parts = tiny_run(count=2, epochs=1, clip_norm=limit)
+        gradients = record_gradients(parts.optimizer, parts.plain_student)
+        outputs: list[dict[str, float]] = []
+        parts.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e, o=outputs: o.extend(e.state.output))
+        parts.trainer.run()
+        norms[limit] = math.sqrt(sum(float(g.double().square().sum()) for g in gradients[0].values()))
+        assert "gradient_norm" not in outputs[0]
+        reported = outputs[1]["gradient_norm"]
+    assert norms[0.0] > 0.1
+    assert norms[0.01] == pytest.approx(0.01, rel=1e-3)
+    assert reported == pytest.approx(norms[0.0], rel=1e-5)  # what is reported is the norm before clipping
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
+    parts = tiny_run(count=2, epochs=1, reconstruction_weight=float("nan"))
+    before = flat(parts.plain_student)
+    with pytest.raises(RuntimeError, match="not finite at mini-batch 2; lower the learning rate"):
+        parts.trainer.run()
+    after = flat(parts.plain_student)
+    assert all(np.array_equal(value, after[name]) for name, value in before.items())
+
+
+def test_two_runs_are_bit_identical() -> None:
+    first, second, other = tiny_run(), tiny_run(), tiny_run(seed=1)
+    first.trainer.run()
+    torch.manual_seed(77)  # nothing may hang on the global generator
+    second.trainer.run()
+    other.trainer.run()
+    for module in ("plain_student", "teacher", "losses"):
+        mine, theirs = flat(getattr(first, module)), flat(getattr(second, module))
+        assert all(np.array_equal(value, theirs[name]) for name, value in mine.items())
+    assert not np.array_equal(flat(first.teacher)["network.norm.bias"], flat(other.teacher)["network.norm.bias"])
+
+
+def test_samples_and_keys_reach_the_views() -> None:
+    parts = tiny_run(count=5, epochs=2, batch_size=2, accumulation_steps=1)
+    seen: list[list[int]] = []
+    inner = parts.trainer.views
+    parts.trainer.views = lambda image, keys: (seen.extend(keys.tolist()), inner(image, keys))[1]
+    parts.trainer.run()
+    assert seen == [[epoch, int(index)] for epoch in (1, 2) for index in parts.sampler.order(epoch)]
+
+
+def test_koleo_is_added_with_its_weight() -> None:
+    outputs: list[dict[str, float]] = []
+    parts = tiny_run(count=3, epochs=1, koleo_loss=KoLeoLoss(32, 8), koleo_weight=0.25, reconstruction_weight=3.0)
+    parts.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: outputs.extend(e.state.output))
+    parts.trainer.run()
+    for output in outputs:
+        terms = output["loss_global"] + output["loss_patch"] + 3 * output["loss_reconstruction"]
+        assert output["loss"] == pytest.approx(terms + 0.25 * output["loss_koleo"], rel=1e-5)
+    assert outputs[0]["loss_koleo"] == 0.0  # no neighbour yet
+    assert outputs[1]["loss_koleo"] != 0.0
+    assert int(parts.losses[2].filled) == 6
+
+
+def test_mixed_precision_on_the_cpu_is_close_to_single_precision() -> None:
+    losses, dtypes = {}, {}
+    for amp in (False, True):
+        parts = tiny_run(count=1, epochs=1, accumulation_steps=1, amp=amp)
+        seen: list[torch.dtype] = []
+        parts.plain_student.network.blocks[0].mlp.linear1.register_forward_hook(
+            lambda module, args, result, seen=seen: seen.append(result.dtype)
+        )
+        parts.trainer.run()
+        losses[amp], dtypes[amp] = parts.trainer.state.output[0]["loss"], seen[0]
+        assert all(p.dtype == torch.float32 for p in parts.plain_student.parameters())
+    assert dtypes == {False: torch.float32, True: torch.bfloat16}
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=0.02)
+
+
+def test_no_local_crops() -> None:
+    parts = tiny_run(count=2, epochs=1, views=tiny_views(num_local=0))
+    parts.trainer.run()
+    assert math.isfinite(parts.trainer.state.output[0]["loss"])
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(InputError, match="accumulation_steps 0 is not a positive number"):
+        tiny_run(accumulation_steps=0)
