@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import logging
 import os
 from collections import Counter, defaultdict
@@ -24,15 +25,17 @@ from ignite.engine import Engine, Events
 from monai.transforms import Compose
 from monai.transforms.traits import RandomizableTrait
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from volta_components.data.datalist import Datalist
 from volta_components.data.identity import canonical_patient_id
+from volta_components.distributed import process_rank
 from volta_components.errors import InputError
-from volta_components.files import read_json, sha256_file
+from volta_components.files import atomic_path, read_json, sha256_file, write_json
 from volta_components.handlers import find_mlflow_handler
 from volta_components.record import code_version
 from volta_components.sampling import KeyedDataset, ResumableSampler, derived_seed
-from volta_components.weights import LoadReport, load_pretrained
+from volta_components.weights import LoadReport, load_pretrained, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -444,6 +447,73 @@ class KeyedCacheDataset(KeyedDataset):
         return self._compose(item, start=self._first)
 
 
+# --- trained models ----------------------------------------------------------------------------------------------
+
+
+def save_model(path: str | os.PathLike[str], network: nn.Module, record: Mapping[str, Any]) -> None:
+    """Write a trained network as a plain state dict and, beside it, a JSON that says what it is.
+
+    Args:
+        path: the ``.pt`` file, which ``torch.load(..., weights_only=True)`` reads; the JSON has the suffix ``.json``.
+        network: the network, with or without a distributed wrapper.
+        record: written into the JSON, with the file's hash and the network's class and ``config``.
+    """
+    path = Path(path)
+    plain = network.module if isinstance(network, DistributedDataParallel) else network
+    state = {name: value.detach().cpu().contiguous() for name, value in plain.state_dict().items()}
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+    content = {
+        "network": {"class": type(plain).__name__, "config": getattr(plain, "config", {})},
+        "sha256": sha256_file(path),
+        "parameters": sum(value.numel() for value in state.values()),
+        **record,
+    }
+    write_json(path.with_suffix(".json"), content)
+
+
+def load_model(network: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Load a trained network's weights, all of them, after verifying their hash.
+
+    Args:
+        network: a network of the same class and sizes, changed in place; with or without a distributed wrapper.
+        path: the ``.pt`` file.
+
+    Returns:
+        The JSON beside it; empty when there is none.
+
+    Raises:
+        InputError: if the file is missing, damaged, changed, could run code, or is of another network.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such model; train it first (python -m monai.bundle run --config_file "
+            "bundles/NAME/configs/train.json), download the bundle, or give another (--model_path FILE)"
+        )
+    record: dict[str, Any] = read_json(path.with_suffix(".json")) if path.with_suffix(".json").is_file() else {}
+    if record.get("sha256") and record["sha256"] != sha256_file(path):
+        raise InputError(f"{path}: its SHA-256 is not that of {path.stem}.json; it was changed or cut: fetch it again")
+    state = read_weights(path)
+    plain = network.module if isinstance(network, DistributedDataParallel) else network
+    own = plain.state_dict()
+    rows = [
+        (name, *(str(tuple(values[name].shape)) if name in values else "-" for values in (state, own)))
+        for name in sorted(own.keys() | state.keys())
+        if name not in own or name not in state or own[name].shape != state[name].shape
+    ]
+    if rows:
+        raise InputError.many(
+            f"{path} holds weights of another network (name, file, network)",
+            rows,
+            "Add the overlays that it was trained with (tiny.json, swin_scratch.json, ...) to --config_file.",
+            limit=8,
+        )
+    plain.load_state_dict(state)
+    logger.info("%s: %d weights loaded", path, len(state))
+    return record
+
+
 # --- handlers ----------------------------------------------------------------------------------------------------
 
 
@@ -568,6 +638,124 @@ def run_tags(
         "leak": origin.leak,
         "phantom": str(any("phantom" in cohort.lower() for cohort in cohorts)).lower(),
     }
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a finished run leaves.
+
+    Attributes:
+        metrics: final numbers, for MLflow and the record.
+        artifacts: files or folders within the run's folder, each with the folder of MLflow's artifacts that it goes to.
+        record: more of the run's record: whatever JSON can hold.
+    """
+
+    metrics: Mapping[str, float]
+    artifacts: Sequence[tuple[str, str]]
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+class FinishRun:
+    """Scores a run once, when it is complete, and keeps a complete run from being done again.
+
+    At the end: ``results`` writes its files; ``result.json`` with settings, tags, numbers and history is written; the
+    checkpoint is removed, as it is no longer needed; MLflow gets everything, ``finished`` last. A run that was killed
+    in between goes on with what was left. Where ``result.json`` is already there, no epoch is trained.
+
+    Put it before ``ResumableCheckpoint`` and after all others.
+
+    Args:
+        output_dir: the run's folder.
+        settings: must be the same when the run is started again.
+        tags: see ``run_tags``.
+        results: called in every process with the trainer; writes files in the first one only.
+        record: the history of epochs.
+        checkpoint_path: the checkpoint to remove.
+
+    Raises:
+        InputError: at the start, if the folder holds a finished run of other settings.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        settings: Mapping[str, Any],
+        tags: Mapping[str, Any],
+        results: Callable[[Engine], Results],
+        record: RunRecord | None = None,
+        checkpoint_path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.folder = Path(output_dir)
+        # As JSON gives it back.
+        self.settings = json.loads(json.dumps(dict(settings), default=str))
+        self.tags = {name: str(value) for name, value in tags.items()}
+        self.results = results
+        self.record = record
+        self.checkpoint_path = None if checkpoint_path is None else Path(checkpoint_path)
+        self._before: dict[str, Any] | None = None
+
+    @property
+    def path(self) -> Path:
+        """The record of a finished run."""
+        return self.folder / "result.json"
+
+    def attach(self, engine: Engine) -> None:
+        """Look for a finished run at the start; finish at the end."""
+        engine.add_event_handler(Events.STARTED, self._started)
+        engine.add_event_handler(Events.COMPLETED, self._completed)
+
+    def _started(self, engine: Engine) -> None:
+        if not self.path.is_file():
+            return
+        before = read_json(self.path)
+        there = before.get("settings", {})
+        rows = [
+            (name, str(there.get(name)), str(self.settings.get(name)))
+            for name in sorted(there.keys() | self.settings.keys())
+            if there.get(name) != self.settings.get(name)
+        ]
+        if rows:
+            raise InputError.many(
+                f"{self.path} is of a finished run with other settings (name, there, here)",
+                rows,
+                "Choose another run_name (--run_name NAME), or remove the folder to start anew.",
+            )
+        self._before = before
+        logger.info("%s is of the same run, which is finished: nothing is trained", self.path)
+        length, epochs = engine.state.epoch_length, engine.state.max_epochs
+        assert length is not None and epochs is not None
+        engine.load_state_dict({"iteration": epochs * length, "epoch_length": length, "max_epochs": epochs})
+
+    def _completed(self, engine: Engine) -> None:
+        handler = find_mlflow_handler(engine)
+        run_id = None if handler is None else str(handler.cur_run.info.run_id)
+        content = self._before
+        if content is None:
+            results = self.results(engine)
+            content = {
+                "settings": self.settings,
+                "tags": self.tags,
+                "metrics": dict(results.metrics),
+                "artifacts": [list(artifact) for artifact in results.artifacts],
+                "history": [] if self.record is None else self.record.history,
+                "mlflow_run_id": run_id,
+                **results.record,
+            }
+            if process_rank() == 0:
+                write_json(self.path, content)
+        elif handler is not None and content["mlflow_run_id"] not in (None, run_id):
+            known = handler.client.search_runs(
+                [handler.cur_run.info.experiment_id], f"attributes.run_id = '{content['mlflow_run_id']}'"
+            )
+            if known and known[0].data.tags.get("finished") == "true":
+                # MONAI's handler opens a new run beside a finished one of the same name.
+                handler.client.set_tag(run_id, "superseded", "true")
+                return
+        if process_rank() == 0:
+            if self.checkpoint_path is not None:
+                self.checkpoint_path.unlink(missing_ok=True)
+            artifacts = [(self.folder / name, folder) for name, folder in content["artifacts"]]
+            log_results(engine, content["metrics"], [*artifacts, (self.path, "")])
 
 
 def log_results(

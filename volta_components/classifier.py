@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classifiers of whole volumes: VolTA-3D's encoder with a linear head, and a Swin transformer to compare it with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from monai.networks.nets.swin_unetr import SwinTransformer
+from torch import Tensor, nn
+
+from volta_components.errors import InputError
+from volta_components.networks import VoltaViT
+
+POOLS = ("summary", "mean")
+
+
+class VoltaClassifier(nn.Module):
+    """The ViT encoder of VolTA-3D with a linear head on its summary token; one tensor out.
+
+    Keys are ``encoder.*`` (those of ``VoltaViT`` without decoder, so that an exported encoder loads under the prefix
+    ``encoder.``) and ``head.*``.
+
+    Args:
+        in_channels: image channels.
+        num_classes: size of the output.
+        img_size: size ``(D, H, W)`` in voxels for which position embeddings are learned.
+        patch_size: voxels of a patch along each axis.
+        hidden_size: token size.
+        mlp_dim: hidden size of each block's MLP.
+        num_layers: transformer blocks.
+        num_heads: attention heads of each block.
+        summary_heads: attention heads of the summariser.
+        pool: what the head sees: ``summary``, the CLS-style token, or ``mean``, the mean of the patch tokens.
+
+    Shapes:
+        ``[B, in_channels, D, H, W]`` to logits ``[B, num_classes]``.
+
+    Raises:
+        InputError: if the patch size does not divide the image size, or there is no such pool.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 2,
+        img_size: Sequence[int] = (96, 96, 96),
+        patch_size: Sequence[int] = (16, 16, 16),
+        hidden_size: int = 768,
+        mlp_dim: int = 3072,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        summary_heads: int = 8,
+        pool: str = "summary",
+    ) -> None:
+        super().__init__()
+        if pool not in POOLS:
+            raise InputError(f"pool {pool!r}: choose {' or '.join(POOLS)}")
+        self.encoder = VoltaViT(
+            in_channels=in_channels,
+            img_size=img_size,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            mlp_dim=mlp_dim,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            summary_heads=summary_heads,
+            decoder=False,
+        )
+        self.head = nn.Linear(hidden_size, num_classes)
+        self.pool = pool
+        if pool == "mean":
+            # Without gradient it must not be waited for by DDP.
+            self.encoder.summariser.requires_grad_(False)
+        self.config: dict[str, Any] = {**self.encoder.config, "num_classes": num_classes, "pool": pool}
+
+    def features(self, image: Tensor) -> Tensor:
+        """What the head sees: ``[B, hidden_size]``."""
+        tokens = self.encoder.encode(image)
+        return self.encoder.summarise(tokens) if self.pool == "summary" else tokens.mean(dim=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits ``[B, num_classes]`` of an image ``[B, in_channels, D, H, W]``."""
+        return self.head(self.features(image))
+
+
+class SwinClassifier(nn.Module):
+    """MONAI's ``SwinTransformer`` (the encoder of Swin UNETR), mean-pooled, with a linear head; one tensor out.
+
+    Args:
+        in_channels: image channels.
+        num_classes: size of the output.
+        embed_dim: channels after the patch embedding; each of the four stages doubles them.
+        window_size: voxels of an attention window along each axis, on the grid of patches.
+        patch_size: voxels of a patch along each axis.
+        depths: blocks of each stage.
+        num_heads: attention heads of each stage.
+
+    Shapes:
+        ``[B, in_channels, D, H, W]``, each side a multiple of ``16 * patch_size``, to logits ``[B, num_classes]``.
+
+    Raises:
+        InputError: if the numbers of stages, or channels and heads, do not fit each other.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 2,
+        embed_dim: int = 48,
+        window_size: Sequence[int] = (7, 7, 7),
+        patch_size: Sequence[int] = (2, 2, 2),
+        depths: Sequence[int] = (2, 2, 2, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+    ) -> None:
+        super().__init__()
+        if len(depths) != 4 or len(num_heads) != 4:
+            raise InputError(f"depths {list(depths)} and num_heads {list(num_heads)}: MONAI's Swin has four stages")
+        wrong = [heads for stage, heads in enumerate(num_heads) if (embed_dim * 2**stage) % heads]
+        if wrong:
+            raise InputError(f"num_heads {wrong} do not divide the channels of their stages (embed_dim {embed_dim})")
+        self.encoder = SwinTransformer(
+            in_chans=in_channels,
+            embed_dim=embed_dim,
+            window_size=tuple(window_size),
+            patch_size=tuple(patch_size),
+            depths=tuple(depths),
+            num_heads=tuple(num_heads),
+        )
+        self.head = nn.Linear(16 * embed_dim, num_classes)
+        self.config: dict[str, Any] = {
+            "in_channels": in_channels,
+            "num_classes": num_classes,
+            "embed_dim": embed_dim,
+            "window_size": list(window_size),
+            "patch_size": list(patch_size),
+            "depths": list(depths),
+            "num_heads": list(num_heads),
+        }
+
+    def features(self, image: Tensor) -> Tensor:
+        """What the head sees: the mean of the last stage's normalised map, ``[B, 16 * embed_dim]``."""
+        return self.encoder(image)[-1].mean(dim=(2, 3, 4))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits ``[B, num_classes]`` of an image ``[B, in_channels, D, H, W]``."""
+        return self.head(self.features(image))
