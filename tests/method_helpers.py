@@ -86,6 +86,7 @@ def tiny_run(
     seed: int = 0,
     shuffle: bool = True,
     transform: Compose | None = None,
+    num_workers: int = 0,
     **changes: Any,
 ) -> SimpleNamespace:
     """Everything of a tiny pretraining, fresh and reproducible; ``changes`` go to the trainer."""
@@ -119,7 +120,9 @@ def tiny_run(
     if settings.get("koleo_loss") is not None:
         parts.losses.append(settings["koleo_loss"])
     dataset = KeyedDataset(tiny_volumes(count), transform, seed)
-    parts.loader = DataLoader(dataset, batch_size=batch_size, sampler=sampler)
+    parts.loader = DataLoader(
+        dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0
+    )
     parts.trainer = VoltaTrainer(
         device=device,
         max_epochs=epochs,

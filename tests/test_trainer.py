@@ -12,6 +12,7 @@ import pytest
 import torch
 from ignite.engine import Events
 from method_helpers import flat, record_gradients, tiny_run, tiny_student, tiny_views
+from monai.transforms import Compose, RandGaussianNoised
 from torch import nn
 
 from volta_components.errors import InputError
@@ -199,6 +200,16 @@ def test_samples_and_keys_reach_the_views() -> None:
     parts.trainer.views = lambda image, keys: (seen.extend(keys.tolist()), inner(image, keys))[1]
     parts.trainer.run()
     assert seen == [[epoch, int(index)] for epoch in (1, 2) for index in parts.sampler.order(epoch)]
+
+
+def test_workers_change_nothing() -> None:
+    """Persistent workers fetch ahead; they must still begin every epoch with its own order."""
+    transform = Compose([RandGaussianNoised("image", prob=1.0, std=0.02)])
+    alone, helped = (tiny_run(count=4, transform=transform, num_workers=workers) for workers in (0, 2))
+    alone.trainer.run()
+    helped.trainer.run()
+    expected = flat(alone.plain_student)
+    assert all(np.array_equal(value, expected[name]) for name, value in flat(helped.plain_student).items())
 
 
 def test_koleo_is_added_with_its_weight() -> None:
