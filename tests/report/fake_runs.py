@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An MLflow store as the three bundles leave it, with made-up predictions."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from scipy.ndimage import binary_dilation, gaussian_filter, shift
+
+QUALITY = {"volta": 1.6, "vit_scratch": 1.1, "swin_scratch": 0.6}
+FOLDS = 3
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with path.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def predictions(init: str, fold: int, fraction: float, subjects: int, threshold: float) -> list[dict[str, Any]]:
+    people = np.random.default_rng([1, fold])
+    noise = np.random.default_rng([2, fold, len(init), int(100 * fraction)])
+    rows = []
+    for number in range(subjects):
+        label = int(number % 9 < 4)
+        score = 1 / (1 + np.exp(-(QUALITY[init] * np.sqrt(fraction) * (label - 0.5) * 2 + noise.normal())))
+        rows.append(
+            {
+                "subject_id": f"sub-{fold}{number:03d}",
+                "patient_id": f"sub-{fold}{number:03d}",
+                "session": "ses-M000",
+                "site": "ABC"[int(people.integers(3))],
+                "sex": "FM"[int(people.integers(2))],
+                "age": round(float(people.uniform(20, 90)), 1),
+                "label": label,
+                "score": score,
+                "prediction": int(score >= threshold),
+                "threshold": threshold,
+                "optimistic_threshold": threshold + 0.05,
+            }
+        )
+    return rows
+
+
+def brain(subject: int) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:
+    """A volume and its hippocampi at 2 mm."""
+    rng = np.random.default_rng([3, subject])
+    shape, affine = (56, 64, 52), np.diag([2.0, 2.0, 2.0, 1.0])
+    affine[:3, 3] = [-56, -70, -50]
+    places = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), -1) * 2.0 + affine[:3, 3]
+
+    def ellipsoid(centre, radii):
+        return (((places - centre) / radii) ** 2).sum(-1) < 1
+
+    head = ellipsoid([0, -8, 2], [48, 58, 46])
+    truth = np.zeros(shape, np.uint8)
+    for label, side in ((1, -1), (2, 1)):
+        centre = np.array([26 * side, -18, -14]) + rng.normal(0, 1, 3)
+        truth[ellipsoid(centre, np.array([7, 16, 7]) * rng.uniform(0.9, 1.1))] = label
+    image = head * (0.55 + 0.1 * gaussian_filter(rng.normal(size=shape), 2) * 8) + 0.15 * (truth > 0)
+    image = gaussian_filter(np.clip(image, 0, 1), 0.5).astype(np.float32)
+    return nib.Nifti1Image(image, affine), nib.Nifti1Image(truth, affine)
+
+
+def spoilt(truth: nib.Nifti1Image, init: str, subject: int) -> nib.Nifti1Image:
+    """The truth, moved and grown as badly as an init deserves."""
+    rng = np.random.default_rng([4, subject, len(init)])
+    amount = {"volta": 0.4, "unetr_scratch": 0.8, "unet_scratch": 1.2}[init] * (1 + subject / 6)
+    array = np.asanyarray(truth.dataobj)
+    result = np.zeros_like(array)
+    for label in (1, 2):
+        moved = shift((array == label).astype(float), rng.normal(0, amount, 3), order=1) > 0.5
+        result[binary_dilation(moved) if init == "unet_scratch" else moved] = label
+    return nib.Nifti1Image(result, truth.affine)
+
+
+class Writer:
+    """Writes runs as the bundles do."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.uri = f"sqlite:///{folder}/mlruns.db"
+        self.artifacts = (folder / "mlruns").as_uri()
+        self.client = MlflowClient(self.uri)
+        self.experiments: dict[str, str] = {}
+
+    def run(
+        self,
+        bundle: str,
+        init: str,
+        fold: int,
+        fraction: float = 1.0,
+        metrics: dict[str, float] | None = None,
+        curves: dict[str, list[float]] | None = None,
+        files: dict[str, Path] | None = None,
+        **tags: Any,
+    ) -> str:
+        experiment = f"volta3d_{bundle}"
+        if experiment not in self.experiments:
+            self.experiments[experiment] = self.client.create_experiment(experiment, self.artifacts)
+        seed = fold
+        name = f"{init}_fold{fold}_frac{fraction:g}_seed{seed}"
+        run_id = self.client.create_run(self.experiments[experiment], run_name=name).info.run_id
+        known = {
+            "bundle": bundle,
+            "init": init,
+            "variant": init,
+            "fold": fold,
+            "fraction": fraction,
+            "seed": seed,
+            "datalist_name": "phantom",
+            "datalist_hash": "0123456789abcdef" * 4,
+            "code_version": "0.1.0+abc",
+            "encoder_sha256": "" if init.endswith("_scratch") else "e" * 64,
+            "leak": "none",
+            "phantom": "true",
+            "finished": "true",
+            **tags,
+        }
+        logged = [Metric(key, value, 0, 0) for key, value in (metrics or {}).items()]
+        logged += [Metric(k, v, 0, step) for k, line in (curves or {}).items() for step, v in enumerate(line, 1)]
+        self.client.log_batch(
+            run_id,
+            metrics=logged,
+            params=[Param("epochs", "20"), Param("fold", str(fold)), Param("batch_size", "8")],
+            tags=[RunTag(key, str(value)) for key, value in known.items()],
+        )
+        for place, path in (files or {}).items():
+            self.client.log_artifact(run_id, str(path), place)
+        self.client.set_terminated(run_id)
+        return run_id
+
+    def classification(self, bundle: str, fractions: tuple[float, ...], subjects: int, **tags: Any) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for init, fold, fraction in itertools.product(QUALITY, range(FOLDS), fractions):
+                rows = predictions(init, fold, fraction, subjects, 0.5)
+                path = write_rows(Path(folder) / "predictions.csv", rows)
+                noise = np.random.default_rng([5, fold, len(init)]).normal(0, 0.02, (2, 20))
+                fall = np.exp(-np.arange(20) / (4 + 4 / QUALITY[init]))
+                self.run(
+                    bundle,
+                    init,
+                    fold,
+                    fraction,
+                    {"optimistic_sensitivity": 0.9, "optimistic_specificity": 0.8},
+                    {"train_loss": list(0.2 + 0.5 * fall + noise[0]), "val_auroc": list(0.9 - 0.4 * fall + noise[1])},
+                    {"predictions": path},
+                    **tags,
+                )
+
+    def segmentation(self, subjects: int = 6, **tags: Any) -> None:
+        from volta_components.report.masks import score
+
+        with tempfile.TemporaryDirectory() as name:
+            for init in ("volta", "unetr_scratch", "unet_scratch"):
+                folder = Path(name) / init / "predictions"
+                rows = []
+                for number in range(subjects):
+                    image, truth = brain(number)
+                    mask = spoilt(truth, init, number)
+                    volumes = {"masks": mask, **({"images": image, "labels": truth} if init == "volta" else {})}
+                    for kind, volume in volumes.items():
+                        (folder / kind).mkdir(parents=True, exist_ok=True)
+                        nib.save(volume, folder / kind / f"sub-{number:04d}_ses-1.nii.gz")
+                    person = {"subject_id": f"sub-{number:04d}", "patient_id": f"sub-{number:04d}", "session": "ses-1"}
+                    rows.append(
+                        {**person, "site": "A", "sex": "FM"[number % 2], "age": 65 + number} | score(mask, truth)
+                    )
+                write_rows(folder / "scores.csv", rows)
+                fall = np.exp(-np.arange(30) / 6)
+                curves = {
+                    "train_loss": list(0.3 + fall),
+                    "val_loss": list(0.35 + fall),
+                    "val_mean_dice": list(0.9 - fall),
+                }
+                metrics = {
+                    "mean_dice": float(np.mean([row["dice"] for row in rows])),
+                    "hd95_with_penalty": 3.0,
+                    "optimistic_mean_dice": 0.95,
+                }
+                run_id = self.run("harp_hippocampus", init, 0, 1.0, metrics, curves, **tags)
+                self.client.log_artifacts(run_id, str(folder), "predictions")

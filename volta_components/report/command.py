@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``volta3d report``: from MLflow to tables, figures and a page that needs no network."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from volta_components.crossval import _assignments, _words
+from volta_components.errors import InputError
+from volta_components.files import atomic_path
+from volta_components.report import figures, statistics
+from volta_components.report.masks import Case, find_case, read_mask, scan_name, score_masks
+from volta_components.report.page import Section, Viewer, render
+from volta_components.report.paper import TASKS, name_of
+from volta_components.report.store import Store, Study, read_studies
+from volta_components.report.tables import ClassificationTables, SegmentationTables, optimistic, run_table
+from volta_components.report.viewer import share_blobs, slice_viewer
+
+
+def report(
+    output: str,
+    tracking_uri: str | None = None,
+    masks: str | Mapping[str, str] = (),  # type: ignore[assignment]
+    experiments: str | tuple[str, ...] = (),
+    bootstrap: int = statistics.BOOTSTRAP,
+    seed: int = 0,
+) -> int:
+    """Write the paper's tables and figures from finished cross-validations, and ``index.html`` with all of them.
+
+    Reads MLflow alone. Writes ``OUTPUT/index.html`` (one file, works from disk without a network), ``OUTPUT/tables``
+    (CSV) and ``OUTPUT/figures`` (PNG and SVG).
+
+    Args:
+        output: folder to write to.
+        tracking_uri: MLflow's store; otherwise ``MLFLOW_TRACKING_URI``, otherwise ``runs/mlruns.db``.
+        masks: other tools' hippocampus masks, as ``"NAME=FOLDER,NAME=FOLDER"``: label maps ``SCAN.nii.gz`` with
+            left = 1 and right = 2, or FreeSurfer's ``SCAN/mri/aseg.mgz``; one more row of Table III each.
+        experiments: only these experiments, separated by commas; all by default.
+        bootstrap: number of bootstrap samples.
+        seed: of the bootstrap.
+
+    Returns:
+        0, or 1 if a combination of init, fold and fraction, or a table of the paper, has no finished run.
+
+    Raises:
+        InputError: if the store is missing or has no finished runs, or masks cannot be used.
+    """
+    if bootstrap < 100:
+        raise InputError(f"--bootstrap {bootstrap}: at least 100 samples")
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs').resolve()}/mlruns.db"
+    tools = {name: Path(str(folder)) for name, folder in _assignments(masks, "--masks").items()}
+    store = Store(uri)
+    studies = read_studies(store, _words(experiments) or None)
+    if tools and not any(study.kind == "segmentation" for study in studies):
+        raise InputError(f"--masks: {uri} has no finished segmentation runs to compare them with")
+    root = Path(output)
+    sections = [
+        _classification(study, store, root, bootstrap, seed)
+        if study.kind == "classification"
+        else _segmentation(study, store, root, tools, bootstrap, seed)
+        for study in studies
+    ]
+    runs = run_table(studies)
+    for table in [runs, *(table for section in sections for table in section.tables)]:
+        with atomic_path(root / "tables" / f"{table.name}.csv") as temporary:
+            table.frame.to_csv(temporary, index=False)
+    absent = [f"Table {task.table} ({task.title})" for bundle, task in TASKS.items() if bundle not in _bundles(studies)]
+    with atomic_path(root / "index.html") as temporary:
+        temporary.write_text(render(sections, runs, absent, root), encoding="utf-8")
+    for section in sections:
+        for line in [*section.study.alarms, *section.study.notes]:
+            print(f"{section.study.bundle}: {line}", file=sys.stderr)
+    if absent:
+        print(f"No finished runs for {', '.join(absent)}.", file=sys.stderr)
+    print(root.resolve() / "index.html")
+    return 1 if absent or any("no finished run" in note for study in studies for note in study.notes) else 0
+
+
+def _bundles(studies: list[Study]) -> set[str]:
+    return {study.bundle for study in studies}
+
+
+def _classification(study: Study, store: Store, root: Path, samples: int, seed: int) -> Section:
+    tables = ClassificationTables(study, samples, seed)
+    study.notes += tables.check_against_log()
+    folder = root / "figures"
+    pictures = []
+    if len(study.fractions) > 1:
+        pictures.append(figures.fraction_figure(study, tables.estimates, folder))
+    else:
+        study.notes.append(
+            f"Figure 2 needs several fractions of the training part; only {study.fractions[0]:.0%} was run."
+            if study.bundle == "ixi_sex"
+            else ""
+        )
+    pictures += [figures.roc_figure(study, folder), figures.confusion_figure(study, folder)]
+    pictures += _present([figures.training_figure(study, store, folder)])
+    study.notes = [note for note in study.notes if note]
+    made = [tables.main(), tables.comparisons(), tables.fractions(), optimistic(study), tables.breakdown()]
+    return Section(study, _present(made), pictures)
+
+
+def _segmentation(
+    study: Study, store: Store, root: Path, tools: Mapping[str, Path], samples: int, seed: int
+) -> Section:
+    scores: dict[str, pd.DataFrame] = {}
+    files: dict[str, dict[str, Path]] = {}
+    for name, path in tools.items():
+        if name in study.variants:
+            raise InputError(f"--masks {name}={path}: an init has this name; choose another")
+        scores[name], files[name], notes = score_masks(store, study, name, path)
+        study.notes += notes
+    tables = SegmentationTables(study, scores, samples, seed)
+    study.notes += tables.check_against_log()
+    cases = _cases(study, store, files, scores)
+    shown = {rank: case for rank, case in cases.items() if case.image is not None and case.truth is not None}
+    for case in {case.name: case for rank, case in cases.items() if rank not in shown}.values():
+        study.notes.append(f"{case.name} cannot be shown: its image or truth is neither in MLflow nor on disk.")
+    folder = root / "figures"
+    pictures = [figures.case_figure(study, shown, folder)] if shown else []
+    pictures += _present([figures.training_figure(study, store, folder)])
+    made = [tables.main(), tables.comparisons(), tables.sides(), optimistic(study), tables.breakdown()]
+    return Section(study, _present(made), pictures, _viewer(study, shown))
+
+
+def _present(items: list[Any]) -> list[Any]:
+    return [item for item in items if item is not None]
+
+
+def _cases(
+    study: Study, store: Store, files: Mapping[str, Mapping[str, Path]], scores: Mapping[str, pd.DataFrame]
+) -> dict[str, Case]:
+    """Worst, median and best scan of the reference init."""
+    rows = [
+        (float(score), scan_name(row), run)
+        for run in study.select(study.reference)
+        for row, score in zip(run.table.itertuples(), run.table["dice"], strict=True)
+    ]
+    rows = sorted((row for row in rows if math.isfinite(row[0])), key=lambda row: row[:2])
+    ranks = {"worst": 0, "median": (len(rows) - 1) // 2, "best": len(rows) - 1} if rows else {}
+    cases: dict[str, Case] = {}
+    for rank, place in ranks.items():
+        _, name, run = rows[place]
+        if name in [case.name for case in cases.values()]:
+            continue
+        dice = {
+            variant: float(score)
+            for variant, table in [*((v, r.table) for v in study.variants for r in study.select(v)), *scores.items()]
+            for row, score in zip(table.itertuples(), table["dice"], strict=True)
+            if scan_name(row) == name
+        }
+        case = find_case(store, study, name, run.fold, dice)
+        if case.truth is not None:
+            extra = {tool: read_mask(paths[name], case.truth) for tool, paths in files.items() if name in paths}
+            case = replace(case, masks={**case.masks, **extra})
+        cases[rank] = case
+    return cases
+
+
+def _viewer(study: Study, cases: Mapping[str, Case]) -> Viewer | None:
+    """One page for each case and mask, median first."""
+    pages = {}
+    for rank in [rank for rank in ("median", "worst", "best") if rank in cases]:
+        case = cases[rank]
+        for variant in case.masks:
+            score = f", Dice {case.scores[variant]:.2f}" if variant in case.scores else ""
+            title = f"{case.name} ({rank}), {name_of(variant)}{score}"
+            pages[title] = slice_viewer(case, variant)
+    if not pages:
+        study.notes.append("There is no slice viewer: no run kept masks together with image and truth.")
+        return None
+    return Viewer(*share_blobs(pages))

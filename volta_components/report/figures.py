@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report's figures, each as PNG and SVG, without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import nibabel as nib
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from sklearn.metrics import roc_curve
+
+from volta_components.files import atomic_path
+from volta_components.report.masks import Case
+from volta_components.report.paper import TASKS, colours_of, name_of
+from volta_components.report.statistics import Estimate
+from volta_components.report.store import Store, Study
+
+STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e7eb",
+    "grid.linewidth": 0.7,
+    "axes.edgecolor": "#8a919c",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    # The same data give the same file.
+    "svg.hashsalt": "volta3d",
+    "svg.fonttype": "path",
+}
+SIDE_COLOURS = {1: "#ff9f1c", 2: "#22c7d6"}
+CURVES = {
+    "train_loss": "training loss",
+    "val_loss": "validation loss",
+    "val_auroc": "validation AUROC",
+    "val_mean_dice": "validation Dice",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure that was written.
+
+    Attributes:
+        png: for the eye.
+        svg: for papers.
+        title: of the figure.
+        caption: below it.
+        inches: width that it was drawn for, so that text has the same size in all of them.
+    """
+
+    png: Path
+    svg: Path
+    title: str
+    caption: str
+    inches: float
+
+
+def write(figure: Figure, folder: Path, name: str, title: str, caption: str) -> Picture:
+    """Write a figure as PNG and SVG."""
+    paths = folder / f"{name}.png", folder / f"{name}.svg"
+    for path in paths:
+        with atomic_path(path) as temporary, mpl.rc_context(STYLE):
+            metadata: dict[str, Any] = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+            figure.savefig(temporary, dpi=150, metadata=metadata, facecolor="white")
+    return Picture(*paths, title, caption, float(figure.get_figwidth()))
+
+
+def fraction_figure(
+    study: Study, estimates: Mapping[tuple[str, float], Mapping[str, Estimate]], folder: Path
+) -> Picture:
+    """Figure 2: AUROC against the share of the training part, with bands of one SD over folds."""
+    colours = colours_of(study.variants)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.9, 3.9))
+        axes = figure.subplots()
+        for variant in study.variants:
+            known = [fraction for fraction in study.fractions if (variant, fraction) in estimates]
+            values = [estimates[variant, fraction]["auroc"] for fraction in known]
+            x = 100 * np.array(known)
+            mean = np.array([value.mean for value in values])
+            sd = np.nan_to_num([value.sd for value in values])
+            axes.fill_between(x, mean - sd, np.minimum(mean + sd, 1), color=colours[variant], alpha=0.15, linewidth=0)
+            axes.plot(x, mean, marker="o", markersize=4, color=colours[variant], label=name_of(variant))
+        axes.set(xlabel="share of the training part (%)", ylabel="AUROC", xticks=[100 * f for f in study.fractions])
+        axes.legend(loc="best")
+    number = "Figure 2. " if study.bundle == "ixi_sex" else ""
+    caption = "Mean over folds; band: ± 1 SD over folds. The scored fold is always whole."
+    return write(figure, folder, f"{study.bundle}_fractions", f"{number}AUROC with less data", caption)
+
+
+def roc_figure(study: Study, folder: Path) -> Picture:
+    """ROC curves: each fold thin, their vertical mean thick."""
+    colours = colours_of(study.variants)
+    grid = np.linspace(0, 1, 201)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.9, 3.9))
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color="#b5bac2", linewidth=0.8, linestyle="--")
+        for variant in study.variants:
+            curves = []
+            for run in study.select(variant):
+                if run.table["label"].nunique() < 2:
+                    continue
+                false, true, _ = roc_curve(run.table["label"], run.table["score"], drop_intermediate=False)
+                axes.plot(false, true, color=colours[variant], linewidth=0.6, alpha=0.35)
+                curves.append(step_at(grid, false, true))
+            if curves:
+                mean = np.concatenate([[0.0], np.mean(curves, axis=0)])
+                axes.plot([0.0, *grid], mean, color=colours[variant], linewidth=2, label=name_of(variant))
+        axes.set(xlabel="1 − specificity", ylabel="sensitivity", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
+        axes.legend(loc="lower right")
+    caption = "Thin: each fold. Thick: mean sensitivity over folds at each specificity."
+    return write(figure, folder, f"{study.bundle}_roc", "ROC curves", caption)
+
+
+def step_at(grid: NDArray[Any], false: NDArray[Any], true: NDArray[Any]) -> NDArray[Any]:
+    """Sensitivity that a curve reaches at false positive rates ``grid``: the highest at or before each."""
+    return np.maximum.accumulate(true)[np.searchsorted(false, grid + 1e-12, side="right") - 1]
+
+
+def confusion_figure(study: Study, folder: Path) -> Picture:
+    """Confusion matrices, added up over folds."""
+    task = TASKS.get(study.bundle)
+    classes = [task.negative, task.positive] if task else ["0", "1"]
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(2.5 * len(study.variants) + 0.3, 2.9))
+        for axes, variant in zip(np.atleast_1d(figure.subplots(1, len(study.variants))), study.variants, strict=True):
+            counts = confusion([run.table for run in study.select(variant)])
+            shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+            axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+            for (row, column), count in np.ndenumerate(counts):
+                dark = shares[row, column] > 0.55
+                text = f"{int(count)}\n{shares[row, column]:.0%}"
+                axes.text(column, row, text, ha="center", va="center", color="white" if dark else "#1d2733")
+            axes.set(xticks=[0, 1], yticks=[0, 1], xticklabels=classes, yticklabels=classes, title=name_of(variant))
+            axes.set(xlabel="predicted", ylabel="true" if variant == study.variants[0] else "")
+            axes.tick_params(length=0)
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+    caption = "Scans of all folds, each scored once, at each run's own threshold; shares are of the true class."
+    return write(figure, folder, f"{study.bundle}_confusion", "Confusion matrices", caption)
+
+
+def confusion(tables: Sequence[Any]) -> NDArray[Any]:
+    """Counts ``[true class, predicted class]`` over tables."""
+    counts = np.zeros((2, 2))
+    for table in tables:
+        np.add.at(counts, (table["label"].to_numpy(int), table["prediction"].to_numpy(int)), 1)
+    return counts
+
+
+def training_figure(study: Study, store: Store, folder: Path) -> Picture | None:
+    """Training and validation curves, one panel a metric."""
+    colours = colours_of(study.variants)
+    histories: dict[str, list[tuple[str, NDArray[Any], NDArray[Any]]]] = {}
+    for variant in study.variants:
+        for run in study.select(variant):
+            for metric in CURVES:
+                if metric in run.metrics and len(points := store.history(run.run_id, metric)) > 1:
+                    steps, values = np.array(points).T
+                    epochs = float(run.params.get("epochs") or run.params.get("max_epochs") or steps[-1])
+                    histories.setdefault(metric, []).append((variant, *_binned(steps / steps[-1] * epochs, values)))
+    if not histories:
+        return None
+    shown = [metric for metric in CURVES if metric in histories]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.3 * len(shown), 2.9))
+        panels = np.atleast_1d(figure.subplots(1, len(shown)))
+        for axes, metric in zip(panels, shown, strict=True):
+            labelled = set()
+            for variant, epochs_axis, values in histories[metric]:
+                label = None if variant in labelled else name_of(variant)
+                labelled.add(variant)
+                axes.plot(epochs_axis, values, color=colours[variant], linewidth=1, alpha=0.7, label=label)
+            axes.set(xlabel="epoch", title=CURVES[metric])
+        panels[0].legend(loc="best")
+    caption = (
+        "One line for each fold, on all of the training part; validation is the inner part, never the scored fold."
+    )
+    return write(figure, folder, f"{study.bundle}_training", "Training curves", caption)
+
+
+def _binned(x: NDArray[Any], y: NDArray[Any], bins: int = 150) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Means of neighbours, where there are more points than can be seen."""
+    if len(x) <= bins:
+        return x, y
+    edges = np.linspace(0, len(x), bins + 1).astype(int)[:-1]
+    sizes = np.diff([*edges, len(x)])
+    return np.add.reduceat(x, edges) / sizes, np.add.reduceat(y, edges) / sizes
+
+
+def case_figure(study: Study, cases: Mapping[str, Case], folder: Path) -> Picture:
+    """Figure 3: one coronal slice of the worst, median and best subject, with the truth and each mask.
+
+    Args:
+        study: the segmentation study.
+        cases: by rank ("worst", ...), each with image and truth.
+        folder: where to write.
+    """
+    columns = [name for case in cases.values() for name in case.masks]
+    columns = list(dict.fromkeys(columns))
+    slices = [slice_of(case) for case in cases.values()]
+    side = min(2.5, 10.4 / (len(columns) + 1))
+    heights = [side * aspect * plane.shape[1] / plane.shape[0] for plane, _, aspect in slices]
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
+        figure = Figure(figsize=(side * (len(columns) + 1) + 0.4, sum(heights) + 0.1 * len(cases) + 0.4))
+        axes = figure.subplots(len(cases), len(columns) + 1, squeeze=False, height_ratios=heights)
+        for row, (rank, case) in enumerate(cases.items()):
+            background, planes, aspect = slices[row]
+            for place, name in enumerate(["truth", *columns]):
+                panel = axes[row, place]
+                panel.imshow(background.T, origin="lower", cmap="gray", aspect=aspect, interpolation="nearest")
+                if name in planes:
+                    for label, colour in SIDE_COLOURS.items():
+                        _outline(panel, planes[name] == label, colour, aspect)
+                panel.set(xticks=[], yticks=[])
+                for spine in panel.spines.values():
+                    spine.set_visible(False)
+                if row == 0:
+                    panel.set_title("ground truth" if name == "truth" else name_of(name))
+                if place == 0:
+                    panel.set_ylabel(f"{rank}\n{case.name}", fontsize=8)
+                elif name in case.scores:
+                    text = f"Dice {case.scores[name]:.2f}" if name in planes else "no mask kept"
+                    panel.text(0.03, 0.04, text, transform=panel.transAxes, color="white", fontsize=8, weight="bold")
+    reference = name_of(study.reference)
+    caption = (
+        f"Coronal slice with most hippocampus; left hippocampus orange, right cyan; the left of the picture is the "
+        f"subject's left. Worst, median and best by the Dice of {reference}."
+    )
+    title = ("Figure 3. " if study.bundle == "harp_hippocampus" else "") + "Segmentations"
+    return write(figure, folder, f"{study.bundle}_cases", title, caption)
+
+
+def slice_of(case: Case, margin_mm: float = 28.0) -> tuple[NDArray[Any], dict[str, NDArray[Any]], float]:
+    """The coronal slice with most of the truth, cut out around it.
+
+    Returns:
+        Background ``[left-right, bottom-top]``, label maps of truth and masks on the same cut-out, and the pixels'
+        aspect ratio (height over width).
+    """
+    assert case.image is not None and case.truth is not None
+    volumes = {"image": case.image, "truth": case.truth, **case.masks}
+    arrays = {name: np.asanyarray(nib.as_closest_canonical(item).dataobj) for name, item in volumes.items()}
+    sides = nib.affines.voxel_sizes(nib.as_closest_canonical(case.truth).affine)
+    truth = arrays["truth"] > 0
+    there = truth if truth.any() else np.ones_like(truth)
+    place = int(there.sum(axis=(0, 2)).argmax())
+    box = []
+    for axis in (0, 2):
+        extent = np.flatnonzero(there.any(axis=tuple({0, 1, 2} - {axis})))
+        margin = int(np.ceil(margin_mm / sides[axis]))
+        box.append(slice(max(0, extent[0] - margin), extent[-1] + margin + 1))
+    cut = {name: array[box[0], place, box[1]] for name, array in arrays.items() if array.shape == arrays["image"].shape}
+    return cut.pop("image"), cut, float(sides[2] / sides[0])
+
+
+def _outline(axes: Any, mask: NDArray[Any], colour: str, aspect: float) -> None:
+    if mask.any():
+        plain = mpl.colors.ListedColormap([colour])
+        axes.imshow(np.where(mask.T, 1.0, np.nan), origin="lower", cmap=plain, alpha=0.3, aspect=aspect)
+        padded = np.pad(mask, 1).astype(float)
+        x, y = (np.arange(-1, size + 1) for size in mask.shape)
+        axes.contour(x, y, padded.T, levels=[0.5], colors=[colour], linewidths=1.2)

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segmentations: whose image and truth a subject has, overlap and distance, and masks of other tools."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from nibabel.processing import resample_from_to
+from numpy.typing import NDArray
+
+from volta_components.errors import InputError
+from volta_components.report.store import FinishedRun, Store, Study
+
+FREESURFER = {17: 1, 53: 2}
+SIDES = {"left": 1, "right": 2}
+
+
+@dataclass
+class Case:
+    """One scan of a subject with all that is known of it.
+
+    Attributes:
+        name: ``<subject_id>_<session>``, as in file names.
+        image: the volume, or None where neither MLflow nor the data set's folder has it.
+        truth: the label map, or None.
+        masks: label maps by init or tool.
+        scores: Dice of each.
+    """
+
+    name: str
+    image: nib.Nifti1Image | None
+    truth: nib.Nifti1Image | None
+    masks: dict[str, nib.Nifti1Image]
+    scores: dict[str, float]
+
+
+def scan_name(row: Any) -> str:
+    """Subject and session of a table's row, as in file names."""
+    session = getattr(row, "session", None)
+    return f"{row.subject_id}_{session}" if isinstance(session, str) and session else str(row.subject_id)
+
+
+def load_artifact(store: Store, run: FinishedRun, folder: str, name: str) -> nib.Nifti1Image | None:
+    """A volume of ``predictions/<folder>``; images and labels may be on disk instead, as ``paths.csv`` tells."""
+    for suffix in (".nii.gz", ".nii"):
+        path = store.artifact(run.run_id, f"predictions/{folder}/{name}{suffix}")
+        if path is not None:
+            return _load(path)
+    column = {"images": "image", "labels": "label"}.get(folder)
+    listing = store.artifact(run.run_id, "predictions/paths.csv") if column else None
+    if listing is None:
+        return None
+    table = pd.read_csv(listing, dtype=str)
+    for row in table.itertuples():
+        path = Path(str(getattr(row, str(column), "")))
+        if scan_name(row) == name and path.is_file():
+            return _load(path)
+    return None
+
+
+def _load(path: Path) -> nib.Nifti1Image:
+    try:
+        image: Any = nib.load(path)
+        return nib.Nifti1Image(np.asanyarray(image.dataobj), image.affine)
+    except (nib.filebasedimages.ImageFileError, OSError, EOFError, gzip.BadGzipFile, ValueError) as error:
+        raise InputError(f"{path}: not a readable volume ({error}); write it again") from error
+
+
+def find_case(store: Store, study: Study, name: str, fold: int, scores: dict[str, float]) -> Case:
+    """Image, truth and every init's mask of one scan."""
+    runs = {v: [run for run in study.select(v) if run.fold == fold] for v in study.variants}
+    everything = [run for found in runs.values() for run in found]
+
+    def first(folder: str, among: Sequence[FinishedRun]) -> nib.Nifti1Image | None:
+        return next((item for run in among if (item := load_artifact(store, run, folder, name)) is not None), None)
+
+    masks = {variant: mask for variant in study.variants if (mask := first("masks", runs[variant])) is not None}
+    return Case(name, first("images", everything), first("labels", everything), masks, scores)
+
+
+def dice(first: NDArray[Any], second: NDArray[Any]) -> float:
+    """Dice overlap of two boolean masks; NaN if both are empty."""
+    total = first.sum() + second.sum()
+    return float(2 * (first & second).sum() / total) if total else float("nan")
+
+
+def hd95(first: NDArray[Any], second: NDArray[Any], spacing: Sequence[float]) -> float:
+    """95th percentile of the symmetric Hausdorff distance in mm; NaN if a mask is empty.
+
+    Args:
+        first: boolean mask ``[D, H, W]``.
+        second: another one on the same grid.
+        spacing: mm for each axis.
+    """
+    import torch
+    from monai.metrics import compute_hausdorff_distance
+
+    if not first.any() or not second.any():
+        return float("nan")
+    tensors = [torch.as_tensor(mask[None, None].astype(np.float32)) for mask in (first, second)]
+    distance = compute_hausdorff_distance(
+        tensors[0], tensors[1], include_background=True, percentile=95, spacing=[float(side) for side in spacing]
+    )
+    return float(distance.item())
+
+
+def score_masks(store: Store, study: Study, tool: str, folder: Path) -> tuple[pd.DataFrame, dict[str, Path], list[str]]:
+    """Score another tool's label maps on the scans that the reference init was scored on.
+
+    Label maps have left = 1 and right = 2, or FreeSurfer's 17 and 53; they may be on any grid in the scans' world
+    space, and are resampled (nearest) to the truth's grid, as FreeSurfer's own grid is not the scan's.
+
+    Args:
+        store: where truths are.
+        study: a segmentation study.
+        tool: its name.
+        folder: files ``<scan>.nii[.gz]``, ``<scan>.mgz``, or FreeSurfer's ``<scan>/mri/aseg.mgz``, where scan is
+            ``<subject_id>_<session>`` or ``<subject_id>``.
+
+    Returns:
+        A table like the bundle's ``scores.csv``, the files, and notes.
+
+    Raises:
+        InputError: if the folder is missing, has none of the scans, or a label map cannot be used.
+    """
+    if not folder.is_dir():
+        raise InputError(f"--masks {tool}={folder}: no such folder")
+    rows: list[dict[str, Any]] = []
+    absent: list[str] = []
+    no_truth: list[str] = []
+    bad: list[tuple[str, str, str]] = []
+    files: dict[str, Path] = {}
+    for run in study.select(study.reference):
+        for row in run.table.itertuples():
+            name = scan_name(row)
+            path = _find(folder, name, str(row.subject_id))
+            if path is None:
+                absent.append(name)
+                continue
+            truth = find_case(store, study, name, run.fold, {}).truth
+            if truth is None:
+                no_truth.append(name)
+                continue
+            try:
+                mask = read_mask(path, truth)
+            except InputError as error:
+                bad.append((name, str(path), str(error)))
+                continue
+            files[name] = path
+            known = {
+                key: getattr(row, key) for key in ("session", "site", "sex", "age", "patient_id") if hasattr(row, key)
+            }
+            rows.append({"subject_id": row.subject_id, **known, "fold": run.fold, **score(mask, truth)})
+    if bad:
+        raise InputError.many(
+            f"--masks {tool}={folder}: {len(bad)} label maps cannot be used",
+            bad,
+            "Label maps need left = 1 and right = 2 (or FreeSurfer's 17 and 53), in the scans' world space; "
+            "mend them or take them out of the folder.",
+        )
+    if not rows:
+        expected = ", ".join((absent + no_truth)[:3])
+        reason = "the truths of its scans are neither in MLflow nor on disk" if no_truth else "none of the scored scans"
+        raise InputError(f"--masks {tool}={folder}: {reason}; expected files such as {expected}.nii.gz")
+    notes = []
+    if absent:
+        notes.append(
+            f"{tool} has no mask of {len(absent)} scored scans, which its row leaves out: {', '.join(absent)}."
+        )
+    if no_truth:
+        notes.append(f"{tool} could not be scored on {len(no_truth)} scans without a truth: {', '.join(no_truth)}.")
+    return pd.DataFrame(rows), files, notes
+
+
+def score(mask: nib.Nifti1Image, truth: nib.Nifti1Image) -> dict[str, float]:
+    """Dice and HD95 per side and their means, and how many sides have an empty mask."""
+    arrays = [np.asanyarray(item.dataobj) for item in (mask, truth)]
+    spacing = nib.affines.voxel_sizes(truth.affine)
+    result: dict[str, float] = {}
+    for side, label in SIDES.items():
+        result[f"dice_{side}"] = dice(arrays[0] == label, arrays[1] == label)
+        result[f"hd95_{side}"] = hd95(arrays[0] == label, arrays[1] == label, spacing)
+    for metric in ("dice", "hd95"):
+        # As the bundle does: a scan with a side that has no distance has no mean distance either.
+        result[metric] = float(np.mean([result[f"{metric}_{side}"] for side in SIDES]))
+    result["failures"] = sum(not (arrays[0] == label).any() for label in SIDES.values())
+    return result
+
+
+def read_mask(path: Path, truth: nib.Nifti1Image) -> nib.Nifti1Image:
+    """A label map with left = 1 and right = 2 on the truth's grid.
+
+    Raises:
+        InputError: if labels are others, or left and right are swapped.
+    """
+    source = _load(path)
+    values = np.rint(np.asanyarray(source.dataobj)).astype(np.int64)
+    if values.ndim != 3:
+        raise InputError(f"{values.ndim} axes instead of 3")
+    labels = {int(value) for value in np.unique(values)}
+    if labels & FREESURFER.keys():
+        values = np.where(values == 17, 1, np.where(values == 53, 2, 0))
+    elif not labels <= {0, 1, 2}:
+        raise InputError(f"labels {sorted(labels)[:8]}")
+    # The first world axis of NIfTI points to the right: the left hippocampus has the smaller coordinate.
+    places = {side: np.argwhere(values == label) for side, label in SIDES.items()}
+    if all(len(place) for place in places.values()):
+        left, right = (nib.affines.apply_affine(source.affine, places[side].mean(axis=0))[0] for side in SIDES)
+        if left > right:
+            raise InputError("left and right are swapped")
+    image = nib.Nifti1Image(values.astype(np.uint8), source.affine)
+    if image.shape == truth.shape and np.allclose(image.affine, truth.affine, atol=1e-3):
+        return image
+    resampled = resample_from_to(image, (truth.shape[:3], truth.affine), order=0)
+    if values.any() and not np.asanyarray(resampled.dataobj).any():
+        raise InputError("lies outside the scan")
+    return resampled
+
+
+def _find(folder: Path, name: str, subject: str) -> Path | None:
+    for stem in dict.fromkeys((name, subject)):
+        for pattern in ("{}.nii.gz", "{}.nii", "{}.mgz", "{}/mri/aseg.mgz", "{}/mri/aseg.nii.gz"):
+            if (path := folder / pattern.format(stem)).is_file():
+                return path
+    return None

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page: one HTML file with every figure and the slice viewer inside."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from volta_components._version import __version__
+from volta_components.report.figures import Picture
+from volta_components.report.paper import TASKS, Task
+from volta_components.report.store import Study
+from volta_components.report.tables import Table
+from volta_components.report.viewer import AGREEMENT
+
+
+@dataclass
+class Viewer:
+    """The slice viewer.
+
+    Attributes:
+        pages: HTML by title, long texts taken out.
+        blobs: those texts.
+    """
+
+    pages: dict[str, str]
+    blobs: dict[str, str]
+
+
+@dataclass
+class Section:
+    """One bundle's part of the page.
+
+    Attributes:
+        study: its runs, notes and alarms.
+        tables: the main one first.
+        pictures: figures.
+        viewer: of a segmentation.
+    """
+
+    study: Study
+    tables: list[Table]
+    pictures: list[Picture] = field(default_factory=list)
+    viewer: Viewer | None = None
+
+    @property
+    def task(self) -> Task:
+        """Title and classes."""
+        return TASKS.get(self.study.bundle, Task("", self.study.bundle))
+
+
+def render(sections: list[Section], runs: Table, absent: list[str], root: Path) -> str:
+    """The page as text.
+
+    Args:
+        sections: in the order of the page.
+        runs: table of all runs.
+        absent: tables of the paper without runs.
+        root: the page's folder; links to CSV, PNG and SVG are relative to it.
+    """
+    environment = Environment(
+        loader=PackageLoader("volta_components.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["embedded"] = embedded
+    environment.filters["relative"] = lambda path: Path(path).relative_to(root).as_posix()
+    environment.filters["script_json"] = script_json
+    tags = [run.tags for section in sections for run in section.study.runs]
+    return environment.get_template("index.html.jinja").render(
+        sections=sections,
+        runs=runs,
+        absent=absent,
+        phantoms=[section.study.bundle for section in sections if section.study.phantom],
+        alarms=[alarm for section in sections for alarm in section.study.alarms],
+        missing=[(section.study.bundle, note) for section in sections for note in section.study.notes],
+        data_sets=sorted({(tag.get("datalist_name", "unnamed"), tag.get("datalist_hash", "")[:12]) for tag in tags}),
+        agreement=AGREEMENT,
+        written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+    )
+
+
+def embedded(path: Path) -> str:
+    """A picture as a ``data:`` address."""
+    kind = {".png": "image/png", ".svg": "image/svg+xml"}[path.suffix]
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
+
+
+def script_json(content: object) -> Markup:
+    """JSON that may stand inside a ``script`` element."""
+    return Markup(json.dumps(content).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the paper reports, to be printed beside our numbers and never instead of them, and how things are called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of the paper's tables.
+
+    Attributes:
+        table: its number, or "" for a bundle that is not the paper's.
+        title: of the section.
+        short: of the link to it.
+        positive: what the positive class is; sensitivity is the share of these that is found.
+        negative: what the negative class is.
+        threshold: how the operating point was chosen.
+        paper: (mean, SD) by init and metric.
+    """
+
+    table: str
+    title: str
+    short: str = ""
+    positive: str = "1"
+    negative: str = "0"
+    threshold: str = ""
+    paper: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+
+
+def _scores(
+    auroc: tuple[float, float], sensitivity: tuple[float, float], specificity: tuple[float, float]
+) -> dict[str, tuple[float, float]]:
+    return {"auroc": auroc, "sensitivity": sensitivity, "specificity": specificity}
+
+
+TASKS = {
+    "ixi_sex": Task(
+        table="I",
+        title="Sex from T1 MRI (IXI)",
+        short="Sex (IXI)",
+        positive="female",
+        negative="male",
+        threshold="threshold 0.5",
+        paper={
+            "volta": _scores((0.98, 0.01), (0.92, 0.06), (0.80, 0.20)),
+            "vit_scratch": _scores((0.94, 0.02), (0.87, 0.08), (0.82, 0.14)),
+            "swin_scratch": _scores((0.85, 0.03), (0.52, 0.33), (0.71, 0.22)),
+        },
+    ),
+    "aibl_ad": Task(
+        table="II",
+        title="Alzheimer's disease against healthy ageing (AIBL)",
+        short="AD (AIBL)",
+        positive="AD",
+        negative="healthy",
+        threshold="Youden's J on an inner validation part of the training folds",
+        paper={
+            "volta": _scores((0.72, 0.10), (0.72, 0.20), (0.72, 0.08)),
+            "vit_scratch": _scores((0.67, 0.05), (0.64, 0.16), (0.72, 0.14)),
+            "swin_scratch": _scores((0.64, 0.03), (0.58, 0.12), (0.73, 0.11)),
+        },
+    ),
+    "harp_hippocampus": Task(
+        table="III",
+        title="Left and right hippocampus (HarP)",
+        short="Hippocampus (HarP)",
+        paper={
+            "volta": {"dice": (0.87, 0.01), "hd95": (2.49, 0.96)},
+            "unetr_scratch": {"dice": (0.85, 0.01), "hd95": (3.49, 1.28)},
+            "unet_scratch": {"dice": (0.83, 0.01), "hd95": (1.82, 0.23)},
+        },
+    ),
+}
+
+NAMES = {
+    "volta": "VolTA-3D",
+    "vit_scratch": "ViT, from scratch",
+    "swin_scratch": "Swin, from scratch",
+    "unetr_scratch": "UNETR, from scratch",
+    "unet_scratch": "3-D U-Net, from scratch",
+    "frozen": "VolTA-3D, encoder frozen",
+    "full": "VolTA-3D, all blocks trained",
+}
+COLOURS = {
+    "volta": "#0b6bcb",
+    "vit_scratch": "#d9730d",
+    "swin_scratch": "#2a9d6f",
+    "unetr_scratch": "#d9730d",
+    "unet_scratch": "#2a9d6f",
+}
+OTHER_COLOURS = ("#8e5bc9", "#c2405b", "#6b6f76", "#a08500", "#008a9a")
+METRICS = {
+    "auroc": "AUROC",
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
+    "dice": "Dice",
+    "hd95": "HD95 (mm)",
+}
+
+
+def name_of(variant: str) -> str:
+    """How an init is called in tables."""
+    return NAMES.get(variant, variant)
+
+
+def colours_of(variants: list[str]) -> dict[str, str]:
+    """A colour for each init, the same in all figures."""
+    spare = iter(OTHER_COLOURS * len(variants))
+    return {variant: COLOURS.get(variant) or next(spare) for variant in variants}
+
+
+def in_order(variants: set[str]) -> list[str]:
+    """VolTA-3D first, then the paper's baselines, then the rest by name."""
+    known = list(NAMES)
+    return sorted(variants, key=lambda name: (known.index(name) if name in known else len(known), name))

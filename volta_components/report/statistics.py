@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of the report: what SciPy and scikit-learn do not have ready-made.
+
+Everything is resampled by patient, within folds, and the same resample serves every init: differences between inits
+are paired.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
+Array = NDArray[np.float64]
+CONFIDENCE = 0.95
+BOOTSTRAP = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over runs or subjects, its spread and its uncertainty.
+
+    Attributes:
+        mean: NaN where there is nothing to average.
+        sd: sample standard deviation (n - 1); NaN for fewer than two.
+        low: lower end of the 95 % bootstrap confidence interval of the mean.
+        high: its upper end.
+        count: how many values were averaged.
+    """
+
+    mean: float
+    sd: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A paired test between two inits.
+
+    Attributes:
+        first: an init.
+        second: another.
+        difference: first minus second.
+        low: lower end of the difference's 95 % interval.
+        high: its upper end.
+        p: two-sided p value.
+        count: how many patients entered.
+        delong: two-sided p value of DeLong's test; NaN where it was not made.
+    """
+
+    first: str
+    second: str
+    difference: float
+    low: float
+    high: float
+    p: float
+    count: int
+    delong: float = math.nan
+
+
+def auroc(labels: NDArray[Any], scores: NDArray[Any], weights: NDArray[Any] | None = None) -> Array:
+    """Area under the ROC curve, for many weightings of the subjects at once.
+
+    Args:
+        labels: ``[n]``, 0 or 1.
+        scores: ``[n]``; higher means more likely 1. Ties count one half.
+        weights: ``[..., n]``, such as how often a bootstrap sample holds each subject; all 1 by default.
+
+    Returns:
+        ``[...]``; NaN where a class is missing.
+
+    Source: the Mann-Whitney form; scikit-learn's ``roc_auc_score`` gives the same one weighting at a time.
+    """
+    positive = np.asarray(labels).astype(bool)
+    weights = np.ones(len(positive)) if weights is None else np.asarray(weights, dtype=float)
+    ahead = np.asarray(scores)[positive][:, None] - np.asarray(scores)[~positive][None, :]
+    wins = (ahead > 0) + 0.5 * (ahead == 0)
+    ones, zeros = weights[..., positive], weights[..., ~positive]
+    return _ratio(((ones @ wins) * zeros).sum(-1), ones.sum(-1) * zeros.sum(-1))
+
+
+def share(hits: NDArray[Any], among: NDArray[Any], weights: NDArray[Any] | None = None) -> Array:
+    """Weighted share of ``hits`` among the subjects ``among``: sensitivity, specificity.
+
+    Args:
+        hits: ``[n]`` booleans.
+        among: ``[n]`` booleans.
+        weights: ``[..., n]``.
+    """
+    among = np.asarray(among).astype(float)
+    weights = among if weights is None else np.asarray(weights, dtype=float) * among
+    return _ratio((weights * np.asarray(hits)).sum(-1), weights.sum(-1))
+
+
+def weighted_mean(values: NDArray[Any], weights: NDArray[Any]) -> Array:
+    """Mean of ``values [n]`` for each row of ``weights [..., n]``, leaving out NaN."""
+    known = np.isfinite(values)
+    return _ratio((weights[..., known] * values[known]).sum(-1), weights[..., known].sum(-1))
+
+
+def _ratio(upper: Any, lower: Any) -> Array:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(np.asarray(lower) > 0, np.divide(upper, lower), np.nan)
+
+
+def classification_metrics(table: pd.DataFrame, weights: NDArray[Any] | None = None) -> dict[str, Array]:
+    """AUROC, sensitivity (share of the ones found) and specificity (share of the zeros found) of a prediction table.
+
+    Args:
+        table: columns label, score, prediction.
+        weights: ``[..., len(table)]``.
+    """
+    label, prediction = table["label"].to_numpy().astype(bool), table["prediction"].to_numpy().astype(bool)
+    return {
+        "auroc": auroc(label, table["score"].to_numpy(float), weights),
+        "sensitivity": share(prediction, label, weights),
+        "specificity": share(~prediction, ~label, weights),
+    }
+
+
+class Resampling:
+    """How often each bootstrap sample holds each patient of a fold.
+
+    Patients are drawn with replacement within their stratum (their class), so that no sample lacks a class; all scans
+    of a patient are drawn together. The draw depends on seed, fold and the fold's patients alone: every init gets the
+    same.
+
+    Args:
+        tables: any number of tables of one fold, with the columns patient_id and, if there are strata, label.
+        fold: the fold.
+        samples: number of bootstrap samples.
+        seed: of the draw.
+    """
+
+    def __init__(self, tables: Sequence[pd.DataFrame], fold: int, samples: int = BOOTSTRAP, seed: int = 0) -> None:
+        rows = pd.concat([table.reindex(columns=["patient_id", "label"]) for table in tables])
+        strata = rows.fillna({"label": 0}).groupby("patient_id")["label"].max().sort_index()
+        self.place = {patient: number for number, patient in enumerate(strata.index)}
+        self.counts = np.zeros((samples, len(strata)))
+        rng = np.random.default_rng([seed, fold])
+        for stratum in sorted(strata.unique()):
+            columns = np.flatnonzero(strata.to_numpy() == stratum)
+            self.counts[:, columns] = rng.multinomial(len(columns), np.full(len(columns), 1 / len(columns)), samples)
+
+    def weights(self, table: pd.DataFrame) -> Array:
+        """``[samples, len(table)]``."""
+        return self.counts[:, [self.place[patient] for patient in table["patient_id"]]]
+
+
+def estimate(values: Sequence[float] | NDArray[Any], replicates: NDArray[Any] | None = None) -> Estimate:
+    """Summarise values; the interval is the percentiles of ``replicates``, which are bootstrap means.
+
+    NaN values are left out.
+    """
+    known = np.asarray(values, dtype=float)
+    known = known[np.isfinite(known)]
+    low, high = interval(replicates) if replicates is not None else (math.nan, math.nan)
+    return Estimate(
+        mean=float(known.mean()) if len(known) else math.nan,
+        sd=float(known.std(ddof=1)) if len(known) > 1 else math.nan,
+        low=low,
+        high=high,
+        count=len(known),
+    )
+
+
+def interval(replicates: NDArray[Any]) -> tuple[float, float]:
+    """The percentile interval of bootstrap replicates."""
+    known = np.asarray(replicates, dtype=float)
+    known = known[np.isfinite(known)]
+    if not len(known):
+        return math.nan, math.nan
+    low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def bootstrap_p(replicates: NDArray[Any]) -> float:
+    """Two-sided p value that a difference is zero, from its bootstrap replicates.
+
+    Twice the smaller share of replicates at or beyond zero, each counted with one sample more, so that p is never 0.
+    """
+    known = np.asarray(replicates, dtype=float)
+    known = known[np.isfinite(known)]
+    if not len(known):
+        return math.nan
+    tail = min((known <= 0).sum(), (known >= 0).sum())
+    return float(min(1.0, 2 * (tail + 1) / (len(known) + 1)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction for several tests; NaN stays NaN and is not counted.
+
+    Source: Holm, 1979.
+    """
+    known = [index for index, p in enumerate(p_values) if math.isfinite(p)]
+    adjusted, highest = [math.nan] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(known, key=lambda index: p_values[index])):
+        highest = max(highest, min(1.0, (len(known) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def wilcoxon(first: NDArray[Any], second: NDArray[Any]) -> float:
+    """Two-sided p value of the Wilcoxon signed-rank test of paired values; 1 where every pair is equal."""
+    difference = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    difference = difference[np.isfinite(difference)]
+    if not len(difference):
+        return math.nan
+    return float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0
+
+
+def delong(pairs: Sequence[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]) -> float:
+    """Two-sided p value of DeLong's test that the mean AUROC over folds is the same for two inits.
+
+    Folds are independent samples: their differences and variances add up. The variances are MLstatkit's, the one
+    package on PyPI with the paired test; it is optional since it is young. Where DeLong's variance is zero, that
+    package would quietly give a bootstrap p value instead; here no p value is given.
+
+    Args:
+        pairs: (labels, scores of the first init, scores of the second) of each fold, subject by subject.
+
+    Returns:
+        NaN where MLstatkit is not installed or a variance is not defined.
+    """
+    try:
+        from MLstatkit import Delong_test
+    except ImportError:
+        return math.nan
+    difference = variance = 0.0
+    for labels, first, second in pairs:
+        counts = np.bincount(np.asarray(labels).astype(int), minlength=2)
+        if counts.min() < 2:
+            return math.nan
+        *_, auc_first, auc_second, info = Delong_test(labels, first, second, n_boot=1)
+        if info["var_diff"] is None:
+            return math.nan
+        difference += auc_first - auc_second
+        variance += info["var_diff"]
+    return float(2 * stats.norm.sf(abs(difference) / math.sqrt(variance))) if variance > 0 else math.nan
+
+
+def has_delong() -> bool:
+    """Whether DeLong's test can be made here."""
+    from importlib.util import find_spec
+
+    return find_spec("MLstatkit") is not None
+
+
+def summarise(
+    runs: Mapping[Any, pd.DataFrame], folds: Mapping[Any, int], resamplings: Mapping[int, Resampling]
+) -> tuple[dict[str, Estimate], dict[str, Array]]:
+    """Metrics of a classification init: mean and SD over its runs, and intervals.
+
+    Args:
+        runs: prediction tables.
+        folds: the fold of each run.
+        resamplings: for each fold.
+
+    Returns:
+        Estimates, and bootstrap replicates of the means, by metric.
+    """
+    values = [classification_metrics(table) for table in runs.values()]
+    replicates = [classification_metrics(table, resamplings[folds[key]].weights(table)) for key, table in runs.items()]
+    means = {name: np.mean([item[name] for item in replicates], axis=0) for name in values[0]}
+    return {name: estimate([float(item[name]) for item in values], means[name]) for name in means}, means
+
+
+def pair_auroc(tables: Sequence[pd.DataFrame], weights: Sequence[NDArray[Any]] | None = None) -> Array:
+    """AUROC of a few subjects of each fold: every pair of a one and a zero *of the same fold* counts once.
+
+    Scores of different folds come from different networks and are never compared. Unlike a mean over folds it is
+    defined when some fold has none of a class, as happens in small groups.
+    """
+    weights = [np.ones(len(table)) for table in tables] if weights is None else weights
+    wins: Any = 0.0
+    pairs: Any = 0.0
+    for table, weight in zip(tables, weights, strict=True):
+        positive = table["label"].to_numpy().astype(bool)
+        if positive.all() or not positive.any():
+            continue
+        number = weight[..., positive].sum(-1) * weight[..., ~positive].sum(-1)
+        value = auroc(positive, table["score"].to_numpy(float), weight)
+        wins = wins + np.where(number > 0, value, 0.0) * number
+        pairs = pairs + number
+    return _ratio(wins, pairs)

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What MLflow holds of finished runs: the only source of the report."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from volta_components.errors import InputError
+from volta_components.report.paper import TASKS, in_order
+
+# Parameters and tags that differ between the runs of one cross-validation by design.
+VARYING = {"fold", "fraction", "seed", "run_name", "epoch_length", "class_weights", "max_iterations"}
+TABLES = {"classification": "predictions/predictions.csv", "segmentation": "predictions/scores.csv"}
+NEEDED = {
+    "classification": ["subject_id", "patient_id", "label", "score", "prediction"],
+    "segmentation": ["subject_id", "patient_id", "dice", "hd95"],
+}
+
+
+@dataclass
+class FinishedRun:
+    """A finished run.
+
+    Attributes:
+        run_id: MLflow's.
+        name: MLflow's run name.
+        variant: the init, or the overlay that crossval took for it.
+        fold: the scored fold.
+        fraction: share of the training part.
+        seed: of the run.
+        tags: all of them.
+        params: all of them.
+        metrics: the last value of each.
+        table: a row for each scored subject.
+        started: milliseconds since 1970.
+    """
+
+    run_id: str
+    name: str
+    variant: str
+    fold: int
+    fraction: float
+    seed: int
+    tags: dict[str, str]
+    params: dict[str, str]
+    metrics: dict[str, float]
+    started: int
+    table: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    @property
+    def cell(self) -> tuple[str, float, int, int]:
+        """Init, fraction, fold and seed: only one run of a cell counts."""
+        return self.variant, self.fraction, self.fold, self.seed
+
+
+@dataclass
+class Study:
+    """The finished runs of one bundle on one data set.
+
+    Attributes:
+        bundle: its name.
+        kind: ``classification`` or ``segmentation``.
+        runs: one for each cell.
+        notes: what a reader must know: what was left out, what is missing, what differs.
+        alarms: what casts doubt on the numbers: leaks.
+    """
+
+    bundle: str
+    kind: str
+    runs: list[FinishedRun]
+    notes: list[str] = field(default_factory=list)
+    alarms: list[str] = field(default_factory=list)
+
+    @property
+    def phantom(self) -> bool:
+        """Whether any run is of phantoms."""
+        return any(run.tags.get("phantom") == "true" for run in self.runs)
+
+    @property
+    def variants(self) -> list[str]:
+        """The inits, in the order of tables."""
+        return in_order({run.variant for run in self.runs})
+
+    @property
+    def fractions(self) -> list[float]:
+        """Shares of the training part, rising."""
+        return sorted({run.fraction for run in self.runs})
+
+    def select(self, variant: str, fraction: float | None = None) -> list[FinishedRun]:
+        """Runs of an init, by fold; of the largest fraction unless told otherwise."""
+        wanted = self.fractions[-1] if fraction is None else fraction
+        found = [run for run in self.runs if run.variant == variant and run.fraction == wanted]
+        return sorted(found, key=lambda run: (run.fold, run.seed))
+
+    @property
+    def reference(self) -> str:
+        """The init that the others are compared with."""
+        return self.variants[0]
+
+
+class Store:
+    """An MLflow store, read only.
+
+    Args:
+        tracking_uri: its address.
+
+    Raises:
+        InputError: if it is not there or is not MLflow's.
+    """
+
+    def __init__(self, tracking_uri: str) -> None:
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        # MLflow would make an empty database, and ask a server that is not there for minutes.
+        if tracking_uri.startswith("sqlite:///") and not Path(tracking_uri.removeprefix("sqlite:///")).is_file():
+            raise InputError(
+                f"{tracking_uri}: no such MLflow store; run volta3d crossval first, or name another with --tracking-uri"
+            )
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        self.tracking_uri = tracking_uri
+        try:
+            self.client = MlflowClient(tracking_uri=tracking_uri)
+            self.experiments = {item.experiment_id: item.name for item in self.client.search_experiments()}
+        except (MlflowException, ValueError) as error:
+            raise InputError(f"{tracking_uri}: MLflow cannot read it ({error}); see --tracking-uri") from error
+        except Exception as error:
+            raise InputError(f"{tracking_uri}: not an MLflow store ({type(error).__name__}: {error})") from error
+        self._folder = tempfile.TemporaryDirectory(prefix="volta3d-report-")
+        self._copies: dict[tuple[str, str], Path | None] = {}
+
+    def search(self, query: str) -> Iterator[Any]:
+        """All runs that match a query, newest first."""
+        token: str | None = None
+        while token != "":
+            page = self.client.search_runs(list(self.experiments), query, max_results=1000, page_token=token)
+            yield from page
+            token = page.token or ""
+
+    def artifact(self, run_id: str, path: str) -> Path | None:
+        """A local copy of an artifact, or None if the run has none."""
+        if (run_id, path) not in self._copies:
+            folder = Path(self._folder.name) / run_id / str(len(self._copies))
+            folder.mkdir(parents=True)
+            try:
+                self._copies[run_id, path] = Path(self.client.download_artifacts(run_id, path, str(folder)))
+            except Exception:  # each kind of artifact store has its own way to say that there is no such file
+                self._copies[run_id, path] = None
+        return self._copies[run_id, path]
+
+    def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
+        """Steps and values of a metric."""
+        return sorted((item.step, item.value) for item in self.client.get_metric_history(run_id, metric))
+
+
+def read_studies(store: Store, experiments: list[str] | None = None) -> list[Study]:
+    """The finished runs, by bundle, in the order of the paper's tables.
+
+    Args:
+        store: where they are.
+        experiments: only those of these experiments; all by default.
+
+    Raises:
+        InputError: if there are none, or a finished run lacks its table.
+    """
+    if experiments:
+        unknown = sorted({*experiments} - {*store.experiments.values()})
+        if unknown:
+            known = ", ".join(sorted(store.experiments.values()))
+            raise InputError(f"{store.tracking_uri}: no experiment {', '.join(unknown)}; it has {known}")
+        store.experiments = {key: name for key, name in store.experiments.items() if name in experiments}
+    finished: dict[str, list[FinishedRun]] = defaultdict(list)
+    for item in store.search("tags.finished = 'true'"):
+        tags = item.data.tags
+        if {"bundle", "fold"} <= tags.keys() and tags["bundle"] != "pretrain":
+            finished[tags["bundle"]].append(_finished_run(item))
+    if not finished:
+        raise InputError(
+            f"{store.tracking_uri}: no finished run in {', '.join(sorted(store.experiments.values()))}; "
+            "run volta3d crossval, or name another store or experiment (--tracking-uri, --experiments)"
+        )
+    studies = [_study(store, bundle, runs) for bundle, runs in finished.items()]
+    order = list(TASKS)
+    studies.sort(key=lambda study: (order.index(study.bundle) if study.bundle in order else len(order), study.bundle))
+    unfinished = Counter(
+        item.data.tags["bundle"]
+        for item in store.search("attributes.status != 'FINISHED'")
+        if "bundle" in item.data.tags and item.data.tags.get("finished") != "true"
+    )
+    for study in studies:
+        if unfinished[study.bundle]:
+            study.notes.append(
+                f"{unfinished[study.bundle]} runs were started and are not finished; they are not counted."
+            )
+    return studies
+
+
+def _finished_run(item: Any) -> FinishedRun:
+    tags = item.data.tags
+    try:
+        return FinishedRun(
+            run_id=item.info.run_id,
+            name=item.info.run_name,
+            variant=tags.get("variant") or tags["init"],
+            fold=int(tags["fold"]),
+            fraction=float(tags.get("fraction", 1.0)),
+            seed=int(tags.get("seed", 0)),
+            tags=dict(tags),
+            params=dict(item.data.params),
+            metrics=dict(item.data.metrics),
+            started=int(item.info.start_time),
+        )
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            f"run {item.info.run_name} ({item.info.run_id}): its tags are not those of a bundle of this project "
+            f"({error!r}); leave its experiment out with --experiments"
+        ) from error
+
+
+def _study(store: Store, bundle: str, runs: list[FinishedRun]) -> Study:
+    notes: list[str] = []
+    runs = sorted(runs, key=lambda run: run.started, reverse=True)
+    newest = runs[0].tags.get("datalist_hash", "")
+    others = Counter(run.tags.get("datalist_hash", "") for run in runs)
+    others.pop(newest)
+    for datalist, count in others.items():
+        notes.append(f"{count} finished runs of another datalist ({datalist[:12] or 'unnamed'}) are not counted.")
+    cells: dict[tuple[str, float, int, int], FinishedRun] = {}
+    repeated = 0
+    for run in runs:
+        if run.tags.get("datalist_hash", "") == newest:
+            repeated += run.cell in cells
+            cells.setdefault(run.cell, run)
+    if repeated:
+        notes.append(f"{repeated} older finished runs of the same init, fraction, fold and seed are not counted.")
+    kept = list(cells.values())
+    kind = _read_tables(store, kept)
+    study = Study(bundle, kind, kept, notes)
+    _note_missing(study)
+    _note_differences(study)
+    leaks = sorted(run.name for run in kept if run.tags.get("leak", "none") != "none")
+    if leaks:
+        study.alarms.append(
+            f"Leak allowed in {len(leaks)} of {len(kept)} runs: patients of the scored part were, or may have been, in "
+            f"the pretraining set. Their results are too good: {', '.join(leaks)}."
+        )
+    return study
+
+
+def _read_tables(store: Store, runs: list[FinishedRun]) -> str:
+    kind = ""
+    for run in runs:
+        found = {kind: file for kind, path in TABLES.items() if (file := store.artifact(run.run_id, path))}
+        if not found:
+            raise InputError(
+                f"run {run.name} ({run.run_id}) is marked finished but has neither {' nor '.join(TABLES.values())}; "
+                "remove its tag 'finished' and run volta3d crossval again"
+            )
+        kind_here, file = next(iter(found.items()))
+        kind = kind or kind_here
+        table = pd.read_csv(file, dtype={"subject_id": str, "patient_id": str, "session": str, "site": str, "sex": str})
+        absent = [column for column in NEEDED[kind_here] if column not in table]
+        if absent or kind_here != kind:
+            raise InputError(
+                f"run {run.name} ({run.run_id}): {TABLES[kind_here]} has no column {', '.join(absent) or NEEDED[kind]}"
+            )
+        if kind == "classification":
+            wrong = table.loc[~table["label"].isin([0, 1]) | ~table["score"].between(0, 1), "subject_id"].tolist()
+            if wrong:
+                raise InputError(
+                    f"run {run.name} ({run.run_id}): labels must be 0 or 1 and scores in [0, 1]; not so for "
+                    f"{', '.join(wrong[:20])}; score these subjects again"
+                )
+        run.table = table
+    return kind
+
+
+def _note_missing(study: Study) -> None:
+    full = {(v, p, f) for v in study.variants for p in study.fractions for f in {run.fold for run in study.runs}}
+    absent = sorted(full - {run.cell[:3] for run in study.runs})
+    if absent:
+        cells = ", ".join(f"{variant} fold {fold} fraction {fraction:g}" for variant, fraction, fold in absent)
+        study.notes.append(f"{len(absent)} of {len(full)} combinations have no finished run: {cells}.")
+    task = TASKS.get(study.bundle)
+    for variant in task.paper if task else ():
+        if variant not in study.variants:
+            study.notes.append(f"The paper's {variant} was not run.")
+
+
+def _note_differences(study: Study) -> None:
+    for variant in study.variants:
+        runs = [run for run in study.runs if run.variant == variant]
+        values: dict[str, set[str]] = defaultdict(set)
+        for run in runs:
+            for key, value in {**run.params, "encoder_sha256": run.tags.get("encoder_sha256", "")}.items():
+                values[key].add(value)
+        differing = {k: v for k, v in values.items() if len(v) > 1 and k not in VARYING and not k.endswith("_digest")}
+        differing = {key: value for key, value in differing.items() if not key.endswith("_samples")}
+        if differing:
+            text = "; ".join(f"{key}: {', '.join(sorted(value)[:4])}" for key, value in sorted(differing.items()))
+            study.notes.append(f"The runs of {variant} do not all have the same settings: {text}.")
+    for key, what in {"epochs": "epochs", "batch_size": "batch size"}.items():
+        budgets = {variant: {run.params.get(key, "?") for run in study.select(variant)} for variant in study.variants}
+        if len({frozenset(value) for value in budgets.values()}) > 1:
+            text = ", ".join(f"{variant} {'/'.join(sorted(value))}" for variant, value in budgets.items())
+            study.notes.append(f"The inits do not have the same {what}: {text}.")

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The interactive slice viewer: nilearn's, with the same volume embedded once for several overlays."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+
+import nibabel as nib
+import numpy as np
+
+from volta_components.report.masks import Case
+
+# Missed, agreed, too much, on a scale from 0 (nothing) to 3.
+AGREEMENT = ("#2f7ed8", "#3fbf6f", "#e5533d")
+BLOB = re.compile(r"[A-Za-z0-9+/]{2000,}={0,2}")
+
+
+def agreement_map(mask: nib.Nifti1Image, truth: nib.Nifti1Image) -> nib.Nifti1Image:
+    """1 where the truth is missed (or is the other side), 2 where both agree, 3 where the mask alone is."""
+    ours, true = np.asanyarray(mask.dataobj), np.asanyarray(truth.dataobj)
+    values = np.select([(true > 0) & (ours == true), true > 0, ours > 0], [2, 1, 3], 0)
+    return nib.Nifti1Image(values.astype(np.float32), truth.affine)
+
+
+def slice_viewer(case: Case, variant: str) -> str:
+    """HTML of a page of its own that shows where a mask and the truth agree; it needs no network.
+
+    It opens at the left hippocampus.
+
+    Args:
+        case: with image and truth.
+        variant: whose mask.
+    """
+    from matplotlib.colors import ListedColormap
+    from nilearn.plotting import view_img
+
+    assert case.image is not None and case.truth is not None
+    labels = np.asanyarray(case.truth.dataobj)
+    truth = labels == labels[labels > 0].min() if (labels > 0).any() else labels > 0
+    centre = nib.affines.apply_affine(case.truth.affine, np.argwhere(truth).mean(axis=0)) if truth.any() else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        view = view_img(
+            agreement_map(case.masks[variant], case.truth),
+            bg_img=nib.Nifti1Image(np.asanyarray(case.image.dataobj).astype(np.float32), case.image.affine),
+            cut_coords=None if centre is None else tuple(centre),
+            cmap=ListedColormap(["#000000", *AGREEMENT]),
+            threshold=0.5,
+            vmin=-0.5,
+            vmax=3.5,
+            symmetric_cmap=False,
+            colorbar=False,
+            resampling_interpolation="nearest",
+            black_bg=True,
+            dim=0,
+            opacity=0.55,
+            width_view=900,
+        )
+    return str(view.html)
+
+
+def share_blobs(pages: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Take long base64 texts out of pages, so that the same volume is embedded once.
+
+    Returns:
+        The pages with ``@@key@@`` in their places, and the texts by key.
+    """
+    blobs: dict[str, str] = {}
+
+    def take(found: re.Match[str]) -> str:
+        key = hashlib.sha256(found[0].encode()).hexdigest()[:12]
+        blobs[key] = found[0]
+        return f"@@{key}@@"
+
+    return {name: BLOB.sub(take, page) for name, page in pages.items()}, blobs
