@@ -2,8 +2,8 @@
 """Raw DICOM, as ADNI's and AIBL's archive gives it: folders of 2-D slices, one folder a series or several mixed.
 
 ``dcm2niix`` reads the headers (``-b o`` writes a sidecar and no volume) and later converts the one series that was
-chosen. What it learns of each folder is kept, so that a second start or another shard does not read tens of thousands of
-files again.
+chosen. What it learns of each folder is kept, so that a second start or another shard does not read tens of thousands
+of files again.
 """
 
 from __future__ import annotations

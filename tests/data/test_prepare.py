@@ -1,0 +1,560 @@
+# SPDX-License-Identifier: Apache-2.0
+import csv
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import tiny_datasets as tiny
+from monai.data import load_decathlon_datalist
+
+from volta_components.data import worker
+from volta_components.data.datalist import load_datalist
+from volta_components.data.prepare import prepare
+from volta_components.errors import InputError
+
+OPTIONS = {"spacing": 1.0, "shape": (28, 30, 32), "workers": 1}
+
+
+def findings(output):
+    with (Path(output) / "qc/findings.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def tree(folder):
+    """Content of every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(Path(folder).rglob("*"))
+        if path.is_file()
+    }
+
+
+LAYOUTS = {
+    "bids": (tiny.make_bids, {}),
+    "ixi": (tiny.make_ixi, {}),
+    "brats": (tiny.make_brats, {}),
+    "harp": (tiny.make_harp, {"shape": (20, 20, 20)}),
+    "dicom": (tiny.make_dicom, {"sessions": "all"}),
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Every layout prepared once: layout -> (exit status, output)."""
+    results = {}
+
+    def get(layout):
+        if layout not in results:
+            make, extra = LAYOUTS[layout]
+            folder = tmp_path_factory.mktemp(layout)
+            source = make(folder / "source")
+            status = prepare(layout, str(source), str(folder / "out"), **{**OPTIONS, **extra})
+            results[layout] = status, folder / "out", source
+        return results[layout]
+
+    return get
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_landmark_stays_where_it_was_in_every_layout(prepared, layout):
+    _, output, _ = prepared(layout)
+    datalist = load_datalist(output)
+    assert len(datalist) >= 3
+    for item in datalist.items:
+        expected = tiny.LANDMARK
+        if layout == "brats":
+            order = ["GLI-00005_100", "GLI-00005_101", "GLI-00008_100", "MET-00002_000", "PED-00012_000"]
+            i = order.index(f"{item['subject_id']}_{item['session']}".removeprefix("BraTS-"))
+            expected = (4.0 - 0.5 * i, -3.0, 5.5)
+        distance = np.linalg.norm(tiny.find_landmark(item["image"]) - expected)
+        assert distance < 0.5, (item["image"], distance)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_volumes_are_what_the_bundles_read(prepared, layout):
+    _, output, _ = prepared(layout)
+    datalist = load_datalist(output)
+    for item in datalist.items:
+        image = nib.load(item["image"])
+        voxels = np.asarray(image.dataobj)
+        assert image.shape == datalist.shape and voxels.dtype == np.float32
+        assert nib.aff2axcodes(image.affine) == ("R", "A", "S")
+        assert np.allclose(image.header.get_zooms(), 1)
+        assert voxels.min() == 0 and voxels.max() == 1
+        assert Path(item["image"]).suffix == ".nii"
+        qform, sform = image.get_qform(), image.get_sform()
+        assert np.allclose(qform, sform, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["bids", "ixi", "harp"])
+def test_the_order_of_intensities_is_kept(prepared, layout):
+    """Values at source voxels, looked up in the source and in the result, rise together."""
+    _, output, source = prepared(layout)
+    for item in load_datalist(output).items[:4]:
+        before = nib.load(source / item["source"])
+        after = nib.load(item["image"])
+        old = before.get_fdata()
+        at = np.argwhere(old > 60)
+        at = at[np.random.default_rng(0).permutation(len(at))[:400]]
+        mapped = nib.affines.apply_affine(np.linalg.inv(after.affine) @ before.affine, at)
+        whole = np.abs(mapped - np.round(mapped)).max(axis=1) < 0.02
+        inside = ((np.round(mapped) >= 0) & (np.round(mapped) < after.shape)).all(axis=1)
+        keep = whole & inside
+        if keep.sum() < 20:  # another spacing: few voxels coincide; compare smoothed neighbours instead
+            from scipy.ndimage import map_coordinates
+
+            keep = inside
+            new = map_coordinates(after.get_fdata(), mapped[keep].T, order=1)
+            assert np.corrcoef(np.argsort(np.argsort(old[tuple(at[keep].T)])), np.argsort(np.argsort(new)))[0, 1] > 0.9
+            continue
+        new = after.get_fdata()[tuple(np.round(mapped[keep]).astype(int).T)]
+        order = np.argsort(old[tuple(at[keep].T)], kind="stable")
+        assert (np.diff(new[order]) >= -1e-6).all()
+
+
+def test_monai_reads_the_datalist(prepared):
+    _, output, _ = prepared("bids")
+    items = load_decathlon_datalist(str(output / "datalist.json"), True, "training")
+    assert items[0]["image"] == str(output / "images/sub-ADNI002S0295_ses-M000.nii")
+    assert Path(items[0]["label"]).exists()
+    assert not [key for key in items[0] if key.startswith(("image_", "label_"))]
+
+
+def test_bids_items_say_who_they_are_of(prepared):
+    status, output, source = prepared("bids")
+    items = load_datalist(output).content["training"]
+    assert status == 0
+    first = items[0]
+    assert first["patient_id"] == "002_S_0295" and first["site"] == "002" and first["cohort"] == "adni"
+    assert (first["sex"], first["diagnosis"], first["age"], first["session"]) == ("M", "CN", 60.0, "ses-M000")
+    assert first["source"] == "sub-ADNI002S0295/ses-M000/anat/sub-ADNI002S0295_ses-M000_T1w.nii.gz"
+    assert first["source_sha256"] == worker.sha256_file(source / first["source"])
+    assert first["sha256"] == worker.sha256_file(output / first["image"])
+    assert [item["subject_id"] for item in items] == sorted(item["subject_id"] for item in items)
+
+
+def test_ixi_quirks_are_named(prepared, capsys):
+    status, output, _ = prepared("ixi")
+    datalist = load_datalist(output)
+    people = {item["subject_id"]: item for item in datalist.items}
+    assert sorted(people) == ["IXI002", "IXI012", "IXI013", "IXI014"]
+    assert people["IXI002"]["sex"] == "F" and people["IXI002"]["site"] == "Guys" and people["IXI012"]["sex"] == "M"
+    assert people["IXI013"]["age"] == 46.71 and people["IXI014"]["age"] is None
+    reasons = {(row["subject"], row["reason"]) for row in findings(output)}
+    assert ("IXI012", "id stands in 2 rows") in reasons
+    assert ("IXI099", "row without a T1 scan") in reasons
+    assert ("IXI040", "scan without a row in IXI.xls") in reasons
+    assert any(subject == "IXI035" and "unknown sex code '3'" in reason for subject, reason in reasons)
+    assert {row["subject_id"] for row in datalist.excluded} >= {"IXI035", "IXI040"}
+    assert status == 1
+
+
+def test_brats_time_points_share_a_patient(prepared):
+    status, output, _ = prepared("brats")
+    items = load_datalist(output).content["training"]
+    assert len(items) == 5 and len({item["patient_id"] for item in items}) == 4
+    both = [item for item in items if item["patient_id"] == "BraTS-GLI-00005"]
+    assert [item["session"] for item in both] == ["100", "101"] and len({item["fold"] for item in both}) == 1
+    rows = {row["subject"]: row["reason"] for row in findings(output)}
+    assert rows["BraTS-PED-00099-000"] == "has no t1n (only t2w)"
+    assert rows["BraTS-PED-00100-000"] == "has no t1n (its folder is empty)"
+    assert status == 1
+
+
+def test_harp_quirks_are_found_by_where_the_labels_lie(prepared):
+    status, output, _ = prepared("harp")
+    datalist = load_datalist(output)
+    names = [item["subject_id"] for item in datalist.items]
+    assert names == [name for _, name, quirk in tiny.HARP if not quirk.keys() & {"shift", "sides"}]
+    for item in datalist.items:
+        label = nib.load(item["label"])
+        voxels = np.asarray(label.dataobj)
+        assert set(np.unique(voxels)) == {0, 1, 2}
+        centres = [nib.affines.apply_affine(label.affine, np.argwhere(voxels == side).mean(0))[0] for side in (1, 2)]
+        assert centres[0] < 0 < centres[1]
+        shape, affine = tiny.grid("RAS")
+        for side, value in ((-1, 1), (1, 2)):
+            assert (voxels == value).sum() == pytest.approx(tiny.harp_label(shape, affine, side).sum(), rel=0.02)
+    rows = findings(output)
+    text = {row["subject"]: " | ".join(r["reason"] for r in rows if r["subject"] == row["subject"]) for row in rows}
+    assert "swapped" in text["ADNI_007_S_1304_74384"] and "known of this scan" in text["ADNI_007_S_1304_74384"]
+    assert "values 7000 and 7001 taken as 0 and 1" in text["ADNI_011_S_0003_90001"]
+    assert "centroids say otherwise" in text["ADNI_016_S_4121_280306"]
+    assert "NOT among the known ones" in text["ADNI_023_S_0030_11111"]
+    assert "do not share one grid: up to 3.0 mm" in text["ADNI_067_S_0077_22222"]
+    assert "has no right label file" in text["ADNI_098_S_0269_33333"]
+    assert "label without image" in text["ADNI_999_S_9999_1"]
+    assert status == 1
+
+
+def test_dicom_series_are_chosen_by_name_and_reason(prepared):
+    status, output, _ = prepared("dicom")
+    items = load_datalist(output).content["training"]
+    assert [(item["subject_id"], item["session"]) for item in items] == [
+        ("sub-ADNI002S0295", "ses-20060418"),
+        ("sub-ADNI002S0295", "ses-20070420"),
+        ("sub-ADNI011S0003", "ses-20060418"),
+    ]
+    assert items[0]["patient_id"] == "002_S_0295" and items[0]["sex"] == "F" and items[0]["age"] == 75
+    assert items[0]["source"].endswith("S13408")
+    reasons = " | ".join(row["reason"] for row in findings(output))
+    assert "series '3 Plane Localizer' skipped: localiser" in reasons
+    assert "series 'MPRAGE MPR' skipped: derived (ImageType DERIVED/SECONDARY/MPR)" in reasons
+    assert "series 'Axial PD-T2 TSE' skipped: another contrast" in reasons
+    assert "series 'Field Map' skipped: another contrast" in reasons
+    assert "series 'MPRAGE Repeat' skipped: of this session's T1s, 'MPRAGE' is used" in reasons
+    assert any(row["subject"] == "023_S_0030" and row["kind"] == "problem" for row in findings(output))
+    assert status == 1
+
+
+def test_folder_layout_with_labels_and_a_table(tmp_path):
+    root = tmp_path / "my scans"
+    for i, name in enumerate(["anna", "bert_ses-2", "carl"]):
+        tiny.save_head(root / "images" / f"{name}.nii.gz", "LAS", seed=i, dtype=np.float32)
+        shape, affine = tiny.grid("LAS")
+        if name != "carl":
+            label = tiny.harp_label(shape, affine, -1) + 2 * tiny.harp_label(shape, affine, 1)
+            tiny.save(root / "labels" / f"{name}.nii.gz", label, affine, np.uint8)
+    tiny.save(root / "labels" / "dora.nii.gz", label, affine, np.uint8)
+    table = "subject_id,sex,age,group\nanna,f,33,CN\nbert,male,90+,NL\ncarl,x,abc,AD\nemil,m,40,CN\n"
+    (root / "participants.csv").write_text(table)
+    status = prepare("folder", str(root), str(tmp_path / "out"), **OPTIONS)
+    datalist = load_datalist(tmp_path / "out")
+    assert datalist.name == "my-scans" and status == 1
+    rows = [(i["subject_id"], i["session"], i["sex"], i["age"], i["diagnosis"], "label" in i) for i in datalist.items]
+    assert rows == [
+        ("anna", None, "F", 33.0, "CN", True),
+        ("bert", "ses-2", "M", 90.0, "CN", True),
+        ("carl", None, None, None, "AD", False),
+    ]
+    reasons = {(row["subject"], row["reason"]) for row in findings(tmp_path / "out")}
+    assert ("carl", "unknown sex code 'x'") in reasons and ("carl", "age 'abc' is not a number") in reasons
+    assert ("dora", "label without image") in reasons and ("carl", "image without label") in reasons
+    assert ("emil", "has a row but no volume") in reasons
+
+
+# --- broken input ----------------------------------------------------------------------------------------------------
+
+
+def test_broken_volumes_are_named_and_the_rest_is_prepared(tmp_path, capsys):
+    root = tiny.make_bids(tmp_path / "source", subjects=9, labels=True)
+    images = sorted(root.glob("sub-*/ses-M000/anat/*_T1w.nii*"))
+    images[0].write_bytes(images[0].read_bytes()[:5000])
+    images[1].write_bytes(b"")
+    images[2].write_bytes(b"this is no image" * 100)
+    images[4].unlink()
+    label = next(root.glob("derivatives/hippocampus/*S0300/**/*_dseg.nii.gz"))
+    shape, affine = tiny.grid("RAS", shape=(20, 20, 20))
+    tiny.save(label, np.zeros(shape), affine, np.uint8)
+    with (root / "participants.tsv").open("a") as stream:
+        stream.write("sub-ADNI999S9999\tF\t70\n")
+    status = prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
+    assert status == 1
+    assert len(load_datalist(tmp_path / "out")) == 4
+    rows = {row["subject"]: row for row in findings(tmp_path / "out") if row["kind"] == "problem"}
+    assert "truncated" in rows["sub-ADNI002S0295"]["reason"]
+    assert rows["sub-ADNI002S0296"]["reason"] == "empty file (0 bytes)"
+    assert "wrong magic" in rows["sub-ADNI002S0297"]["reason"]
+    assert rows["sub-ADNI003S0299"]["reason"] in {"has no T1w image", "label without image"}
+    assert "label of 20x20x20 voxels" in rows["sub-ADNI003S0300"]["reason"]
+    assert rows["sub-ADNI999S9999"]["reason"] == "has a row but no folder"
+    for row in rows.values():
+        assert row["remedy"] and row["file"]
+    printed = capsys.readouterr().out
+    assert "sub-ADNI002S0296" in printed and "empty file (0 bytes)" in printed
+    excluded = {row["subject_id"]: row["reason"] for row in load_datalist(tmp_path / "out").excluded}
+    assert excluded["sub-ADNI002S0296"] == "empty file (0 bytes)"
+    assert prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS, skip_bad=True) == 0
+
+
+def test_no_permission_is_named(tmp_path, monkeypatch):
+    root = tiny.make_bids(tmp_path / "source", subjects=3, labels=False)
+    bad = next(root.glob("sub-ADNI002S0296/**/*_T1w.nii.gz"))
+    real = Path.open
+
+    def refuse(self, *args, **kwargs):
+        if self == bad:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read anything, so chmod would not do
+    assert prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS) == 1
+    row = next(row for row in findings(tmp_path / "out") if row["kind"] == "problem")
+    assert (row["subject"], row["reason"]) == ("sub-ADNI002S0296", "permission denied") and "chmod" in row["remedy"]
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, monkeypatch):
+    root = tiny.make_bids(tmp_path / "source", subjects=4, labels=False)
+    assert prepare("bids", str(root), str(tmp_path / "unbroken"), **OPTIONS) == 0
+    real, calls = worker._write_nifti, []
+
+    def full(path, *args):
+        calls.append(path)
+        if len(calls) == 3:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real(path, *args)
+
+    monkeypatch.setattr(worker, "_write_nifti", full)
+    with pytest.raises(InputError, match=r"disk full.*what is done is kept"):
+        prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
+    assert len(list((tmp_path / "out/images").iterdir())) == 2
+    assert not (tmp_path / "out/datalist.json").exists()
+    monkeypatch.setattr(worker, "_write_nifti", real)
+    assert prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS) == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "unbroken")
+
+
+def test_too_little_space_is_told_before_work(tmp_path, monkeypatch):
+    root = tiny.make_bids(tmp_path / "source", subjects=2, labels=False)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: os.terminal_size((1, 1)) and type("U", (), {"free": 1000})())
+    with pytest.raises(InputError, match="GB are needed for 2 volumes"):
+        prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "nifti"}, "no layout 'nifti'; choose one of bids"),
+        ({"source": "nowhere"}, "no such folder"),
+        ({"spacing": "a,b,c"}, "numbers are wanted"),
+        ({"spacing": 0}, "from 0.2 to 10 mm"),
+        ({"spacing": (1, 1)}, "one number or three"),
+        ({"shape": (64, 64)}, "three whole numbers"),
+        ({"shape": (64, 64, 0)}, "three whole numbers"),
+        ({"dtype": "float16"}, "choose one of float32, uint16, uint8"),
+        ({"folds": 0}, "a number from 1 to 100"),
+        ({"workers": 0}, "at least 1"),
+        ({"shard": "5/4"}, "i runs from 1 to n"),
+        ({"shard": "one"}, "i/n, such as 3/8"),
+        ({"labels": "some"}, "choose one of auto, require, none"),
+        ({"require": "weight"}, "choose one of sex, age"),
+        ({"assume_orientation": "RRS"}, "three axis codes"),
+        ({"exclude_patients_of": "nowhere.json"}, "no such datalist"),
+        ({"diagnoses": "XX"}, "no scan is left"),
+        ({"table": "nowhere.csv"}, "no such file"),
+    ],
+)
+def test_bad_options_name_themselves(tmp_path, options, message):
+    root = tiny.make_bids(tmp_path / "source", subjects=1, labels=False)
+    arguments = {"layout": "bids", "source": str(root), "output": str(tmp_path / "out"), **OPTIONS, **options}
+    with pytest.raises(InputError, match=message):
+        prepare(**arguments)
+
+
+@pytest.mark.parametrize("layout", ["bids", "ixi", "brats", "harp", "dicom", "folder"])
+def test_an_empty_folder_is_named_by_every_layout(tmp_path, layout):
+    (tmp_path / "source").mkdir()
+    with pytest.raises(InputError, match="source: no "):
+        prepare(layout, str(tmp_path / "source"), str(tmp_path / "out"), **OPTIONS)
+
+
+def test_an_output_of_other_settings_is_refused(tmp_path):
+    root = tiny.make_bids(tmp_path / "source", subjects=1, labels=False)
+    prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
+    with pytest.raises(InputError, match=r"prepared with spacing \[1.0, 1.0, 1.0\] instead of \[2.0, 2.0, 2.0\]"):
+        prepare("bids", str(root), str(tmp_path / "out"), **{**OPTIONS, "spacing": 2})
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def test_patients_of_another_datalist_are_left_out_in_any_form(prepared, tmp_path):
+    _, harp, _ = prepared("harp")
+    root = tiny.make_bids(tmp_path / "source", subjects=4, labels=False)
+    # HarP has 002_S_0295 as ADNI_002_S_0295_13722; here it is sub-ADNI002S0295.
+    status = prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS, exclude_patients_of=str(harp))
+    datalist = load_datalist(tmp_path / "out")
+    assert status == 0 and "002_S_0295" not in datalist.patients and len(datalist) == 3
+    reason = "patient 002_S_0295 is in harp (--exclude-patients-of)"
+    assert [(row["subject_id"], row["reason"]) for row in datalist.excluded] == [("sub-ADNI002S0295", reason)]
+    assert not (tmp_path / "out/images/sub-ADNI002S0295_ses-M000.nii").exists()
+
+
+def test_sessions_baseline_all_and_named(tmp_path):
+    root = tiny.make_bids(tmp_path / "source", subjects=2, labels=False, sessions=("ses-M000", "ses-M006", "ses-M012"))
+    counts = {}
+    for sessions in ("baseline", "all", "ses-M006,ses-M012"):
+        output = tmp_path / sessions
+        prepare("bids", str(root), str(output), **OPTIONS, sessions=sessions)
+        datalist = load_datalist(output)
+        counts[sessions] = [item["session"] for item in datalist.items if item["patient_id"] == "002_S_0295"]
+        assert len({(item["patient_id"], item["fold"]) for item in datalist.items}) == 2
+    assert counts == {
+        "baseline": ["ses-M000"],
+        "all": ["ses-M000", "ses-M006", "ses-M012"],
+        "ses-M006,ses-M012": ["ses-M006", "ses-M012"],
+    }
+
+
+def test_diagnoses_and_required_labels(tmp_path):
+    root = tiny.make_bids(tmp_path / "source", subjects=4)
+    next(root.glob("derivatives/hippocampus/*S0295/**/*_dseg.nii.gz")).unlink()
+    status = prepare("bids", str(root), str(tmp_path / "a"), **OPTIONS, diagnoses="CN", labels="require")
+    datalist = load_datalist(tmp_path / "a")
+    assert [(item["subject_id"], item["diagnosis"]) for item in datalist.items] == [("sub-ADNI002S0296", "CN")]
+    assert status == 1
+    prepare("bids", str(root), str(tmp_path / "b"), **OPTIONS, labels="none")
+    assert not any("label" in item for item in load_datalist(tmp_path / "b").items)
+
+
+@pytest.mark.parametrize(("dtype", "step"), [("uint16", 1 / 65535), ("uint8", 1 / 255)])
+def test_small_types_read_back_as_zero_to_one(tmp_path, dtype, step):
+    root = tiny.make_bids(tmp_path / "source", subjects=1, labels=False)
+    for name in ("float32", dtype):
+        prepare("bids", str(root), str(tmp_path / name), **OPTIONS, dtype=name)
+    full, small = (load_datalist(tmp_path / name).items[0]["image"] for name in ("float32", dtype))
+    assert nib.load(small).get_data_dtype() == np.dtype(dtype)
+    assert np.abs(nib.load(small).get_fdata() - nib.load(full).get_fdata()).max() <= step / 2 + 1e-6
+
+
+def test_strict_leaves_marked_volumes_out(tmp_path):
+    root = tmp_path / "source"
+    for i in range(3):
+        tiny.save_head(root / f"ok{i}.nii.gz", seed=i)
+    tiny.save_head(root / "tilted.nii.gz", turn=tiny.rotation(0, 0, 30), seed=9)
+    assert prepare("folder", str(root), str(tmp_path / "out"), **OPTIONS) == 0
+    assert len(load_datalist(tmp_path / "out")) == 4
+    assert prepare("folder", str(root), str(tmp_path / "out"), **OPTIONS, strict=True) == 1
+    datalist = load_datalist(tmp_path / "out")
+    assert len(datalist) == 3 and "oblique by 30 degrees" in datalist.excluded[0]["reason"]
+
+
+def test_same_voxels_under_two_ids_are_reported(tmp_path):
+    root = tmp_path / "source"
+    tiny.save_head(root / "anna.nii.gz", "LPS")
+    image = nib.load(root / "anna.nii.gz")
+    turned = nib.as_closest_canonical(image)
+    nib.Nifti1Image(np.asarray(turned.dataobj), turned.affine).to_filename(root / "otto.nii")
+    assert prepare("folder", str(root), str(tmp_path / "out"), **OPTIONS) == 1
+    row = next(row for row in findings(tmp_path / "out") if row["kind"] == "problem")
+    assert row["subject"] == "otto" and row["reason"] == "the same voxels as anna (anna.nii.gz)"
+
+
+def test_missing_orientation_can_be_given(tmp_path):
+    shape, affine = tiny.grid("LPS")
+    voxels = tiny.head(shape, affine)
+    image = nib.Nifti1Image(voxels.astype(np.int16), None)
+    image.header["sform_code"] = image.header["qform_code"] = 0
+    (tmp_path / "source").mkdir()
+    image.to_filename(tmp_path / "source/a.nii.gz")
+    with pytest.raises(InputError, match="no volume could be prepared"):
+        prepare("folder", str(tmp_path / "source"), str(tmp_path / "out"), **OPTIONS)
+    prepare("folder", str(tmp_path / "source"), str(tmp_path / "lps"), **OPTIONS, assume_orientation="LPS")
+    centre = nib.affines.apply_affine(affine, (np.array(shape) - 1) / 2)
+    found = tiny.find_landmark(load_datalist(tmp_path / "lps").items[0]["image"])
+    assert np.linalg.norm(found + centre - tiny.LANDMARK) < 0.5
+
+
+# --- scale -----------------------------------------------------------------------------------------------------------
+
+
+def test_shards_workers_and_order_make_no_difference(tmp_path):
+    root = tiny.make_bids(tmp_path / "source", subjects=5)
+    options = {**OPTIONS, "name": "tiny"}
+    prepare("bids", str(root), str(tmp_path / "one"), **options)
+    prepare("bids", str(root), str(tmp_path / "two"), **{**options, "workers": 2})
+    for shard in ("3/3", "1/3"):
+        assert prepare("bids", str(root), str(tmp_path / "three"), **options, shard=shard) == 0
+        assert not (tmp_path / "three/datalist.json").exists()
+    prepare("bids", str(root), str(tmp_path / "three"), **options, shard="2/3")
+    assert tree(tmp_path / "one") == tree(tmp_path / "two") == tree(tmp_path / "three")
+
+
+def test_a_second_start_does_no_work_and_a_changed_source_is_done_again(tmp_path, monkeypatch):
+    root = tiny.make_bids(tmp_path / "source", subjects=3, labels=False)
+    prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
+    before = tree(tmp_path / "out")
+    done, real = [], worker.process
+    monkeypatch.setattr(worker, "process", lambda task: (done.append(task.scan.key), real(task))[1])
+    prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
+    assert done == [] and tree(tmp_path / "out") == before
+    tiny.save_head(next(root.glob("sub-ADNI002S0296/**/*_T1w.nii.gz")), seed=77)
+    (tmp_path / "out/images/sub-ADNI002S0297_ses-M000.nii").unlink()
+    prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
+    assert done == ["sub-ADNI002S0296_ses-M000", "sub-ADNI002S0297_ses-M000"]
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    import fcntl
+
+    root = tiny.make_bids(tmp_path / "source", subjects=1, labels=False)
+    (tmp_path / "out/.prepare").mkdir(parents=True)
+    with (tmp_path / "out/.prepare/lock-1-of-1").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another volta3d prepare is at work"):
+            prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
+
+
+def command(source, output, workers=2):
+    return [
+        sys.executable, "-m", "volta_components.cli", "prepare", "--layout", "bids", "--source", str(source),
+        "--output", str(output), "--shape", "28,30,32", "--workers", str(workers),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_with_the_same_bytes(tmp_path):
+    source = tiny.make_bids(tmp_path / "source", subjects=45)
+    assert subprocess.run(command(source, tmp_path / "unbroken"), capture_output=True, check=False).returncode == 0
+    expected = tree(tmp_path / "unbroken")
+    chance, output, kills, whole = random.Random(5), tmp_path / "killed", 0, 0
+    sizes = {name: len(content) for name, content in expected.items() if name.endswith(".nii")}
+    records = output / ".prepare/records"
+
+    def count():
+        return len(list(records.glob("*.json"))) if records.exists() else 0
+
+    while kills < 20:
+        workers = 2 if kills % 5 == 4 else 1  # starting two workers takes most of this test's time
+        words = command(source, output, workers)
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # Some are killed while they start; most a moment after they have finished one or two more volumes.
+        goal, deadline = count() + chance.randint(1, 2), time.monotonic() + (0.8 if kills % 6 == 5 else 60)
+        while process.poll() is None and count() < goal and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(chance.uniform(0, 0.02))
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        for name, size in sizes.items():
+            if (output / name).exists():
+                whole += 1
+                assert (output / name).stat().st_size == size
+        assert not (output / "datalist.json").exists()
+    assert whole > 50
+    assert subprocess.run(command(source, output), capture_output=True, check=False).returncode == 0
+    assert tree(output) == expected
+
+
+def test_workers_do_not_outlive_a_killed_run(tmp_path):
+    import psutil
+
+    source = tiny.make_bids(tmp_path / "source", subjects=12, labels=False)
+    process = subprocess.Popen(command(source, tmp_path / "out"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    records = tmp_path / "out/.prepare/records"
+    while process.poll() is None and not (records.exists() and list(records.glob("*.json"))):
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert children and not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_settings_and_records_hold_no_absolute_path(prepared):
+    _, output, source = prepared("bids")
+    for path in (output / ".prepare").rglob("*.json"):
+        assert str(source.parent) not in path.read_text()
+    assert str(source.parent) not in (output / "datalist.json").read_text()
+    assert json.loads((output / ".prepare/settings.json").read_text())["shape"] == [28, 30, 32]
