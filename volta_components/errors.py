@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
+from types import TracebackType
 
 
 class InputError(ValueError):
@@ -29,3 +31,23 @@ class InputError(ValueError):
         if len(cells) > limit:
             lines.append(f"  ... and {len(cells) - limit} more")
         return cls("\n".join([f"{headline}:", *lines, remedy]))
+
+
+def explain_input_errors() -> None:
+    """From now on, an uncaught error that stems from bad input ends the process with that message alone.
+
+    ``monai.bundle`` wraps whatever goes wrong in a configuration into errors of its own, a hundred lines deep; what a
+    user needs to read would stand in the middle of them.
+    """
+    default = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            default(kind, error, traceback)
+        else:
+            print(f"\nerror: {cause}", file=sys.stderr)
+
+    sys.excepthook = hook

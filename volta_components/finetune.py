@@ -33,7 +33,7 @@ from volta_components.distributed import process_rank
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, read_json, sha256_file, write_json
 from volta_components.handlers import find_mlflow_handler
-from volta_components.record import code_version
+from volta_components.record import code_version, patient_key
 from volta_components.sampling import KeyedDataset, ResumableSampler, derived_seed
 from volta_components.weights import LoadReport, load_pretrained, read_weights
 
@@ -241,11 +241,6 @@ def class_weights(items: Sequence[Mapping[str, Any]], num_classes: int, key: str
 
 
 # --- pretrained weights ------------------------------------------------------------------------------------------
-
-
-def patient_key(patient_id: str) -> str:
-    """A patient's canonical id as 16 hexadecimal digits, which is what exported weights tell of their patients."""
-    return hashlib.sha256(canonical_patient_id(patient_id).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

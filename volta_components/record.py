@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import monai
 import torch
 
 from volta_components._version import __version__
+from volta_components.data.identity import canonical_patient_id
 
 
 def code_version() -> str:
@@ -31,16 +33,29 @@ def code_version() -> str:
     return f"{__version__}+{commit}"
 
 
-def provenance(settings: Mapping[str, Any], datalist_hash: str | None = None) -> dict[str, Any]:
-    """Everything needed to say how a result was obtained.
+def patient_key(patient_id: str) -> str:
+    """A patient's canonical id as 16 hexadecimal digits: overlaps can be found without passing on ids."""
+    return hashlib.sha256(canonical_patient_id(patient_id).encode("utf-8")).hexdigest()[:16]
+
+
+def provenance(
+    settings: Mapping[str, Any], datalist_hash: str, items: Iterable[Mapping[str, Any]], cohort: str = ""
+) -> dict[str, Any]:
+    """Everything needed to say how a result was obtained, and whom it must not be scored on.
 
     Args:
         settings: the run's settings, by name.
         datalist_hash: hash of the datalist that it read.
+        items: the items trained on, with ``patient_id``.
+        cohort: name of the data set.
     """
+    items = list(items)
     return {
         "settings": dict(settings),
+        "cohort": cohort,
+        "volumes": len(items),
         "datalist_hash": datalist_hash,
+        "patient_ids": sorted({patient_key(str(item["patient_id"])) for item in items}),
         "code_version": code_version(),
         "torch_version": torch.__version__,
         "monai_version": monai.__version__,

@@ -128,7 +128,7 @@ class CropGeometry:
         step = extent / np.asarray(self.size)
         mirror = np.array([-1.0 if rng.random() < self.flip else 1.0, 1.0, 1.0])
         # Voxel i covers [i, i + 1): its centre is i + 0.5, and the middle of a crop is size / 2.
-        return (
+        return np.asarray(
             create_translate(3, (centre - 0.5).tolist())
             @ create_rotate(3, angles.tolist())
             @ create_scale(3, (step * mirror).tolist())
