@@ -1,0 +1,457 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The classification bundles' workflow: labels, scores of a fold, thresholds, and probabilities of new scans."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from torch import distributed as dist
+from torch import nn
+
+from volta_components.data.datalist import Datalist, load_datalist
+from volta_components.data.preprocess import Settings, UnusableVoxels, prepare_volume
+from volta_components.data.volumes import UnusableVolume, read_volume, volume_suffix
+from volta_components.distributed import process_count, process_rank
+from volta_components.errors import InputError
+from volta_components.files import atomic_path, write_json
+from volta_components.finetune import Item, Parts, Results, item_name, patient_key, patients_of, save_model
+from volta_components.metrics import auroc_interval, sensitivity_specificity, youden_threshold
+
+logger = logging.getLogger(__name__)
+
+POSITIVE = 1
+YOUDEN = "youden"
+SESSIONS = ("first", "all")
+COLUMNS = ("subject_id", "patient_id", "session", "site", "sex", "age")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Items that have a class.
+
+    Attributes:
+        items: with ``label``, the index of the class (a label map of the datalist's is left behind).
+        left_out: subject and reason of every other item.
+    """
+
+    items: list[Item]
+    left_out: list[tuple[str, str]]
+
+
+def labelled_items(datalist: Datalist, key: str, classes: Sequence[str], sessions: str = "first") -> Labelled:
+    """The datalist's items that belong to one of the classes.
+
+    Args:
+        datalist: the prepared data set.
+        key: where items have their class: ``sex``, ``diagnosis``.
+        classes: values of ``key``; the second one is the positive class.
+        sessions: which scans of a patient: ``first`` (the baseline, whatever its class), ``all``, or a session's name.
+
+    Raises:
+        InputError: if no item has ``key`` at all, or a class has nobody.
+    """
+    items: list[Item] = []
+    left_out: list[tuple[str, str]] = []
+    seen: set[str] = set()
+    everything = sorted(datalist.items, key=lambda item: (str(item["patient_id"]), str(item.get("session") or "")))
+    for item in everything:
+        first = item["patient_id"] not in seen
+        seen.add(item["patient_id"])
+        value, session = item.get(key), item.get("session")
+        if sessions == "first" and not first:
+            left_out.append((item_name(item), "not the patient's first session"))
+        elif sessions not in SESSIONS and session != sessions:
+            left_out.append((item_name(item), f"session {session}"))
+        elif not isinstance(value, str) or value not in classes:
+            left_out.append((item_name(item), f"{key} is {value or 'not known'}"))
+        else:
+            items.append({**item, "label": list(classes).index(value)})
+    counts = Counter(int(item["label"]) for item in items)
+    missing = [name for index, name in enumerate(classes) if not counts[index]]
+    if missing:
+        values = Counter(str(item.get(key)) for item in datalist.items)
+        raise InputError.many(
+            f"{datalist.path}: nobody with {key} {' or '.join(missing)} among {len(datalist)} items; the values of "
+            f"{key} are {', '.join(f'{value} ({count})' for value, count in sorted(values.items()))}",
+            left_out or [(item_name(item), f"{key} is {item.get(key)}") for item in items],
+            f"This bundle needs {key} {' and '.join(classes)}: give participants.tsv (or the sessions' tables) with it "
+            "to volta3d prepare, or set label_key and classes in the config.",
+            limit=10,
+        )
+    items.sort(key=lambda item: (str(item["subject_id"]), str(item.get("session") or "")))
+    if left_out:
+        logger.info("%d of %d items are left out: %s", len(left_out), len(datalist), _reasons(left_out))
+    logger.info("%s", ", ".join(f"{counts[index]} {name}" for index, name in enumerate(classes)))
+    return Labelled(items, left_out)
+
+
+def _reasons(rows: Iterable[tuple[str, str]], names: int = 5) -> str:
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in rows:
+        by_reason.setdefault(reason, []).append(name)
+    return "; ".join(
+        f"{reason}: {len(who)} ({', '.join(who[:names])}{', ...' if len(who) > names else ''})"
+        for reason, who in sorted(by_reason.items())
+    )
+
+
+def score_only(items: Sequence[Item], fold: int | None) -> Parts:
+    """Items of one fold (or of all, with None) as the scored part, and nobody to train on.
+
+    Raises:
+        InputError: if the fold has no items.
+    """
+    scored = [item for item in items if fold is None or item["fold"] == fold]
+    if not scored:
+        raise InputError(
+            f"fold {fold} has none of the {len(items)} items; choose another, or --fold None for everybody"
+        )
+    return Parts(training=[], validation=[], scored=scored)
+
+
+class ScoreTable:
+    """Collects what an evaluator predicts, by item, over all processes.
+
+    MONAI's ``ClassificationSaver`` writes file names and raw outputs; here predictions are found by the item's index,
+    which ``KeyedDataset`` gives as ``key``, so that they can be joined with the datalist.
+
+    Args:
+        items: the data set's items.
+    """
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = list(items)
+        self.epoch: int | None = None
+        self._rows: dict[int, list[float]] = {}
+
+    def attach(self, engine: Engine) -> None:
+        """Follow every mini-batch of the evaluator."""
+        engine.add_event_handler(Events.STARTED, self._started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
+        engine.add_event_handler(Events.COMPLETED, self._completed)
+
+    def _started(self) -> None:
+        self.epoch = None
+        self._rows.clear()
+
+    def _iteration_completed(self, engine: Any) -> None:
+        probabilities = engine.state.output["pred"].detach().float().softmax(dim=1).cpu().double()
+        for key, row in zip(engine.state.batch["key"].tolist(), probabilities.tolist(), strict=True):
+            self._rows[int(key[1])] = row
+
+    def _completed(self, engine: Engine) -> None:
+        if process_count() > 1:
+            parts: list[Any] = [None] * process_count()
+            dist.all_gather_object(parts, self._rows)
+            self._rows = {index: row for part in parts for index, row in part.items()}
+        self.epoch = engine.state.epoch
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Classes of the items, ``[n]``."""
+        return np.array([item["label"] for item in self.items])
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """``[n, classes]``, in the order of the items.
+
+        Raises:
+            RuntimeError: if the evaluator has not been through all of them.
+        """
+        if len(self._rows) != len(self.items):
+            raise RuntimeError(f"{len(self._rows)} of {len(self.items)} items have been scored")
+        return np.array([self._rows[index] for index in range(len(self.items))])
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Probability of the positive class, ``[n]``."""
+        return self.probabilities[:, POSITIVE]
+
+
+class ClassificationResults:
+    """Scores the fold with the network as it is, chooses the threshold, and writes predictions, numbers and model.
+
+    Called by ``FinishRun`` at the end of training, or through ``evaluate`` for a trained model.
+
+    Args:
+        parts: who is trained on, who chooses the threshold, who is scored.
+        network: the network.
+        scoring: evaluator of the scored fold, with the metric ``auroc`` (MONAI's ``ROCAUC``).
+        scores: its table.
+        validation: evaluator of the inner validation part.
+        validation_scores: its table.
+        threshold: a number, or ``youden``: chosen on the inner validation part, and beside it (``optimistic_*``) on the
+            scored fold itself, which flatters the result.
+        output_dir: the run's folder.
+        model_path: where the trained network goes; None to keep none.
+        record: written beside the network: classes, settings, provenance.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        network: nn.Module,
+        scoring: Any,
+        scores: ScoreTable,
+        validation: Any,
+        validation_scores: ScoreTable,
+        threshold: float | str,
+        output_dir: str | os.PathLike[str],
+        model_path: str | os.PathLike[str] | None = None,
+        record: Mapping[str, Any] | None = None,
+    ) -> None:
+        if threshold != YOUDEN and not isinstance(threshold, (int, float)):
+            raise InputError(f"threshold {threshold!r}: a number, or {YOUDEN!r}")
+        self.parts = parts
+        self.network = network
+        self.scoring = scoring
+        self.scores = scores
+        self.validation = validation
+        self.validation_scores = validation_scores
+        self.threshold = threshold
+        self.folder = Path(output_dir)
+        self.model_path = None if model_path is None else Path(model_path)
+        self.record = dict(record or {})
+
+    def __call__(self, engine: Engine) -> Results:
+        """Results of the last epoch."""
+        threshold = self.threshold
+        if threshold == YOUDEN:
+            # The last epoch's validation has this model's scores, unless the run was broken off after it.
+            if self.validation_scores.epoch != engine.state.epoch:
+                self.validation.run(engine.state.epoch)
+            threshold = youden_threshold(self.validation_scores.labels, self.validation_scores.scores)
+        self.scoring.run()
+        metrics = self._write(float(threshold), self.threshold == YOUDEN)
+        record = {
+            "threshold": float(threshold),
+            "threshold_from": "inner validation" if self.threshold == YOUDEN else "fixed",
+            "metrics": metrics,
+            "subjects": {
+                name: len(getattr(self.parts, name)) for name in ("training", "validation", "scored", "unused")
+            },
+        }
+        seen = patients_of([*self.parts.training, *self.parts.validation])
+        details = {**self.record, **record}
+        if self.model_path is not None and process_rank() == 0:
+            details["patient_ids"] = sorted(map(patient_key, seen))
+            save_model(self.model_path, self.network, details)
+            logger.info("model written to %s", self.model_path)
+        artifacts = [("predictions.csv", "predictions")]
+        if (self.folder / "pretrained.txt").is_file():
+            artifacts.append(("pretrained.txt", ""))
+        return Results(metrics, artifacts, {"subjects": record["subjects"]})
+
+    def evaluate(self, record: Mapping[str, Any], allow_leak: bool = False) -> dict[str, float]:
+        """Score a trained model at its own threshold; write ``predictions.csv`` and ``metrics.json``.
+
+        Args:
+            record: the JSON beside the model.
+            allow_leak: score patients whom the model was trained on all the same.
+
+        Raises:
+            InputError: with the ids of scored patients whom the model was trained on.
+        """
+        trained = set(record.get("patient_ids", ()))
+        leaked = sorted(patient for patient in patients_of(self.parts.scored) if patient_key(patient) in trained)
+        if leaked and not allow_leak:
+            raise InputError.many(
+                f"the model was trained on {len(leaked)} of the {len(patients_of(self.parts.scored))} scored patients",
+                [(patient,) for patient in leaked],
+                "Score the fold that it was trained for (--fold), or say --allow_leak True.",
+                limit=10,
+            )
+        fallback = 0.5 if self.threshold == YOUDEN else self.threshold
+        self.scoring.run()
+        metrics = self._write(float(record.get("threshold", fallback)), self.threshold == YOUDEN)
+        patients = [str(item["patient_id"]) for item in self.parts.scored]
+        _, low, high = auroc_interval(self.scores.labels, self.scores.scores, patients)
+        metrics |= {"auroc_low": low, "auroc_high": high}
+        if process_rank() == 0:
+            content = {"metrics": metrics, "leak": "allowed" if leaked else "none", "scored": len(self.parts.scored)}
+            write_json(self.folder / "metrics.json", content)
+            print(
+                f"AUROC {metrics['auroc']:.3f} ({low:.3f} to {high:.3f}), sensitivity {metrics['sensitivity']:.3f}, "
+                f"specificity {metrics['specificity']:.3f} at {metrics['threshold']:.3f}, {len(patients)} scans; "
+                f"{self.folder / 'predictions.csv'}"
+            )
+        return metrics
+
+    def _write(self, threshold: float, optimistic: bool) -> dict[str, float]:
+        labels, scores = self.scores.labels, self.scores.scores
+        sensitivity, specificity = sensitivity_specificity(labels, scores, threshold)
+        metrics = {
+            "auroc": float(self.scoring.state.metrics["auroc"]),
+            "sensitivity": sensitivity,
+            "specificity": specificity,
+            "threshold": threshold,
+        }
+        best: float | str = ""
+        if optimistic:
+            best = youden_threshold(labels, scores)
+            sensitivity, specificity = sensitivity_specificity(labels, scores, best)
+            metrics |= {
+                "optimistic_sensitivity": sensitivity,
+                "optimistic_specificity": specificity,
+                "optimistic_threshold": best,
+            }
+        if process_rank() == 0:
+            with (
+                atomic_path(self.folder / "predictions.csv") as temporary,
+                temporary.open("w", newline="", encoding="utf-8") as stream,
+            ):
+                writer = csv.writer(stream)
+                names = ("label", "score", "prediction", "threshold", "optimistic_threshold")
+                writer.writerow([*COLUMNS, *names])
+                for item, score in zip(self.scores.items, scores, strict=True):
+                    facts = ["" if item.get(key) is None else item[key] for key in COLUMNS]
+                    writer.writerow(
+                        [*facts, item["label"], repr(float(score)), int(score >= threshold), threshold, best]
+                    )
+        return metrics
+
+
+# --- new scans ---------------------------------------------------------------------------------------------------
+
+
+def find_volumes(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Item]:
+    """Volumes to predict: of a folder, a datalist, a single file or a list of files.
+
+    Args:
+        source: a folder (its ``datalist.json``, or else every volume below it), a ``datalist.json``, a volume, or a
+            list of volumes.
+
+    Returns:
+        Items with ``image``, ``subject_id`` and ``session``; ids come from the datalist or from file names, as in BIDS.
+
+    Raises:
+        InputError: if there is nothing, or a file is missing.
+    """
+    if isinstance(source, (list, tuple)):
+        return [item for part in source for item in find_volumes(part)]
+    assert isinstance(source, (str, os.PathLike))
+    path = Path(source)
+    if (path / "datalist.json").is_file() or path.suffix == ".json":
+        return [
+            {key: item.get(key) for key in ("image", "subject_id", "session")} for item in load_datalist(path).items
+        ]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if volume_suffix(file) and file.is_file())
+    elif path.is_file():
+        files = [path]
+    else:
+        raise InputError(f"{path}: no such folder, volume or datalist; give one with --source")
+    if not files:
+        raise InputError(f"{path}: no volumes in it (.nii, .nii.gz, .mgz, ...)")
+    items: list[Item] = []
+    for file in files:
+        suffix = volume_suffix(file)
+        if suffix is None:
+            raise InputError(f"{file}: not a volume (.nii, .nii.gz, .mgz, ...)")
+        words = file.name[: -len(suffix)].split("_")
+        session = next((word for word in words if word.startswith("ses-")), None)
+        subject = words[0] if words[0].startswith("sub-") else "_".join(words)
+        items.append({"image": str(file), "subject_id": subject, "session": session})
+    return items
+
+
+class LoadScand(MapTransform):
+    """Loads a scan as the networks were trained on: as it is when it was prepared, otherwise prepared on the way.
+
+    A raw scan of any orientation and spacing goes through the same function as in ``volta3d prepare``, which MONAI's
+    ``LoadImaged``, ``Orientationd``, ``Spacingd`` and crops would only approximate.
+
+    Args:
+        keys: where items have a path.
+        spacing: of the prepared volume, mm.
+        shape: of the prepared volume, voxels.
+
+    Raises:
+        InputError: if a file cannot be used, naming it and the remedy.
+    """
+
+    def __init__(self, keys: KeysCollection, spacing: float, shape: Sequence[int]) -> None:
+        super().__init__(keys)
+        self.settings = Settings(spacing=(float(spacing),) * 3, shape=tuple(shape))  # type: ignore[arg-type]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace each path by a ``MetaTensor`` ``[1, D, H, W]`` in [0, 1]."""
+        result = dict(data)
+        for key in self.key_iterator(data):
+            result[key] = self._load(Path(str(data[key])))
+        return result
+
+    def _load(self, path: Path) -> MetaTensor:
+        volume = read_volume(path)
+        image, affine = volume.voxels, volume.affine
+        axes = np.diag(self.settings.spacing)
+        if image.shape == self.settings.shape and np.allclose(affine[:3, :3], axes, rtol=0, atol=1e-3):
+            image = image.astype(np.float32) * np.float32(volume.slope) + np.float32(volume.intercept)
+            if not (np.isfinite(image).all() and image.min() >= -1e-3 and image.max() <= 1 + 1e-3):
+                image = volume.voxels
+        if image is volume.voxels:
+            try:
+                prepared = prepare_volume(volume, self.settings)
+            except UnusableVoxels as error:
+                raise UnusableVolume(path, error.reason, error.remedy) from error
+            image, affine = prepared.image, prepared.affine
+            for warning in prepared.warnings:
+                logger.warning("%s: %s", path, warning)
+        meta = {"filename_or_obj": str(path), "original_channel_dim": "no_channel"}
+        return MetaTensor(
+            torch.from_numpy(np.array(image, dtype=np.float32))[None], affine=torch.from_numpy(affine), meta=meta
+        )
+
+
+class ProbabilityTable:
+    """Writes a CSV of what an evaluator predicts: subject, session, file, a probability for each class, the call.
+
+    Args:
+        path: the table.
+        classes: names of the classes.
+        threshold: the positive class is called from this probability on.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], classes: Sequence[str], threshold: float = 0.5) -> None:
+        self.path = Path(path)
+        self.classes = list(classes)
+        self.threshold = threshold
+        self.rows: list[list[Any]] = []
+
+    def attach(self, engine: Engine) -> None:
+        """Follow every mini-batch of the evaluator."""
+        engine.add_event_handler(Events.STARTED, self._started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
+        engine.add_event_handler(Events.COMPLETED, self._completed)
+
+    def _started(self) -> None:
+        self.rows.clear()
+
+    def _iteration_completed(self, engine: Any) -> None:
+        for item, output in zip(engine.state.batch, engine.state.output, strict=True):
+            probabilities = [float(value) for value in output["pred"].flatten()]
+            image = item["image"]
+            source = image.meta.get("filename_or_obj", "") if isinstance(image, MetaTensor) else ""
+            called = self.classes[int(probabilities[POSITIVE] >= self.threshold)]
+            names = [item.get("subject_id") or "", item.get("session") or ""]
+            self.rows.append([*names, source, *(f"{value:.6f}" for value in probabilities), called])
+
+    def _completed(self) -> None:
+        with atomic_path(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["subject_id", "session", "file", *self.classes, "prediction"])
+            writer.writerows(self.rows)
+        print(f"{len(self.rows)} predictions in {self.path}")
