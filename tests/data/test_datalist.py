@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from volta_components.cli import main
+from volta_components.data.datalist import (
+    assign_folds,
+    check,
+    check_volumes,
+    cohort_weights,
+    datalist_hash,
+    find_overlaps,
+    load_datalist,
+    make_content,
+    merge,
+)
+from volta_components.errors import InputError
+from volta_components.files import sha256_file, write_json
+
+SHAPE = (8, 9, 10)
+
+
+def item(i, patient=None, fold=0, cohort="tiny", **more):
+    subject = patient or f"sub-{i:04d}"
+    return {
+        "image": f"images/{i}.nii",
+        "subject_id": f"{subject}-{i}" if patient else subject,
+        "patient_id": subject,
+        "session": None,
+        "cohort": cohort,
+        "fold": fold,
+        **more,
+    }
+
+
+def write(folder, items, name="tiny", volumes=False, **changes):
+    content = make_content(name, (1, 1, 1), SHAPE, 0, 5, items, [])
+    if changes:
+        content = {**content, **changes}
+        content["hash"] = datalist_hash(content)
+    folder.mkdir(parents=True, exist_ok=True)
+    if volumes:
+        for i, entry in enumerate(content["training"]):
+            voxels = np.random.default_rng([i, *name.encode()]).random(SHAPE).astype(np.float32)
+            (folder / "images").mkdir(exist_ok=True)
+            image = nib.Nifti1Image(voxels, np.eye(4))
+            image.set_sform(np.eye(4), 1)
+            image.to_filename(folder / entry["image"])
+            entry["sha256"] = sha256_file(folder / entry["image"])
+        content["hash"] = datalist_hash(content)
+    write_json(folder / "datalist.json", content)
+    return folder / "datalist.json"
+
+
+# --- folds -----------------------------------------------------------------------------------------------------------
+
+
+def cohort(n=200, seed=3):
+    rng = np.random.default_rng(seed)
+    people = []
+    for i in range(n):
+        facts = {
+            "sex": "FM"[rng.integers(2)],
+            "diagnosis": "AD" if rng.random() < 0.17 else "CN",
+            "site": "ABC"[rng.integers(3)],
+        }
+        people += [item(i, f"p{i:03d}", **facts) | {"session": f"s{k}"} for k in range(rng.integers(1, 4))]
+    return people
+
+
+def test_folds_are_by_patient_and_balanced_in_every_respect():
+    people = cohort()
+    folds = assign_folds(people, 5, seed=0)
+    first = {entry["patient_id"]: entry for entry in people}
+    assert set(folds) == set(first) and set(folds.values()) == set(range(5))
+    for key in ("diagnosis", "sex", "site"):
+        for value in {entry[key] for entry in first.values()}:
+            counts = Counter(folds[p] for p, entry in first.items() if entry[key] == value)
+            assert max(counts.values()) - min(counts[f] for f in range(5)) <= 3, (key, value, counts)
+    counts = Counter(folds[p] for p, entry in first.items() if entry["diagnosis"] == "AD")
+    assert max(counts.values()) - min(counts[f] for f in range(5)) <= 1
+    sizes = Counter(folds.values())
+    assert max(sizes.values()) - min(sizes.values()) <= 2
+
+
+def test_folds_depend_on_patients_and_seed_alone():
+    people = cohort()
+    shuffled = [people[i] for i in np.random.default_rng(1).permutation(len(people))]
+    assert assign_folds(people, 5, 0) == assign_folds(shuffled, 5, 0)
+    assert assign_folds(people, 5, 0) != assign_folds(people, 5, 1)
+
+
+def test_folds_are_the_same_in_another_process_and_hash_seed():
+    """Pinned: the folds of a stored cohort must not change with a release, a machine or Python's string hashing."""
+    code = (
+        "from volta_components.data.datalist import assign_folds;"
+        "print(list(assign_folds([{'patient_id': f'p{i}', 'sex': 'FM'[i % 2]} for i in range(12)], 3, 7).values()))"
+    )
+    results = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    expected = assign_folds([{"patient_id": f"p{i}", "sex": "FM"[i % 2]} for i in range(12)], 3, 7)
+    assert results == {f"{list(expected.values())}\n"}
+    assert "".join(str(expected[f"p{i}"]) for i in range(12)) == PINNED
+
+
+PINNED = "102122010210"
+
+
+def test_few_patients_and_one_fold():
+    assert set(assign_folds([item(0)], 5, 0).values()) <= set(range(5))
+    assert set(assign_folds(cohort(20), 1, 0).values()) == {0}
+
+
+# --- form and hash ---------------------------------------------------------------------------------------------------
+
+
+def test_the_hash_is_of_the_content_alone(tmp_path):
+    one = load_datalist(write(tmp_path / "a", [item(1), item(0)]))
+    two = load_datalist(write(tmp_path / "elsewhere/b", [item(0), item(1)]))
+    other = load_datalist(write(tmp_path / "c", [item(0), item(1, fold=2)]))
+    assert one.hash == two.hash == one.content["hash"] != other.hash
+    assert one.items[0]["image"] == str(tmp_path / "a/images/0.nii")
+    assert load_datalist(tmp_path / "a").hash == one.hash
+
+
+def test_an_edited_datalist_is_used_under_its_own_hash(tmp_path):
+    path = write(tmp_path, [item(0), item(1)])
+    content = json.loads(path.read_text())
+    del content["training"][1]
+    path.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="was changed since it was written"):
+        datalist = load_datalist(path)
+    assert datalist.hash != content["hash"] and len(datalist) == 1
+
+
+def test_split(tmp_path):
+    datalist = load_datalist(write(tmp_path, [item(i, fold=i % 5) for i in range(10)]))
+    training, validation = datalist.split(3)
+    assert [entry["fold"] for entry in validation] == [3, 3] and len(training) == 8
+    with pytest.raises(InputError, match="no fold 5; it has folds 0 to 4"):
+        datalist.split(5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such datalist; make one with: volta3d prepare"),
+        ("{", "not valid JSON"),
+        ("[]", "not a datalist"),
+        ('{"training": []}', "format None where 1 is wanted"),
+        ('{"training": [], "format": 1}', "the datalist is empty"),
+        ('{"training": [{}], "format": 1}', "lacks name, spacing"),
+    ],
+)
+def test_files_that_are_no_datalist(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "datalist.json").write_text(content)
+    with pytest.raises(InputError, match=message):
+        load_datalist(tmp_path / "datalist.json")
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([item(0, "p"), item(1, "p", fold=1)], "patient p is in folds 0 and 1"),
+        ([item(0), item(0)], "is there twice"),
+        ([item(0, fold=7)], "fold 7 where folds 0 to 4 exist"),
+        ([{**item(0), "image": None}], "lacks image"),
+        ([{**item(0), "fold": None}], "lacks fold"),
+    ],
+)
+def test_datalists_that_contradict_themselves(tmp_path, items, message):
+    with pytest.raises(InputError, match=message):
+        load_datalist(write(tmp_path, items))
+
+
+def test_another_shape_or_spacing_than_wanted(tmp_path):
+    path = write(tmp_path, [item(0)])
+    assert load_datalist(path, shape=SHAPE, spacing=(1, 1, 1)).shape == SHAPE
+    with pytest.raises(
+        InputError, match="volumes of shape 8x9x10, but 96x96x96 is wanted; prepare it with --shape 96,96,96"
+    ):
+        load_datalist(path, shape=(96, 96, 96))
+    with pytest.raises(InputError, match="volumes of spacing 1x1x1, but 2x2x2 is wanted"):
+        load_datalist(path, spacing=(2, 2, 2))
+    with pytest.raises(InputError, match="three positive numbers"):
+        load_datalist(write(tmp_path, [item(0)], shape=[8, 9]))
+
+
+# --- volumes ---------------------------------------------------------------------------------------------------------
+
+
+def test_check_volumes_lists_every_bad_file_together(tmp_path):
+    path = write(tmp_path, [item(i) for i in range(8)], volumes=True)
+    datalist = load_datalist(path)
+    check_volumes(datalist)
+    check_volumes(datalist, deep=True)
+    files = [tmp_path / f"images/{i}.nii" for i in range(8)]
+    files[0].unlink()
+    files[1].write_bytes(files[1].read_bytes()[:1000])
+    nib.Nifti1Image(np.ones((8, 9, 9), np.float32), np.eye(4)).to_filename(files[2])
+    nib.Nifti1Image(np.ones(SHAPE, np.float32), np.diag([2, 2, 2, 1])).to_filename(files[3])
+    nib.Nifti1Image(np.ones((*SHAPE, 2), np.float32), np.eye(4)).to_filename(files[4])
+    nan = np.random.default_rng(0).random(SHAPE).astype(np.float32)
+    nan[0, 0, 0] = np.nan
+    nib.Nifti1Image(nan, np.eye(4)).to_filename(files[5])
+    nib.Nifti1Image(np.full(SHAPE, 0.5, np.float32), np.eye(4)).to_filename(files[6])
+    with pytest.raises(InputError) as caught:
+        check_volumes(datalist)
+    text = str(caught.value)
+    assert "5 files of 8 items cannot be used" in text
+    for reason in ("no such file", "truncated", "shape 8x9x9", "spacing 2x2x2 mm", "4-D (8x9x10x2)"):
+        assert reason in text
+    with pytest.raises(InputError) as caught:
+        check_volumes(datalist, deep=True)
+    text = str(caught.value)
+    assert (
+        "7 files of 8" in text and "contains NaN or Inf (1 voxels)" in text and "constant: every voxel is 0.5" in text
+    )
+
+
+def test_deep_check_compares_range_and_hash(tmp_path):
+    datalist = load_datalist(write(tmp_path, [item(0), item(1)], volumes=True))
+    image = nib.load(datalist.items[0]["image"])
+    nib.Nifti1Image(image.get_fdata(dtype=np.float32) * 3, image.affine).to_filename(tmp_path / "images/0.nii")
+    voxels = np.array(nib.load(datalist.items[1]["image"]).dataobj)
+    nib.Nifti1Image(voxels[::-1], np.eye(4)).to_filename(tmp_path / "images/1.nii")
+    check_volumes(datalist)
+    with pytest.raises(
+        InputError, match=r"(?s)intensities from .* where 0 to 1.*not what was prepared \(another hash\)"
+    ):
+        check_volumes(datalist, deep=True)
+
+
+# --- overlap ---------------------------------------------------------------------------------------------------------
+
+
+def test_check_finds_a_patient_in_any_form_and_exits_non_zero(tmp_path, capsys):
+    adni = write(tmp_path / "adni", [item(0, "002_S_0295"), item(1, "011_S_0003")], "adni")
+    harp = write(tmp_path / "harp", [{**item(2), "patient_id": "sub-ADNI002S0295", "subject_id": "x"}], "harp")
+    other = write(tmp_path / "ixi", [item(3, "IXI002", voxels_sha256="v")], "ixi")
+    assert main(["check", str(adni), str(other)]) == 0
+    assert "no overlap" in capsys.readouterr().out
+    assert main(["check", str(adni), str(harp), str(other)]) == 1
+    out = capsys.readouterr().out
+    assert "002_S_0295" in out and "011_S_0003" not in out and str(harp) in out
+
+
+def test_check_finds_the_same_voxels_under_two_ids(tmp_path, capsys):
+    one = write(tmp_path / "a", [item(0, voxels_sha256="same"), item(1, voxels_sha256="x")], "a")
+    two = write(tmp_path / "b", [item(5, cohort="other", voxels_sha256="same")], "b")
+    assert check(str(one), str(two)) == 1
+    assert "sub-0000 = sub-0005" in capsys.readouterr().out
+    inside = write(tmp_path / "c", [item(0, source_sha256="q"), item(1, source_sha256="q")], "c")
+    assert check(str(inside)) == 1
+
+
+def test_plain_ids_in_cohorts_of_different_names_need_not_be_one_person(tmp_path, capsys):
+    one = write(tmp_path / "a", [item(0, cohort="oasis")], "oasis")
+    two = write(tmp_path / "b", [item(0, cohort="local")], "local")
+    assert check(str(one), str(two)) == 0
+    assert "1 ids stand in cohorts of different names" in capsys.readouterr().out
+    assert check(str(one), str(two), strict=True) == 1
+    same = write(tmp_path / "c", [item(0, cohort="local")], "local")
+    assert check(str(two), str(same)) == 1
+    with pytest.raises(InputError, match="no datalist given"):
+        check()
+
+
+# --- merging ---------------------------------------------------------------------------------------------------------
+
+
+def test_merged_volumes_stay_where_they_are_and_keep_fold_and_cohort(tmp_path, capsys):
+    adni = write(
+        tmp_path / "d/adni", [item(i, f"002_S_{i:04d}", fold=i % 5, cohort="adni") for i in range(6)], "adni", True
+    )
+    items = [item(i, f"BraTS-GLI-{i:05d}", fold=i % 5, cohort="brats") for i in range(3)]
+    brats = write(tmp_path / "brats", items, "brats", True)
+    assert main(["merge", str(adni), str(brats), "--output", str(tmp_path / "both"), "--name", "pretraining"]) == 0
+    both = load_datalist(tmp_path / "both")
+    assert both.name == "pretraining" and len(both) == 9
+    assert Counter(entry["cohort"] for entry in both.items) == {"adni": 6, "brats": 3}
+    check_volumes(both, deep=True)
+    assert both.content["training"][0]["image"] == "../d/adni/images/0.nii"
+    assert {entry["patient_id"]: entry["fold"] for entry in both.items}["002_S_0003"] == 3
+    weights = cohort_weights(both, {"adni": 1, "brats": 3})
+    by_cohort = Counter()
+    for entry, weight in zip(both.items, weights, strict=True):
+        by_cohort[entry["cohort"]] += weight
+    assert by_cohort == pytest.approx({"adni": 0.25, "brats": 0.75}) and sum(weights) == pytest.approx(1)
+
+
+def test_merging_refuses_what_would_leak(tmp_path):
+    one = write(tmp_path / "a", [item(0, "002_S_0295", fold=0)], "a")
+    two = write(tmp_path / "b", [item(1, "002_S_0295", fold=3)], "b")
+    with pytest.raises(InputError, match="different folds"):
+        merge(str(one), str(two), output=str(tmp_path / "c"))
+    merge(str(one), str(two), output=str(tmp_path / "c"), refold=True, folds=3, seed=1)
+    merged = load_datalist(tmp_path / "c")
+    assert merged.n_folds == 3 and len({entry["fold"] for entry in merged.items}) == 1
+    twin = write(tmp_path / "d", [item(9, voxels_sha256="v")], "d")
+    again = write(tmp_path / "e", [item(8, voxels_sha256="v")], "e")
+    with pytest.raises(InputError, match="1 volumes are there twice"):
+        merge(str(twin), str(again), output=str(tmp_path / "f"))
+    small = write(tmp_path / "g", [item(7)], "g", shape=[4, 4, 4])
+    with pytest.raises(InputError, match=r"shape \[4, 4, 4\] where"):
+        merge(str(one), str(small), output=str(tmp_path / "h"))
+    with pytest.raises(InputError, match="two datalists or more"):
+        merge(str(one), output=str(tmp_path / "h"))
+
+
+def test_merging_keeps_different_people_of_one_plain_id_apart(tmp_path):
+    one = write(tmp_path / "a", [item(0, cohort="oasis", fold=1)], "oasis")
+    two = write(tmp_path / "b", [item(0, cohort="local", fold=2)], "local")
+    merge(str(one), str(two), output=str(tmp_path / "c/both.json"))
+    merged = load_datalist(tmp_path / "c/both.json")
+    assert merged.patients == {"oasis-sub-0000", "local-sub-0000"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"adni": 1}, "missing: brats"),
+        ({"adni": 1, "brats": 1, "ixi": 1}, "unknown: ixi"),
+        ({"adni": 1, "brats": -1}, "positive numbers"),
+        ({"adni": 0, "brats": 0}, "positive numbers"),
+    ],
+)
+def test_bad_cohort_weights(tmp_path, weights, message):
+    path = write(tmp_path, [item(0, cohort="adni"), item(1, cohort="brats")])
+    with pytest.raises(InputError, match=message):
+        cohort_weights(load_datalist(path), weights)
+
+
+def test_overlaps_of_nothing(tmp_path):
+    one = load_datalist(write(tmp_path / "a", [item(0), item(1)]))
+    assert find_overlaps([one]) == ([], [])
