@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# The quick start: the real pipeline, every step by the command that a user would type, with the tiny overlays.
+# Finished steps are not done again; `rm -r data runs bundles/*/runs` starts anew.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export TQDM_MININTERVAL="${TQDM_MININTERVAL:-2}"
+started=$SECONDS
+
+step() {
+    printf '\n\033[1m[%3d s] %s\033[0m\n' "$((SECONDS - started))" "$1"
+    shift
+    for word in "$@"; do printf '%q ' "$word"; done
+    printf '\n'
+    "$@"
+}
+
+run=(python -m monai.bundle run --config_file)
+pretrain=bundles/pretrain/configs
+encoder=bundles/pretrain/models/encoder_phantom_tiny.safetensors
+
+step "Phantoms to pretrain on, and others to be scored on" \
+    volta3d phantom --output data/raw/phantom_pretrain --subjects 240 --seed 1 --spacing 3 --prefix PT
+step "" volta3d phantom --output data/raw/phantom_labelled --subjects 120 --seed 2 --spacing 3 --prefix PL
+
+step "Preparation: RAS, window of 144 x 192 x 192 mm, [0, 1]" \
+    volta3d prepare --layout bids --source data/raw/phantom_pretrain --output data/phantom_pretrain \
+    --spacing 3 --shape 48,64,64
+step "" volta3d prepare --layout bids --source data/raw/phantom_labelled --output data/phantom_labelled \
+    --spacing 3 --shape 48,64,64 --labels derivatives/hippocampus
+step "No subject is in both" volta3d check data/phantom_pretrain/datalist.json data/phantom_labelled/datalist.json
+
+step "Tiny pretraining" "${run[@]}" "['$pretrain/train.json','$pretrain/tiny.json']" --tracking mlflow
+step "What the frozen encoder knows, beside the same network with random weights" \
+    "${run[@]}" "$pretrain/evaluate.json" --run_name phantom_tiny --encoder_path "$encoder" \
+    --dataset_dir data/phantom_labelled --num_workers 0
+
+step "Summary" python benchmarks/demo_summary.py
+printf '\nAll of it took %d s.\n' "$((SECONDS - started))"

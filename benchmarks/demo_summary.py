@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Print what the quick start has made: reconstruction, health of both branches, probes, and where the pictures are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlflow import MlflowClient
+from monai.utils import path_to_sqlite_uri
+
+from volta_components.files import read_json
+
+RUN = Path("bundles/pretrain/runs/phantom_tiny")
+PROBES = Path("bundles/pretrain/eval/phantom_tiny")
+
+
+def last_metrics() -> dict[str, float]:
+    """The last values of the pretraining run's metrics, from MLflow."""
+    client = MlflowClient(path_to_sqlite_uri(str(RUN / "mlruns.db")))
+    experiment = client.get_experiment_by_name("volta3d_pretrain")
+    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"], max_results=1)
+    return dict(runs[0].data.metrics)
+
+
+def main() -> None:
+    """Print the summary."""
+    errors = read_json(RUN / "reconstruction.json")
+    metrics = last_metrics()
+    ratio = errors["reconstruction"] / errors["mean_view"]
+    print("Everything here is of phantoms: it shows that the pipeline works, nothing about patients.\n")
+    print(f"masked reconstruction error on {errors['volumes']} held-out volumes (mean squared, intensities in [0, 1])")
+    print(f"  this network {errors['reconstruction']:.4f}   mean volume {errors['mean_view']:.4f}   ratio {ratio:.2f}")
+    print("teacher, last epoch (1: uniform, 0: a single prototype; 0.3 to 0.97 is healthy)")
+    for branch in ("global", "patch"):
+        entropy = metrics[f"{branch}_teacher_entropy"]
+        information = metrics[f"{branch}_information"]
+        print(f"  {branch:<7} entropy {entropy:.2f} of ln K, of which inputs tell apart {information:.2f}")
+    print(f"effective rank of the summaries: {metrics['effective_rank']:.1f}")
+    print("\nprobes of the summary token, out of fold: AUROC (95 % interval)")
+    for row in read_json(PROBES / "probes.json"):
+        if row["embedding"] == "summary" and row["probe"] == "linear":
+            print(
+                f"  {row['label']:<10} {row['encoder']:<7} {row['auroc']:.2f} "
+                f"({row['auroc_low']:.2f} to {row['auroc_high']:.2f}), {row['subjects']} subjects"
+            )
+    print("\npictures to look at:")
+    for path in [
+        Path("data/phantom_pretrain/qc/index.html"),
+        *sorted((RUN / "pictures").glob("*.png"))[-1:],
+        PROBES / "embeddings.png",
+    ]:
+        print(f"  {path}")
+
+
+if __name__ == "__main__":
+    main()
