@@ -323,6 +323,11 @@ def test_student_is_changed_more_than_the_teacher_and_locals_not_at_all(rng: np.
     change_of_student = (strong.student - strong.image)[visible].abs().mean()
     change_of_teacher = (strong.teacher - strong.image).abs().mean()
     assert 0 < 2 * change_of_teacher < change_of_student
+    # Each is made from the crop itself, not one from the other.
+    mine = tiny_views(student_intensity=IntensityAugment())(batch, keys)
+    torch.testing.assert_close(mine.student[~mine.masked], mine.image[~mine.masked], atol=1e-6, rtol=0)
+    theirs = tiny_views(teacher_intensity=IntensityAugment())(batch, keys)
+    torch.testing.assert_close(theirs.teacher, theirs.image, atol=1e-6, rtol=0)
     # Clean: a local crop is a pure resampling of the volume, so a constant volume stays constant inside.
     local = tiny_views(local_geometry=CropGeometry((4, 4, 4), cube_side=(4, 6), anywhere=True), num_local=5)(
         torch.full((1, 1, 10, 14, 14), 0.6), [(1, 0)]
