@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cost of one pretraining step at the paper's size: this code in fp32 and bf16, and the stock network, side by side.
+
+Each variant runs in this process, one after the other, in turns, so that all meet the same machine; what is printed
+are ratios of the fastest turn of each. Run with ``--small`` for a network that takes seconds rather than minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from monai.networks.nets import ViTAutoEnc
+from torch import Tensor, nn
+
+from volta_components.losses import CentredTargets, GlobalAlignmentLoss, PatchAlignmentLoss, ReconstructionLoss
+from volta_components.networks import ProjectionHead, VoltaStudent, VoltaViT, make_teacher, parameter_groups
+
+
+def volta_step(
+    global_size: tuple[int, int, int],
+    local_size: int,
+    num_local: int,
+    network: VoltaViT,
+    out_dim: int,
+    dtype: torch.dtype | None,
+) -> Callable[[], None]:
+    """One whole step of this project: teacher, student, three losses, backward, optimiser, teacher update."""
+    student = VoltaStudent(network, ProjectionHead(in_dim=network.config["hidden_size"], out_dim=out_dim))
+    teacher = make_teacher(student)
+    optimizer = torch.optim.AdamW(parameter_groups(student, 0.04), lr=1e-4)
+    global_loss = GlobalAlignmentLoss(CentredTargets(out_dim))
+    patch_loss = PatchAlignmentLoss(CentredTargets(out_dim))
+    images = torch.rand(2, 1, *global_size)
+    local = torch.rand(num_local, 1, *[local_size] * 3)
+    masked = torch.rand(2, 1, *global_size) < 0.5
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            taught = teacher(images)
+            learnt = student(images.masked_fill(masked, 0.0), local)
+        logits = torch.cat([learnt.globals_.logits, learnt.local_logits])[:, None]
+        loss = global_loss(logits, taught.logits[:, None], 0.04)
+        loss = loss + patch_loss(learnt.globals_.patch_logits, taught.patch_logits, 0.04)
+        (loss + 100 * ReconstructionLoss()(learnt.reconstruction, images, masked)).backward()
+        optimizer.step()
+        teacher.update(student, 0.996)
+
+    return step
+
+
+def stock_step(global_size: tuple[int, int, int], local_size: int, num_local: int, config: dict) -> Callable[[], None]:
+    """The encoder passes of the same step with the stock network: one pass a view, full attention maps, no losses."""
+
+    def build(size: tuple[int, int, int]) -> nn.Module:
+        names = ("in_channels", "patch_size", "hidden_size", "mlp_dim", "num_layers", "num_heads")
+        options = {name: config[name] for name in names}
+        return ViTAutoEnc(img_size=size, **options)
+
+    network, local_network, teacher = build(global_size), build((local_size,) * 3), build(global_size)
+    optimizer = torch.optim.AdamW([*network.parameters(), *local_network.parameters()], lr=1e-4)
+    images = torch.rand(2, 1, *global_size)
+    local = torch.rand(num_local, 1, *[local_size] * 3)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for image in images.split(1):
+                teacher(image)
+        outputs: list[Tensor] = [network(image)[0].square().mean() for image in images.split(1)]
+        outputs += [local_network(crop)[0].square().mean() for crop in local.split(1)]
+        torch.stack(outputs).sum().backward()
+        optimizer.step()
+
+    return step
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="a small network, for a quick look")
+    parser.add_argument("--turns", type=int, default=2)
+    options = parser.parse_args()
+    size, local, count, out_dim = (144, 192, 192), 96, 8, 8192
+    config = {
+        "in_channels": 1,
+        "img_size": size,
+        "patch_size": (16, 16, 16),
+        "hidden_size": 768,
+        "mlp_dim": 3072,
+        "num_layers": 12,
+        "num_heads": 12,
+    }
+    if options.small:
+        size, local, count, out_dim = (64, 64, 64), 32, 4, 512
+        config |= {"img_size": size, "hidden_size": 192, "mlp_dim": 768, "num_layers": 4, "num_heads": 4}
+    builders = {
+        "this project, fp32": lambda: volta_step(size, local, count, VoltaViT(**config), out_dim, None),
+        "this project, bf16 autocast": lambda: volta_step(
+            size, local, count, VoltaViT(**config), out_dim, torch.bfloat16
+        ),
+        "stock ViTAutoEnc, fp32, a pass a view, encoder and decoder only": lambda: stock_step(
+            size, local, count, config
+        ),
+    }
+    seconds: dict[str, float] = {}
+    for name, build in builders.items():
+        step = build()
+        step()
+        turns = []
+        for _ in range(options.turns):
+            started = time.perf_counter()
+            step()
+            turns.append(time.perf_counter() - started)
+        seconds[name] = min(turns)
+        del step
+    reference = seconds["this project, fp32"]
+    print(
+        f"| one step, globals 2 x {'x'.join(map(str, size))}, locals {count} x {local}^3 | s | times fp32's speed |"
+    )
+    print("|---|---|---|")
+    for name, value in seconds.items():
+        print(f"| {name} | {value:.2f} | {reference / value:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
