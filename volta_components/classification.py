@@ -27,8 +27,9 @@ from volta_components.data.volumes import UnusableVolume, read_volume, volume_su
 from volta_components.distributed import process_count, process_rank
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, write_json
-from volta_components.finetune import Item, Parts, Results, item_name, patient_key, patients_of, save_model
+from volta_components.finetune import Item, Parts, Results, item_name, patients_of, save_model
 from volta_components.metrics import auroc_interval, sensitivity_specificity, youden_threshold
+from volta_components.record import patient_key
 
 logger = logging.getLogger(__name__)
 
@@ -244,11 +245,8 @@ class ClassificationResults:
                 name: len(getattr(self.parts, name)) for name in ("training", "validation", "scored", "unused")
             },
         }
-        seen = patients_of([*self.parts.training, *self.parts.validation])
-        details = {**self.record, **record}
         if self.model_path is not None and process_rank() == 0:
-            details["patient_ids"] = sorted(map(patient_key, seen))
-            save_model(self.model_path, self.network, details)
+            save_model(self.model_path, self.network, {**self.record, **record})
             logger.info("model written to %s", self.model_path)
         artifacts = [("predictions.csv", "predictions")]
         if (self.folder / "pretrained.txt").is_file():
@@ -265,7 +263,7 @@ class ClassificationResults:
         Raises:
             InputError: with the ids of scored patients whom the model was trained on.
         """
-        trained = set(record.get("patient_ids", ()))
+        trained = set((record.get("provenance") or {}).get("patient_ids", ()))
         leaked = sorted(patient for patient in patients_of(self.parts.scored) if patient_key(patient) in trained)
         if leaked and not allow_leak:
             raise InputError.many(
