@@ -27,7 +27,7 @@ demo: $(READY)  ## phantoms, preparation, a tiny pretraining, what it has learnt
 	bash benchmarks/demo.sh
 
 test: $(READY)  ## all tests
-	python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile
 
 lint: $(READY)  ## ruff and mypy
 	ruff check .
