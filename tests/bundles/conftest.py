@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of all bundles share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from prepared import make_prepared
+
+from volta_components.networks import VoltaViT
+from volta_components.weights import save_encoder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data set of twelve volumes of 32^3; nobody may change it."""
+    return make_prepared(tmp_path_factory.mktemp("prepared") / "data")
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported encoder of two blocks of 32, with random weights."""
+    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
+    network = VoltaViT(
+        img_size=(32, 32, 32), hidden_size=32, mlp_dim=48, num_layers=2, num_heads=4, summary_heads=4, decoder=False
+    )
+    save_encoder(path, network, {"datalist_hash": "0" * 64, "patient_ids": []})
+    return path
+
+
+@pytest.fixture(scope="session")
+def schema() -> Path:
+    """The form that a bundle's ``metadata.json`` must have."""
+    return Path(__file__).parents[1] / "resources" / "bundle_metadata_schema.json"

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pretraining bundle's configs: each parses, its objects can be built, and they say what the paper says."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from prepared import PRETRAIN, ROOT, TINY_SIZES
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from volta_components.data.datalist import load_datalist
+from volta_components.losses import CentredTargets, KoLeoLoss, SinkhornTargets
+from volta_components.networks import VoltaTeacher, VoltaViT
+from volta_components.trainer import VoltaTrainer
+
+TRAIN = json.loads((PRETRAIN / "train.json").read_text())
+OVERLAYS = ["tiny", "crops_96", "resized_crops", "dino_gaps", "sinkhorn", "koleo", "multi_gpu_train"]
+# Ids that monai.bundle itself looks for, which a config may do without.
+WORKFLOW = {"initialize", "run", "finalize"}
+# Sizes of a crop are what these overlays are about; their own values cost a second, so they are kept.
+OWN_SIZES = {"tiny": ("local_size", "num_local"), "crops_96": ("global_size", "global_extent_mm", "local_size")}
+
+
+def parsed(overlay: str | None, prepared: Path, folder: Path, **overrides: Any) -> ConfigParser:
+    """``train.json`` with an overlay, made small for the prepared data set."""
+    files = [PRETRAIN / f"{name}.json" for name in ("train", overlay) if name]
+    parser = ConfigParser()
+    parser.read_config([str(path) for path in files])
+    sizes = {name: value for name, value in TINY_SIZES.items() if name not in OWN_SIZES.get(str(overlay), ())}
+    settings = {
+        **sizes,
+        "dataset_dir": str(prepared),
+        "output_dir": str(folder / "run"),
+        "ckpt_dir": str(folder / "models"),
+        "device": "$torch.device('cpu')",
+        "num_workers": 0,
+        "spacing": 1.0,
+        "checkpoint_interval": 8,
+        **overrides,
+    }
+    for name, value in settings.items():
+        parser[name] = value
+    parser.parse()
+    return parser
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone, as ``initialize`` of the multi-GPU overlay makes it."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_there_are_no_other_configs() -> None:
+    """A new config belongs into these tests."""
+    found = {path.stem for path in PRETRAIN.glob("*.json")}
+    assert found == {"train", "evaluate", "inference", "metadata", *OVERLAYS}
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlays_change_only_what_is_there(overlay: str) -> None:
+    changed = json.loads((PRETRAIN / f"{overlay}.json").read_text())
+    assert changed.pop("_desc_")
+    assert changed.keys() - TRAIN.keys() - WORKFLOW == set()
+
+
+@pytest.mark.parametrize("overlay", [None, *OVERLAYS])
+def test_objects_of_every_overlay_can_be_built(
+    overlay: str | None, prepared: Path, tmp_path: Path, one_process: None
+) -> None:
+    parser = parsed(overlay, prepared, tmp_path)
+    network = parser.get_parsed_content("network_def")
+    assert isinstance(network, VoltaViT)
+    image = torch.rand(1, 1, 32, 32, 32)
+    assert network(image).shape == (1, 32)
+    assert isinstance(parser.get_parsed_content("teacher"), VoltaTeacher)
+
+    views = parser.get_parsed_content("views")(image, [(1, 0)])
+    size = tuple(parser.get_parsed_content("global_size"))
+    local = tuple(parser.get_parsed_content("local_size"))
+    assert views.teacher.shape == views.student.shape == (2, 1, 1, *size)
+    assert views.local.shape == (parser.get_parsed_content("num_local"), 1, 1, *local)
+    assert 0.5 <= views.masked.float().mean() <= 0.65
+
+    losses = parser.get_parsed_content("losses")
+    kinds = [type(loss.targets) for loss in losses[:2]]
+    assert kinds == [SinkhornTargets if overlay == "sinkhorn" else CentredTargets, CentredTargets]
+    assert [isinstance(loss, KoLeoLoss) for loss in losses[2:]] == ([True] if overlay == "koleo" else [])
+
+    trainer = parser.get_parsed_content("train#trainer")
+    assert isinstance(trainer, VoltaTrainer)
+    assert trainer.global_loss is losses[0]
+    assert trainer.state.max_epochs == parser.get_parsed_content("epochs")
+    # tiny.json keeps fold 0, four of the twelve volumes, for the reconstruction check.
+    assert trainer.sampler.iterations == (2 if overlay == "tiny" else 12)
+    assert isinstance(trainer.student, DistributedDataParallel) == (overlay == "multi_gpu_train")
+    trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in trainer.plain_student.parameters() if p.requires_grad}
+    assert not any(p.requires_grad for p in trainer.teacher.parameters())
+
+
+def test_held_out_volumes_are_not_trained_on(prepared: Path, tmp_path: Path) -> None:
+    parser = parsed(None, prepared, tmp_path, validation_fold=1)
+    items = load_datalist(prepared).items
+    data, held_out = parser.get_parsed_content("data"), parser.get_parsed_content("validation_data")
+    assert [item["fold"] for item in held_out] == [1] * 4
+    assert sorted(item["subject_id"] for item in data + held_out) == [item["subject_id"] for item in items]
+    assert parser.get_parsed_content("train#trainer").sampler.num_samples == 8
+
+
+def test_settings_hold_every_number_of_the_recipe() -> None:
+    """A checkpoint is refused when these differ, and MLflow shows them: none may be forgotten.
+
+    What is left out changes no weight: places, names, workers, intervals of pictures and checkpoints.
+    """
+    names = list(TRAIN)
+    recipe = set(names[names.index("seed") : names.index("settings")]) - {"num_workers", "amp_dtype"}
+    recipe -= {"checkpoint_interval", "picture_interval", "log_interval", "export", "deep_check"}
+    recipe -= {"spacing"}  # the datalist's, which its hash holds
+    assert recipe <= TRAIN["settings"].keys()
+
+
+# What the paper gives, with the sizes and the length of a run that it leaves to ViT-B and DINO.
+PAPER = {
+    "volume_size": [144, 192, 192],
+    "global_size": [144, 192, 192],
+    "local_size": [96, 96, 96],
+    "patch_size": [16, 16, 16],
+    "spacing": 1.0,
+    "hidden_size": 768,
+    "mlp_dim": 3072,
+    "num_layers": 12,
+    "num_heads": 12,
+    "summary_heads": 8,
+    "mask_coverage": 0.5,
+    "mask_max_side": 0.3,
+    "student_temperature": 0.1,
+    "reconstruction_weight": 100.0,
+    "learning_rate": 5e-4,
+    "warmup_epochs": 10,
+    "batch_size": 1,
+    "accumulation_steps": 8,
+    "teacher_momentum": [0.996, 1.0],
+    "epochs": 300,
+    "num_local": 8,
+    "head_out_dim": 8192,
+}
+
+
+def test_train_json_is_the_recipe() -> None:
+    assert {name: TRAIN[name] for name in PAPER} == PAPER
+    assert TRAIN["global_loss"]["targets"]["_target_"].endswith("CentredTargets")  # centring by a running mean
+    assert TRAIN["patch_loss"]["targets"]["_target_"].endswith("CentredTargets")
+    assert TRAIN["optimizer"]["_target_"] == "torch.optim.AdamW"
+
+
+def test_schedules_of_the_paper_as_built(prepared: Path, tmp_path: Path) -> None:
+    """Twelve volumes: 12 mini-batches and 2 optimiser steps an epoch."""
+    train = parsed(None, prepared, tmp_path, checkpoint_interval=8).get_parsed_content("train")
+    rate, momentum = train["learning_rate"], train["teacher_momentum"]
+    assert rate(10) == pytest.approx(2.5e-4)
+    assert rate(20) == pytest.approx(5e-4)  # after ten epochs of warm-up
+    assert rate(599) == pytest.approx(1e-6)
+    assert momentum(0) == 0.996
+    assert momentum(1799) == pytest.approx(0.998, abs=2e-6)
+    assert 1 - 1e-6 < momentum(3599) <= 1.0
+
+
+@pytest.mark.parametrize("name", ["evaluate", "inference"])
+def test_evaluation_and_inference_can_be_built(name: str, prepared: Path, encoder: Path, tmp_path: Path) -> None:
+    parser = ConfigParser()
+    parser.read_config(str(PRETRAIN / f"{name}.json"))
+    for key, value in {
+        "dataset_dir": str(prepared),
+        "encoder_path": str(encoder),
+        "output_dir": str(tmp_path),
+        "num_workers": 0,
+        "device": "$torch.device('cpu')",
+    }.items():
+        parser[key] = value
+    parser.parse()
+    network = parser.get_parsed_content("network_def")
+    assert network.config["hidden_size"] == 32
+    assert not network.training
+    parser.get_parsed_content("evaluator")
+    loader = parser.get_parsed_content("dataloader")
+    batch = next(iter(loader))
+    assert batch["image"].shape[1:] == (1, 32, 32, 32)
+    assert len(loader.dataset) == 12
+    if name == "evaluate":
+        untrained = parser.get_parsed_content("random_network")
+        assert untrained.config == network.config
+        assert not torch.equal(untrained.norm.weight, network.norm.bias)
+        assert not torch.equal(untrained.blocks[0].mlp.linear1.weight, network.blocks[0].mlp.linear1.weight)
+
+
+def monai_bundle(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """``python -m monai.bundle ...``, without the seconds that a new process takes to import it."""
+    monkeypatch.setattr(sys, "argv", ["monai.bundle", *arguments])
+    runpy.run_module("monai.bundle", run_name="__main__")
+
+
+def test_metadata_is_valid(monkeypatch: pytest.MonkeyPatch, schema: Path) -> None:
+    """``--filepath`` names a schema that is already there, so that nothing is downloaded."""
+    meta = str(PRETRAIN / "metadata.json")
+    monai_bundle(monkeypatch, "verify_metadata", "--meta_file", meta, "--filepath", str(schema))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda meta: meta.pop("authors"),
+        lambda meta: meta.update(version="first"),
+        lambda meta: meta["network_data_format"]["outputs"]["pred"].pop("value_range"),
+        lambda meta: meta["network_data_format"]["inputs"]["image"].update(num_channels="1"),
+    ],
+)
+def test_invalid_metadata_is_refused(monkeypatch: pytest.MonkeyPatch, schema: Path, tmp_path: Path, spoil: Any) -> None:
+    meta = json.loads((PRETRAIN / "metadata.json").read_text())
+    spoil(meta)
+    (tmp_path / "metadata.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="Failed validating"):
+        monai_bundle(
+            monkeypatch,
+            *("verify_metadata", "--meta_file", str(tmp_path / "metadata.json"), "--filepath", str(schema)),
+        )
+
+
+def test_metadata_fits_the_config_and_the_pinned_versions() -> None:
+    meta = json.loads((PRETRAIN / "metadata.json").read_text())
+    image, pred = (meta["network_data_format"][side] for side in ("inputs", "outputs"))
+    assert image["image"]["spatial_shape"] == [f"{side}*n" for side in TRAIN["patch_size"]]
+    assert pred["pred"]["num_channels"] == TRAIN["hidden_size"]
+    assert meta["version"] in meta["changelog"]
+    pins = dict(
+        line.strip().split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    )
+    versions = {
+        "monai": meta["monai_version"],
+        "torch": meta["pytorch_version"],
+        "numpy": meta["numpy_version"],
+        **meta["required_packages_version"],
+    }
+    versions.pop("volta-components")
+    assert versions == {name: pins[name] for name in versions}
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_network_takes_and_gives_what_metadata_says(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """Volumes of 16^3 and 32^3 through a network for 32^3: both token grids."""
+    names = ("hidden_size", "mlp_dim", "num_layers", "num_heads", "summary_heads", "global_size")
+    settings = [part for name in names for part in (f"--{name}", str(TINY_SIZES[name]))]
+    monai_bundle(
+        monkeypatch,
+        *("verify_net_in_out", "network_def", "--meta_file", str(PRETRAIN / "metadata.json")),
+        *("--config_file", str(PRETRAIN / "train.json"), "--device", "cpu", "--n", str(n), *settings),
+        *("--_meta_#network_data_format#outputs#pred#num_channels", "32"),
+    )
