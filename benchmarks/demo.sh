@@ -27,7 +27,7 @@ step "Preparation: RAS, window of 144 x 192 x 192 mm, [0, 1]" \
     volta3d prepare --layout bids --source data/raw/phantom_pretrain --output data/phantom_pretrain \
     --spacing 3 --shape 48,64,64
 step "" volta3d prepare --layout bids --source data/raw/phantom_labelled --output data/phantom_labelled \
-    --spacing 3 --shape 48,64,64 --labels derivatives/hippocampus
+    --spacing 3 --shape 48,64,64
 step "No subject is in both" volta3d check data/phantom_pretrain/datalist.json data/phantom_labelled/datalist.json
 
 step "Tiny pretraining" "${run[@]}" "['$pretrain/train.json','$pretrain/koleo.json','$pretrain/tiny.json']" --tracking mlflow
