@@ -21,19 +21,19 @@ encoder=bundles/pretrain/models/encoder_phantom_tiny.safetensors
 
 step "Phantoms to pretrain on, and others to be scored on" \
     volta3d phantom --output data/raw/phantom_pretrain --subjects 240 --seed 1 --spacing 3 --prefix PT
-step "" volta3d phantom --output data/raw/phantom_labelled --subjects 120 --seed 2 --spacing 3 --prefix PL
+step "" volta3d phantom --output data/raw/phantom --subjects 120 --seed 2 --spacing 3 --prefix PL
 
 step "Preparation: RAS, window of 144 x 192 x 192 mm, [0, 1]" \
     volta3d prepare --layout bids --source data/raw/phantom_pretrain --output data/phantom_pretrain \
     --spacing 3 --shape 48,64,64
-step "" volta3d prepare --layout bids --source data/raw/phantom_labelled --output data/phantom_labelled \
+step "" volta3d prepare --layout bids --source data/raw/phantom --output data/phantom \
     --spacing 3 --shape 48,64,64
-step "No subject is in both" volta3d check data/phantom_pretrain/datalist.json data/phantom_labelled/datalist.json
+step "No subject is in both" volta3d check data/phantom_pretrain/datalist.json data/phantom/datalist.json
 
 step "Tiny pretraining" "${run[@]}" "['$pretrain/train.json','$pretrain/koleo.json','$pretrain/tiny.json']" --tracking mlflow
 step "What the frozen encoder knows, beside the same network with random weights" \
     "${run[@]}" "$pretrain/evaluate.json" --run_name phantom_tiny --encoder_path "$encoder" \
-    --dataset_dir data/phantom_labelled --num_workers 0
+    --dataset_dir data/phantom --num_workers 0
 
 step "Summary" python benchmarks/demo_summary.py
 printf '\nAll of it took %d s.\n' "$((SECONDS - started))"
