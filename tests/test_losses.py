@@ -151,11 +151,15 @@ def numpy_sinkhorn(rows: np.ndarray, epsilon: float, iterations: int) -> np.ndar
 
 
 def test_sinkhorn_over_the_queue_equals_numpy(rng: np.random.Generator) -> None:
-    targets = SinkhornTargets(5, queue_size=7, epsilon=0.4, num_iterations=3)
+    targets = SinkhornTargets(5, queue_size=7, epsilon=0.4, num_iterations=3, centre_momentum=0.6)
     queue = np.zeros((0, 5))
+    centre = None
     for _ in range(5):
         logits = rng.normal(scale=0.01, size=(2, 2, 5)) + rng.normal(size=5)
-        rows = np.concatenate([logits.reshape(-1, 5), queue])
+        mean = logits.reshape(-1, 5).mean(axis=0)
+        centre = mean if centre is None else centre
+        rows = np.concatenate([logits.reshape(-1, 5) - centre, queue])
+        centre = 0.6 * centre + 0.4 * mean
         expected = numpy_sinkhorn(rows, 0.4, 3)[:4].reshape(2, 2, 5)
         actual = targets(as_tensor(logits), 0.04).numpy()
         np.testing.assert_allclose(actual, expected, atol=1e-4)
@@ -179,6 +183,19 @@ def test_sinkhorn_cannot_be_driven_to_a_point(rng: np.random.Generator) -> None:
     logits[:, 2] += 5.0
     plan = SinkhornTargets(4, epsilon=0.5, num_iterations=50)(as_tensor(logits), 0.04)
     np.testing.assert_allclose(plan.mean(dim=0).numpy(), 0.25, atol=0.01)
+
+
+def test_sinkhorn_tells_inputs_apart_while_the_network_drifts(rng: np.random.Generator) -> None:
+    """Two inputs seen again and again from a network whose logits wander more than the inputs differ."""
+    targets = SinkhornTargets(4, queue_size=64, epsilon=0.5)
+    difference = np.array([[0.01, -0.01, 0.0, 0.0], [-0.01, 0.01, 0.0, 0.0]])
+    slope = rng.normal(scale=0.01, size=4)
+    for step in range(40):
+        plan = targets(as_tensor(difference + slope * step), 0.04).numpy()
+    assert plan[0, 0] > 2 * plan[1, 0]
+    assert plan[1, 1] > 2 * plan[0, 1]
+    # What both have in common, the drift, favours no prototype by much.
+    assert np.ptp(plan.mean(axis=0)) < 0.35
 
 
 def test_sinkhorn_of_one_sample_is_finite() -> None:

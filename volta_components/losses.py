@@ -87,13 +87,16 @@ class SinkhornTargets(nn.Module):
     Every prototype gets the same total weight over the queue, which rules out both the uniform collapse and the
     collapse to a point, however small the batch. Logits are first divided by their standard deviation over the queue
     (after subtracting each prototype's mean), so that ``epsilon`` is a width in deviations and early, nearly equal
-    logits still give distinct targets.
+    logits still give distinct targets. The queue holds what a logit was above a fast running centre of its time: while
+    the network changes quickly, its drift over the queue is larger than the differences between subjects, and targets
+    would tell old outputs from new ones.
 
     Args:
         out_dim: number of prototypes, ``K``.
         queue_size: teacher outputs that are remembered.
         epsilon: width of the assignment, in standard deviations of the logits; smaller is sharper.
         num_iterations: row and column normalisations; 3 in SwAV.
+        centre_momentum: share of the running centre kept at an update.
 
     Shapes:
         logits: ``[..., K]``; the targets have the same shape and sum to 1 along the last axis.
@@ -103,8 +106,16 @@ class SinkhornTargets(nn.Module):
 
     queue: Tensor
     filled: Tensor
+    running_centre: Tensor
 
-    def __init__(self, out_dim: int, queue_size: int = 256, epsilon: float = 0.5, num_iterations: int = 3) -> None:
+    def __init__(
+        self,
+        out_dim: int,
+        queue_size: int = 256,
+        epsilon: float = 0.5,
+        num_iterations: int = 3,
+        centre_momentum: float = 0.7,
+    ) -> None:
         super().__init__()
         if queue_size < 1 or epsilon <= 0 or num_iterations < 1:
             raise InputError(
@@ -114,7 +125,9 @@ class SinkhornTargets(nn.Module):
         self.out_dim = out_dim
         self.epsilon = epsilon
         self.num_iterations = num_iterations
+        self.centre_momentum = centre_momentum
         self.register_buffer("queue", torch.zeros(queue_size, out_dim))
+        self.register_buffer("running_centre", torch.zeros(out_dim))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
@@ -127,6 +140,8 @@ class SinkhornTargets(nn.Module):
         """
         own = logits.float().flatten(0, -2)
         current = gather_rows(own)
+        mean = current.mean(dim=0)
+        current = current - torch.where(self.filled > 0, self.running_centre, mean)
         rows = torch.cat([current, self.queue[: int(self.filled)]])
         centred = rows - rows.mean(dim=0)
         scores = centred / centred.std().clamp_min(1e-12) / self.epsilon
@@ -137,6 +152,7 @@ class SinkhornTargets(nn.Module):
         start = process_rank() * len(own)
         targets = scores[start : start + len(own)].softmax(dim=-1)
         if self.training:
+            self.running_centre.lerp_(mean, torch.where(self.filled > 0, 1.0 - self.centre_momentum, 1.0))
             self.queue.copy_(torch.cat([current, self.queue])[: len(self.queue)])
             self.filled.add_(len(current)).clamp_(max=len(self.queue))
         return targets.view(logits.shape)
