@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
-from volta_components.errors import InputError
+import sys
+
+import pytest
+
+from volta_components.errors import InputError, explain_input_errors
 
 
 def test_many_bad_inputs_in_columns() -> None:
@@ -25,3 +29,25 @@ def test_a_long_list_is_cut_and_counted() -> None:
 
 def test_no_rows() -> None:
     assert str(InputError.many("nothing", [], "Remedy.")) == "nothing:\nRemedy."
+
+
+def test_bad_input_deep_down_is_told_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[BaseException] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, traceback: seen.append(error))
+    explain_input_errors()
+    try:
+        try:
+            try:
+                raise InputError("a.nii: truncated; fetch it again")
+            except InputError as error:
+                raise RuntimeError("failed to instantiate a component") from error
+        except RuntimeError:
+            raise KeyError("in the middle of it")  # noqa: B904
+    except KeyError as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    assert capsys.readouterr().err == "\nerror: a.nii: truncated; fetch it again\n"
+    assert not seen
+    other = ValueError("a fault of ours")
+    sys.excepthook(ValueError, other, None)
+    assert seen == [other]
+    assert capsys.readouterr().err == ""

@@ -35,7 +35,7 @@ from volta_components.handlers import (
 )
 from volta_components.losses import GlobalAlignmentLoss, KoLeoLoss, SinkhornTargets
 from volta_components.masking import GroupMask
-from volta_components.record import code_version, provenance
+from volta_components.record import code_version, patient_key, provenance
 from volta_components.weights import load_encoder
 
 
@@ -302,10 +302,10 @@ def test_a_passing_collapse_does_not_stop_the_run() -> None:
 
 
 def test_the_rank_looks_at_one_view_of_each_volume() -> None:
-    """Two views that differ while volumes do not: still a collapse."""
-    views = torch.randn(2, 1, 8).expand(2, 3, 8).flatten(0, 1)
+    """First views that are all the same are a collapse, whatever the second views are."""
+    first = torch.randn(1, 8).expand(3, 8)
     with pytest.raises(CollapseError, match="summaries"):
-        watched(quick_monitor(), 100, summaries=lambda i: views)
+        watched(quick_monitor(), 100, summaries=lambda i: torch.cat([first, torch.randn(3, 8)]))
 
 
 def test_the_monitor_goes_on_where_it_was() -> None:
@@ -451,7 +451,7 @@ def test_held_out_errors_over_masked_voxels(tmp_path: Path, constant: float | No
 def test_the_export_at_the_end_of_a_run(tmp_path: Path) -> None:
     parts = tiny_run(count=2, epochs=2)
     path = tmp_path / "models" / "encoder.safetensors"
-    EncoderExport(path, parts.teacher.network, provenance({"seed": 0}, "abc")).attach(parts.trainer)
+    EncoderExport(path, parts.teacher.network, provenance({"seed": 0}, "abc", [])).attach(parts.trainer)
     parts.trainer.run()
     network = load_encoder(path)
     mine, theirs = flat(network), flat(parts.teacher.network)
@@ -461,6 +461,16 @@ def test_the_export_at_the_end_of_a_run(tmp_path: Path) -> None:
     assert (record["epochs"], record["iterations"], record["datalist_hash"]) == (2, 4, "abc")
     assert record["settings"] == {"seed": 0}
     assert record["torch_version"] == torch.__version__
+
+
+def test_provenance_tells_whom_an_encoder_has_seen_without_their_names() -> None:
+    items = [{"patient_id": name, "session": str(i)} for i, name in enumerate(["sub-0002", "sub-0001", "sub-0002"])]
+    record = provenance({"seed": 0}, "abc", iter(items), "phantom")
+    assert (record["volumes"], record["cohort"]) == (3, "phantom")
+    assert record["patient_ids"] == sorted({patient_key("sub-0001"), patient_key("sub-0002")})
+    assert len(record["patient_ids"]) == 2
+    assert all(len(key) == 16 and int(key, 16) >= 0 for key in record["patient_ids"])
+    assert "sub-0001" not in json.dumps(record)
 
 
 def test_the_version_of_the_code_is_known() -> None:
