@@ -275,6 +275,8 @@ def plan(
                 "run_name": name,
                 # monai.bundle logs the configuration as an artifact only where output_dir is an expression.
                 "output_dir": f"${str(folder)!r}",
+                # Runs side by side must not write to one models folder.
+                **({"ckpt_dir": str(folder / "models")} if "ckpt_dir" in merged else {}),
                 "dataset_dir": str(content.path.resolve().parent),
                 "datalist_path": str(content.path.resolve()),
                 "experiment_name": experiment_name,

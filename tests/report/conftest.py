@@ -12,7 +12,7 @@ from volta_components.report.command import report
 @pytest.fixture(scope="session")
 def store_uri(tmp_path_factory):
     writer = Writer(tmp_path_factory.mktemp("store"))
-    writer.classification("ixi_sex", (0.2, 0.6, 1.0), 40)
+    writer.classification("ixi_sex", (0.2, 1.0), 40)
     writer.classification("aibl_ad", (1.0,), 30)
     writer.segmentation()
     return writer.uri

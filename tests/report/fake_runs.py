@@ -16,7 +16,7 @@ from mlflow.entities import Metric, Param, RunTag
 from scipy.ndimage import binary_dilation, gaussian_filter, shift
 
 QUALITY = {"volta": 1.6, "vit_scratch": 1.1, "swin_scratch": 0.6}
-FOLDS = 3
+FOLDS = 2
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

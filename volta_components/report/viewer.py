@@ -14,6 +14,7 @@ from volta_components.report.masks import Case
 
 # Missed, agreed, too much, on a scale from 0 (nothing) to 3.
 AGREEMENT = ("#2f7ed8", "#3fbf6f", "#e5533d")
+LINK = re.compile(r"<link\b[^>]*\bhref\s*=\s*[\"']?https?://[^>]*>")
 BLOB = re.compile(r"[A-Za-z0-9+/]{2000,}={0,2}")
 
 
@@ -58,7 +59,8 @@ def slice_viewer(case: Case, variant: str) -> str:
             opacity=0.55,
             width_view=900,
         )
-    return str(view.html)
+    # The page's icon would be fetched from the network.
+    return LINK.sub("", str(view.html))
 
 
 def share_blobs(pages: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:

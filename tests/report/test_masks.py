@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Overlap and distance against SciPy; masks of other tools on grids of their own."""
+
+from __future__ import annotations
+
+import math
+
+import nibabel as nib
+import numpy as np
+import pytest
+from fake_runs import brain
+from nibabel.processing import conform
+from scipy.ndimage import binary_erosion, distance_transform_edt
+
+from volta_components.errors import InputError
+from volta_components.report.masks import dice, hd95, read_mask, score
+
+
+def scipy_hd95(first, second, spacing):
+    def surface(mask):
+        return mask & ~binary_erosion(mask)
+
+    distances = []
+    for one, two in ((first, second), (second, first)):
+        field = distance_transform_edt(~surface(two), sampling=spacing)
+        distances.append(np.percentile(field[surface(one)], 95))
+    return max(distances)
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.7, 1.3, 2.5)])
+def test_dice_and_hd95_agree_with_scipy(rng, spacing):
+    places = np.stack(np.meshgrid(*[np.arange(30)] * 3, indexing="ij"), -1)
+    for _ in range(5):
+        masks = [(((places - rng.uniform(12, 18, 3)) / rng.uniform(4, 8, 3)) ** 2).sum(-1) < 1 for _ in range(2)]
+        assert dice(*masks) == pytest.approx(1 - np.logical_xor(*masks).sum() / (masks[0].sum() + masks[1].sum()))
+        assert hd95(*masks, spacing) == pytest.approx(scipy_hd95(*masks, spacing), abs=1e-5)
+
+
+def test_empty_masks():
+    nothing, something = np.zeros((4, 4, 4), bool), np.ones((4, 4, 4), bool)
+    assert math.isnan(hd95(nothing, something, (1, 1, 1)))
+    assert dice(nothing, something) == 0.0
+
+
+def test_freesurfer_labels_on_freesurfers_grid(tmp_path):
+    _, truth = brain(0)
+    array = np.asanyarray(truth.dataobj)
+    aseg = np.where(array == 1, 17, np.where(array == 2, 53, 0)).astype(np.uint8)
+    aseg[0, 0, 0] = 41  # some other structure
+    # As FreeSurfer: 1 mm cubes, axes left, inferior, anterior.
+    fine = conform(nib.Nifti1Image(aseg, truth.affine), (128, 128, 128), (1.0, 1.0, 1.0), order=0, orientation="LIA")
+    path = tmp_path / "aseg.mgz"
+    nib.save(nib.MGHImage(np.asanyarray(fine.dataobj).astype(np.uint8), fine.affine), path)
+    mask = read_mask(path, truth)
+    assert mask.shape == truth.shape
+    found = score(mask, truth)
+    assert found["dice_left"] > 0.9 and found["dice_right"] > 0.9 and found["failures"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: np.where(a == 1, 2, np.where(a == 2, 1, 0)), "left and right are swapped"),
+        (lambda a: a * 3, r"labels \[0, 3, 6\]"),
+        (lambda a: np.stack([a, a], -1), "4 axes instead of 3"),
+    ],
+)
+def test_masks_that_cannot_be_used(tmp_path, change, message):
+    _, truth = brain(0)
+    nib.save(nib.Nifti1Image(change(np.asanyarray(truth.dataobj)).astype(np.uint8), truth.affine), tmp_path / "m.nii")
+    with pytest.raises(InputError, match=message):
+        read_mask(tmp_path / "m.nii", truth)
+
+
+def test_a_mask_elsewhere_in_the_world_is_not_a_failed_one(tmp_path):
+    _, truth = brain(0)
+    affine = truth.affine.copy()
+    affine[2, 3] += 500
+    nib.save(nib.Nifti1Image(np.asanyarray(truth.dataobj), affine), tmp_path / "m.nii")
+    with pytest.raises(InputError, match="lies outside the scan"):
+        read_mask(tmp_path / "m.nii", truth)
+
+
+def test_a_truncated_file_is_named(tmp_path):
+    (tmp_path / "m.nii.gz").write_bytes(b"\x1f\x8b not a volume")
+    with pytest.raises(InputError, match=r"m.nii.gz: not a readable volume"):
+        read_mask(tmp_path / "m.nii.gz", brain(0)[1])
+
+
+def test_an_empty_side_counts_as_a_failure():
+    _, truth = brain(0)
+    array = np.asanyarray(truth.dataobj).copy()
+    array[array == 2] = 0
+    found = score(nib.Nifti1Image(array, truth.affine), truth)
+    assert (found["dice_left"], found["dice_right"], found["dice"], found["failures"]) == (1.0, 0.0, 0.5, 1)
+    assert math.isnan(found["hd95_right"]) and math.isnan(found["hd95"])

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics against scikit-learn, SciPy and arithmetic by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from sklearn.metrics import recall_score, roc_auc_score
+
+from volta_components.report import statistics
+from volta_components.report.statistics import Resampling
+
+
+def people(rng, n=60, effect=0.8):
+    label = (np.arange(n) % 3 == 0).astype(int)
+    score = np.round(1 / (1 + np.exp(-(effect * (2 * label - 1) + rng.normal(size=n)))), 1)  # with ties
+    return pd.DataFrame(
+        {"patient_id": [f"p{i:02d}" for i in range(n)], "label": label, "score": score, "prediction": score >= 0.45}
+    )
+
+
+def test_auroc_with_ties_and_weights_is_scikit_learns(rng):
+    table = people(rng)
+    weights = rng.integers(0, 4, (25, len(table)))
+    ours = statistics.auroc(table.label, table.score, weights)
+    assert float(statistics.auroc(table.label, table.score)) == pytest.approx(roc_auc_score(table.label, table.score))
+    for value, row in zip(ours, weights, strict=True):
+        assert value == pytest.approx(roc_auc_score(table.label, table.score, sample_weight=row), abs=1e-12)
+
+
+def test_auroc_of_one_class_is_not_a_number():
+    assert math.isnan(statistics.auroc(np.ones(3), np.arange(3)))
+    assert np.isnan(statistics.auroc(np.array([0, 1]), np.array([0.1, 0.2]), np.array([[1, 0], [1, 1]]))).tolist() == [
+        True,
+        False,
+    ]
+
+
+def test_sensitivity_and_specificity_are_scikit_learns_recalls(rng):
+    table = people(rng)
+    weights = rng.integers(0, 4, len(table))
+    ours = statistics.classification_metrics(table, weights)
+    for name, label in (("sensitivity", 1), ("specificity", 0)):
+        expected = recall_score(table.label, table.prediction, pos_label=label, sample_weight=weights)
+        assert float(ours[name]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_resampling_keeps_classes_draws_patients_whole_and_is_shared(rng):
+    table = people(rng)
+    visits = pd.concat([table, table.iloc[:20]], ignore_index=True)  # second scans of twenty patients
+    sampling = Resampling([table, visits], fold=2, samples=400, seed=1)
+    weights = sampling.weights(visits)
+    assert (weights[:, :20] == weights[:, 60:]).all()
+    assert (weights[:, :60] @ table.label.to_numpy() == table.label.sum()).all()
+    assert (weights[:, :60].sum(axis=1) == 60).all()
+    again = Resampling([visits], fold=2, samples=400, seed=1)
+    assert (again.weights(table) == sampling.weights(table)).all()
+    assert (Resampling([visits], fold=1, samples=400, seed=1).weights(table) != sampling.weights(table)).any()
+    # Drawn with replacement: a patient is left out of a sample with probability (1 - 1/n)^n.
+    women = table.label.to_numpy() == 1
+    assert (weights[:, :60][:, women] == 0).mean() == pytest.approx((1 - 1 / 20) ** 20, abs=0.02)
+
+
+def test_bootstrap_interval_agrees_with_delongs_variance(rng):
+    """An AUROC's bootstrap spread and DeLong's standard error estimate the same thing."""
+    table = people(rng, n=300)
+    weights = Resampling([table], fold=0, samples=2000).weights(table)
+    low, high = statistics.interval(statistics.auroc(table.label, table.score, weights))
+    positive, negative = (table.score[table.label == label].to_numpy() for label in (1, 0))
+    wins = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
+    error = math.sqrt(wins.mean(1).var(ddof=1) / len(positive) + wins.mean(0).var(ddof=1) / len(negative))
+    assert (high - low) / (2 * 1.96) == pytest.approx(error, rel=0.12)
+
+
+def test_mean_over_folds_and_its_interval(rng):
+    tables = {fold: people(rng, effect=0.4 + 0.3 * fold) for fold in range(3)}
+    sampling = {fold: Resampling([table], fold, samples=300) for fold, table in tables.items()}
+    estimates, means = statistics.summarise(tables, {fold: fold for fold in tables}, sampling)
+    values = [roc_auc_score(table.label, table.score) for table in tables.values()]
+    assert estimates["auroc"].mean == pytest.approx(np.mean(values))
+    assert estimates["auroc"].sd == pytest.approx(np.std(values, ddof=1))
+    replicate = np.mean(
+        [roc_auc_score(t.label, t.score, sample_weight=sampling[k].weights(t)[7]) for k, t in tables.items()]
+    )
+    assert means["auroc"][7] == pytest.approx(replicate)
+    assert estimates["auroc"].low == pytest.approx(np.quantile(means["auroc"], 0.025))
+
+
+def test_estimate_leaves_out_what_is_missing():
+    value = statistics.estimate([1.0, math.nan, 4.0])
+    assert (value.mean, value.count) == (2.5, 2)
+    assert value.sd == pytest.approx(math.sqrt(4.5))
+    assert math.isnan(statistics.estimate([2.0]).sd) and math.isnan(statistics.estimate([]).mean)
+
+
+def test_p_of_a_bootstrap_by_hand():
+    assert statistics.bootstrap_p(np.array([-1.0, 1, 2, 3, 4, 5, 6, 7, 8])) == pytest.approx(2 * 2 / 10)
+    assert statistics.bootstrap_p(np.ones(999)) == pytest.approx(2 / 1000)
+    assert statistics.bootstrap_p(np.zeros(99)) == 1.0
+    assert math.isnan(statistics.bootstrap_p(np.array([math.nan])))
+
+
+def test_holm_by_hand():
+    # Sorted 0.01, 0.02, 0.04: times 3, 2, 1, then never falling.
+    assert statistics.holm([0.04, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert statistics.holm([0.03, 0.03]) == pytest.approx([0.06, 0.06])
+    assert statistics.holm([0.5, math.nan, 0.9])[0] == 1.0
+    assert math.isnan(statistics.holm([0.5, math.nan])[1])
+
+
+def test_wilcoxon_by_hand():
+    # Differences 1, 2, 3, 4, 5, all positive: p = 2 / 2^5.
+    assert statistics.wilcoxon(np.arange(5) * 2.0 + 1, np.arange(5) * 1.0) == pytest.approx(2 / 32)
+    assert statistics.wilcoxon(np.ones(4), np.ones(4)) == 1.0
+    assert math.isnan(statistics.wilcoxon(np.array([math.nan]), np.array([1.0])))
+
+
+def test_delong_is_the_test_of_the_paper_and_adds_folds(rng):
+    pytest.importorskip("MLstatkit")
+    pairs = []
+    difference = variance = 0.0
+    for _ in range(3):
+        label = (np.arange(50) % 3 == 0).astype(int)
+        scores = [label * effect + rng.normal(size=50) for effect in (0.9, 0.4)]
+        pairs.append((label, *scores))
+        parts = []
+        for score in scores:
+            wins = (score[label == 1][:, None] > score[label == 0]).astype(float)
+            parts.append((wins.mean(), wins.mean(1), wins.mean(0)))
+        difference += parts[0][0] - parts[1][0]
+        ones, zeros = parts[0][1] - parts[1][1], parts[0][2] - parts[1][2]
+        variance += ones.var(ddof=1) / len(ones) + zeros.var(ddof=1) / len(zeros)
+    expected = 2 * stats.norm.sf(abs(difference) / math.sqrt(variance))
+    assert statistics.delong(pairs) == pytest.approx(expected, rel=1e-9)
+    same = (pairs[0][0], pairs[0][1], pairs[0][1])
+    assert math.isnan(statistics.delong([same]))  # no variance, so no test; and no bootstrap under its name
+
+
+def test_pairs_are_compared_within_their_fold_only(rng):
+    first = pd.DataFrame({"label": [1, 0, 0], "score": [0.3, 0.2, 0.4]})
+    second = pd.DataFrame({"label": [1, 1, 0], "score": [0.9, 0.7, 0.8]})
+    alone = pd.DataFrame({"label": [1, 1], "score": [0.0, 0.0]})
+    assert float(statistics.pair_auroc([first, second, alone])) == pytest.approx((1 + 0 + 1 + 0) / 4)
+    assert math.isnan(statistics.pair_auroc([alone]))
+    table = people(rng)
+    assert float(statistics.pair_auroc([table])) == pytest.approx(roc_auc_score(table.label, table.score))
+    weights = rng.integers(0, 3, (5, 60)).astype(float)
+    assert statistics.pair_auroc([table], [weights]) == pytest.approx(
+        [roc_auc_score(table.label, table.score, sample_weight=row) for row in weights]
+    )
