@@ -174,8 +174,8 @@ def table(rows: list[dict[str, Any]], repeats: int) -> str:
     lines = [
         "# Preparing volumes: volta3d against a stock MONAI Compose with SaveImage",
         "",
-        f"`python benchmarks/prepare_throughput.py --repeats {repeats}`: medians of {repeats} turns of each method, one",
-        f"after the other in one session, one thread; {platform.machine()}, {os.cpu_count()} cores, "
+        f"`python benchmarks/prepare_throughput.py --repeats {repeats}`: medians of {repeats} turns of each method,",
+        f"one after the other in one session, one thread; {platform.machine()}, {os.cpu_count()} cores, "
         f"Python {platform.python_version()}, monai {monai.__version__}, torch {torch.__version__}.",
         "Peak is the largest resident size of the process, growth is how much of it came after the imports.",
         "",

@@ -196,8 +196,10 @@ def test_another_shape_or_spacing_than_wanted(tmp_path):
         InputError, match="volumes of shape 8x9x10, but 96x96x96 is wanted; prepare it with --shape 96,96,96"
     ):
         load_datalist(path, shape=(96, 96, 96))
-    with pytest.raises(InputError, match="volumes of spacing 1x1x1, but 2x2x2 is wanted"):
-        load_datalist(path, spacing=(2, 2, 2))
+    assert load_datalist(path, spacing=1.0).spacing == (1, 1, 1)
+    for spacing in (2, (2, 2, 2)):
+        with pytest.raises(InputError, match="volumes of spacing 1x1x1, but 2x2x2 is wanted"):
+            load_datalist(path, spacing=spacing)
     with pytest.raises(InputError, match="three positive numbers"):
         load_datalist(write(tmp_path, [item(0)], shape=[8, 9]))
 

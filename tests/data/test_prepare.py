@@ -16,6 +16,7 @@ import pytest
 import tiny_datasets as tiny
 from monai.data import load_decathlon_datalist
 
+from volta_components.cli import main
 from volta_components.data import worker
 from volta_components.data.datalist import load_datalist
 from volta_components.data.prepare import prepare
@@ -154,7 +155,7 @@ def test_ixi_quirks_are_named(prepared, capsys):
     assert ("IXI099", "row without a T1 scan") in reasons
     assert ("IXI040", "scan without a row in IXI.xls") in reasons
     assert any(subject == "IXI035" and "unknown sex code '3'" in reason for subject, reason in reasons)
-    assert {row["subject_id"] for row in datalist.excluded} >= {"IXI035", "IXI040"}
+    assert {row["subject_id"] for row in datalist.excluded} == {"IXI035", "IXI040", "IXI099"}
     assert status == 1
 
 
@@ -378,6 +379,12 @@ def test_patients_of_another_datalist_are_left_out_in_any_form(prepared, tmp_pat
     reason = "patient 002_S_0295 is in harp (--exclude-patients-of)"
     assert [(row["subject_id"], row["reason"]) for row in datalist.excluded] == [("sub-ADNI002S0295", reason)]
     assert not (tmp_path / "out/images/sub-ADNI002S0295_ses-M000.nii").exists()
+    assert main(["check", str(harp), str(tmp_path / "out"), "--deep"]) == 0
+    with (tmp_path / "out" / datalist.content["training"][0]["image"]).open("r+b") as stream:
+        stream.seek(400)
+        stream.write(b"\x00\x00\x40\x3f" * 10)
+    assert main(["check", str(harp), str(tmp_path / "out"), "--volumes"]) == 0
+    assert main(["check", str(harp), str(tmp_path / "out"), "--deep"]) == 2
 
 
 def test_sessions_baseline_all_and_named(tmp_path):
@@ -482,6 +489,14 @@ def test_a_second_start_does_no_work_and_a_changed_source_is_done_again(tmp_path
     (tmp_path / "out/images/sub-ADNI002S0297_ses-M000.nii").unlink()
     prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
     assert done == ["sub-ADNI002S0296_ses-M000", "sub-ADNI002S0297_ses-M000"]
+
+
+@pytest.mark.parametrize("layout", ["bids", "folder"])
+def test_an_output_among_the_scans_is_refused(tmp_path, layout):
+    root = tiny.make_bids(tmp_path / "source", subjects=1, labels=False)
+    with pytest.raises(InputError, match="lies in --source"):
+        prepare(layout, str(root), str(root if layout == "bids" else root / "prepared"), **OPTIONS)
+    assert prepare("bids", str(root), str(root / "derivatives/volta3d"), **OPTIONS) == 0
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):

@@ -101,14 +101,14 @@ def datalist_hash(content: Mapping[str, Any]) -> str:
 
 
 def load_datalist(
-    path: str | os.PathLike[str], shape: Sequence[int] | None = None, spacing: Sequence[float] | None = None
+    path: str | os.PathLike[str], shape: Sequence[int] | None = None, spacing: float | Sequence[float] | None = None
 ) -> Datalist:
     """Read a datalist and check its form; the volumes are checked by :func:`check_volumes`.
 
     Args:
         path: of ``datalist.json``, or of the folder that holds it.
         shape: of the volumes that the caller wants; None takes any.
-        spacing: of the volumes that the caller wants, mm; None takes any.
+        spacing: of the volumes that the caller wants, mm, one number or three; None takes any.
 
     Raises:
         InputError: if it is missing, empty, of another format, contradicts itself (a patient in two folds, an item
@@ -133,11 +133,14 @@ def load_datalist(
         raise InputError(f"{path}: the datalist is empty; see its 'excluded' for the reasons, and prepare it again")
     _check_content(path, content)
     for name, wanted in (("shape", shape), ("spacing", spacing)):
-        if wanted is not None and not np.allclose(content[name], list(wanted), rtol=0, atol=1e-6):
+        if wanted is None:
+            continue
+        three = [float(n) for n in np.broadcast_to(np.asarray(wanted, dtype=float), 3)]
+        if not np.allclose(content[name], three, rtol=0, atol=1e-6):
             raise InputError(
                 f"{path}: volumes of {name} {'x'.join(f'{n:g}' for n in content[name])}, but "
-                f"{'x'.join(f'{n:g}' for n in wanted)} is wanted; prepare it with --{name} "
-                f"{','.join(f'{n:g}' for n in wanted)}, or change the config"
+                f"{'x'.join(f'{n:g}' for n in three)} is wanted; prepare it with --{name} "
+                f"{','.join(f'{n:g}' for n in three)}, or change the config"
             )
     actual = datalist_hash(content)
     if content.get("hash") != actual:
@@ -405,7 +408,7 @@ def find_overlaps(datalists: Sequence[Datalist]) -> tuple[list[tuple[str, ...]],
     return certain + sorted(rows), uncertain
 
 
-def check(*datalists: str, strict: bool = False) -> int:
+def check(*datalists: str, strict: bool = False, volumes: bool = False, deep: bool = False) -> int:
     """Prove that datalists share no patient and no voxels; without overlap the exit status is 0, else 1.
 
     Patients are compared by canonical id, whatever the form (002_S_0295, sub-ADNI002S0295, file names); volumes by the
@@ -414,10 +417,15 @@ def check(*datalists: str, strict: bool = False) -> int:
     Args:
         datalists: datalist.json files, or the folders that hold them.
         strict: count an id such as sub-0001 as an overlap even when it stands in cohorts of different names.
+        volumes: also check that every volume is there, whole, and of the datalist's shape and spacing.
+        deep: also read every volume and compare it with its hash.
     """
     if not datalists:
         raise InputError("no datalist given; write: volta3d check A/datalist.json B/datalist.json")
     loaded = [load_datalist(str(path)) for path in datalists]
+    if volumes or deep:
+        for datalist in loaded:
+            check_volumes(datalist, deep)
     certain, uncertain = find_overlaps(loaded)
     if strict:
         certain, uncertain = certain + uncertain, []

@@ -106,10 +106,11 @@ def prepare(
         _choice("require", word, ("sex", "age", "diagnosis", "site"))
     wanted_sessions = _words(sessions) or (("all",) if layout in {"brats", "harp"} else ("baseline",))
     excluded_patients = _patients_of(_words(exclude_patients_of))
+    _check_apart(layout, root, target)
     _make_folder(target)
     state = target / STATE
     with _lock(state, index, n_shards) as temporary:
-        _same_settings(state, layout, settings, wanted_labels, wanted_sessions)
+        _same_settings(state, temporary, layout, settings, wanted_labels)
         listing = find(
             LayoutOptions(
                 source=root,
@@ -118,6 +119,7 @@ def prepare(
                 table=Path(str(table)) if table else None,
                 name=str(name) if name else None,
                 work=state / "dicom",
+                temporary=temporary,
                 workers=n_workers,
             )
         )
@@ -137,6 +139,7 @@ def prepare(
             return 0
         return _finish(
             target,
+            temporary,
             cohort,
             layout,
             settings,
@@ -217,6 +220,13 @@ def _workers(workers: int | None) -> int:
     return workers
 
 
+def _check_apart(layout: str, source: Path, target: Path) -> None:
+    """Refuse an output among the scans, where the next run would take it for scans; BIDS has derivatives/ for that."""
+    inside = source.resolve() in (target.resolve(), *target.resolve().parents)
+    if inside and (layout != "bids" or source.resolve() == target.resolve()):
+        raise InputError(f"--output {target} lies in --source {source}; choose a folder outside of it")
+
+
 def _make_folder(target: Path) -> None:
     try:
         for name in ("images", f"{STATE}/records", "qc/thumbnails"):
@@ -225,7 +235,7 @@ def _make_folder(target: Path) -> None:
         raise InputError(f"{target}: cannot write there ({error.strerror}); choose another --output") from error
 
 
-def _same_settings(state: Path, layout: str, settings: Settings, labels: str, sessions: tuple[str, ...]) -> None:
+def _same_settings(state: Path, temporary: Path, layout: str, settings: Settings, labels: str) -> None:
     """Refuse to mix volumes of different settings in one folder."""
     wanted = json.loads(json.dumps({"version": 1, "layout": layout, "labels": labels, **asdict(settings)}))
     path = state / "settings.json"
@@ -238,7 +248,8 @@ def _same_settings(state: Path, layout: str, settings: Settings, labels: str, se
                 f"{state.parent}: holds a data set prepared with {was}; choose another --output, or delete that folder"
             )
     else:
-        write_json(path, wanted)
+        write_json(temporary / "settings.json", wanted)
+        (temporary / "settings.json").replace(path)
 
 
 @contextlib.contextmanager
@@ -308,7 +319,7 @@ def _select(
         elif wanted_diagnoses and (scan.diagnosis or "").upper() not in wanted_diagnoses:
             leave("choice", f"diagnosis {scan.diagnosis} is not asked for", f"--diagnoses {','.join(diagnoses)}")
         elif lacking:
-            leave("problem", f"has no {' and no '.join(lacking)}", "complete the table, or do not --require it")
+            leave("problem", f"has no {' and no '.join(lacking)}", "complete the table, or take it with --require none")
         elif labels == "require" and not scan.labels:
             leave("problem", "image without label", "fetch its label, or choose --labels auto")
         else:
@@ -323,6 +334,7 @@ def _select(
 
 def _finish(
     target: Path,
+    temporary: Path,
     cohort: str,
     layout: str,
     settings: Settings,
@@ -368,11 +380,7 @@ def _finish(
     for item in items:
         item["fold"] = fold_of[item["patient_id"]]
     findings = sorted(listing.findings, key=lambda f: (f.kind, f.subject, f.file, f.reason))
-    excluded = [
-        {"subject_id": f.subject, "source": f.file, "reason": f.reason}
-        for f in findings
-        if f.left_out and f.kind != "quirk"
-    ]
+    excluded = [{"subject_id": f.subject, "source": f.file, "reason": f.reason} for f in findings if f.left_out]
     content = make_content(cohort, settings.spacing, settings.shape, seed, folds, items, excluded)
     problems = sum(f.kind == "problem" for f in findings)
     rows = [
@@ -380,18 +388,20 @@ def _finish(
         for item, (scan, record), found in zip(items, good, marks, strict=True)
     ]
     summary = _summary(cohort, layout, listing, items, marks, findings)
-    qc = target / "qc"
-    quality.write_contact_sheets(
-        qc,
-        [
-            (scan.key, qc / "thumbnails" / f"{scan.key}.png", bool(found))
-            for (scan, _), found in zip(good, marks, strict=True)
-        ],
-    )
-    quality.write_table(qc / "quality.csv", rows)
-    quality.write_table(qc / "findings.csv", map(asdict, findings), list(Finding.__dataclass_fields__))
-    quality.write_page(qc / "index.html", f"{cohort}: prepared volumes", summary, rows, [asdict(f) for f in findings])
-    write_json(target / "datalist.json", content)
+    qc, fresh = target / "qc", temporary / "qc"
+    thumbnails = [qc / "thumbnails" / f"{scan.key}.png" for scan, _ in good]
+    entries = [(scan.key, path, bool(found)) for (scan, _), path, found in zip(good, thumbnails, marks, strict=True)]
+    sheets = quality.write_contact_sheets(fresh, entries)
+    quality.write_table(fresh / "quality.csv", rows)
+    quality.write_table(fresh / "findings.csv", map(asdict, findings), list(Finding.__dataclass_fields__))
+    quality.write_page(fresh / "index.html", f"{cohort}: prepared volumes", summary, rows, list(map(asdict, findings)))
+    write_json(temporary / "datalist.json", content)
+    # Whole files are moved to their places one after the other, the datalist last.
+    for path in sorted(fresh.iterdir()):
+        path.replace(qc / path.name)
+    for old in set(qc.glob("contact_sheet*.png")) - {qc / path.name for path in sheets}:
+        old.unlink()
+    (temporary / "datalist.json").replace(target / "datalist.json")
     _print_findings(findings)
     print("\n".join(summary))
     print(f"{target / 'datalist.json'}: {len(items)} volumes, {folds} folds, hash {content['hash'][:16]}")

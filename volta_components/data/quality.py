@@ -159,9 +159,6 @@ def write_contact_sheets(folder: Path, entries: Sequence[tuple[str, Path, bool]]
         with atomic_path(path) as temporary:
             sheet.save(temporary, "PNG")
         paths.append(path)
-    for old in folder.glob("contact_sheet*.png"):
-        if old not in paths:
-            old.unlink()
     return paths
 
 
@@ -208,6 +205,17 @@ for(const table of document.querySelectorAll('table.sortable')){
 """
 
 
+def _explain_marks() -> str:
+    """One sentence for the page."""
+    return (
+        f"A volume is marked when more than {100 * LIMITS['cut at a side']:g} % of the head is cut at a side "
+        f"({100 * LIMITS['cut at the bottom']:g} % at the bottom, where the neck is), when it fills less than "
+        f"{100 * LIMITS['foreground at least']:g} % of the window, when the source is coarser than "
+        f"{LIMITS['source spacing, mm']:g} mm or oblique by more than {LIMITS['oblique, degrees']:g} degrees, or when "
+        f"its foreground, mean or SNR is more than {LIMITS['robust deviations']:g} robust deviations from the median."
+    )
+
+
 def write_page(
     path: Path,
     title: str,
@@ -250,7 +258,7 @@ def write_page(
         f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
         f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>",
         *(f"<p>{html.escape(line)}</p>" for line in summary),
-        "<p>A volume is marked when " + ", ".join(f"{k} {v:g}" for k, v in LIMITS.items()) + " is passed.</p>",
+        f"<p>{_explain_marks()}</p>",
         f"<h2>Volumes ({len(rows)})</h2>",
         f'<table class="sortable"><thead><tr><th scope="col">slices</th>{header(columns)}</tr></thead><tbody>',
     ]

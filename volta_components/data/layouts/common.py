@@ -130,6 +130,7 @@ class LayoutOptions:
         table: a table of subjects to read instead of the layout's own, or None.
         name: the cohort's name, where the user gave one; tells whose numbers bare ids are (``aibl``).
         work: a folder to keep what was learnt of DICOM folders.
+        temporary: a folder of this run's own, on the file system of ``work``, for files that are not whole yet.
         workers: threads for reading DICOM headers.
     """
 
@@ -139,6 +140,7 @@ class LayoutOptions:
     table: Path | None = None
     name: str | None = None
     work: Path | None = None
+    temporary: Path | None = None
     workers: int = 1
 
 

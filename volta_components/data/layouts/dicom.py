@@ -84,7 +84,7 @@ def read(options: LayoutOptions) -> Listing:
     groups: dict[tuple[str, str], list[_Series]] = {}
     count = 0
     with ThreadPoolExecutor(options.workers) as pool:
-        catalogues = pool.map(lambda folder: _catalogue(folder, root, options.work), folders)
+        catalogues = pool.map(lambda folder: _catalogue(folder, options), folders)
         bar = tqdm(catalogues, total=len(folders), unit="folder", desc="reading DICOM headers")
         for folder, (series, message) in zip(folders, bar, strict=True):
             place = relative(folder, root)
@@ -212,26 +212,29 @@ def _dicom_folders(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def _catalogue(folder: Path, root: Path, work: Path | None) -> tuple[list[tuple[str, dict[str, Any]]], str]:
+def _catalogue(folder: Path, options: LayoutOptions) -> tuple[list[tuple[str, dict[str, Any]]], str]:
     """Series of one folder as (uid, sidecar), and what dcm2niix said when there is none."""
     try:
         stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in dicom_files(folder)]
     except OSError as error:
         return [], f"cannot be read ({error.strerror})"
-    key = hashlib.sha256(json.dumps([relative(folder, root), stamp]).encode()).hexdigest()[:32]
-    cache = work / f"{key}.json" if work else None
+    key = hashlib.sha256(json.dumps([relative(folder, options.source), stamp]).encode()).hexdigest()[:32]
+    cache = options.work / f"{key}.json" if options.work else None
     if cache and cache.exists():
         kept = read_json(cache)
         return [(uid, facts) for uid, facts in kept["series"]], kept["message"]
-    with tempfile.TemporaryDirectory(prefix="volta3d-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="volta3d-", dir=options.temporary) as temporary:
         done = run_dcm2niix(folder, Path(temporary), "-b", "o")
         series: dict[str, dict[str, Any]] = {}
         for path in sorted(Path(temporary).glob("*.json")):
             facts = json.loads(path.read_text(encoding="utf-8", errors="replace"))
             series.setdefault(str(facts.get("SeriesInstanceUID") or path.stem), facts)
-    message = "" if series else _complaint(done)
-    if cache:
-        write_json(cache, {"series": sorted(series.items()), "message": message})
+        message = "" if series else _complaint(done)
+        if cache and options.temporary:
+            whole = Path(temporary) / "catalogue"
+            write_json(whole, {"series": sorted(series.items()), "message": message})
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            whole.replace(cache)
     return sorted(series.items()), message
 
 
