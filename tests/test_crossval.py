@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_bundle import write_bundle, write_datalist
+from fake_bundle import empty_store, write_bundle, write_datalist
 from mlflow import MlflowClient
 
 from volta_components import crossval as module
@@ -24,6 +24,7 @@ def place(tmp_path, monkeypatch):
     """A folder with the fake bundle and its datalist, and processes that find the fake bundle's code."""
     write_bundle(tmp_path)
     write_datalist(tmp_path / "datalist.json")
+    empty_store(tmp_path / "runs")
     tests = Path(__file__).parent
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent)]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -11,6 +11,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from fake_bundle import empty_store
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from scipy.ndimage import binary_dilation, gaussian_filter, shift
@@ -88,8 +89,7 @@ class Writer:
     """Writes runs as the bundles do."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.uri = f"sqlite:///{folder}/mlruns.db"
+        self.uri = empty_store(folder)
         self.artifacts = (folder / "mlruns").as_uri()
         self.client = MlflowClient(self.uri)
         self.experiments: dict[str, str] = {}
@@ -132,7 +132,12 @@ class Writer:
         self.client.log_batch(
             run_id,
             metrics=logged,
-            params=[Param("epochs", "20"), Param("fold", str(fold)), Param("batch_size", "8")],
+            params=[
+                Param("epochs", "20"),
+                Param("fold", str(fold)),
+                Param("batch_size", "8"),
+                Param("hd95_penalty_mm", "180.5"),
+            ],
             tags=[RunTag(key, str(value)) for key, value in known.items()],
         )
         for place, path in (files or {}).items():
@@ -159,7 +164,7 @@ class Writer:
                 )
 
     def segmentation(self, subjects: int = 6, **tags: Any) -> None:
-        from volta_components.report.masks import score
+        from volta_components.segmentation import score_mask
 
         with tempfile.TemporaryDirectory() as name:
             for init in ("volta", "unetr_scratch", "unet_scratch"):
@@ -174,7 +179,8 @@ class Writer:
                         nib.save(volume, folder / kind / f"sub-{number:04d}_ses-1.nii.gz")
                     person = {"subject_id": f"sub-{number:04d}", "patient_id": f"sub-{number:04d}", "session": "ses-1"}
                     rows.append(
-                        {**person, "site": "A", "sex": "FM"[number % 2], "age": 65 + number} | score(mask, truth)
+                        {**person, "site": "A", "sex": "FM"[number % 2], "age": 65 + number}
+                        | score_mask(np.asanyarray(mask.dataobj), np.asanyarray(truth.dataobj), (2.0, 2.0, 2.0))
                     )
                 write_rows(folder / "scores.csv", rows)
                 fall = np.exp(-np.arange(30) / 6)

@@ -191,7 +191,7 @@ def test_bad_input_is_named(store_uri, tmp_path):
         report(str(tmp_path), f"sqlite:///{tmp_path}/nothing.db")
     assert not (tmp_path / "nothing.db").exists()
     (tmp_path / "text.db").write_text("hello" * 1000)
-    with pytest.raises(InputError, match=r"text\.db"):
+    with pytest.raises(InputError, match=r"text\.db: not an MLflow store"):
         report(str(tmp_path), f"sqlite:///{tmp_path}/text.db")
     empty = Writer(tmp_path / "empty")
     empty.run("ixi_sex", "volta", 0, finished="false")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segmentations: whose image and truth a subject has, overlap and distance, and masks of other tools."""
+"""Segmentations: image, truth and masks of a scan, and masks of other tools."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 from nibabel.processing import resample_from_to
-from numpy.typing import NDArray
 
+from volta_components.data.layouts.common import LEFT, RIGHT
 from volta_components.errors import InputError
 from volta_components.report.store import FinishedRun, Store, Study
+from volta_components.segmentation import SIDES, score_mask
 
-FREESURFER = {17: 1, 53: 2}
-SIDES = {"left": 1, "right": 2}
+FREESURFER = {17: LEFT, 53: RIGHT}
 
 
 @dataclass
@@ -85,32 +85,6 @@ def find_case(store: Store, study: Study, name: str, fold: int, scores: dict[str
     return Case(name, first("images", everything), first("labels", everything), masks, scores)
 
 
-def dice(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Dice overlap of two boolean masks; NaN if both are empty."""
-    total = first.sum() + second.sum()
-    return float(2 * (first & second).sum() / total) if total else float("nan")
-
-
-def hd95(first: NDArray[Any], second: NDArray[Any], spacing: Sequence[float]) -> float:
-    """95th percentile of the symmetric Hausdorff distance in mm; NaN if a mask is empty.
-
-    Args:
-        first: boolean mask ``[D, H, W]``.
-        second: another one on the same grid.
-        spacing: mm for each axis.
-    """
-    import torch
-    from monai.metrics import compute_hausdorff_distance
-
-    if not first.any() or not second.any():
-        return float("nan")
-    tensors = [torch.as_tensor(mask[None, None].astype(np.float32)) for mask in (first, second)]
-    distance = compute_hausdorff_distance(
-        tensors[0], tensors[1], include_background=True, percentile=95, spacing=[float(side) for side in spacing]
-    )
-    return float(distance.item())
-
-
 def score_masks(store: Store, study: Study, tool: str, folder: Path) -> tuple[pd.DataFrame, dict[str, Path], list[str]]:
     """Score another tool's label maps on the scans that the reference init was scored on.
 
@@ -154,10 +128,12 @@ def score_masks(store: Store, study: Study, tool: str, folder: Path) -> tuple[pd
                 bad.append((name, str(path), str(error)))
                 continue
             files[name] = path
+            theirs, true = (np.asanyarray(volume.dataobj) for volume in (mask, truth))
+            scores = score_mask(theirs, true, nib.affines.voxel_sizes(truth.affine))
             known = {
                 key: getattr(row, key) for key in ("session", "site", "sex", "age", "patient_id") if hasattr(row, key)
             }
-            rows.append({"subject_id": row.subject_id, **known, "fold": run.fold, **score(mask, truth)})
+            rows.append({"subject_id": row.subject_id, **known, "fold": run.fold, **scores})
     if bad:
         raise InputError.many(
             f"--masks {tool}={folder}: {len(bad)} label maps cannot be used",
@@ -179,21 +155,6 @@ def score_masks(store: Store, study: Study, tool: str, folder: Path) -> tuple[pd
     return pd.DataFrame(rows), files, notes
 
 
-def score(mask: nib.Nifti1Image, truth: nib.Nifti1Image) -> dict[str, float]:
-    """Dice and HD95 per side and their means, and how many sides have an empty mask."""
-    arrays = [np.asanyarray(item.dataobj) for item in (mask, truth)]
-    spacing = nib.affines.voxel_sizes(truth.affine)
-    result: dict[str, float] = {}
-    for side, label in SIDES.items():
-        result[f"dice_{side}"] = dice(arrays[0] == label, arrays[1] == label)
-        result[f"hd95_{side}"] = hd95(arrays[0] == label, arrays[1] == label, spacing)
-    for metric in ("dice", "hd95"):
-        # As the bundle does: a scan with a side that has no distance has no mean distance either.
-        result[metric] = float(np.mean([result[f"{metric}_{side}"] for side in SIDES]))
-    result["failures"] = sum(not (arrays[0] == label).any() for label in SIDES.values())
-    return result
-
-
 def read_mask(path: Path, truth: nib.Nifti1Image) -> nib.Nifti1Image:
     """A label map with left = 1 and right = 2 on the truth's grid.
 
@@ -206,7 +167,7 @@ def read_mask(path: Path, truth: nib.Nifti1Image) -> nib.Nifti1Image:
         raise InputError(f"{values.ndim} axes instead of 3")
     labels = {int(value) for value in np.unique(values)}
     if labels & FREESURFER.keys():
-        values = np.where(values == 17, 1, np.where(values == 53, 2, 0))
+        values = sum(side * (values == label) for label, side in FREESURFER.items())
     elif not labels <= {0, 1, 2}:
         raise InputError(f"labels {sorted(labels)[:8]}")
     # The first world axis of NIfTI points to the right: the left hippocampus has the smaller coordinate.

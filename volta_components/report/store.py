@@ -120,11 +120,18 @@ class Store:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
-        # MLflow would make an empty database, and ask a server that is not there for minutes.
-        if tracking_uri.startswith("sqlite:///") and not Path(tracking_uri.removeprefix("sqlite:///")).is_file():
-            raise InputError(
-                f"{tracking_uri}: no such MLflow store; run volta3d crossval first, or name another with --tracking-uri"
-            )
+        # MLflow would make an empty database, try again and again to read what is none, and ask an absent server for
+        # minutes.
+        if tracking_uri.startswith("sqlite:///"):
+            database = Path(tracking_uri.removeprefix("sqlite:///"))
+            if not database.is_file():
+                raise InputError(
+                    f"{tracking_uri}: no such MLflow store; run volta3d crossval first, or name another with "
+                    "--tracking-uri"
+                )
+            with database.open("rb") as stream:
+                if stream.read(16) != b"SQLite format 3\0":
+                    raise InputError(f"{tracking_uri}: not an MLflow store; see --tracking-uri")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         self.tracking_uri = tracking_uri

@@ -17,6 +17,15 @@ from volta_components.report.paper import METRICS, TASKS, Task, in_order, name_o
 from volta_components.report.statistics import BOOTSTRAP, Comparison, Estimate, Resampling
 from volta_components.report.store import FinishedRun, Study
 
+SHOWN_OPTIMISTIC = {
+    "auroc": "AUROC",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "threshold": "threshold",
+    "mean_dice": "Dice",
+    "hd95": "HD95 (mm)",
+    "epoch": "epoch",
+}
 AGE_BANDS = (0, 30, 45, 60, 70, 80, 200)
 OURS, INTERVAL, PAPER = "here", "95 % CI", "paper"
 
@@ -363,7 +372,12 @@ class SegmentationTables:
             groups=[("", 1), ("Dice", 2), ("HD95 (mm)", 2), ("empty masks", 2)],
             columns=["init", "left", "right", "left", "right", "count", "HD95 with penalty"],
             rows=rows,
+            note=f"With penalty: a side with an empty mask counts as {self._penalty()}.",
         )
+
+    def _penalty(self) -> str:
+        values = {run.params["hd95_penalty_mm"] for run in self.study.runs if "hd95_penalty_mm" in run.params}
+        return f"{float(values.pop()):.0f} mm" if len(values) == 1 else "its run's hd95_penalty_mm"
 
     def comparisons(self) -> Table:
         """Paired differences of Dice between inits, patient by patient."""
@@ -419,13 +433,14 @@ def optimistic(study: Study) -> Table | None:
     names = sorted({name for run in study.runs for name in run.metrics if name.startswith("optimistic_")})
     if not names:
         return None
+    shown = [name for name in names if name.removeprefix("optimistic_") in SHOWN_OPTIMISTIC]
     numbers, rows = [], []
     for variant in study.variants:
         row = [name_of(variant)]
         for name in names:
             value = statistics.estimate([run.metrics.get(name, math.nan) for run in study.select(variant)])
             numbers.append({"init": variant, "metric": name, "mean": value.mean, "sd": value.sd, "runs": value.count})
-            row.append(plus_minus(value.mean, value.sd))
+            row += [plus_minus(value.mean, value.sd)] if name in shown else []
         rows.append(row)
     return Table(
         name=f"{study.bundle}_optimistic",
