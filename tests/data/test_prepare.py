@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import csv
 import errno
+import importlib
+import inspect
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -585,3 +588,43 @@ def test_settings_and_records_hold_no_absolute_path(prepared):
         assert str(source.parent) not in path.read_text()
     assert str(source.parent) not in (output / "datalist.json").read_text()
     assert json.loads((output / ".prepare/settings.json").read_text())["shape"] == [28, 30, 32]
+
+
+# --- the guides ------------------------------------------------------------------------------------------------------
+
+
+def test_the_guides_way_from_raw_data_to_a_pretraining_set(prepared, tmp_path, capsys):
+    _, harp, _ = prepared("harp")
+    _, brats, _ = prepared("brats")
+    root = tiny.make_bids(tmp_path / "ADNI", subjects=5, labels=False)
+    words = ["--shape", "28,30,32", "--workers", "1", "--exclude-patients-of", str(harp)]
+    adni = tmp_path / "adni"
+    assert main(["prepare", "--layout", "bids", "--source", str(root), "--output", str(adni), *words]) == 0
+    merged = tmp_path / "pretrain"
+    assert main(["merge", str(adni), str(brats), "--output", str(merged), "--name", "pretrain"]) == 0
+    assert main(["check", str(merged), str(harp), "--deep"]) == 0
+    assert main(["check", str(merged), str(adni)]) == 1
+    datalist = load_datalist(merged)
+    assert datalist.name == "pretrain" and {item["cohort"] for item in datalist.items} == {"adni", "brats"}
+    assert "002_S_0295" not in datalist.patients and len(datalist) == 9
+
+
+GUIDES = sorted((Path(__file__).parents[2] / "docs/data").glob("*.md"))
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
+def test_commands_in_the_guides_have_the_options_they_use(guide):
+    from volta_components.cli import COMMANDS
+
+    text = guide.read_text().replace("\\\n", " ")
+    found = re.findall(r"^volta3d (\w+) (.*)$", text, re.MULTILINE)
+    assert found or guide.stem == "README"
+    for name, words in found:
+        module, function = COMMANDS[name][0].split(":")
+        known = inspect.signature(getattr(importlib.import_module(module), function)).parameters
+        for flag in re.findall(r"--([a-z][a-z-]*)", words):
+            assert flag.replace("-", "_") in known, (name, flag)
+    for config in re.findall(r"--config_file ([\w/.]+\.json)", text):
+        assert (guide.parents[2] / config).exists(), config
+    for link in re.findall(r"\]\((\w+\.md)\)", text):
+        assert (guide.parent / link).exists(), link
