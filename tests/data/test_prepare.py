@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import tiny_datasets as tiny
 from monai.data import load_decathlon_datalist
+from test_volumes import BROKEN
 
 from volta_components.cli import main
 from volta_components.data import worker
@@ -278,6 +279,30 @@ def test_broken_volumes_are_named_and_the_rest_is_prepared(tmp_path, capsys):
     excluded = {row["subject_id"]: row["reason"] for row in load_datalist(tmp_path / "out").excluded}
     assert excluded["sub-ADNI002S0296"] == "empty file (0 bytes)"
     assert prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS, skip_bad=True) == 0
+
+
+def test_every_kind_of_broken_file_in_one_data_set(tmp_path):
+    root, bad = tmp_path / "source", {}
+    root.mkdir()
+    for i in range(3):
+        tiny.save_head(root / f"good{i}.nii.gz", seed=i)
+    for number, (kind, (make, reason)) in enumerate(BROKEN.items()):
+        place = tmp_path / f"made{number}"
+        place.mkdir()
+        path = make(place)
+        if kind not in {"missing", "folder"}:
+            name = f"bad{number:02d}{''.join(path.suffixes)}"
+            (root / name).symlink_to(path)
+            bad[name] = reason
+    assert len(bad) > 30
+    assert prepare("folder", str(root), str(tmp_path / "out"), **OPTIONS) == 1
+    assert [item["subject_id"] for item in load_datalist(tmp_path / "out").items] == ["good0", "good1", "good2"]
+    rows = {row["file"]: row for row in findings(tmp_path / "out") if row["kind"] == "problem"}
+    assert set(rows) == set(bad)
+    for name, reason in bad.items():
+        assert re.search(reason, rows[name]["reason"]), (name, rows[name]["reason"])
+        assert len(rows[name]["remedy"]) > 10 and rows[name]["left_out"] == "True"
+    assert {row["source"] for row in load_datalist(tmp_path / "out").excluded} == set(bad)
 
 
 def test_no_permission_is_named(tmp_path, monkeypatch):
