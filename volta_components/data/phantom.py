@@ -19,7 +19,9 @@ Known truth
       in [0.5, 1.5] (CN: 0), independently of sex, age and site;
     - ``age``: the same two structures, much more mildly;
     - ``site``: contrast between tissues, gamma, strength of bias field, noise and sharpness.
-    All parameters drawn and all true volumes are in each image's JSON sidecar, under ``Phantom``.
+    All parameters drawn and all true volumes are in each image's JSON sidecar, under ``Phantom``. With the default effects
+    and 800 subjects of 3 mm, 100 voxel components tell AD from CN with an AUROC of 0.93 and sex with 0.92, while the mean
+    token of a random encoder stays at 0.56 to 0.65 for AD (``benchmarks/phantom_effects.py``).
 
 Label maps
     Left (1) and right (2) hippocampus: ellipsoids of semi-axes 8, 20 and 8 mm around MNI (-26, -20, -14) and (26, -20,
@@ -42,6 +44,7 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -129,8 +132,8 @@ class Settings:
     prefix: str = "PH"
     effect_sex: float = 0.05
     effect_age: float = 0.1
-    effect_hippocampus: float = 0.35
-    effect_ventricles: float = 0.5
+    effect_hippocampus: float = 0.45
+    effect_ventricles: float = 0.75
 
     def __post_init__(self) -> None:
         def demand(good: bool, name: str, wanted: str) -> None:
@@ -728,8 +731,11 @@ def write_subject(output: str | os.PathLike[str], settings: Settings, number: in
     write_json(sidecar, content)
 
 
-def _one_thread() -> None:
+def _start_worker() -> None:
     torch.set_num_threads(1)
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches all processes; the parent winds up, its workers finish
 
 
 def _cores() -> int:
@@ -746,7 +752,7 @@ def _run(output: Path, settings: Settings, numbers: list[int], workers: int) -> 
                 bar.update()
             return
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(workers, len(numbers)), mp_context=context, initializer=_one_thread)
+        pool = ProcessPoolExecutor(min(workers, len(numbers)), mp_context=context, initializer=_start_worker)
         try:
             futures: list[Future[None]] = [pool.submit(write_subject, output, settings, number) for number in numbers]
             for future in as_completed(futures):
