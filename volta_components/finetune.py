@@ -568,6 +568,7 @@ class RunRecord:
         self.history: list[dict[str, float]] = []
         self._losses: list[float] = []
         self._recorded = False
+        self._engine: Engine | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers of past epochs."""
@@ -578,7 +579,10 @@ class RunRecord:
         self.history = [dict(row) for row in state["history"]]
 
     def attach(self, engine: Engine) -> None:
-        """Follow every mini-batch and epoch."""
+        """Follow every mini-batch and epoch; once, whoever attaches it."""
+        if self._engine is engine:
+            return
+        self._engine = engine
         engine.add_event_handler(Events.EPOCH_STARTED, self.record)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
@@ -657,14 +661,15 @@ class FinishRun:
     checkpoint is removed, as it is no longer needed; MLflow gets everything, ``finished`` last. A run that was killed
     in between goes on with what was left. Where ``result.json`` is already there, no epoch is trained.
 
-    Put it before ``ResumableCheckpoint`` and after all others.
+    Put it after ``ValidationHandler`` and before ``ResumableCheckpoint``. It attaches ``record`` as well: MONAI's
+    ``check_properties`` cannot read a list of handlers in which one is a reference.
 
     Args:
         output_dir: the run's folder.
         settings: must be the same when the run is started again.
         tags: see ``run_tags``.
         results: called in every process with the trainer; writes files in the first one only.
-        record: the history of epochs.
+        record: settings, tags and the history of epochs.
         checkpoint_path: the checkpoint to remove.
 
     Raises:
@@ -696,6 +701,8 @@ class FinishRun:
 
     def attach(self, engine: Engine) -> None:
         """Look for a finished run at the start; finish at the end."""
+        if self.record is not None:
+            self.record.attach(engine)
         engine.add_event_handler(Events.STARTED, self._started)
         engine.add_event_handler(Events.COMPLETED, self._completed)
 

@@ -1,0 +1,588 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The classification bundles: every config instantiated, real runs on small volumes, bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata
+from prepared import ROOT, make_prepared
+from sklearn.metrics import roc_auc_score
+
+from volta_components.classification import LoadScand, find_volumes, labelled_items
+from volta_components.classifier import SwinClassifier, VoltaClassifier
+from volta_components.data.datalist import load_datalist
+from volta_components.errors import InputError
+from volta_components.files import read_json
+from volta_components.metrics import sensitivity_specificity, youden_threshold
+from volta_components.weights import save_encoder
+
+BUNDLES = ("ixi_sex", "aibl_ad")
+SIDE = 32
+# Sizes at which a run takes a second or two.
+SIZES: dict[str, Any] = {
+    "volume_size": [SIDE] * 3,
+    "input_extent_mm": SIDE,
+    "image_size": [SIDE] * 3,
+    "hidden_size": 32,
+    "mlp_dim": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "summary_heads": 4,
+    "swin_embed_dim": 12,
+    "swin_window_size": [2] * 3,
+    "swin_depths": [1] * 4,
+    "num_workers": 0,
+    "unfrozen_blocks": 1,
+    "epochs": 2,
+    "warmup_epochs": 1,
+    "batch_size": 4,
+    "learning_rate": 0.01,
+}
+INFERENCE_ONLY = {key: SIZES[key] for key in list(SIZES)[:8]}
+
+
+def configs(bundle: str, *names: str) -> list[str]:
+    return [str(ROOT / "bundles" / bundle / "configs" / f"{name}.json") for name in names]
+
+
+def workflow(
+    bundle: str, names: tuple[str, ...], data: Path, encoder: Path, output: Path, **changes: Any
+) -> ConfigWorkflow:
+    """A bundle's workflow on the small data set, as ``monai.bundle run`` makes it."""
+    settings = {
+        **SIZES,
+        "bundle_root": str(ROOT / "bundles" / bundle),
+        "dataset_dir": str(data),
+        "encoder_path": str(encoder),
+        "output_dir": f"${str(output)!r}",
+        **changes,
+    }
+    made = ConfigWorkflow(
+        config_file=configs(bundle, *names),
+        meta_file=configs(bundle, "metadata")[0],
+        logging_file=False,
+        workflow_type="train",
+        **settings,
+    )
+    made.parser["train"]["handlers"] = [
+        handler for handler in made.parser["train"]["handlers"] if "ProgressBar" not in str(handler)
+    ]
+    return made
+
+
+def run(*args: Any, **changes: Any) -> dict[str, Any]:
+    """Run a workflow to its end; its ``result.json``."""
+    made = workflow(*args, **changes)
+    made.initialize()
+    made.run()
+    made.finalize()
+    return read_json(args[4] / "result.json")
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+# --- configs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_metadata_is_valid(bundle, schema, tmp_path):
+    copy = tmp_path / "schema.json"
+    shutil.copy(schema, copy)
+    verify_metadata(meta_file=configs(bundle, "metadata")[0], filepath=str(copy))
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train",),
+        ("train", "vit_scratch"),
+        ("train", "swin_scratch"),
+        ("train", "frozen"),
+        ("train", "full"),
+        ("train", "evaluate"),
+    ],
+)
+def test_every_config_is_instantiated(bundle, names, prepared, encoder, tmp_path):
+    changes = {"unfrozen_blocks": 0} if "frozen" in names else {"unfrozen_blocks": 2} if "full" in names else {}
+    made = workflow(bundle, names, prepared, encoder, tmp_path, **changes)
+    if "evaluate" in names:
+        made.parser["model"] = {}
+        made.initialize()
+        assert made.parser.get_parsed_content("results").parts.training == []
+        return
+    made.initialize()
+    assert made.check_properties() == []
+    network = made.parser.get_parsed_content("network")
+    assert type(network) is (SwinClassifier if "swin_scratch" in names else VoltaClassifier)
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    if "frozen" in names:
+        assert trained == 32 * 2 + 2
+    trainer = made.parser.get_parsed_content("train#trainer")
+    assert sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"]) == trained
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_overlays_are_a_few_lines_and_change_ids_that_exist(bundle):
+    train = read_json(configs(bundle, "train")[0])
+    swin = read_json(configs(bundle, "swin_scratch")[0])
+    for name in ("vit_scratch", "swin_scratch", "frozen", "full", "tiny"):
+        overlay = read_json(configs(bundle, name)[0])
+        known = set(train) | (set(swin) if name in ("swin_scratch", "tiny") else set())
+        assert set(overlay) <= known
+        assert overlay["_desc_"]
+        if name in ("vit_scratch", "frozen", "full"):
+            assert len(overlay) == 2
+
+
+def test_the_two_bundles_differ_only_in_what_the_task_is():
+    first, second = (read_json(configs(bundle, "train")[0]) for bundle in BUNDLES)
+    differing = {key for key in first if first[key] != second[key]}
+    assert differing == {
+        "_desc_",
+        "bundle_root",
+        "experiment_name",
+        "dataset_dir",
+        "label_key",
+        "classes",
+        "class_names",
+        "balanced",
+        "threshold",
+        "tags",
+        "results",
+    }
+
+
+def test_the_method_is_in_the_config():
+    config = read_json(configs("ixi_sex", "train")[0])
+    expected = {
+        "learning_rate": 1e-4,
+        "epochs": 50,
+        "batch_size": 8,
+        "warmup_epochs": 5,
+        "weight_decay": 1e-5,
+        "unfrozen_blocks": 6,
+        "image_size": [96] * 3,
+        "input_extent_mm": 192,
+        "pool": "summary",
+        "threshold": 0.5,
+    }
+    assert {key: config[key] for key in expected} == expected
+    assert read_json(configs("aibl_ad", "train")[0])["threshold"] == "youden"
+
+
+def test_input_is_the_padded_volume_averaged_over_blocks(tmp_path):
+    rng = np.random.default_rng(0)
+    volume = rng.random((12, 16, 16), dtype=np.float32)
+    nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "a.nii")
+    parser = ConfigParser()
+    parser.read_config(configs("ixi_sex", "train")[0])
+    parser.update({"input_extent_mm": 16, "image_size": [8, 8, 8]})
+    transform = parser.get_parsed_content("validate#preprocessing")
+    image = transform({"image": str(tmp_path / "a.nii"), "label": 1})["image"]
+    padded = np.pad(volume, ((2, 2), (0, 0), (0, 0)))
+    expected = padded.reshape(8, 2, 8, 2, 8, 2).mean(axis=(1, 3, 5))
+    np.testing.assert_allclose(image[0], expected, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_networks_input_and_output_are_what_the_metadata_says():
+    # One bundle: both have the same network. ViT-B at 96^3.
+    from monai.bundle import verify_net_in_out
+
+    verify_net_in_out(
+        net_id="network_def",
+        meta_file=configs("ixi_sex", "metadata")[0],
+        config_file=configs("ixi_sex", "inference")[0],
+    )
+    parts = [read_json(configs(bundle, "inference")[0])["network_def"] for bundle in BUNDLES]
+    formats = [read_json(configs(bundle, "metadata")[0])["network_data_format"]["inputs"] for bundle in BUNDLES]
+    assert parts[0] == parts[1] and formats[0] == formats[1]
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_scores_the_fold_writes_everything_and_repeats_itself(prepared, encoder, tmp_path):
+    first = run("ixi_sex", ("train",), prepared, encoder, tmp_path / "a", fold=1)
+    items = {item["subject_id"]: item for item in read_json(prepared / "datalist.json")["training"]}
+    rows = rows_of(tmp_path / "a" / "predictions.csv")
+    assert {row["subject_id"] for row in rows} == {name for name, item in items.items() if item["fold"] == 1}
+    assert all(int(row["label"]) == (items[row["subject_id"]]["sex"] == "F") for row in rows)
+    labels = [int(row["label"]) for row in rows]
+    scores = [float(row["score"]) for row in rows]
+    assert first["metrics"]["auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
+    called = [int(score >= 0.5) for score in scores]
+    assert called == [int(row["prediction"]) for row in rows]
+    assert first["metrics"]["threshold"] == 0.5 and rows[0]["optimistic_threshold"] == ""
+    expected = sensitivity_specificity(labels, scores, 0.5)
+    assert (first["metrics"]["sensitivity"], first["metrics"]["specificity"]) == expected
+    assert [row["epoch"] for row in first["history"]] == [1, 2]
+    assert {"train_loss", "val_loss", "val_auroc"} <= set(first["history"][-1])
+    assert first["subjects"] == {"training": 6, "validation": 2, "scored": 4, "unused": 0}
+    assert "loaded  encoder.summariser.cls_token" in (tmp_path / "a" / "pretrained.txt").read_text()
+
+    model = tmp_path / "a" / "models" / "model.pt"
+    record = read_json(model.with_suffix(".json"))
+    assert record["classes"] == ["M", "F"] and record["provenance"]["volumes"] == 8
+    assert record["network"]["config"]["hidden_size"] == 32
+
+    second = run("ixi_sex", ("train",), prepared, encoder, tmp_path / "b", fold=1)
+    assert second["history"] == first["history"]
+    states = [torch.load(tmp_path / name / "models" / "model.pt", weights_only=True) for name in "ab"]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert (tmp_path / "a" / "predictions.csv").read_text() == (tmp_path / "b" / "predictions.csv").read_text()
+
+
+def test_all_inits_see_the_same_subjects_and_scratch_trains_whole(prepared, encoder, tmp_path):
+    seen = {}
+    for name in (None, "vit_scratch", "swin_scratch"):
+        names = ("train",) if name is None else ("train", name)
+        made = workflow("aibl_ad", names, prepared, encoder, tmp_path, fold=2, seed=5, fraction=0.75)
+        parts = made.parser.get_parsed_content("parts")
+        seen[name] = [
+            [item["subject_id"] for item in part] for part in (parts.training, parts.validation, parts.scored)
+        ]
+        made.initialize()
+        network = made.parser.get_parsed_content("network")
+        frozen = [n for n, p in network.named_parameters() if not p.requires_grad and "norm_cross_attn" not in n]
+        assert bool(frozen) == (name is None)
+    assert seen[None] == seen["vit_scratch"] == seen["swin_scratch"]
+
+
+def test_aibl_balances_classes_and_chooses_its_threshold_on_the_validation_part(prepared, encoder, tmp_path):
+    # One AD case fewer, so that the weights are not 1.
+    data = tmp_path / "data"
+    shutil.copytree(prepared, data)
+    content = read_json(data / "datalist.json")
+    content["training"][2]["diagnosis"] = "MCI"
+    (data / "datalist.json").write_text(json.dumps(content))
+    made = workflow("aibl_ad", ("train",), data, encoder, tmp_path / "run", fold=1, validation_fraction=0.5)
+    with pytest.warns(UserWarning, match="was changed"):
+        made.initialize()
+    parts = made.parser.get_parsed_content("parts")
+    counts = np.bincount([item["label"] for item in parts.training])
+    np.testing.assert_allclose(made.parser.get_parsed_content("loss").weight, counts.sum() / (2 * counts), rtol=1e-6)
+    made.run()
+    result = read_json(tmp_path / "run" / "result.json")
+    table = made.parser.get_parsed_content("validate#scores")
+    assert result["metrics"]["threshold"] == youden_threshold(table.labels, table.scores)
+    rows = rows_of(tmp_path / "run" / "predictions.csv")
+    labels, scores = [int(row["label"]) for row in rows], [float(row["score"]) for row in rows]
+    best = youden_threshold(labels, scores)
+    assert result["metrics"]["optimistic_threshold"] == best == float(rows[0]["optimistic_threshold"])
+    pair = sensitivity_specificity(labels, scores, best)
+    assert (result["metrics"]["optimistic_sensitivity"], result["metrics"]["optimistic_specificity"]) == pair
+    labelled = made.parser.get_parsed_content("labelled")
+    assert labelled.left_out == [("sub-0002_ses-M000", "diagnosis is MCI")]
+
+
+def test_mlflow_holds_what_the_report_reads(prepared, encoder, tmp_path):
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlruns.db"
+    made = ConfigWorkflow(
+        config_file=configs("ixi_sex", "train", "vit_scratch"),
+        meta_file=configs("ixi_sex", "metadata")[0],
+        logging_file=False,
+        workflow_type="train",
+        tracking="mlflow",
+        tracking_uri=uri,
+        **{
+            **SIZES,
+            "bundle_root": str(ROOT / "bundles" / "ixi_sex"),
+            "dataset_dir": str(prepared),
+            "output_dir": f"${str(tmp_path / 'run')!r}",
+        },
+    )
+    for _ in range(2):  # the second time, nothing is done again and no second run counts
+        made.initialize()
+        made.run()
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("volta3d_ixi_sex")
+    runs = client.search_runs([experiment.experiment_id], "tags.finished = 'true'")
+    assert [item.info.run_name for item in runs] == ["vit_scratch_fold0_frac1_seed0"]
+    data = runs[0].data
+    expected = {"bundle": "ixi_sex", "init": "vit_scratch", "fold": "0", "fraction": "1", "seed": "0", "leak": "none"}
+    assert {key: data.tags[key] for key in expected} == expected
+    assert data.tags["phantom"] == "false" and data.tags["datalist_name"] == "fake"
+    assert data.tags["encoder_sha256"] == "" and data.tags["code_version"]
+    assert {"auroc", "sensitivity", "specificity", "threshold", "train_loss", "val_loss", "val_auroc"} <= set(
+        data.metrics
+    )
+    assert data.params["epochs"] == "2" and data.params["learning_rate"] == "0.01"
+    run_id = runs[0].info.run_id
+    history = client.get_metric_history(run_id, "train_loss")
+    assert [metric.step for metric in history] == [1, 2]
+    assert [metric.step for metric in client.get_metric_history(run_id, "val_loss")] == [1, 2]
+    path = client.download_artifacts(run_id, "predictions/predictions.csv", str(tmp_path))
+    assert set(rows_of(Path(path))[0]) == {
+        *("subject_id", "patient_id", "session", "site", "sex", "age"),
+        *("label", "score", "prediction", "threshold", "optimistic_threshold"),
+    }
+
+
+def command(bundle: str, names: tuple[str, ...], **settings: Any) -> list[str]:
+    options = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    files = str(configs(bundle, *names))
+    return [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, *options]
+
+
+def process_settings(prepared: Path, encoder: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    return {**SIZES, "dataset_dir": prepared, "encoder_path": encoder, "output_dir": output, **changes}
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(prepared, encoder, tmp_path):
+    whole = run("ixi_sex", ("train",), prepared, encoder, tmp_path / "whole", epochs=12)
+    words = command("ixi_sex", ("train",), **process_settings(prepared, encoder, tmp_path / "cut", epochs=12))
+    with (tmp_path / "log.txt").open("wb") as log:
+        process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
+        checkpoint = tmp_path / "cut" / "checkpoint.pt"
+        deadline = time.monotonic() + 300
+        while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert checkpoint.exists() and not (tmp_path / "cut" / "result.json").exists(), (tmp_path / "log.txt").read_text()
+    done = torch.load(checkpoint, weights_only=True)["engine"]["iteration"] // 2
+    assert 1 <= done < 12
+    resumed = run("ixi_sex", ("train",), prepared, encoder, tmp_path / "cut", epochs=12)
+    assert resumed["history"] == whole["history"]
+    assert resumed["metrics"] == whole["metrics"]
+    assert not checkpoint.exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_score_every_subject_once(prepared, encoder, tmp_path):
+    words = command(
+        "aibl_ad",
+        ("train", "multi_gpu_train"),
+        **process_settings(prepared, encoder, tmp_path / "run", batch_size=2, validation_fraction=0.5),
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words[1:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(launcher, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    result = read_json(tmp_path / "run" / "result.json")
+    rows = rows_of(tmp_path / "run" / "predictions.csv")
+    assert len({row["subject_id"] for row in rows}) == len(rows) == 4
+    labels, scores = [int(row["label"]) for row in rows], [float(row["score"]) for row in rows]
+    assert result["metrics"]["auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
+    assert result["settings"]["processes"] == 2
+
+
+# --- trained models ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, encoder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("trained")
+    run("aibl_ad", ("train",), prepared, encoder, output, fold=0, validation_fraction=0.5)
+    return output
+
+
+def test_evaluation_gives_the_same_scores_at_the_same_threshold(trained, prepared, encoder, tmp_path, capsys):
+    model = str(trained / "models" / "model.pt")
+    made = workflow("aibl_ad", ("train", "evaluate"), prepared, encoder, tmp_path, fold=0, model_path=model)
+    made.initialize()
+    made.run()
+    before, after = (rows_of(folder / "predictions.csv") for folder in (trained, tmp_path))
+    assert before == after
+    metrics = read_json(tmp_path / "metrics.json")["metrics"]
+    assert metrics.items() >= read_json(trained / "result.json")["metrics"].items()
+    assert metrics["auroc_low"] <= metrics["auroc"] <= metrics["auroc_high"]
+    assert "AUROC" in capsys.readouterr().out
+
+
+def test_evaluation_refuses_those_whom_the_model_was_trained_on(trained, prepared, encoder, tmp_path):
+    model = str(trained / "models" / "model.pt")
+    made = workflow("aibl_ad", ("train", "evaluate"), prepared, encoder, tmp_path, fold=None, model_path=model)
+    made.initialize()
+    with pytest.raises(RuntimeError) as caught:
+        made.run()
+    assert isinstance(caught.value.__cause__, InputError)
+    assert "was trained on 8 of the 12 scored patients" in str(caught.value.__cause__)
+
+
+def inference(trained: Path, source: Any, output: Path) -> list[dict[str, str]]:
+    made = ConfigWorkflow(
+        config_file=configs("aibl_ad", "inference"),
+        meta_file=configs("aibl_ad", "metadata")[0],
+        logging_file=False,
+        workflow_type="inference",
+        **{
+            **INFERENCE_ONLY,
+            "bundle_root": str(ROOT / "bundles" / "aibl_ad"),
+            "model_path": str(trained / "models" / "model.pt"),
+            "source": source,
+            "output_dir": str(output),
+        },
+    )
+    made.initialize()
+    assert made.check_properties() == []
+    made.run()
+    return rows_of(output / "predictions.csv")
+
+
+def test_inference_gives_the_trainings_probabilities_for_folder_datalist_and_list(trained, prepared, tmp_path):
+    expected = {row["subject_id"]: float(row["score"]) for row in rows_of(trained / "predictions.csv")}
+    files = [str(path) for path in sorted((prepared / "images").glob("*.nii"))[:2]]
+    for index, source in enumerate([str(prepared), str(prepared / "images"), files]):
+        rows = inference(trained, source, tmp_path / str(index))
+        assert list(rows[0]) == ["subject_id", "session", "file", "healthy", "AD", "prediction"]
+        assert len(rows) == (2 if source is files else 12)
+        found = {row["subject_id"]: row for row in rows}
+        for name in set(found) & set(expected):
+            assert float(found[name]["AD"]) == pytest.approx(expected[name], abs=2e-6)
+            assert float(found[name]["AD"]) + float(found[name]["healthy"]) == pytest.approx(1, abs=2e-6)
+    threshold = read_json(trained / "models" / "model.json")["threshold"]
+    assert all((float(row["AD"]) >= threshold) == (row["prediction"] == "AD") for row in rows)
+
+
+def test_a_raw_scan_is_prepared_on_the_way_and_a_prepared_one_is_taken_as_it_is(prepared, tmp_path):
+    path = sorted((prepared / "images").glob("*.nii"))[0]
+    image = nib.load(path)
+    load = LoadScand("image", spacing=1.0, shape=[SIDE] * 3)
+    as_is = load({"image": str(path)})["image"]
+    np.testing.assert_array_equal(as_is[0].numpy(), image.get_fdata(dtype=np.float32))
+    np.testing.assert_allclose(as_is.affine.numpy(), image.affine)
+    # A head in LPS at 2 mm, with intensities of a scanner.
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, 24)] * 3, indexing="ij"))
+    head = 900.0 * ((grid**2).sum(axis=0) < 0.3) * (1 + 0.2 * grid[1])
+    nib.save(nib.Nifti1Image(head.astype(np.int16), np.diag([-2.0, -2.0, 2.0, 1.0])), tmp_path / "raw.nii.gz")
+    raw = load({"image": str(tmp_path / "raw.nii.gz")})["image"]
+    assert raw.shape == (1, SIDE, SIDE, SIDE)
+    np.testing.assert_allclose(raw.affine[:3, :3].numpy(), np.eye(3), atol=1e-6)
+    assert raw.min() >= 0 and raw.max() <= 1
+    # The source is brighter towards its +y, which is the subject's back: towards the front it is darker.
+    front, back = raw[0, :, SIDE // 2 + 4 : -4], raw[0, :, 4 : SIDE // 2 - 4]
+    assert front[front > 0.2].mean() < back[back > 0.2].mean()
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+
+def changed(prepared: Path, folder: Path, change: Any) -> Path:
+    """A copy of the data set whose items are changed by ``change(item)``."""
+    shutil.copytree(prepared, folder)
+    content = read_json(folder / "datalist.json")
+    for item in content["training"]:
+        change(item)
+    (folder / "datalist.json").write_text(json.dumps(content))
+    return folder
+
+
+def cause_of(bundle: str, data: Path, encoder: Path, output: Path, *names: str, **changes: Any) -> str:
+    """The message of the input error that a run ends with, before anything is trained."""
+    with pytest.raises((RuntimeError, InputError)) as caught:
+        run(bundle, ("train", *names), data, encoder, output, **changes)
+    error: BaseException | None = caught.value
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    assert error is not None, caught.value
+    assert not (output / "checkpoint.pt").exists()
+    return str(error)
+
+
+@pytest.mark.filterwarnings("ignore:.*was changed since")
+def test_a_datalist_without_the_label_is_an_error(prepared, encoder, tmp_path):
+    data = changed(prepared, tmp_path / "data", lambda item: item.pop("sex"))
+    message = cause_of("ixi_sex", data, encoder, tmp_path / "run")
+    assert "nobody with sex M or F among 12 items" in message and "sub-0000" in message
+    assert "participants.tsv" in message
+
+
+@pytest.mark.filterwarnings("ignore:.*was changed since")
+def test_a_class_missing_from_the_fold_is_an_error(prepared, encoder, tmp_path):
+    def healthy(item: dict[str, Any]) -> None:
+        if item["fold"] == 1:
+            item["diagnosis"] = "CN"
+
+    data = changed(prepared, tmp_path / "data", healthy)
+    message = cause_of("aibl_ad", data, encoder, tmp_path / "run", fold=1)
+    assert "scored fold has nobody of AD" in message and "sub-0004" in message and "--folds" in message
+    message = cause_of("aibl_ad", data, encoder, tmp_path / "run", fold=3)
+    assert "fold 3 cannot be scored" in message
+
+
+def test_a_fraction_that_is_too_small_is_an_error(prepared, encoder, tmp_path):
+    message = cause_of("ixi_sex", prepared, encoder, tmp_path / "run", fraction=0.1)
+    assert "fraction 0.1 is too small" in message and "8 scans" in message
+    message = cause_of("aibl_ad", prepared, encoder, tmp_path / "run", fraction=0.5)
+    assert "nobody of healthy, AD for inner validation" in message
+
+
+def test_pretraining_on_scored_patients_is_an_error_unless_allowed_and_then_tagged(prepared, tmp_path, encoder):
+    from volta_components.record import patient_key
+    from volta_components.weights import load_encoder
+
+    path = tmp_path / "leaky.safetensors"
+    save_encoder(path, load_encoder(encoder), {"datalist_hash": "1", "patient_ids": [patient_key("sub-0001")]})
+    message = cause_of("ixi_sex", prepared, path, tmp_path / "run")
+    assert "1 of the 4 scored patients" in message and "sub-0001" in message and "--allow_leak" in message
+    result = run("ixi_sex", ("train",), prepared, path, tmp_path / "run", allow_leak=True, epochs=1)
+    assert result["tags"]["leak"] == "allowed"
+
+
+def test_data_or_encoder_that_is_not_there_says_what_to_run_first(tmp_path, prepared):
+    # Without a flag, from an empty place: the bundle's own folder elsewhere, as after a download.
+    for part in ("configs", "docs"):
+        shutil.copytree(ROOT / "bundles" / "ixi_sex" / part, tmp_path / "ixi_sex" / part)
+    words = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/train.json"]
+    done = subprocess.run(words, cwd=tmp_path / "ixi_sex", capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "error: data/ixi/datalist.json: no such datalist" in done.stderr
+    assert "volta3d prepare --layout" in done.stderr and "Traceback" not in done.stderr
+    message = cause_of("ixi_sex", prepared, tmp_path / "none.safetensors", tmp_path / "run")
+    assert "bundles/pretrain/configs/train.json" in message
+
+
+@pytest.mark.filterwarnings("ignore:.*was changed since")
+def test_aibl_takes_a_patients_first_session_unless_told_otherwise(prepared, tmp_path):
+    content = read_json(prepared / "datalist.json")
+    items = content["training"]
+    later = {**items[0], "session": "ses-M018", "diagnosis": "AD"}
+    content["training"] = sorted([*items, later], key=lambda item: (item["subject_id"], item["session"]))
+    (tmp_path / "datalist.json").write_text(json.dumps(content))
+    datalist = load_datalist(tmp_path)
+    first = labelled_items(datalist, "diagnosis", ["CN", "AD"])
+    assert len(first.items) == 12 and first.items[0]["label"] == 0
+    assert first.left_out == [("sub-0000_ses-M018", "not the patient's first session")]
+    assert len(labelled_items(datalist, "diagnosis", ["CN", "AD"], "all").items) == 13
+    with pytest.raises(InputError, match="nobody with diagnosis CN"):
+        labelled_items(datalist, "diagnosis", ["CN", "AD"], "ses-M018")
+
+
+def test_volumes_are_found_and_named_as_in_bids(tmp_path):
+    make_prepared(tmp_path / "data", count=4, side=8)
+    found = find_volumes(tmp_path / "data" / "images")
+    assert [(item["subject_id"], item["session"]) for item in found] == [
+        (f"sub-{number:04d}", "ses-M000") for number in range(4)
+    ]
+    assert find_volumes([found[0]["image"]])[0] == found[0]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no volumes"):
+        find_volumes(tmp_path / "empty")
+    with pytest.raises(InputError, match="no such folder"):
+        find_volumes(tmp_path / "none")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match="not a volume"):
+        find_volumes(tmp_path / "notes.txt")
