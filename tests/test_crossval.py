@@ -15,6 +15,7 @@ from fake_bundle import empty_store, write_bundle, write_datalist
 from mlflow import MlflowClient
 
 from volta_components import crossval as module
+from volta_components.cli import main
 from volta_components.crossval import Outcome, Run, _assignments, _claim, _lock, _tail, crossval, execute, plan
 from volta_components.errors import InputError
 
@@ -232,3 +233,21 @@ def test_a_job_whose_time_is_up_is_queued_again(place):
     delayed = module._Job().checkpoint(run)
     assert isinstance(delayed.function, module._Job) and delayed.args == (run,)
     assert Outcome(run, "finished").detail == ""
+
+
+def test_an_option_given_twice_is_not_half_forgotten(place, capsys):
+    words = ["crossval", "--bundle", "fake", "--datalist", "datalist.json", "--set", "epochs=1", "--set=hidden=[1]"]
+    assert main(words) == 2
+    assert "--set is given twice; separate values by commas" in capsys.readouterr().err
+
+
+def test_command_line_values_arrive_as_meant(place, capsys):
+    words = ["crossval", "--bundle", "fake", "--datalist", "datalist.json", "--inits", "volta,linear_scratch"]
+    words += ["--folds", "1", "--fractions", "0.5,1.0", "--set", "epochs=1,hidden=[1,2]", "--overlays", "tiny.json"]
+    assert main([*words, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        f"{init}_fold0_frac{fraction}_seed0" for fraction in ("0.5", "1") for init in ("volta", "linear_scratch")
+    ]
+    assert all("to do" in line and "monai.bundle run --config_file" in line for line in lines)
+    assert json.loads(next(place.glob("runs/fake/*/run.json")).read_text())["hidden"] == [1, 2]

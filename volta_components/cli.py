@@ -62,6 +62,11 @@ def main(argv: list[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"volta3d: no command {words[0]!r}\n\n{_usage()}", file=sys.stderr)
         return 2
+    flags = [word.partition("=")[0].replace("_", "-") for word in words[1:] if word.startswith("--")]
+    if twice := sorted({flag for flag in flags if flags.count(flag) > 1}):
+        # fire would take the last one and forget the others.
+        print(f"volta3d {words[0]}: {', '.join(twice)} is given twice; separate values by commas", file=sys.stderr)
+        return 2
     module, function = COMMANDS[words[0]][0].split(":")
     # Help goes to a pager where there is a terminal; plain output is what users of other commands expect.
     import fire

@@ -90,7 +90,7 @@ def test_two_folds_two_inits_two_fractions_killed_once_in_the_middle(data):
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 400
     # Killed when some runs are finished and another one has trained at least one epoch.
     while first.poll() is None and time.monotonic() < deadline:
         done = [*data.glob("runs/ixi_sex/*/result.json")]
@@ -107,7 +107,7 @@ def test_two_folds_two_inits_two_fractions_killed_once_in_the_middle(data):
     assert 0 < len(finished) < 8
 
     second = subprocess.run(
-        command(data), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False
+        command(data), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=480, check=False
     )
     assert second.returncode == 0, second.stderr[-3000:]
     assert f"8 of 8 runs are finished, {len(finished)} of them from before" in second.stdout
