@@ -8,6 +8,19 @@ Makes (or takes) a cohort of phantoms and asks for sex and diagnosis from
 
 Each with logistic regression, 5-fold cross-validation, 95 % bootstrap interval. Run with ``python
 benchmarks/phantom_effects.py [--output FOLDER] [--subjects 800]``; a folder that is given is kept, and used again.
+
+Last results (800 subjects of 3 mm, seed 1, default effects)::
+
+    features                  label      AUROC (95 % interval)   band
+    voxel PCA-100             diagnosis  0.929 (0.911 to 0.945)  0.85 to 0.97  in
+    random tokens, patch 16   diagnosis  0.562 (0.521 to 0.601)  0.00 to 0.75  in
+    random tokens, patch 9    diagnosis  0.648 (0.613 to 0.685)  0.00 to 0.75  in
+    voxel PCA-100             sex        0.898 (0.876 to 0.918)  0.80 to 0.95  in
+    random tokens, patch 16   sex        0.913 (0.893 to 0.931)
+    random tokens, patch 9    sex        0.935 (0.919 to 0.951)
+
+With --effect_hippocampus 0.35 --effect_ventricles 0.5, voxels tell the diagnosis with 0.784 (0.753 to 0.813) only. The
+true volumes themselves give 0.96 (ventricles) and 0.90 (a hippocampus) for the diagnosis, 0.94 (brain) for sex.
 """
 
 from __future__ import annotations
@@ -25,8 +38,9 @@ from sklearn.model_selection import StratifiedKFold
 from tqdm import tqdm
 
 from volta_components.data.phantom import phantom
+from volta_components.metrics import auroc_interval
 from volta_components.networks import VoltaViT
-from volta_components.probes import bootstrap_auroc, out_of_fold_scores
+from volta_components.probes import out_of_fold_scores
 
 BANDS = {
     ("voxel PCA-100", "diagnosis"): (0.85, 0.97),
@@ -99,7 +113,7 @@ def main(output: str | None = None, subjects: int = 800, spacing: int = 3, seed:
         rows = {"voxel PCA-100": scores}
         rows |= {name: out_of_fold_scores(matrix, truth, folds, "linear") for name, matrix in tokens.items()}
         for name, values in rows.items():
-            auroc, low, high = bootstrap_auroc(truth, values, list(table["participant_id"]))
+            auroc, low, high = auroc_interval(truth, values, list(table["participant_id"]))
             band = BANDS.get((name.split(",")[0], label))
             verdict = (
                 ""

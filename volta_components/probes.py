@@ -15,7 +15,6 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer
 from monai.transforms import SaveImage
 from sklearn.linear_model import LogisticRegressionCV
-from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, write_json
+from volta_components.metrics import auroc_interval
 from volta_components.networks import VoltaViT
 
 FEATURES = ("summary", "mean")
@@ -92,6 +92,7 @@ class EmbeddingTable:
             for name in FEATURES:
                 self.features[name].append(output["pred"][name].cpu().numpy())
             if self.attention_dir is not None:
+                Path(self.attention_dir).mkdir(parents=True, exist_ok=True)
                 meta = item["image"].meta if isinstance(item["image"], MetaTensor) else None
                 name = "_".join(str(item[key]) for key in self.keys if item.get(key))
                 saver = SaveImage(
@@ -135,24 +136,27 @@ def out_of_fold_scores(
         ``[n]``, higher for label 1.
 
     Raises:
-        InputError: if a training part lacks a class.
+        InputError: if a training part has fewer than two of a class.
     """
     scores = np.full(len(labels), np.nan)
     for fold in np.unique(folds):
         scored = folds == fold
         fitted = ~scored
-        if len(np.unique(labels[fitted])) < 2:
-            raise InputError(f"fold {fold}: the other folds hold one class only; use fewer folds or more subjects")
+        fewest = int(np.bincount(labels[fitted].astype(int), minlength=2).min())
+        if fewest < 2:
+            raise InputError(
+                f"fold {fold}: the other folds hold {fewest} of one class and two are needed; use fewer folds or more "
+                "subjects"
+            )
         if probe == "knn":
             count = min(neighbours, int(fitted.sum()))
             model: Any = make_pipeline(Normalizer(), KNeighborsClassifier(count, weights="distance"))
         elif probe == "linear":
-            inner = int(min(5, np.bincount(labels[fitted].astype(int)).min()))
             model = make_pipeline(
                 StandardScaler(),
                 LogisticRegressionCV(
                     Cs=np.logspace(-4, 1, 6),
-                    cv=max(2, inner),
+                    cv=min(5, fewest),
                     scoring="roc_auc",
                     max_iter=500,
                     random_state=seed,
@@ -165,33 +169,6 @@ def out_of_fold_scores(
         model.fit(features[fitted], labels[fitted])
         scores[scored] = model.predict_proba(features[scored])[:, 1]
     return scores
-
-
-def bootstrap_auroc(
-    labels: np.ndarray, scores: np.ndarray, patients: Sequence[str], repeats: int = 1000, seed: int = 0
-) -> tuple[float, float, float]:
-    """AUROC with a 95 % percentile bootstrap interval over patients.
-
-    Args:
-        labels: ``[n]``, 0 or 1.
-        scores: ``[n]``.
-        patients: patient of each row; all rows of a patient are drawn together.
-        repeats: bootstrap samples; those with one class only are drawn again.
-        seed: of the draws.
-
-    Returns:
-        AUROC, lower and upper bound.
-    """
-    rng = np.random.default_rng(seed)
-    names, inverse = np.unique(np.asarray(patients), return_inverse=True)
-    rows = [np.flatnonzero(inverse == i) for i in range(len(names))]
-    values: list[float] = []
-    while len(values) < repeats:
-        chosen = np.concatenate([rows[i] for i in rng.integers(0, len(rows), len(rows))])
-        if len(np.unique(labels[chosen])) == 2:
-            values.append(float(roc_auc_score(labels[chosen], scores[chosen])))
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(roc_auc_score(labels, scores)), float(low), float(high)
 
 
 def probe_report(
@@ -217,7 +194,7 @@ def probe_report(
         A row for each label, encoder, kind of embedding and probe.
 
     Raises:
-        InputError: if no label has both classes.
+        InputError: if no label has both classes, or too few of one.
     """
     rows: list[dict[str, Any]] = []
     folds = np.array([item["fold"] for item in items])
@@ -233,7 +210,7 @@ def probe_report(
                 matrix = table.matrix(feature)[known]
                 for probe in ("knn", "linear"):
                     scores = out_of_fold_scores(matrix, truth, folds[known], probe, neighbours, seed)
-                    auroc, low, high = bootstrap_auroc(truth, scores, list(patients[known]), seed=seed)
+                    auroc, low, high = auroc_interval(truth, scores, list(patients[known]), seed=seed)
                     rows.append(
                         {
                             "label": label,
