@@ -290,7 +290,8 @@ class LoadPreparedd(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace paths by volumes."""
-        result = dict(data)
+        # What is None, a session say, cannot be collated.
+        result = {key: value for key, value in data.items() if value is not None}
         path = Path(str(data[self.image_key]))
         volume = read_volume(path)
         given = data.get(self.label_key)
@@ -488,24 +489,27 @@ class KeepBest:
 
     Args:
         network: the network whose weights are kept.
-        evaluator: has been run at the end of an epoch, or not.
+        evaluator: the evaluator.
         metric: its metric; the first epoch of several equal ones counts.
         path: file of the weights.
+        interval: epochs between two runs of the evaluator; 0 leaves them to a ``ValidationHandler``.
         report_as: also put the value into the trainer's metrics of that epoch, under this name.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        evaluator: Engine,
+        evaluator: Any,
         metric: str,
         path: str | os.PathLike[str],
+        interval: int = 0,
         report_as: str | None = None,
     ) -> None:
         self.network = network
         self.evaluator = evaluator
         self.metric = metric
         self.path = Path(path)
+        self.interval = interval
         self.report_as = report_as
         self.epoch = 0
         self.value = -math.inf
@@ -529,6 +533,8 @@ class KeepBest:
             engine.state.metrics.pop(self.report_as, None)
 
     def _epoch_completed(self, engine: Engine) -> None:
+        if self.interval and engine.state.epoch % self.interval == 0:
+            self.evaluator.run(engine.state.epoch)
         if self.evaluator.state.epoch != engine.state.epoch or self.metric not in self.evaluator.state.metrics:
             return
         value = float(self.evaluator.state.metrics[self.metric])
@@ -748,6 +754,18 @@ def _write_nifti(path: Path, image: nib.Nifti1Image) -> None:
     content = image.to_bytes()
     with atomic_path(path) as temporary:
         temporary.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+
+
+def refer(handler: Any) -> Any:
+    """The handler itself: an entry of a config's list of handlers that has an id of its own elsewhere in the config.
+
+    Plain references would do for MONAI, but tools that look for a handler in such a list, MONAI Label among them,
+    expect every entry to be a dictionary with a ``_target_``.
+
+    Args:
+        handler: by reference, ``"@train#record"``.
+    """
+    return handler
 
 
 class SaveModel:
