@@ -336,7 +336,9 @@ def execute(run: Run, gpus: str | None = None) -> Outcome:
                 _CHILDREN.discard(process)
                 _stop([process])
         client = _client(run.tracking_uri)
-        if status == 0 and client.get_run(run_id).data.tags.get("finished") == "true":
+        if client.get_run(run_id).data.tags.get("finished") == "true":
+            # Whatever happened afterwards: everything is written.
+            client.set_terminated(run_id, "FINISHED")
             return Outcome(run, "finished")
         client.set_terminated(run_id, "FAILED")
         reason = f"exit status {status}" if status else "it ended without marking itself finished in MLflow"

@@ -151,16 +151,16 @@ def test_leaks_missing_runs_and_superseded_ones_are_said(tmp_path, capsys):
         "Leak allowed in 1 of 3 runs",
         "volta_fold0_frac1_seed0",
         "1 of 4 combinations have no finished run: vit_scratch fold 1 fraction 1",
-        "1 finished runs of another datalist (ffffffffffff) are not counted",
-        "1 older finished runs of the same init, fraction, fold and seed are not counted",
-        "1 runs were started and are not finished",
+        "Not counted: 1 finished run of another datalist (ffffffffffff).",
+        "Not counted: 1 finished run of an init, fraction, fold and seed that has a newer one.",
+        "Not counted: 1 run that did not finish.",
         "swin_scratch was not run",
         "volta_fold1_frac1_seed1 logged AUROC 0.1230, but its predictions give",
         "Figure 2 needs several fractions",
     ):
         assert text in page.replace("&#39;", "'"), text
         assert text in said, text
-    assert "Table II (Alzheimer&#39;s disease against healthy ageing (AIBL)): no finished runs." in page
+    assert "Table II, AD (AIBL): no finished runs." in page
     assert "phantom-banner" not in page
 
 

@@ -72,7 +72,7 @@ def report(
     for table in [runs, *(table for section in sections for table in section.tables)]:
         with atomic_path(root / "tables" / f"{table.name}.csv") as temporary:
             table.frame.to_csv(temporary, index=False)
-    absent = [f"Table {task.table} ({task.title})" for bundle, task in TASKS.items() if bundle not in _bundles(studies)]
+    absent = [f"Table {task.table}, {task.short}" for bundle, task in TASKS.items() if bundle not in _bundles(studies)]
     with atomic_path(root / "index.html") as temporary:
         temporary.write_text(render(sections, runs, absent, root), encoding="utf-8")
     for section in sections:

@@ -12,6 +12,7 @@ import matplotlib as mpl
 import nibabel as nib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
@@ -183,6 +184,7 @@ def training_figure(study: Study, store: Store, folder: Path) -> Picture | None:
                 labelled.add(variant)
                 axes.plot(epochs_axis, values, color=colours[variant], linewidth=1, alpha=0.7, label=label)
             axes.set(xlabel="epoch", title=CURVES[metric])
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         panels[0].legend(loc="best")
     caption = (
         "One line for each fold, on all of the training part; validation is the inner part, never the scored fold."

@@ -205,9 +205,7 @@ def read_studies(store: Store, experiments: list[str] | None = None) -> list[Stu
     )
     for study in studies:
         if unfinished[study.bundle]:
-            study.notes.append(
-                f"{unfinished[study.bundle]} runs were started and are not finished; they are not counted."
-            )
+            study.notes.append(f"Not counted: {_runs(unfinished[study.bundle], '')} that did not finish.")
     return studies
 
 
@@ -240,7 +238,7 @@ def _study(store: Store, bundle: str, runs: list[FinishedRun]) -> Study:
     others = Counter(run.tags.get("datalist_hash", "") for run in runs)
     others.pop(newest)
     for datalist, count in others.items():
-        notes.append(f"{count} finished runs of another datalist ({datalist[:12] or 'unnamed'}) are not counted.")
+        notes.append(f"Not counted: {_runs(count)} of another datalist ({datalist[:12] or 'unnamed'}).")
     cells: dict[tuple[str, float, int, int], FinishedRun] = {}
     repeated = 0
     for run in runs:
@@ -248,7 +246,7 @@ def _study(store: Store, bundle: str, runs: list[FinishedRun]) -> Study:
             repeated += run.cell in cells
             cells.setdefault(run.cell, run)
     if repeated:
-        notes.append(f"{repeated} older finished runs of the same init, fraction, fold and seed are not counted.")
+        notes.append(f"Not counted: {_runs(repeated)} of an init, fraction, fold and seed that has a newer one.")
     kept = list(cells.values())
     kind = _read_tables(store, kept)
     study = Study(bundle, kind, kept, notes)
@@ -289,6 +287,10 @@ def _read_tables(store: Store, runs: list[FinishedRun]) -> str:
                 )
         run.table = table
     return kind
+
+
+def _runs(count: int, kind: str = "finished ") -> str:
+    return f"{count} {kind}run{'s' * (count != 1)}"
 
 
 def _note_missing(study: Study) -> None:

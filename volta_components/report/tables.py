@@ -174,13 +174,13 @@ class ClassificationTables:
         found = [self._compare(first, second, full) for first, second in itertools.combinations(self.study.variants, 2)]
         note = (
             "Bootstrap of the difference, the same patients for both inits. Holm: p of the bootstrap, corrected for "
-            f"the {len(found)} comparisons of this table. "
+            f"{_comparisons(found)}. "
         )
         note += (
             "DeLong: fold differences and variances added up (MLstatkit); not corrected."
             if statistics.has_delong()
             else "DeLong's test was not made: of the libraries at hand none has it (SciPy and scikit-learn do not; "
-            "MLstatkit, which has, is not installed: pip install MLstatkit)."
+            "MLstatkit, which has, is not installed: pip install volta-components[delong])."
         )
         return _comparison_table(
             f"{self.study.bundle}_comparisons", "AUROC", [c for c in found if c], note, delong=True
@@ -394,7 +394,7 @@ class SegmentationTables:
             found.append(Comparison(first, second, float(frame["difference"].mean()), low, high, p, len(shared)))
         note = (
             "Wilcoxon signed-rank test of the patients' Dice; interval of the mean difference by bootstrap. Holm: "
-            f"corrected for the {len(found)} comparisons of this table."
+            f"corrected for {_comparisons(found)}."
         )
         return _comparison_table(f"{self.study.bundle}_comparisons", "Dice", found, note)
 
@@ -484,6 +484,10 @@ def run_table(studies: Sequence[Study]) -> Table:
         columns=["bundle", "run", "datalist", "encoder", "code", "leak", "MLflow id"],
         rows=rows,
     )
+
+
+def _comparisons(found: Sequence[Comparison | None]) -> str:
+    return "the only comparison of this table" if len(found) == 1 else f"the {len(found)} comparisons of this table"
 
 
 def _comparison_table(name: str, metric: str, found: list[Comparison], note: str, delong: bool = False) -> Table:
