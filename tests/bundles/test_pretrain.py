@@ -102,7 +102,9 @@ def test_objects_of_every_overlay_can_be_built(
     assert trainer.global_loss is losses[0]
     assert trainer.state.max_epochs == parser.get_parsed_content("epochs")
     # tiny.json keeps fold 0, four of the twelve volumes, for the reconstruction check.
-    assert trainer.sampler.iterations == (2 if overlay == "tiny" else 12)
+    volumes, batch = 8 if overlay == "tiny" else 12, parser.get_parsed_content("batch_size")
+    assert batch == (2 if overlay == "tiny" else 1)
+    assert trainer.sampler.iterations == volumes // batch
     assert isinstance(trainer.student, DistributedDataParallel) == (overlay == "multi_gpu_train")
     trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in trainer.plain_student.parameters() if p.requires_grad}
