@@ -209,7 +209,10 @@ def probe_report(
             for feature in ("summary", "mean", "summary+mean"):
                 matrix = table.matrix(feature)[known]
                 for probe in ("knn", "linear"):
-                    scores = out_of_fold_scores(matrix, truth, folds[known], probe, neighbours, seed)
+                    try:
+                        scores = out_of_fold_scores(matrix, truth, folds[known], probe, neighbours, seed)
+                    except InputError as error:
+                        raise InputError(f"label {label!r}: {error}") from error
                     auroc, low, high = auroc_interval(truth, scores, list(patients[known]), seed=seed)
                     rows.append(
                         {
