@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Probes and tables of embeddings, against scikit-learn and NumPy used by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from method_helpers import IMAGE, tiny_network
+from monai.data import DataLoader, Dataset, MetaTensor
+from monai.engines import SupervisedEvaluator
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedKFold
+
+from volta_components.errors import InputError
+from volta_components.metrics import auroc_interval
+from volta_components.probes import (
+    EmbeddingInferer,
+    EmbeddingTable,
+    embedding_picture,
+    out_of_fold_scores,
+    probe_report,
+)
+
+Draw = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def subjects(rng: np.random.Generator, count: int = 60, size: int = 6, shift: float = 0.8, folds: int = 4) -> Draw:
+    """Features of two classes ``shift`` apart along two axes of unequal scale; labels; folds of both classes."""
+    labels = np.arange(count) % 2
+    features = rng.normal(size=(count, size)) * np.array([1, 5, 1, 0.1, 20, 1])[:size] + 3
+    features[:, :2] += shift * labels[:, None] * np.array([1, 5])
+    return features, labels, np.arange(count) // 2 % folds
+
+
+# Scores -------------------------------------------------------------------------------------------------------------
+
+
+def test_nearest_neighbours_equal_numpy(rng: np.random.Generator) -> None:
+    """Votes of the nearest five among the other folds, weighted by one over the distance on the unit sphere."""
+    features, labels, folds = subjects(rng)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    expected = np.empty(len(labels))
+    for i, row in enumerate(unit):
+        others = np.flatnonzero(folds != folds[i])
+        distances = np.sqrt(2 - 2 * unit[others] @ row)
+        nearest = np.argsort(distances)[:5]
+        votes = 1 / distances[nearest]
+        expected[i] = (votes * labels[others[nearest]]).sum() / votes.sum()
+    actual = out_of_fold_scores(features, labels, folds, "knn", neighbours=5)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+
+
+def test_more_neighbours_than_subjects_means_all_of_them(rng: np.random.Generator) -> None:
+    features, labels, folds = subjects(rng, count=16)
+    few, many = (out_of_fold_scores(features, labels, folds, "knn", neighbours=n) for n in (12, 500))
+    np.testing.assert_array_equal(few, many)
+
+
+def test_the_linear_probe_is_a_logistic_regression_of_standardised_features(rng: np.random.Generator) -> None:
+    """Its strength has the best mean AUROC over five inner folds of the training part; the smallest of equals."""
+    features, labels, folds = subjects(rng, shift=1.5)
+    expected = np.empty(len(labels))
+    for fold in range(4):
+        fitted, scored = folds != fold, folds == fold
+        mean, deviation = features[fitted].mean(axis=0), features[fitted].std(axis=0)
+        inside, outside = (features[fitted] - mean) / deviation, (features[scored] - mean) / deviation
+        truth = labels[fitted]
+        strengths = np.logspace(-4, 1, 6)
+        scores = np.zeros(6)
+        for part, rest in StratifiedKFold(5).split(inside, truth):
+            for i, strength in enumerate(strengths):
+                model = LogisticRegression(C=strength, max_iter=500).fit(inside[part], truth[part])
+                scores[i] += roc_auc_score(truth[rest], model.decision_function(inside[rest])) / 5
+        best = LogisticRegression(C=strengths[np.argmax(scores)], max_iter=500).fit(inside, truth)
+        expected[scored] = 1 / (1 + np.exp(-(outside @ best.coef_[0] + best.intercept_[0])))
+    actual = out_of_fold_scores(features, labels, folds, "linear")
+    np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=1e-4)  # solvers stop at a tolerance
+    assert roc_auc_score(labels, actual) > 0.6
+
+
+@pytest.mark.parametrize("probe", ["knn", "linear"])
+def test_a_fold_never_sees_itself(rng: np.random.Generator, probe: str) -> None:
+    """Other labels or features in a fold change no score of its own other subjects, but those of other folds."""
+    features, labels, folds = subjects(rng)
+    before = out_of_fold_scores(features, labels, folds, probe)
+    inside = folds == 2
+
+    turned = np.where(inside, 1 - labels, labels)
+    after = out_of_fold_scores(features, turned, folds, probe)
+    np.testing.assert_array_equal(after[inside], before[inside])
+    assert not np.array_equal(after[~inside], before[~inside])
+
+    moved = features.copy()
+    last = np.flatnonzero(inside)[-1]
+    moved[last] += 100.0
+    after = out_of_fold_scores(moved, labels, folds, probe)
+    rest = inside.copy()
+    rest[last] = False
+    np.testing.assert_allclose(after[rest], before[rest], rtol=1e-12)
+
+
+@pytest.mark.parametrize("probe", ["knn", "linear"])
+def test_labels_that_features_say_nothing_of_score_like_chance(rng: np.random.Generator, probe: str) -> None:
+    """Each subject has a feature of its own: within a fold it would be learnt by heart; out of fold it is useless."""
+    count = 200
+    labels = rng.permutation(np.arange(count) % 2)
+    scores = out_of_fold_scores(np.eye(count), labels, np.arange(count) % 5, probe)
+    assert 0.3 < roc_auc_score(labels, scores) < 0.6
+
+
+def test_too_few_of_a_class_and_unknown_probes_are_named(rng: np.random.Generator) -> None:
+    features, _, _ = subjects(rng, count=12)
+    labels = np.array([0] * 9 + [1] * 3)
+    with pytest.raises(InputError, match="fold 2: the other folds hold 0 of one class and two are needed"):
+        out_of_fold_scores(features, labels, np.array([0, 1, 0, 1, 0, 1, 0, 1, 0, 2, 2, 2]), "linear")
+    with pytest.raises(InputError, match="fold 1: the other folds hold 1 of one class"):
+        out_of_fold_scores(features, labels, np.array([1] * 5 + [0] * 5 + [1, 1]), "knn")
+    with pytest.raises(InputError, match="no probe 'svm'; there are 'knn' and 'linear'"):
+        out_of_fold_scores(features, np.arange(12) % 2, np.arange(12) // 2 % 2, "svm")
+
+
+# Tables -------------------------------------------------------------------------------------------------------------
+
+
+AFFINE = np.array([[2.0, 0, 0, -7], [0, 2.0, 0, 5], [0, 0, 2.0, 11], [0, 0, 0, 1]])
+
+
+def images(count: int) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {
+            "image": MetaTensor(torch.rand(1, *IMAGE, generator=generator), affine=torch.tensor(AFFINE)),
+            "subject_id": f"sub-{i}",
+            "session": "" if i == 1 else "ses-M000",
+        }
+        for i in range(count)
+    ]
+
+
+def evaluate(table: EmbeddingTable, data: list[dict[str, Any]], attention: bool = False, runs: int = 1) -> Any:
+    network = tiny_network(decoder=False).eval()
+    for _ in range(runs):
+        SupervisedEvaluator(
+            device=torch.device("cpu"),
+            val_data_loader=DataLoader(Dataset(data), batch_size=2),
+            network=network,
+            inferer=EmbeddingInferer(attention),
+            val_handlers=[table],
+        ).run()
+    return network
+
+
+def test_the_table_has_a_row_for_each_volume(tmp_path: Path) -> None:
+    """Five volumes in batches of two; run twice, with the second run's rows only."""
+    data = images(5)
+    table = EmbeddingTable(tmp_path / "new" / "embeddings.csv")
+    network = evaluate(table, data, runs=2)
+    with torch.no_grad():
+        tokens = network.encode(torch.stack([torch.as_tensor(item["image"]).as_tensor() for item in data]))
+        expected = {"summary": network.summarise(tokens).numpy(), "mean": tokens.mean(dim=1).numpy()}
+    with (tmp_path / "new" / "embeddings.csv").open(newline="", encoding="utf-8") as stream:
+        header, *rows = csv.reader(stream)
+    assert header[:3] == ["subject_id", "session", "summary_0"]
+    assert header[33:36] == ["summary_31", "mean_0", "mean_1"]
+    assert [row[:2] for row in rows] == [[f"sub-{i}", "" if i == 1 else "ses-M000"] for i in range(5)]
+    values = np.array([[float(value) for value in row[2:]] for row in rows])
+    wanted = np.concatenate([expected["summary"], expected["mean"]], axis=1)
+    np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(table.matrix("mean"), expected["mean"], rtol=1e-5, atol=1e-6)
+    assert table.matrix("summary+mean").shape == (5, 64)
+    assert table.matrix("summary+mean")[3, 32] == table.matrix("mean")[3, 0]
+    np.testing.assert_allclose(network(data[0]["image"][None]).detach().numpy()[0], expected["summary"][0], rtol=1e-4)
+
+
+def test_a_table_in_memory_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    table = EmbeddingTable()
+    evaluate(table, images(2))
+    assert table.matrix("summary").shape == (2, 32)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_attention_maps_lie_on_the_image(tmp_path: Path) -> None:
+    data = images(2)
+    folder = tmp_path / "not" / "yet" / "there"
+    network = evaluate(EmbeddingTable(attention_dir=folder), data, attention=True)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "sub-0_ses-M000_attention.nii.gz",
+        "sub-1_attention.nii.gz",
+    ]
+    for item, path in zip(data, sorted(folder.iterdir())):
+        saved = nib.load(path)
+        assert saved.shape == IMAGE
+        np.testing.assert_allclose(saved.affine, AFFINE)
+        with torch.no_grad():
+            expected = network.attention_map(item["image"].as_tensor()[None])[0, 0].numpy()
+        np.testing.assert_allclose(saved.get_fdata(), expected, rtol=1e-5)
+        assert saved.get_fdata().mean() == pytest.approx(1.0, abs=0.1)
+
+
+# Report -------------------------------------------------------------------------------------------------------------
+
+
+def table_of(summary: np.ndarray, mean: np.ndarray) -> EmbeddingTable:
+    table = EmbeddingTable()
+    table.features = {"summary": list(summary), "mean": list(mean)}
+    return table
+
+
+@pytest.fixture
+def cohort(rng: np.random.Generator) -> tuple[dict[str, EmbeddingTable], list[dict[str, Any]]]:
+    """Forty scans of twenty patients; the good encoder's summary knows sex; diagnosis is unknown for some."""
+    items = [
+        {
+            "subject_id": f"sub-{i // 2:02d}",
+            "patient_id": f"p{i // 2:02d}",
+            "session": f"ses-{i % 2}",
+            "sex": "MF"[i // 2 % 2],
+            "diagnosis": ("CN", "MCI", "AD", None)[i // 4 % 4],
+            "fold": i // 16 % 2,
+            "site": "AB"[i % 2],
+        }
+        for i in range(40)
+    ]
+    sex = np.array([item["sex"] == "F" for item in items])
+    noise = rng.normal(size=(3, 40, 4))
+    good = noise[0] + 3.0 * sex[:, None]
+    return {"volta": table_of(good, noise[1]), "random": table_of(noise[2], noise[1])}, items
+
+
+def test_the_report_has_a_row_for_each_combination(
+    cohort: tuple[dict[str, EmbeddingTable], list[dict[str, Any]]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tables, items = cohort
+    targets = {"sex": ["M", "F"], "diagnosis": ["CN", "AD"], "age": ["young", "old"]}
+    rows = probe_report(tables, items, targets, tmp_path / "new" / "probes.json", neighbours=5)
+    assert json.loads((tmp_path / "new" / "probes.json").read_text()) == rows
+    assert len(rows) == 2 * 2 * 3 * 2
+    assert len({(r["label"], r["encoder"], r["embedding"], r["probe"]) for r in rows}) == len(rows)
+    assert {r["label"] for r in rows} == {"sex", "diagnosis"}  # nobody's age is "old"
+    for row in rows:
+        expected = (40, 20) if row["label"] == "sex" else (20, 8)
+        assert (row["subjects"], row["positive"]) == expected
+    best = next(r for r in rows if (r["label"], r["encoder"], r["embedding"]) == ("sex", "volta", "summary"))
+    assert best["auroc"] > 0.9
+    chance = [r["auroc"] for r in rows if r["encoder"] == "random" and r["label"] == "sex"]
+    assert max(chance) < 0.8
+
+    # One row by hand: who is scored, which class is 1, and patients rather than scans in the bootstrap.
+    (row,) = [
+        r
+        for r in rows
+        if (r["label"], r["encoder"], r["embedding"], r["probe"]) == ("diagnosis", "volta", "summary+mean", "knn")
+    ]
+    known = [i for i, item in enumerate(items) if item["diagnosis"] in ("CN", "AD")]
+    truth = np.array([items[i]["diagnosis"] == "AD" for i in known]).astype(int)
+    features = tables["volta"].matrix("summary+mean")[known]
+    scores = out_of_fold_scores(features, truth, np.array([items[i]["fold"] for i in known]), "knn", 5)
+    interval = auroc_interval(truth, scores, [items[i]["patient_id"] for i in known], seed=0)
+    assert (row["auroc"], row["auroc_low"], row["auroc_high"]) == interval
+    assert row["auroc"] == pytest.approx(roc_auc_score(truth, scores))
+
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 1 + len(rows)
+    line = next(line for line in printed if line.split()[:4] == ["sex", "volta", "summary", "knn"])
+    assert f"{best['auroc']:.3f} ({best['auroc_low']:.3f} to {best['auroc_high']:.3f})" in line
+
+
+@pytest.mark.parametrize("change", [lambda i: {"sex": "M"}, lambda i: {"sex": None}])
+def test_a_report_without_any_label_is_refused(
+    cohort: tuple[dict[str, EmbeddingTable], list[dict[str, Any]]],
+    tmp_path: Path,
+    change: Callable[[int], dict[str, Any]],
+) -> None:
+    tables, items = cohort
+    items = [{**item, **change(i)} for i, item in enumerate(items)]
+    with pytest.raises(InputError, match="no label of sex has both classes in the datalist; give --targets"):
+        probe_report(tables, items, {"sex": ["M", "F"]}, tmp_path / "probes.json")
+    assert not (tmp_path / "probes.json").exists()
+
+
+def test_the_picture_is_written(cohort: tuple[dict[str, EmbeddingTable], list[dict[str, Any]]], tmp_path: Path) -> None:
+    tables, items = cohort
+    embedding_picture(tables["volta"], items, ["sex", "diagnosis", "site"], tmp_path / "p" / "embeddings.png")
+    from matplotlib.image import imread
+
+    picture = imread(tmp_path / "p" / "embeddings.png")
+    assert picture.shape[1] > 2.5 * picture.shape[0]  # three panels beside each other
+    assert picture[..., :3].std() > 0.05
