@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,12 @@ def report(
     if tools and not any(study.kind == "segmentation" for study in studies):
         raise InputError(f"--masks: {uri} has no finished segmentation runs to compare them with")
     root = Path(output)
+    # Masks first: what is wrong with them should be said before anything is drawn.
+    scored = {study.bundle: _score_tools(study, store, tools) for study in studies if study.kind == "segmentation"}
     sections = [
-        _classification(study, store, root, bootstrap, seed)
-        if study.kind == "classification"
-        else _segmentation(study, store, root, tools, bootstrap, seed)
+        _segmentation(study, store, root, scored[study.bundle], bootstrap, seed)
+        if study.bundle in scored
+        else _classification(study, store, root, bootstrap, seed)
         for study in studies
     ]
     runs = run_table(studies)
@@ -108,19 +110,31 @@ def _classification(study: Study, store: Store, root: Path, samples: int, seed: 
     return Section(study, _present(made), pictures)
 
 
-def _segmentation(
-    study: Study, store: Store, root: Path, tools: Mapping[str, Path], samples: int, seed: int
-) -> Section:
-    scores: dict[str, pd.DataFrame] = {}
-    files: dict[str, dict[str, Path]] = {}
+@dataclass
+class _Tool:
+    """Another tool's masks: scores like the bundle's, and the files by scan."""
+
+    scores: pd.DataFrame
+    files: Mapping[str, Path]
+
+
+def _score_tools(study: Study, store: Store, tools: Mapping[str, Path]) -> dict[str, _Tool]:
+    result = {}
     for name, path in tools.items():
         if name in study.variants:
             raise InputError(f"--masks {name}={path}: an init has this name; choose another")
-        scores[name], files[name], notes = score_masks(store, study, name, path)
+        scores, files, notes = score_masks(store, study, name, path)
         study.notes += notes
-    tables = SegmentationTables(study, scores, samples, seed)
+        result[name] = _Tool(scores, files)
+    return result
+
+
+def _segmentation(
+    study: Study, store: Store, root: Path, tools: Mapping[str, _Tool], samples: int, seed: int
+) -> Section:
+    tables = SegmentationTables(study, {name: tool.scores for name, tool in tools.items()}, samples, seed)
     study.notes += tables.check_against_log()
-    cases = _cases(study, store, files, scores)
+    cases = _cases(study, store, tools)
     shown = {rank: case for rank, case in cases.items() if case.image is not None and case.truth is not None}
     for case in {case.name: case for rank, case in cases.items() if rank not in shown}.values():
         study.notes.append(f"{case.name} cannot be shown: its image or truth is neither in MLflow nor on disk.")
@@ -135,9 +149,7 @@ def _present(items: list[Any]) -> list[Any]:
     return [item for item in items if item is not None]
 
 
-def _cases(
-    study: Study, store: Store, files: Mapping[str, Mapping[str, Path]], scores: Mapping[str, pd.DataFrame]
-) -> dict[str, Case]:
+def _cases(study: Study, store: Store, tools: Mapping[str, _Tool]) -> dict[str, Case]:
     """Worst, median and best scan of the reference init."""
     rows = [
         (float(score), scan_name(row), run)
@@ -146,6 +158,8 @@ def _cases(
     ]
     rows = sorted((row for row in rows if math.isfinite(row[0])), key=lambda row: row[:2])
     ranks = {"worst": 0, "median": (len(rows) - 1) // 2, "best": len(rows) - 1} if rows else {}
+    tables = [(variant, run.table) for variant in study.variants for run in study.select(variant)]
+    tables += [(name, tool.scores) for name, tool in tools.items()]
     cases: dict[str, Case] = {}
     for rank, place in ranks.items():
         _, name, run = rows[place]
@@ -153,13 +167,13 @@ def _cases(
             continue
         dice = {
             variant: float(score)
-            for variant, table in [*((v, r.table) for v in study.variants for r in study.select(v)), *scores.items()]
+            for variant, table in tables
             for row, score in zip(table.itertuples(), table["dice"], strict=True)
             if scan_name(row) == name
         }
         case = find_case(store, study, name, run.fold, dice)
         if case.truth is not None:
-            extra = {tool: read_mask(paths[name], case.truth) for tool, paths in files.items() if name in paths}
+            extra = {key: read_mask(tool.files[name], case.truth) for key, tool in tools.items() if name in tool.files}
             case = replace(case, masks={**case.masks, **extra})
         cases[rank] = case
     return cases
