@@ -188,7 +188,12 @@ class VoltaViT(ViTAutoEnc):
 
     def _embed(self, image: Tensor) -> Tensor:
         grid = self.token_grid(image)
-        tokens = self.patch_embedding.patch_embeddings(image).flatten(2).transpose(1, 2)
+        # The strided convolution as one matrix product: the same numbers, and several times faster on CPUs.
+        convolution = self.patch_embedding.patch_embeddings
+        assert isinstance(convolution, nn.Conv3d)
+        patches = image.unflatten(4, (grid[2], -1)).unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
+        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+        tokens = functional.linear(patches, convolution.weight.flatten(1), convolution.bias)
         position = resample_position_embedding(self.patch_embedding.position_embeddings, self.grid, grid)
         return self.patch_embedding.dropout(tokens + position)
 
