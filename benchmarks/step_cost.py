@@ -118,9 +118,7 @@ def main() -> None:
         seconds[name] = min(turns)
         del step
     reference = seconds["this project, fp32"]
-    print(
-        f"| one step, globals 2 x {'x'.join(map(str, size))}, locals {count} x {local}^3 | s | times fp32's speed |"
-    )
+    print(f"| one step, globals 2 x {'x'.join(map(str, size))}, locals {count} x {local}^3 | s | times fp32's speed |")
     print("|---|---|---|")
     for name, value in seconds.items():
         print(f"| {name} | {value:.2f} | {reference / value:.2f} |")
