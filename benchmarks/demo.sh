@@ -30,7 +30,8 @@ step "" volta3d prepare --layout bids --source data/raw/phantom --output data/ph
     --spacing 3 --shape 48,64,64
 step "No subject is in both" volta3d check data/phantom_pretrain/datalist.json data/phantom/datalist.json
 
-step "Tiny pretraining" "${run[@]}" "['$pretrain/train.json','$pretrain/koleo.json','$pretrain/tiny.json']" --tracking mlflow
+step "Tiny pretraining" "${run[@]}" "['$pretrain/train.json','$pretrain/koleo.json','$pretrain/tiny.json']" \
+    --tracking "$pretrain/tracking.json"
 step "What the frozen encoder knows, beside the same network with random weights" \
     "${run[@]}" "$pretrain/evaluate.json" --run_name phantom_tiny --encoder_path "$encoder" \
     --dataset_dir data/phantom --num_workers 0
