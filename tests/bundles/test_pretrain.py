@@ -64,7 +64,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 def test_there_are_no_other_configs() -> None:
     """A new config belongs into these tests."""
     found = {path.stem for path in PRETRAIN.glob("*.json")}
-    assert found == {"train", "evaluate", "inference", "metadata", *OVERLAYS}
+    assert found == {"train", "evaluate", "inference", "metadata", "tracking", *OVERLAYS}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
