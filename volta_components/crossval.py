@@ -615,7 +615,8 @@ def _follow(outcomes: Generator[Outcome, None, None], total: int, done: int) -> 
     from tqdm import tqdm
 
     bad: list[Outcome] = []
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # A scheduler's SIGTERM ends as Ctrl-C does: children are stopped, and what to do is said.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with closing(outcomes), tqdm(total=total, initial=done, unit="run", desc="crossval") as bar:
             for outcome in outcomes:
