@@ -41,7 +41,7 @@ TINY_SIZES: dict[str, Any] = {
 }
 
 
-def make_prepared(folder: Path, count: int = 12, folds: int = 4, side: int = SIDE) -> Path:
+def make_prepared(folder: Path, count: int = 12, folds: int = 3, side: int = SIDE) -> Path:
     """Write volumes of ``side``^3 at 1 mm in [0, 1] and their datalist, as ``volta3d prepare`` would.
 
     Smooth random anatomy; women's volumes are brighter, patients with AD have a dark centre, so that probes have

@@ -164,6 +164,7 @@ class TrainingRecord:
         self.settings = _plain(dict(settings))
         self.tags = {"code_version": code_version(), **_plain(dict(tags or {}))}
         self.interval = interval
+        self._described = False
         self._recent: dict[str, list[float]] = defaultdict(list)
         self._epoch: dict[str, list[float]] = defaultdict(list)
 
@@ -171,28 +172,34 @@ class TrainingRecord:
         """Follow every mini-batch and epoch."""
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+        engine.add_event_handler(Events.COMPLETED, self._completed)
 
     def _iteration_completed(self, engine: Any) -> None:
         for name, value in engine.state.output[0].items():
             self._recent[name].append(value)
             self._epoch[name].append(value)
-        if engine.state.iteration % self.interval == 0:
-            means = {name: float(np.mean(values)) for name, values in self._recent.items()}
-            self._recent.clear()
-            self._log(engine, means)
-
-    def _log(self, engine: Engine, numbers: Mapping[str, float]) -> None:
         mlflow_handler = find_mlflow_handler(engine)
-        if mlflow_handler is None:
-            return
-        if self.settings:
+        if mlflow_handler is not None and not self._described:
             run_id = mlflow_handler.cur_run.info.run_id
             known = mlflow_handler.client.get_run(run_id).data.params
             mlflow_handler._log_params({k: v for k, v in self.settings.items() if k not in known})
             for name, value in self.tags.items():
                 mlflow_handler.client.set_tag(run_id, name, str(value))
-            self.settings = {}
-        mlflow_handler._log_metrics(dict(numbers), step=engine.state.iteration)
+        self._described = True
+        if engine.state.iteration % self.interval == 0:
+            means = {name: float(np.mean(values)) for name, values in self._recent.items()}
+            self._recent.clear()
+            if mlflow_handler is not None:
+                mlflow_handler._log_metrics(means, step=engine.state.iteration)
+
+    def _completed(self, engine: Engine) -> None:
+        mlflow_handler = None if self._described else find_mlflow_handler(engine)
+        if mlflow_handler is None:
+            return
+        run_id = mlflow_handler.cur_run.info.run_id
+        if not mlflow_handler.client.get_run(run_id).data.metrics:
+            # Nothing was left to train, and MONAI's handler has opened a new run beside the finished one.
+            mlflow_handler.client.set_tag(run_id, "superseded", "true")
 
     def _epoch_completed(self, engine: Engine) -> None:
         engine.state.metrics |= {name: float(np.mean(values)) for name, values in self._epoch.items()}
