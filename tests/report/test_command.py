@@ -109,6 +109,22 @@ def test_confusion_and_roc_are_scikit_learns():
     assert step_at(grid, false, true) == pytest.approx([true[false <= place + 1e-12].max() for place in grid])
 
 
+def test_tables_of_the_page_have_a_cell_under_every_label(made):
+    page = (made / "index.html").read_text()
+    tables = re.findall(r'<table id="(\w+)".*?</table>', page, flags=re.DOTALL)
+    assert len(tables) == 15
+    for table in re.finditer(r"<table .*?</table>", page, flags=re.DOTALL):
+        rows = re.findall(r"<tr>(.*?)</tr>", table[0], flags=re.DOTALL)
+        assert len({len(re.findall(r"<t[hd]", row)) for row in rows}) == 1, table[0][:80]
+        spans = re.findall(r'<tr class="groups">(.*?)</tr>', table[0], flags=re.DOTALL)
+        for group in spans:
+            width = sum(int(span or 1) for span in re.findall(r'<th(?: colspan="(\d+)")?>', group))
+            assert width == len(re.findall("<th", rows[0]))
+    optimistic = re.search(r'<table id="harp_hippocampus_optimistic".*?</table>', page, flags=re.DOTALL)[0]
+    assert re.findall(r"<th>(.*?)</th>", optimistic) == ["init", "epoch", "Dice"]
+    assert re.findall(r"<td>(.*?)</td>", optimistic)[:3] == ["VolTA-3D", "7", "0.95"]
+
+
 def test_files_for_papers(made):
     figures = sorted(path.name for path in (made / "figures").iterdir())
     for name in ("ixi_sex_fractions", "ixi_sex_roc", "aibl_ad_confusion", "aibl_ad_training", "harp_hippocampus_cases"):

@@ -225,7 +225,9 @@ def case_figure(study: Study, cases: Mapping[str, Case], folder: Path) -> Pictur
                 if name in planes:
                     for label, colour in SIDE_COLOURS.items():
                         _outline(panel, planes[name] == label, colour, aspect)
-                panel.set(xticks=[], yticks=[])
+                # Contours reach over the edge of the picture.
+                width, height = background.shape
+                panel.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(-0.5, height - 0.5))
                 for spine in panel.spines.values():
                     spine.set_visible(False)
                 if row == 0:

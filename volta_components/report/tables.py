@@ -440,16 +440,14 @@ def optimistic(study: Study) -> Table | None:
         for name in names:
             value = statistics.estimate([run.metrics.get(name, math.nan) for run in study.select(variant)])
             numbers.append({"init": variant, "metric": name, "mean": value.mean, "sd": value.sd, "runs": value.count})
-            row += [plus_minus(value.mean, value.sd)] if name in shown else []
+            if name in shown:
+                row.append(plus_minus(value.mean, value.sd, 0 if name == "optimistic_epoch" else 2))
         rows.append(row)
     return Table(
         name=f"{study.bundle}_optimistic",
         title="Optimistic: threshold or epoch chosen on the scored fold itself",
         frame=pd.DataFrame(numbers),
-        columns=[
-            "init",
-            *(name.removeprefix("optimistic_").replace("_", " ").replace("dice", "Dice") for name in names),
-        ],
+        columns=["init", *(SHOWN_OPTIMISTIC[name.removeprefix("optimistic_")] for name in shown)],
         rows=rows,
         note="Too good by construction; shown because the paper does not say how it chose. Mean ± SD over runs.",
     )
