@@ -16,6 +16,7 @@ COMMANDS = {
     "prepare": ("volta_components.data.prepare:prepare", "turn a data set into checked volumes and a datalist"),
     "crossval": ("volta_components.crossval:crossval", "train a bundle over folds, inits and fractions"),
     "report": ("volta_components.report.command:report", "tables and figures of finished cross-validations"),
+    "pack": ("volta_components.pack:pack", "make a bundle and its weights a zip that can be downloaded"),
     "check": ("volta_components.data.datalist:check", "prove that datalists do not overlap"),
     "merge": ("volta_components.data.datalist:merge", "join prepared data sets into one datalist"),
 }

@@ -1,0 +1,484 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``volta3d pack``: a bundle's folder becomes a zip that ``monai.bundle download`` takes, with hashes and provenance.
+
+The zip is laid out as the MONAI model zoo's are: one top folder of the bundle's name, with ``LICENSE``, ``configs``,
+``docs`` and ``models/model.pt``. MONAI reads such zips and has no command that writes them, hence this module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from volta_components.errors import InputError
+from volta_components.files import atomic_path, read_json, sha256_file, write_json
+
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+VERSION = re.compile(r"\d+\.\d+\.\d+")
+KEPT = ("LICENSE", "configs/*.json", "configs/logging.conf", "docs/*")
+TEXT = (".json", ".md", ".txt", ".yml", ".conf", "")
+# What stays as it is in a packed bundle: where its own weights lie.
+NOT_BAKED = ("_desc_", "suffix", "encoder_path", "bundle_root")
+PERSONAL = re.compile(
+    r"(?<![\w.:/])(?:/(?:home|Users|root|mnt|media|tmp|scratch|data|work|srv|opt)/[\w.-]+|[A-Z]:\\\\?\w)"
+)
+EPOCH = (1980, 1, 1, 0, 0, 0)
+CARD_HEADING = "## These weights"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What was written for one bundle.
+
+    Attributes:
+        path: the zip.
+        sha256: its hash.
+        hosted: weights to host beside it, which ``large_files.yml`` in the zip points to.
+    """
+
+    path: Path
+    sha256: str
+    hosted: tuple[Path, ...] = ()
+
+
+def pack(
+    output: str,
+    bundle: str | None = None,
+    all: bool = False,
+    overlays: str | Sequence[str] = (),
+    name: str | None = None,
+    model: str | None = None,
+    metrics: str | None = None,
+    large_files: str | None = None,
+    source: str = "",
+) -> int:
+    """Make a bundle's folder a zip that can be downloaded, with its weights, their provenance and hashes.
+
+    Args:
+        output: folder for ``NAME_vX.Y.Z.zip``, ``model_info.json`` (an entry for each zip, as the model zoo keeps them)
+            and ``SHA256SUMS``.
+        bundle: the bundle's folder.
+        all: every bundle below ``bundles`` instead.
+        overlays: overlays that the model was trained with, separated by commas (``tiny``): their values are merged
+            into the packed configs, so that these fit the weights as they are.
+        name: the packed bundle's name; the folder's by default, with ``_phantom_tiny`` after it for the overlay tiny.
+        model: the weights; ``models/model.pt`` by default (pretrain: ``models/encoder.safetensors``), with the suffix
+            that the overlays give it. The JSON of the same name beside it is needed.
+        metrics: a JSON of numbers to put into the model card besides the training run's own: ``metrics.json`` of
+            ``evaluate.json``, or ``probes.json`` of the pretrain bundle.
+        large_files: an address under which the weights will be hosted beside the zip; they are then left out of it,
+            and ``large_files.yml`` points there.
+        source: address under which the zip will be hosted, for ``model_info.json``.
+
+    Returns:
+        Exit status: 1 if, with ``all``, a bundle was left out.
+
+    Raises:
+        InputError: if weights, record or metadata are missing or do not fit each other.
+    """
+    if (bundle is None) == (not all):
+        raise InputError("give one bundle (--bundle bundles/NAME) or --all")
+    names = [word.strip() for word in overlays.split(",") if word.strip()] if isinstance(overlays, str) else overlays
+    folder = Path(output)
+    if bundle is not None:
+        _report(pack_bundle(Path(bundle), folder, names, name, model, metrics, large_files, source))
+        return 0
+    if name or model or metrics:
+        raise InputError("--name, --model and --metrics are of one bundle; give --bundle instead of --all")
+    bundles = sorted(path.parents[1] for path in Path("bundles").glob("*/configs/metadata.json"))
+    if not bundles:
+        raise InputError("no bundles/*/configs/metadata.json below this folder; run it from the repository's root")
+    left_out = []
+    for path in bundles:
+        try:
+            _report(pack_bundle(path, folder, names, large_files=large_files, source=source))
+        except InputError as error:
+            left_out.append((path.name, str(error)))
+    for what, why in left_out:
+        print(f"left out: {what}: {why}")
+    return int(bool(left_out))
+
+
+def _report(packed: Packed) -> None:
+    size = packed.path.stat().st_size / 1e6
+    print(f"{packed.path}: {size:.1f} MB, SHA-256 {packed.sha256}")
+    for path in packed.hosted:
+        print(f"  host beside it: {path}")
+
+
+def pack_bundle(
+    bundle: Path,
+    output: Path,
+    overlays: Sequence[str] = (),
+    name: str | None = None,
+    model: str | os.PathLike[str] | None = None,
+    metrics: str | os.PathLike[str] | None = None,
+    large_files: str | None = None,
+    source: str = "",
+) -> Packed:
+    """Pack one bundle; see ``pack``."""
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".partial-") as temporary:
+        top = Path(temporary) / (name or default_name(bundle, overlays))
+        assemble(bundle, top, overlays, model, metrics)
+        version = read_json(top / "configs" / "metadata.json")["version"]
+        stem = f"{top.name}_v{version}"
+        hosted = _set_aside(top, output, stem, large_files) if large_files else ()
+        check_paths(top)
+        path = output / f"{stem}.zip"
+        write_zip(top, path)
+    digest = sha256_file(path)
+    info_path = output / "model_info.json"
+    info = read_json(info_path) if info_path.is_file() else {}
+    with path.open("rb") as stream:
+        sha1 = hashlib.file_digest(stream, "sha1").hexdigest()  # what the zoo's entries have
+    address = f"{source.rstrip('/')}/{path.name}" if source else ""
+    info[stem] = {"checksum": sha1, "source": address, "sha256": digest}
+    write_json(info_path, dict(sorted(info.items())))
+    _write_sums(output, [path, *hosted])
+    return Packed(path, digest, hosted)
+
+
+def default_name(bundle: Path, overlays: Sequence[str] = ()) -> str:
+    """A packed bundle's name: the folder's, and ``_phantom_tiny`` for the quick start's weights."""
+    return bundle.resolve().name + ("_phantom_tiny" if "tiny" in [Path(overlay).stem for overlay in overlays] else "")
+
+
+def assemble(
+    bundle: Path,
+    target: Path,
+    overlays: Sequence[str] = (),
+    model: str | os.PathLike[str] | None = None,
+    metrics: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Make a bundle's folder self-contained: configs that fit the weights, weights as ``models/model.pt``, filled card.
+
+    Args:
+        bundle: the bundle's folder.
+        target: the new folder; its name is the packed bundle's name.
+        overlays: see ``pack``.
+        model: see ``pack``.
+        metrics: see ``pack``.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        InputError: see ``pack``.
+    """
+    metadata_path = bundle / "configs" / "metadata.json"
+    if not metadata_path.is_file():
+        raise InputError(f"{bundle}: no configs/metadata.json; give a bundle's folder, such as bundles/pretrain")
+    if not NAME.fullmatch(target.name):
+        raise InputError(f"name {target.name!r}: letters, digits and _ only, as MONAI takes it for a folder's name")
+    metadata = _checked_metadata(metadata_path)
+    baked = _overlay_values(bundle, overlays)
+    weights = _find_weights(bundle, baked, model)
+    record = _checked_record(weights)
+    if target.exists():
+        raise InputError(f"{target}: exists already; remove it first")
+    for pattern in KEPT:
+        for path in sorted(bundle.glob(pattern)):
+            if path.is_file() and path.stem not in [Path(overlay).stem for overlay in overlays]:
+                copy = target / path.relative_to(bundle)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+    if not (target / "LICENSE").is_file():
+        raise InputError(f"{bundle}: no LICENSE; a bundle that is passed on needs one")
+    for path in sorted((target / "configs").glob("*.json")):
+        if path.name != "metadata.json":
+            write_json(path, _baked(read_json(path), baked))
+    _fit_metadata(metadata, read_json(target / "configs" / "inference.json"), target.name)
+    write_json(target / "configs" / "metadata.json", metadata)
+    _write_weights(weights, target / "models" / "model.pt", record)
+    _fill_card(target, metadata, record, None if metrics is None else read_json(metrics))
+    return target
+
+
+def _checked_metadata(path: Path) -> dict[str, Any]:
+    metadata: dict[str, Any] = read_json(path)
+    version = str(metadata.get("version", ""))
+    if not VERSION.fullmatch(version):
+        raise InputError(f"{path}: version {version!r} is not of the form 1.2.3")
+    if version not in metadata.get("changelog", {}):
+        raise InputError(f"{path}: the changelog says nothing of version {version}; add a line")
+    return metadata
+
+
+def _overlay_values(bundle: Path, overlays: Sequence[str]) -> dict[str, Any]:
+    """Ids that the overlays set."""
+    values: dict[str, Any] = {}
+    for overlay in overlays:
+        path = bundle / "configs" / f"{overlay}.json" if os.sep not in overlay else Path(overlay)
+        if not path.is_file():
+            known = ", ".join(sorted(other.stem for other in path.parent.glob("*.json")))
+            raise InputError(f"{path}: no such overlay; there are {known}")
+        values |= read_json(path)
+    nested = sorted(name for name in values if "#" in name or name.startswith("+"))
+    if nested:
+        raise InputError(f"overlays {', '.join(overlays)}: {', '.join(nested)} cannot be merged; set whole ids")
+    return values
+
+
+def _find_weights(bundle: Path, baked: Mapping[str, Any], model: str | os.PathLike[str] | None) -> Path:
+    if model is not None:
+        path = Path(model)
+    else:
+        suffix = str(baked.get("suffix") or "")
+        init = "" if baked.get("init", "volta") == "volta" else f"_{baked['init']}"
+        names = [f"model{init}{suffix}.pt", f"encoder{suffix}.safetensors"]
+        found = [bundle / "models" / name for name in names if (bundle / "models" / name).is_file()]
+        path = found[0] if found else bundle / "models" / names[0]
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such weights; train them first (see {bundle / 'docs' / 'README.md'}), or give --model FILE"
+        )
+    return path
+
+
+def _checked_record(weights: Path) -> dict[str, Any]:
+    """The JSON beside the weights, without anything personal.
+
+    Raises:
+        InputError: if there is none, or it is of other weights.
+    """
+    path = weights.with_suffix(".json")
+    if not path.is_file():
+        raise InputError(f"{path}: missing; weights without provenance are not packed: train or export them again")
+    record: dict[str, Any] = read_json(path)
+    if record.get("sha256") != sha256_file(weights):
+        raise InputError(f"{weights}: its SHA-256 is not that of {path.name}; it was changed: train or export it again")
+    missing = [key for key in ("datalist_hash", "code_version", "settings") if key not in record.get("provenance", {})]
+    if missing:
+        raise InputError(f"{path}: its provenance lacks {', '.join(missing)}; train or export the weights again")
+    cleaned: dict[str, Any] = without_personal_paths(record)
+    return cleaned
+
+
+def without_personal_paths(value: Any) -> Any:
+    """A copy of JSON-like content in which absolute paths are cut to their last part."""
+    if isinstance(value, Mapping):
+        return {key: without_personal_paths(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_personal_paths(item) for item in value]
+    if isinstance(value, str) and "\n" not in value and not value.startswith("$"):
+        for kind in (PurePosixPath, PureWindowsPath):
+            path = kind(value)
+            if path.is_absolute() and len(path.parts) > 1:
+                return path.name
+    return value
+
+
+def _baked(config: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with the overlays' values merged in, and with its own folder as the bundle's root."""
+    if "bundle_root" not in config:
+        return config  # an overlay
+    config["bundle_root"] = "."
+    rest = {name: value for name, value in values.items() if name not in NOT_BAKED}
+    if "train" in config:
+        return config | rest
+    while wanted := [name for name in rest if name in config or f'@{name}"' in json.dumps(config)]:
+        config |= {name: rest.pop(name) for name in wanted}
+    return config
+
+
+def _fit_metadata(metadata: dict[str, Any], inference: Mapping[str, Any], name: str) -> None:
+    """Sizes of the packed network, and a name that tells phantoms from patients."""
+    size = inference.get("image_size")
+    formats = metadata["network_data_format"]
+    for tensor in [*formats["inputs"].values(), *formats["outputs"].values()]:
+        if isinstance(size, list) and len(tensor["spatial_shape"]) == len(size):
+            tensor["spatial_shape"] = list(size)
+        if tensor["format"] == "features":
+            tensor["num_channels"] = inference.get("hidden_size", tensor["num_channels"])
+    if name.endswith("_phantom_tiny"):
+        metadata["name"] += " (trained on phantoms)"
+        metadata["description"] = (
+            "Trained on synthetic heads (phantoms) in a few minutes: shows that the pipeline works, and nothing about "
+            f"patients. {metadata['description']}"
+        )
+
+
+def _write_weights(source: Path, target: Path, record: dict[str, Any]) -> None:
+    """The weights as ``model.pt``, which MONAI's tools look for, and their record with the new file's hash."""
+    import torch
+
+    from volta_components.weights import read_weights
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    state = read_weights(source)
+    if source.suffix == ".pt":
+        shutil.copyfile(source, target)
+    else:
+        torch.save(dict(sorted(state.items())), target)
+    write_json(target.with_suffix(".json"), {**record, "sha256": sha256_file(target)})
+
+
+def _set_aside(top: Path, output: Path, stem: str, address: str) -> tuple[Path, ...]:
+    """Move the weights out of the folder; ``large_files.yml`` says where they will be."""
+    path = top / "models" / "model.pt"
+    hosted = output / f"{stem}_model.pt"
+    with atomic_path(hosted) as temporary:
+        shutil.copyfile(path, temporary)
+    lines = [
+        "large_files:",
+        '- path: "models/model.pt"',
+        f'  url: "{address.rstrip("/")}/{hosted.name}"',
+        f'  hash_val: "{sha256_file(hosted)}"',
+        '  hash_type: "sha256"',
+    ]
+    path.unlink()
+    (top / "large_files.yml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return (hosted,)
+
+
+def check_paths(folder: Path) -> None:
+    """Make sure that no text below a folder has an absolute or personal path.
+
+    Raises:
+        InputError: with files and lines.
+    """
+    rows = []
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.suffix not in TEXT:
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            found = PERSONAL.search(line)
+            own = str(Path.home())
+            if found or (len(own) > 5 and own in line):
+                rows.append((f"{path.relative_to(folder)}:{number}", found.group() if found else own))
+    if rows:
+        raise InputError.many(
+            f"{len(rows)} lines have a path of somebody's machine",
+            rows,
+            "Use paths relative to the bundle or to the working folder.",
+        )
+
+
+def write_zip(folder: Path, path: Path) -> None:
+    """Zip a folder under its own name; the same content gives the same bytes, whenever and wherever.
+
+    Args:
+        folder: the folder.
+        path: the zip.
+    """
+    files = {file.relative_to(folder.parent).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", compresslevel=6) as zipped:
+        for name, file in sorted(files.items()):
+            entry = zipfile.ZipInfo(name, EPOCH)
+            entry.create_system = 3  # Unix, whatever this machine is
+            entry.external_attr = 0o100644 << 16
+            # Weights hardly shrink, and deflate's output may differ between versions of zlib.
+            stored = file.suffix in (".pt", ".safetensors")
+            entry.compress_type = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
+            with file.open("rb") as source, zipped.open(entry, "w", force_zip64=stored) as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+
+
+def _write_sums(output: Path, paths: Sequence[Path]) -> None:
+    """Hashes in the form that ``sha256sum --check`` reads."""
+    sums_path = output / "SHA256SUMS"
+    lines = sums_path.read_text(encoding="utf-8").splitlines() if sums_path.is_file() else []
+    sums = {line.split("  ", 1)[1]: line.split("  ", 1)[0] for line in lines if "  " in line}
+    sums |= {path.name: sha256_file(path) for path in paths}
+    with atomic_path(sums_path) as temporary:
+        temporary.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())), encoding="utf-8")
+
+
+# --- model card --------------------------------------------------------------------------------------------------
+
+
+def _fill_card(target: Path, metadata: Mapping[str, Any], record: Mapping[str, Any], more: Any) -> None:
+    """Append to the model card what these very weights were made from, and how well they did."""
+    path = target / "docs" / "README.md"
+    card = path.read_text(encoding="utf-8") if path.is_file() else f"# {metadata['name']}\n"
+    lines = [CARD_HEADING, "", *_provenance_lines(target, metadata, record), "", *_metric_lines(record, more)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(card.rstrip("\n") + "\n\n" + "\n".join(lines).rstrip("\n") + "\n", encoding="utf-8")
+
+
+def _provenance_lines(target: Path, metadata: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[str]:
+    provenance = record["provenance"]
+    settings = provenance["settings"]
+    phantom = "phantom" in f"{provenance.get('cohort', '')} {record.get('tags', {}).get('datalist_name', '')}".lower()
+    if phantom:
+        yield "**Trained on phantoms (synthetic heads). Nothing here is about patients.**"
+        yield ""
+    yield f"`{target.name}` {metadata['version']}, made by `volta3d pack`."
+    yield ""
+    yield "| | |"
+    yield "|---|---|"
+    patients = provenance.get("patient_ids", [])
+    data = f"{provenance['volumes']} volumes of {len(patients)} subjects"
+    yield f"| trained on | {data}, {provenance.get('cohort') or 'cohort not named'} |"
+    counts = record.get("subjects", {})
+    if counts:
+        yield f"| split | {', '.join(f'{count} {part}' for part, count in counts.items())} |"
+    yield f"| datalist hash | `{provenance['datalist_hash']}` |"
+    yield f"| code | volta_components {provenance['code_version']} |"
+    versions = ", ".join(
+        f"{name} {provenance[key]}"
+        for name, key in (("torch", "torch_version"), ("MONAI", "monai_version"), ("Python", "python_version"))
+        if provenance.get(key)
+    )
+    yield f"| trained with | {versions or '-'} |"
+    yield f"| seed | {settings.get('seed', '-')} |"
+    yield f"| epochs | {record.get('epoch') or provenance.get('epochs') or settings.get('epochs', '-')} |"
+    tags = record.get("tags", {})
+    if tags:
+        yield f"| init, fold, fraction | {tags.get('init')}, {tags.get('fold')}, {tags.get('fraction')} |"
+        yield f"| encoder | `{tags.get('encoder_sha256') or 'none (from scratch)'}` |"
+        yield f"| pretrained on any scored patient | {'no' if tags.get('leak') == 'none' else 'yes, or not known'} |"
+    yield f"| parameters | {record['parameters']:,} |"
+    yield ""
+    yield "All settings are in `models/model.json`, with hashed ids of the subjects, so that a later user can make sure"
+    yield "to score nobody whom the weights were trained on (SHA-256 of the id: whoever knows an id can look it up)."
+    yield ""
+    yield f"Intended use: {metadata.get('intended_use', '-')}"
+
+
+def _metric_lines(record: Mapping[str, Any], more: Any) -> Iterator[str]:
+    metrics, intervals = record.get("metrics", {}), record.get("intervals", {})
+    if metrics:
+        scored = record.get("subjects", {}).get("scored")
+        yield f"Scored on the held-out fold{f' ({scored} scans)' if scored else ''}, by the training run itself:"
+        yield ""
+        yield "| metric | value | 95 % interval |"
+        yield "|---|---|---|"
+        for key, value in metrics.items():
+            low_high = intervals.get(key)
+            shown = f"{low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else ""
+            yield f"| {key} | {value:.4g} | {shown} |"
+        yield ""
+        yield "`optimistic_*` numbers were chosen on the very scans that they score."
+    if isinstance(more, Mapping):
+        yield ""
+        leak = "" if more.get("leak") == "none" else "; **patients whom it was trained on may be among them**"
+        yield f"Scored again, {more.get('scored', '?')} scans{leak}:"
+        yield ""
+        yield "| metric | value |"
+        yield "|---|---|"
+        for key, value in more.get("metrics", {}).items():
+            yield f"| {key} | {value:.4g} |"
+    elif isinstance(more, list):
+        yield ""
+        yield "Probes of the frozen encoder, out of fold:"
+        yield ""
+        yield "| label | encoder | embedding | probe | subjects | AUROC | 95 % interval |"
+        yield "|---|---|---|---|---|---|---|"
+        for row in more:
+            yield (
+                f"| {row['label']} | {row['encoder']} | {row['embedding']} | {row['probe']} | {row['subjects']} | "
+                f"{row['auroc']:.3f} | {row['auroc_low']:.3f} to {row['auroc_high']:.3f} |"
+            )
+    if not metrics and more is None:
+        yield "Not scored: give `--metrics FILE` to `volta3d pack`."
