@@ -237,10 +237,13 @@ class ClassificationResults:
             threshold = youden_threshold(self.validation_scores.labels, self.validation_scores.scores)
         self.scoring.run()
         metrics = self._write(float(threshold), self.threshold == YOUDEN)
+        patients = [str(item["patient_id"]) for item in self.parts.scored]
+        _, low, high = auroc_interval(self.scores.labels, self.scores.scores, patients)
         record = {
             "threshold": float(threshold),
             "threshold_from": "inner validation" if self.threshold == YOUDEN else "fixed",
             "metrics": metrics,
+            "intervals": {"auroc": [low, high]},
             "subjects": {
                 name: len(getattr(self.parts, name)) for name in ("training", "validation", "scored", "unused")
             },

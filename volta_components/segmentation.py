@@ -26,6 +26,7 @@ from monai.networks.nets.vit import ViT
 from monai.networks.utils import one_hot
 from monai.transforms import MapTransform, Transform
 from scipy import ndimage
+from scipy.stats import bootstrap
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -413,6 +414,29 @@ def summarise_scores(rows: Sequence[Mapping[str, float]], penalty: float) -> dic
     return result
 
 
+def score_intervals(rows: Sequence[Mapping[str, float]], patients: Sequence[str]) -> dict[str, list[float]]:
+    """95 % bootstrap intervals over patients of the mean Dice and HD95.
+
+    Args:
+        rows: see ``score_mask``.
+        patients: of each row; scans of one patient are averaged first.
+
+    Returns:
+        Lower and upper bound of ``mean_dice`` and ``hd95``, where two patients or more have a value.
+    """
+    result = {}
+    for name, key in (("mean_dice", "dice"), ("hd95", "hd95")):
+        by_patient: dict[str, list[float]] = {}
+        for patient, row in zip(patients, rows, strict=True):
+            if not math.isnan(row[key]):
+                by_patient.setdefault(patient, []).append(row[key])
+        means = [float(np.mean(values)) for values in by_patient.values()]
+        if len(means) > 1:
+            found = bootstrap((means,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
+            result[name] = [float(found.confidence_interval.low), float(found.confidence_interval.high)]
+    return result
+
+
 class MaskTable:
     """Scores what an evaluator predicts, scan by scan, over all processes; writes masks where asked to.
 
@@ -626,6 +650,7 @@ class SegmentationResults:
         record = {
             **chosen,
             "metrics": metrics,
+            "intervals": score_intervals(rows, [str(item["patient_id"]) for item in self.table.items]),
             "hd95_penalty_mm": self.penalty,
             "subjects": {
                 name: len(getattr(self.parts, name)) for name in ("training", "validation", "scored", "unused")
@@ -635,7 +660,8 @@ class SegmentationResults:
         artifacts = [("predictions", "predictions")]
         if (self.folder / "pretrained.txt").is_file():
             artifacts.append(("pretrained.txt", ""))
-        return Results(metrics, artifacts, {name: value for name, value in record.items() if name != "metrics"})
+        rest = {name: value for name, value in record.items() if name not in ("metrics", "intervals")}
+        return Results(metrics, artifacts, rest)
 
     def _choose(self, engine: Engine) -> dict[str, Any]:
         """Put the weights in place that the run ends with."""

@@ -178,7 +178,7 @@ def test_the_method_is_in_the_config():
         "batch_size": 8,
         "warmup_epochs": 5,
         "weight_decay": 1e-5,
-        "unfrozen_blocks": 6,
+        "unfrozen_blocks": "$@num_layers // 2",
         "image_size": [96] * 3,
         "input_extent_mm": 192,
         "pool": "summary",

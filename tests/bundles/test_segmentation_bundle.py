@@ -184,7 +184,7 @@ def test_the_method_is_in_the_config() -> None:
         "foreground_share": 0.5,
         "learning_rate": 1e-4,
         "weight_decay": 1e-5,
-        "unfrozen_blocks": 6,
+        "unfrozen_blocks": "$@num_layers // 2",
         "volume_size": [160] * 3,
         "image_size": [96] * 3,
         "spacing": 1.0,
