@@ -22,7 +22,7 @@ from torch import distributed as dist
 from torch import nn
 
 from volta_components.data.datalist import Datalist, load_datalist
-from volta_components.data.preprocess import Settings, UnusableVoxels, prepare_volume
+from volta_components.data.preprocess import Settings, UnusableVoxels, on_grid, prepare_volume
 from volta_components.data.volumes import UnusableVolume, read_volume, volume_suffix
 from volta_components.distributed import process_count, process_rank
 from volta_components.errors import InputError
@@ -398,8 +398,7 @@ class LoadScand(MapTransform):
     def _load(self, path: Path) -> MetaTensor:
         volume = read_volume(path)
         image, affine = volume.voxels, volume.affine
-        axes = np.diag(self.settings.spacing)
-        if image.shape == self.settings.shape and np.allclose(affine[:3, :3], axes, rtol=0, atol=1e-3):
+        if on_grid(volume, self.settings):
             image = image.astype(np.float32) * np.float32(volume.slope) + np.float32(volume.intercept)
             if not (np.isfinite(image).all() and image.min() >= -1e-3 and image.max() <= 1 + 1e-3):
                 image = volume.voxels

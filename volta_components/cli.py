@@ -17,6 +17,8 @@ COMMANDS = {
     "crossval": ("volta_components.crossval:crossval", "train a bundle over folds, inits and fractions"),
     "report": ("volta_components.report.command:report", "tables and figures of finished cross-validations"),
     "pack": ("volta_components.pack:pack", "make a bundle and its weights a zip that can be downloaded"),
+    "embed": ("volta_components.apply:embed", "turn scans into embeddings by a pretrained bundle"),
+    "segment": ("volta_components.apply:segment", "outline both hippocampi in scans by a trained bundle"),
     "check": ("volta_components.data.datalist:check", "prove that datalists do not overlap"),
     "merge": ("volta_components.data.datalist:merge", "join prepared data sets into one datalist"),
 }
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after ``volta3d``; the process's own by default.
 
     Returns:
-        Exit status: 0 done, 1 done but something was left out, 2 bad input.
+        Exit status: 0 done, 1 done but something was left out, 2 bad input, 130 interrupted (Ctrl-C).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in {"-h", "--help", "help"}:
@@ -86,6 +88,10 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"volta3d {words[0]}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        # The new line ends that of a progress bar.
+        print(f"\nvolta3d {words[0]}: interrupted", file=sys.stderr)
+        return 130
     return result if isinstance(result, int) else 0
 
 

@@ -35,7 +35,7 @@ from volta_components.files import atomic_path, read_json, sha256_file, write_js
 from volta_components.handlers import find_mlflow_handler
 from volta_components.record import code_version, patient_key
 from volta_components.sampling import KeyedDataset, ResumableSampler, derived_seed
-from volta_components.weights import LoadReport, load_pretrained, read_weights
+from volta_components.weights import LoadReport, load_pretrained, read_record, read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -486,10 +486,8 @@ def load_model(network: nn.Module, path: str | os.PathLike[str]) -> dict[str, An
             f"{path}: no such model; train it first (python -m monai.bundle run --config_file "
             "bundles/NAME/configs/train.json), download the bundle, or give another (--model_path FILE)"
         )
-    record: dict[str, Any] = read_json(path.with_suffix(".json")) if path.with_suffix(".json").is_file() else {}
-    if record.get("sha256") and record["sha256"] != sha256_file(path):
-        raise InputError(f"{path}: its SHA-256 is not that of {path.stem}.json; it was changed or cut: fetch it again")
     state = read_weights(path)
+    record = read_record(path)
     plain = network.module if isinstance(network, DistributedDataParallel) else network
     own = plain.state_dict()
     rows = [

@@ -9,17 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
+import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.inferers import Inferer
-from monai.transforms import SaveImage
+from scipy import ndimage
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 from torch import Tensor
 
+from volta_components.data.volumes import volume_suffix
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, write_json
 from volta_components.metrics import auroc_interval
@@ -52,15 +55,44 @@ class EmbeddingInferer(Inferer):
         return output
 
 
-class EmbeddingTable:
-    """Collects the embeddings that an evaluator computes; writes them as a table, and attention maps as NIfTI.
+def restore_map(
+    values: np.ndarray, affine: np.ndarray, target_affine: np.ndarray, target_shape: Sequence[int]
+) -> np.ndarray:
+    """A map on the prepared grid, interpolated linearly to a scan's own grid.
 
-    The table (CSV) has a row for each volume: ``subject_id``, ``session``, then ``summary_0`` ... and ``mean_0`` ... .
+    Args:
+        values: ``[D, H, W]``.
+        affine: ``[4, 4]`` of the prepared grid.
+        target_affine: ``[4, 4]`` of the scan.
+        target_shape: of the scan, voxels.
+
+    Returns:
+        ``target_shape``, float32; 0 outside the prepared grid. On equal grids nothing changes.
+    """
+    to_prepared = np.linalg.inv(affine) @ target_affine
+    snapped = np.round(to_prepared)
+    if np.abs(to_prepared - snapped).max() * max(target_shape) < 1e-3:
+        to_prepared = snapped
+    return ndimage.affine_transform(
+        np.asarray(values, np.float32), to_prepared, output_shape=tuple(target_shape), order=1, mode="constant"
+    )
+
+
+class EmbeddingTable:
+    """Collects the embeddings that an evaluator computes; writes them as tables, and attention maps as NIfTI.
+
+    The table (CSV) has a row for each volume: ``subject_id``, ``session``, ``file`` where volumes come from files, then
+    ``summary_0`` ... and ``mean_0`` ... . Beside it, with the suffix ``.npz``, the same lies as arrays for NumPy:
+    those columns as text, ``summary`` and ``mean`` ``[volumes, D]`` as float32.
+
+    An attention map lies on the grid that the volume's meta name as the scan's own (``LoadPreparedd``), otherwise on
+    the volume's; it is named after the volume's file, or after subject and session.
 
     Args:
         path: the table; ``None`` keeps it in memory only.
-        attention_dir: folder for attention maps, on the grid of the network's input; ``None`` for none.
+        attention_dir: folder for attention maps; ``None`` for none.
         keys: columns taken from the items.
+        root: give attention maps the folders that their volumes have below this one.
     """
 
     def __init__(
@@ -68,10 +100,12 @@ class EmbeddingTable:
         path: str | os.PathLike[str] | None = None,
         attention_dir: str | os.PathLike[str] | None = None,
         keys: Sequence[str] = ("subject_id", "session"),
+        root: str | os.PathLike[str] | None = None,
     ) -> None:
         self.path = None if path is None else Path(path)
-        self.attention_dir = attention_dir
+        self.attention_dir = None if attention_dir is None else Path(attention_dir)
         self.keys = tuple(keys)
+        self.root = root
         self.rows: list[dict[str, Any]] = []
         self.features: dict[str, list[np.ndarray]] = {name: [] for name in FEATURES}
 
@@ -88,18 +122,32 @@ class EmbeddingTable:
 
     def _iteration_completed(self, engine: Any) -> None:
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
-            self.rows.append({key: item.get(key) for key in self.keys})
+            meta = item["image"].meta if isinstance(item["image"], MetaTensor) else {}
+            row = {**{key: item.get(key) for key in self.keys}, "file": str(meta.get("filename_or_obj") or "")}
+            self.rows.append(row)
             for name in FEATURES:
                 self.features[name].append(output["pred"][name].cpu().numpy())
             if self.attention_dir is not None:
-                Path(self.attention_dir).mkdir(parents=True, exist_ok=True)
-                meta = item["image"].meta if isinstance(item["image"], MetaTensor) else None
-                name = "_".join(str(item[key]) for key in self.keys if item.get(key))
-                saver = SaveImage(
-                    output_dir=self.attention_dir, output_ext=".nii.gz", separate_folder=False, print_log=False
-                )
-                volume = MetaTensor(output["pred"]["attention"].cpu(), meta=meta)
-                saver(volume, filename=str(Path(self.attention_dir) / f"{name}_attention"))
+                self._write_attention(self.attention_dir, row, item["image"], output["pred"]["attention"])
+
+    def _write_attention(self, folder: Path, row: Mapping[str, Any], image: Tensor, attention: Tensor) -> None:
+        values = attention[0].float().cpu().numpy()
+        affine, meta = np.eye(4), {}
+        if isinstance(image, MetaTensor):
+            affine, meta = np.asarray(torch.as_tensor(image.affine).cpu(), float), image.meta
+        own, shape = affine, values.shape
+        if "original_affine" in meta and "spatial_shape" in meta:
+            own = np.asarray(torch.as_tensor(meta["original_affine"]).cpu(), float)
+            shape = tuple(int(side) for side in torch.as_tensor(meta["spatial_shape"]))
+        file = Path(row["file"])
+        name = file.name[: len(file.name) - len(volume_suffix(file) or "")]
+        name = name or "_".join(str(row[key]) for key in self.keys if row.get(key))
+        if self.root is not None and row["file"]:
+            folder = folder / os.path.relpath(file.parent, self.root)
+        map_ = nib.Nifti1Image(restore_map(values, affine, own, shape), own)
+        map_.header.set_xyzt_units("mm")
+        with atomic_path(folder / f"{name}_attention.nii.gz") as temporary:
+            nib.save(map_, temporary)
 
     def matrix(self, feature: str) -> np.ndarray:
         """All embeddings of one kind, ``[volumes, D]``, in order of the rows; ``summary+mean`` has both."""
@@ -109,13 +157,19 @@ class EmbeddingTable:
         if self.path is None or not self.rows:
             return
         matrices = {name: self.matrix(name) for name in FEATURES}
-        header = [*self.keys, *(f"{n}_{i}" for n, matrix in matrices.items() for i in range(matrix.shape[1]))]
+        keys = [*self.keys, *(["file"] if any(row["file"] for row in self.rows) else [])]
+        names = [["" if row[key] is None else str(row[key]) for key in keys] for row in self.rows]
+        header = [*keys, *(f"{n}_{i}" for n, matrix in matrices.items() for i in range(matrix.shape[1]))]
         with atomic_path(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow(header)
-            for index, row in enumerate(self.rows):
+            for index, words in enumerate(names):
                 values = [f"{value:.7g}" for matrix in matrices.values() for value in matrix[index]]
-                writer.writerow([*("" if row[key] is None else row[key] for key in self.keys), *values])
+                writer.writerow([*words, *values])
+        columns = {key: np.array(column) for key, column in zip(keys, zip(*names, strict=True), strict=True)}
+        arrays = {name: matrix.astype(np.float32) for name, matrix in matrices.items()}
+        with atomic_path(self.path.with_suffix(".npz")) as temporary, temporary.open("wb") as binary:
+            np.savez(binary, **columns, **arrays)
 
 
 def out_of_fold_scores(

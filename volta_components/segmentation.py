@@ -33,7 +33,7 @@ from torch import distributed as dist
 from volta_components.data.datalist import Datalist, load_datalist, make_content
 from volta_components.data.labels import read_labels
 from volta_components.data.layouts.common import LEFT, RIGHT, LabelFile
-from volta_components.data.preprocess import Settings, UnusableVoxels, prepare_volume
+from volta_components.data.preprocess import Settings, UnusableVoxels, on_grid, prepare_volume
 from volta_components.data.volumes import UnusableVolume, Volume, read_header, read_volume
 from volta_components.distributed import process_count, process_rank
 from volta_components.errors import InputError
@@ -269,7 +269,7 @@ class LoadPreparedd(Transform):
     ``Spacingd`` and intensity scaling would only approximate: window around the head, percentiles of the foreground.
 
     Args:
-        spacing: of the prepared volume, mm.
+        spacing: of the prepared volume, mm; one number or three.
         shape: of the prepared volume, voxels.
         image_key: where items have the scan's path.
         label_key: where items may have the label map's path.
@@ -283,9 +283,14 @@ class LoadPreparedd(Transform):
     """
 
     def __init__(
-        self, spacing: float, shape: Sequence[int], image_key: str = "image", label_key: str = "label"
+        self,
+        spacing: float | Sequence[float],
+        shape: Sequence[int],
+        image_key: str = "image",
+        label_key: str = "label",
     ) -> None:
-        self.settings = Settings(spacing=(float(spacing),) * 3, shape=tuple(shape))  # type: ignore[arg-type]
+        mm = tuple(np.broadcast_to(np.asarray(spacing, float), 3).tolist())
+        self.settings = Settings(spacing=mm, shape=tuple(shape))  # type: ignore[arg-type]
         self.image_key = image_key
         self.label_key = label_key
 
@@ -327,10 +332,7 @@ class LoadPreparedd(Transform):
 
     def _already_prepared(self, volume: Volume) -> np.ndarray | None:
         """The voxels of a volume that is on such a grid and in [0, 1]; otherwise None."""
-        axes = np.diag(self.settings.spacing)
-        if volume.voxels.shape != self.settings.shape or not np.allclose(
-            volume.affine[:3, :3], axes, rtol=0, atol=1e-3
-        ):
+        if not on_grid(volume, self.settings):
             return None
         image = volume.voxels.astype(np.float32) * np.float32(volume.slope) + np.float32(volume.intercept)
         is_unit = np.isfinite(image).all() and image.min() >= -1e-3 and image.max() <= 1 + 1e-3

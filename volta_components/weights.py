@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 POSITION = "patch_embedding.position_embeddings"
 DECODER = ("conv3d_transpose.", "conv3d_transpose_1.")
+# What holds the encoder in a folder, first choice first; a packed bundle has the second, as MONAI's bundles do.
+ENCODERS = ("encoder{}.safetensors", "model{}.pt")
 
 
 @dataclass
@@ -78,6 +80,31 @@ def save_encoder(path: str | os.PathLike[str], network: VoltaViT, provenance: Ma
     write_json(path.with_suffix(".json"), record)
 
 
+def find_encoder(path: str | os.PathLike[str], suffix: str = "") -> Path:
+    """The file of an exported encoder.
+
+    Args:
+        path: the file itself; or a bundle's folder or its ``models``, where ``encoder.safetensors`` is looked for first
+            and ``model.pt``, as a packed bundle has it, second.
+        suffix: of the name before the dot, such as ``_phantom_tiny``.
+
+    Raises:
+        InputError: if the folder has neither. A path that is no folder comes back as it is; reading it will tell.
+    """
+    path = Path(path)
+    if path.is_file() or (path.suffix and not path.is_dir()):
+        return path
+    names = [name.format(suffix) for name in ENCODERS]
+    for folder in (path / "models", path):
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    raise InputError(
+        f"{path}: no encoder in it ({' or '.join(names)}); run the pretraining first (python -m monai.bundle run "
+        "--config_file bundles/pretrain/configs/train.json), download the bundle, or give another path (--encoder_path)"
+    )
+
+
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors`` file, or of a checkpoint that holds nothing but tensors.
 
@@ -89,11 +116,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such weights; run the pretraining first, download a bundle, or give another path")
-    record = path.with_suffix(".json")
-    if path.suffix == ".safetensors" and record.is_file():
-        expected = read_json(record).get("sha256")
-        if expected and expected != sha256_file(path):
-            raise InputError(f"{path}: its SHA-256 is not that of {record.name}; it was changed or cut: fetch it again")
+    expected = read_record(path).get("sha256")
+    if expected and expected != sha256_file(path):
+        raise InputError(f"{path}: its SHA-256 is not that of {path.stem}.json; it was changed or cut: fetch it again")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -114,21 +139,46 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return state
 
 
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON beside a file of weights (the same name with the suffix ``.json``); empty when there is none.
+
+    Raises:
+        InputError: if it is no JSON, or not an object.
+    """
+    record = Path(path).with_suffix(".json")
+    content = read_json(record) if record.is_file() else {}
+    if not isinstance(content, dict):
+        raise InputError(f"{record}: not the record of {Path(path).name}; restore it from a copy")
+    return content
+
+
 def load_encoder(path: str | os.PathLike[str]) -> VoltaViT:
     """The network of an exported encoder, ready for inference: ``encode``, ``summarise``, ``attention_map``.
 
     Args:
-        path: the ``.safetensors`` file, with its JSON beside it.
+        path: the ``.safetensors`` or ``.pt`` file, with its JSON beside it; or a bundle's folder (see ``find_encoder``).
+
+    Returns:
+        The network, in evaluation mode, on the CPU. It takes volumes ``[B, 1, D, H, W]`` in [0, 1], RAS, whose sides
+        its patch divides.
 
     Raises:
-        InputError: if either is missing, damaged or changed.
+        InputError: if either is missing, damaged or changed, or is no encoder.
     """
-    path = Path(path)
+    path = find_encoder(path)
     weights = read_weights(path)
-    config = read_json(path.with_suffix(".json")).get("network")
+    record = path.with_suffix(".json")
+    config = read_json(record).get("network")
     if not isinstance(config, dict):
-        raise InputError(f"{path.with_suffix('.json')}: has no network configuration; export the encoder again")
-    network = VoltaViT(**config, decoder=False)
+        raise InputError(f"{record}: has no network configuration; export the encoder again")
+    if "class" in config:
+        raise InputError(
+            f"{path}: a trained {config['class']}, not an encoder; give the pretraining's (bundles/pretrain, or the file)"
+        )
+    try:
+        network = VoltaViT(**config, decoder=False)
+    except TypeError as error:
+        raise InputError(f"{record}: not an encoder's configuration ({error}); export the encoder again") from error
     report = _fill(network, weights, "", (), str(path))
     if report.missing:
         raise InputError(f"{report}; the file is not a whole encoder: export it again")
@@ -142,7 +192,7 @@ def load_pretrained(
 
     Args:
         module: a ``VoltaViT``, a classifier, MONAI's ``ViTAutoEnc`` or ``UNETR``.
-        path: exported encoder.
+        path: exported encoder: a file, or a bundle's folder (see ``find_encoder``).
         prefix: where the encoder sits in ``module``: ``"vit."`` in a UNETR; ``""`` when it is the module itself.
         grid: token grid of the module's position embedding; found from ``img_size`` and ``patch_size`` by default.
 
@@ -152,9 +202,9 @@ def load_pretrained(
     Raises:
         InputError: if no weight matches, or one has another shape.
     """
+    path = find_encoder(path)
     weights = read_weights(path)
-    record = Path(path).with_suffix(".json")
-    config = read_json(record).get("network", {}) if record.is_file() else {}
+    config = read_record(path).get("network") or {}
     report = _fill(module, weights, prefix, _grid_of(config), str(path), grid)
     logger.info("%s", report)
     return report

@@ -461,6 +461,16 @@ def snr_like(image: np.ndarray, threshold: float = 0.1) -> float | None:
     return float(middle[mask].mean() / noise) if noise > 0 else None
 
 
+def on_grid(volume: Volume, settings: Settings) -> bool:
+    """Whether a volume has the grid of prepared ones: shape, spacing and RAS order; its axes may be oblique."""
+    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
+    return (
+        volume.voxels.shape == settings.shape
+        and np.allclose(spacing, settings.spacing, rtol=0, atol=1e-3)
+        and nib.aff2axcodes(volume.affine) == ("R", "A", "S")
+    )
+
+
 def prepare_volume(
     volume: Volume, settings: Settings, label: np.ndarray | None = None, label_affine: np.ndarray | None = None
 ) -> Prepared:
