@@ -11,6 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = {
     "Cost of a pretraining step": ("step_cost.py", ["--small"], []),
+    "Time to import": ("import_time.py", [], []),
     "Throughput of preparation": ("prepare_throughput.py", [], []),
 }
 

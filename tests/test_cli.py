@@ -64,6 +64,19 @@ def test_an_error_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None
         cli.main(["greet"])
 
 
+def test_ctrl_c_ends_a_command_with_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        print("half", end="")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["greeting"], "greet", interrupted)
+    assert cli.main(["greet"]) == 130
+    out, err = capsys.readouterr()
+    assert (out, err) == ("half", "\nvolta3d greet: interrupted\n")
+
+
 @pytest.mark.parametrize("words", [["greet"], ["greet", "--nam", "Ada"], ["greet", "--name", "Ada", "--colour", "red"]])
 def test_wrong_options_exit_with_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -19,7 +19,16 @@ from scipy import ndimage
 from torch import nn
 
 from volta_components.errors import InputError
-from volta_components.weights import LoadReport, load_encoder, load_pretrained, read_weights, save_encoder
+from volta_components.files import sha256_file
+from volta_components.finetune import save_model
+from volta_components.weights import (
+    LoadReport,
+    find_encoder,
+    load_encoder,
+    load_pretrained,
+    read_weights,
+    save_encoder,
+)
 
 POSITION = "patch_embedding.position_embeddings"
 
@@ -70,6 +79,61 @@ def test_a_changed_byte_is_refused(tmp_path: Path) -> None:
     for load in (load_encoder, read_weights, lambda p: load_pretrained(random_network(), p)):
         with pytest.raises(InputError, match=r"encoder\.safetensors: its SHA-256 is not that of encoder\.json"):
             load(path)
+
+
+def packed(tmp_path: Path) -> Path:
+    """The same encoder as a packed bundle has it: ``models/model.pt`` with its JSON."""
+    path = saved(tmp_path)
+    model = tmp_path / "bundle" / "models" / "model.pt"
+    model.parent.mkdir(parents=True)
+    torch.save(read_weights(path), model)
+    record = json.loads(path.with_suffix(".json").read_text())
+    model.with_suffix(".json").write_text(json.dumps({**record, "sha256": sha256_file(model)}))
+    return model
+
+
+def test_a_packed_encoder_loads_from_its_file_and_its_folders(tmp_path: Path) -> None:
+    model = packed(tmp_path)
+    expected = flat(load_encoder(tmp_path / "encoder.safetensors"))
+    for place in (model, model.parent, model.parents[1], str(model.parents[1])):
+        actual = flat(load_encoder(place))
+        assert all(np.array_equal(value, actual[name]) for name, value in expected.items())
+        assert load_pretrained(random_network(), place).resampled == []
+    assert load_pretrained(random_network(img_size=(16, 8, 20)), model).resampled == [f"{POSITION} 2x3x3 -> 4x2x5"]
+    content = bytearray(model.read_bytes())
+    content[len(content) // 2] ^= 1
+    model.write_bytes(content)
+    for load in (load_encoder, read_weights, lambda p: load_pretrained(random_network(), p)):
+        with pytest.raises(InputError, match=r"model\.pt: its SHA-256 is not that of model\.json"):
+            load(model)
+
+
+def test_an_encoder_is_found_in_a_folder(tmp_path: Path) -> None:
+    models = tmp_path / "bundle_v0.1.0" / "models"
+    models.mkdir(parents=True)
+    with pytest.raises(InputError, match=r"bundle_v0\.1\.0: no encoder in it \(encoder\.safetensors or model\.pt\)"):
+        find_encoder(models.parent)
+    with pytest.raises(InputError, match=r"no encoder in it \(encoder_a\.safetensors or model_a\.pt\)"):
+        find_encoder(models, "_a")
+    for name in ("model.pt", "encoder.safetensors", "model_a.pt"):
+        (models / name).touch()
+        suffix = "_a" if "_a" in name else ""
+        assert find_encoder(models.parent, suffix) == find_encoder(models, suffix) == models / name
+    assert find_encoder(models / "other.safetensors") == models / "other.safetensors"
+    assert find_encoder(models / "model.pt") == models / "model.pt"
+
+
+def test_other_networks_are_no_encoders(tmp_path: Path) -> None:
+    path = tmp_path / "models" / "model.pt"
+    save_model(path, Classifier(), {})
+    with pytest.raises(InputError, match=r"model\.pt: a trained Classifier, not an encoder"):
+        load_encoder(tmp_path)
+    path.with_suffix(".json").write_text('{"network": {"hidden_size": 32, "colour": 3}}')
+    with pytest.raises(InputError, match=r"model\.json: not an encoder's configuration .*colour"):
+        load_encoder(tmp_path)
+    path.with_suffix(".json").write_text("[]")
+    with pytest.raises(InputError, match=r"model\.json: not the record of model\.pt"):
+        read_weights(path)
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "text"])

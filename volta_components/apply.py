@@ -147,8 +147,10 @@ def prepared_grid(
             grid = (tuple(map(float, datalist.spacing)), tuple(datalist.shape))
         grids.setdefault(grid, str(part))
     if len(grids) > 1:
-        rows = [(name, "x".join(f"{mm:g}" for mm in g[0]) + " mm", "x".join(map(str, g[1]))) for g, name in grids.items()]
-        raise InputError.many("sources on different grids", rows, "Give them one after the other, or change the config.")
+        rows = [
+            (name, "x".join(f"{mm:g}" for mm in g[0]) + " mm", "x".join(map(str, g[1]))) for g, name in grids.items()
+        ]
+        raise InputError.many("sources on different grids", rows, "Give them one after the other.")
     return next(iter(grids), given)
 
 
@@ -197,8 +199,8 @@ def _bundle(given: str | None, default: str, output: tuple[str, str]) -> Path:
     config = root / "configs" / "inference.json"
     if not config.is_file():
         raise InputError(
-            f"{config}: no such bundle; give its folder (--bundle DIR), download one (python -m monai.bundle download), "
-            "or run from the repository's root"
+            f"{config}: no such bundle; give its folder (--bundle DIR), download one (python -m monai.bundle "
+            "download), or run from the repository's root"
         )
     meta = config.with_name("metadata.json")
     key, wanted = output
@@ -390,7 +392,9 @@ def _convert(root: Path, target: Path) -> tuple[list[Path], list[Row]]:
         temporary = Path(name)
         options = LayoutOptions(root, ("all",), "none", temporary=temporary, workers=os.cpu_count() or 1)
         listing = read_dicom(options)
-        rows = [(str(root / f.file), f.reason, f.remedy) for f in listing.findings if f.kind == "problem" and f.left_out]
+        rows = [
+            (str(root / f.file), f.reason, f.remedy) for f in listing.findings if f.kind == "problem" and f.left_out
+        ]
         skipped = [finding for finding in listing.findings if finding.kind == "choice"]
         for scan in tqdm(sorted(listing.scans, key=lambda scan: scan.key), unit="series", desc="converting DICOM"):
             folder = temporary / scan.key
@@ -427,7 +431,7 @@ def _set_folders(parser: Any, items: Sequence[Mapping[str, Any]]) -> None:
         return
     top = os.path.commonpath([path.parent for path in paths])
     for name in ("postprocessing", "handlers"):
-        block = parser[name] if name in parser else []
+        block = parser.get(name, [])
         for part in block.get("transforms", []) if isinstance(block, dict) else block:
             kind = str(part.get("_target_", "")) if isinstance(part, dict) else ""
             if kind.endswith("SaveImaged"):

@@ -83,7 +83,7 @@ class EmbeddingTable:
 
     The table (CSV) has a row for each volume: ``subject_id``, ``session``, ``file`` where volumes come from files, then
     ``summary_0`` ... and ``mean_0`` ... . Beside it, with the suffix ``.npz``, the same lies as arrays for NumPy:
-    those columns as text, ``summary`` and ``mean`` ``[volumes, D]`` as float32.
+    those columns as text (``file`` as ``path``), ``summary`` and ``mean`` ``[volumes, D]`` as float32.
 
     An attention map lies on the grid that the volume's meta name as the scan's own (``LoadPreparedd``), otherwise on
     the volume's; it is named after the volume's file, or after subject and session.
@@ -166,8 +166,11 @@ class EmbeddingTable:
             for index, words in enumerate(names):
                 values = [f"{value:.7g}" for matrix in matrices.values() for value in matrix[index]]
                 writer.writerow([*words, *values])
-        columns = {key: np.array(column) for key, column in zip(keys, zip(*names, strict=True), strict=True)}
-        arrays = {name: matrix.astype(np.float32) for name, matrix in matrices.items()}
+        # "file" is np.savez's own first argument.
+        columns: dict[str, Any] = {
+            key.replace("file", "path"): np.array(column) for key, column in zip(keys, zip(*names), strict=True)
+        }
+        arrays: dict[str, Any] = {name: matrix.astype(np.float32) for name, matrix in matrices.items()}
         with atomic_path(self.path.with_suffix(".npz")) as temporary, temporary.open("wb") as binary:
             np.savez(binary, **columns, **arrays)
 
