@@ -33,6 +33,7 @@ from volta_components.distributed import process_rank
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, read_json, sha256_file, write_json
 from volta_components.handlers import find_mlflow_handler
+from volta_components.networks import fit_cross_attention, freeze_cross_attention
 from volta_components.record import code_version, patient_key
 from volta_components.sampling import KeyedDataset, ResumableSampler, derived_seed
 from volta_components.weights import LoadReport, load_pretrained, read_record, read_weights
@@ -335,10 +336,7 @@ def freeze_encoder(encoder: nn.Module, unfrozen_blocks: int) -> None:
     for module in [*blocks[len(blocks) - unfrozen_blocks :], encoder.norm, getattr(encoder, "summariser", None)]:
         if module is not None:
             module.requires_grad_(True)
-    for block in blocks:
-        # Never used without cross-attention: DDP would wait for its gradient for ever.
-        if hasattr(block, "norm_cross_attn"):
-            block.norm_cross_attn.requires_grad_(False)
+    freeze_cross_attention(encoder)
 
 
 def start_from(
@@ -486,9 +484,9 @@ def load_model(network: nn.Module, path: str | os.PathLike[str]) -> dict[str, An
             f"{path}: no such model; train it first (python -m monai.bundle run --config_file "
             "bundles/NAME/configs/train.json), download the bundle, or give another (--model_path FILE)"
         )
-    state = read_weights(path)
-    record = read_record(path)
     plain = network.module if isinstance(network, DistributedDataParallel) else network
+    state = fit_cross_attention(read_weights(path), plain)
+    record = read_record(path)
     own = plain.state_dict()
     rows = [
         (name, *(str(tuple(values[name].shape)) if name in values else "-" for values in (state, own)))

@@ -6,12 +6,13 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from monai.networks.blocks.mlp import MLPBlock
 from monai.networks.blocks.selfattention import SABlock
+from monai.networks.blocks.transformerblock import TransformerBlock
 from monai.networks.nets import ViTAutoEnc
 from torch import Tensor, nn
 from torch.nn import functional
@@ -45,6 +46,60 @@ def resample_position_embedding(embedding: Tensor, grid: Sequence[int], new_grid
     # float32: the CPU kernel has no bfloat16, and the cost is that of a few thousand tokens.
     volume = functional.interpolate(volume.float(), size=tuple(new_grid), mode="trilinear", align_corners=False)
     return volume.flatten(2).transpose(1, 2).to(embedding.dtype)
+
+
+def _unused_modules(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Cross-attention of MONAI's transformer blocks that are without it, and its norm, by name."""
+    for name, block in network.named_modules():
+        if isinstance(block, TransformerBlock) and not block.with_cross_attention:
+            for child in ("cross_attn", "norm_cross_attn"):
+                if hasattr(block, child):
+                    yield f"{name}.{child}" if name else child, getattr(block, child)
+
+
+def freeze_cross_attention(network: nn.Module) -> None:
+    """Freeze the cross-attention that MONAI's blocks register and never use, for whose gradient DDP would wait."""
+    for _, module in _unused_modules(network):
+        module.requires_grad_(False)
+
+
+def fit_cross_attention(state: Mapping[str, Any], network: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """A state dict that another version of MONAI wrote, with the cross-attention weights that this version registers.
+
+    MONAI's ``TransformerBlock`` has weights of cross-attention even where it never uses them: 1.5 whole attention
+    blocks, 1.6 only their norm. Those that the network has no place for are left out, and those that the state dict
+    lacks are the network's own; nothing that a network computes depends on either. Every other key stays.
+
+    Args:
+        state: the state dict.
+        network: the network it is for, or a part of it.
+        prefix: of that part's keys in the state dict.
+    """
+    unused = tuple(f"{prefix}{name}." for name, _ in _unused_modules(network))
+    own = {name: value for name, value in network.state_dict(prefix=prefix).items() if name.startswith(unused)}
+    fitted = {name: value for name, value in state.items() if name in own or not name.startswith(unused)}
+    return {**own, **fitted}
+
+
+def _fit_before_loading(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    fitted = fit_cross_attention(state, module, prefix)
+    state.clear()
+    state.update(fitted)
+
+
+def settle_cross_attention(network: nn.Module) -> None:
+    """Keep cross-attention that is never used out of training, and out of what a state dict must have.
+
+    From then on ``load_state_dict``, strict or not, takes state dicts of MONAI 1.5 and 1.6 alike; see
+    ``fit_cross_attention``.
+
+    Args:
+        network: with MONAI's transformer blocks in it.
+    """
+    freeze_cross_attention(network)
+    for block in network.modules():
+        if isinstance(block, TransformerBlock):
+            block.register_load_state_dict_pre_hook(_fit_before_loading)
 
 
 class ClsSummariser(nn.Module):
@@ -176,8 +231,7 @@ class VoltaViT(ViTAutoEnc):
             del self.conv3d_transpose, self.conv3d_transpose_1
         for block in self.blocks:
             block.attn.use_flash_attention = True  # type: ignore[union-attr]
-            # Never used without cross-attention, yet registered: DDP would wait for its gradient for ever.
-            block.norm_cross_attn.requires_grad_(False)
+        settle_cross_attention(self)
 
     def token_grid(self, image: Tensor) -> tuple[int, int, int]:
         """Tokens along each axis for an image ``[B, C, D, H, W]``."""

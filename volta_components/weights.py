@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, read_json, sha256_file, write_json
-from volta_components.networks import VoltaViT, resample_position_embedding
+from volta_components.networks import VoltaViT, fit_cross_attention, resample_position_embedding
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,8 @@ def load_encoder(path: str | os.PathLike[str]) -> VoltaViT:
     """The network of an exported encoder, ready for inference: ``encode``, ``summarise``, ``attention_map``.
 
     Args:
-        path: the ``.safetensors`` or ``.pt`` file, with its JSON beside it; or a bundle's folder (see ``find_encoder``).
+        path: the ``.safetensors`` or ``.pt`` file, with its JSON beside it; or a bundle's folder, see
+            ``find_encoder``.
 
     Returns:
         The network, in evaluation mode, on the CPU. It takes volumes ``[B, 1, D, H, W]`` in [0, 1], RAS, whose sides
@@ -172,14 +173,12 @@ def load_encoder(path: str | os.PathLike[str]) -> VoltaViT:
     if not isinstance(config, dict):
         raise InputError(f"{record}: has no network configuration; export the encoder again")
     if "class" in config:
-        raise InputError(
-            f"{path}: a trained {config['class']}, not an encoder; give the pretraining's (bundles/pretrain, or the file)"
-        )
+        raise InputError(f"{path}: a trained {config['class']}, not an encoder; give the pretraining bundle's")
     try:
         network = VoltaViT(**config, decoder=False)
     except TypeError as error:
         raise InputError(f"{record}: not an encoder's configuration ({error}); export the encoder again") from error
-    report = _fill(network, weights, "", (), str(path))
+    report = _fill(network, fit_cross_attention(weights, network), "", (), str(path))
     if report.missing:
         raise InputError(f"{report}; the file is not a whole encoder: export it again")
     return network.eval()
