@@ -5,10 +5,13 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
+LABEL_VENV := .venv-label
+LABEL_READY := $(LABEL_VENV)/.ready
+LABEL_PYTHON := $(abspath $(LABEL_VENV))/bin/python
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test label test-label lint bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,7 +30,29 @@ demo: $(READY)  ## phantoms, preparation, a tiny pretraining, what it has learnt
 	bash benchmarks/demo.sh
 
 test: $(READY)  ## all tests
-	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile -m "not label_server"
+
+# MONAI Label needs releases that do not go with .venv's; see label/requirements.txt.
+$(LABEL_READY): $(wildcard label/*.txt label/standin/*/*) setup.cfg pyproject.toml
+	test -x $(LABEL_PYTHON) || $(PYTHON) -m venv $(LABEL_VENV)
+	$(LABEL_PYTHON) -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	$(LABEL_PYTHON) -m pip install --quiet "$$(grep '^torch==' label/requirements.txt)"
+	$(LABEL_PYTHON) -m pip install --quiet -r label/requirements.txt
+	$(LABEL_PYTHON) -m pip install --quiet --no-deps -r label/requirements-nodeps.txt
+	$(LABEL_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(LABEL_PYTHON) -c "import torchvision.utils" 2>/dev/null || \
+	    cp -r label/standin/torchvision "$$($(LABEL_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	touch $@
+
+STUDIES ?=
+PORT ?= 8000
+BUNDLE ?=
+
+label: $(LABEL_READY)  ## MONAI Label server: make label STUDIES=DIR [PORT=8000] [BUNDLE=DIR]
+	@$(LABEL_PYTHON) label/serve.py --studies "$(STUDIES)" --port "$(PORT)" --bundle "$(BUNDLE)"
+
+test-label: $(READY) $(LABEL_READY)  ## tests with a real MONAI Label server
+	LABEL_TESTS=required OMP_NUM_THREADS=1 python -m pytest -q -m label_server
 
 lint: $(READY)  ## ruff and mypy
 	ruff check .
@@ -38,4 +63,4 @@ bench: $(READY)  ## benchmarks, printed as a table of ratios
 	python benchmarks/run.py
 
 clean:  ## remove environment and build output, keep data and runs
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(LABEL_VENV) build dist *.egg-info

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start the MONAI Label server with this project's bundles: what ``make label`` calls.
+
+Runs in the environment that ``make label`` makes. Without ``--bundle`` it serves the trained models that it finds in
+``bundles`` or that ``make demo`` has left in ``runs/demo``, as packed copies, so that what annotators train does not
+replace the results of an experiment. A packed bundle (``volta3d pack``, or downloaded) is served where it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from volta_components.errors import InputError
+from volta_components.files import read_json, sha256_file
+from volta_components.pack import assemble, default_name
+from volta_components.weights import read_record
+
+SEGMENTATION = "harp_hippocampus"
+CLASSIFICATION = ("ixi_sex", "aibl_ad")
+# One thread: several ones of OpenMP and of the server wait for each other, for seconds a request on a small machine.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MONAI_LABEL_DATASTORE_AUTO_RELOAD": "false",
+    "MONAI_LABEL_DICOMWEB_SEARCH_FILTER": '{"Modality": "MR"}',
+}
+
+
+def trained_models(name: str, root: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """Trained models of a bundle, best first, each with the overlays that it was trained with."""
+    models = root / "bundles" / name / "models"
+    places = [(models / "model.pt", ()), (models / "model_phantom_tiny.pt", ("tiny",))]
+    demo = sorted((root / "runs" / "demo").rglob("models/model_phantom_tiny.pt"))
+    for path, overlays in [*places, *((path, ("tiny",)) for path in demo)]:
+        if path.is_file() and read_record(path).get("bundle") == name:
+            yield path, overlays
+
+
+def served_copy(name: str, root: Path, folder: Path) -> Path | None:
+    """A packed copy of a bundle with its best model; one that is there already, of the same model, is kept.
+
+    Returns:
+        Its folder, or None when the bundle has no trained model.
+    """
+    for model, overlays in trained_models(name, root):
+        bundle = root / "bundles" / name
+        copy = folder / sha256_file(model)[:8] / default_name(bundle, overlays)
+        if not (copy / "models" / "model.json").is_file():
+            shutil.rmtree(copy, ignore_errors=True)
+            assemble(bundle, copy, overlays, model=model)
+        return copy
+    return None
+
+
+def choose_bundles(given: str, root: Path, copies: Path) -> list[Path]:
+    """Folders of the bundles to serve.
+
+    Args:
+        given: packed bundles, separated by commas; empty for those that were trained here.
+        root: the repository.
+        copies: where packed copies go.
+
+    Raises:
+        InputError: if there is nothing to serve, or a folder is no packed bundle.
+    """
+    if not given:
+        segmentation = served_copy(SEGMENTATION, root, copies)
+        if segmentation is None:
+            raise InputError(
+                "there is no trained hippocampus model to serve. Train one first: `make demo` (phantoms, some minutes) "
+                f"or `python -m monai.bundle run --config_file bundles/{SEGMENTATION}/configs/train.json`; or give a "
+                "packed bundle, such as one that was downloaded: make label BUNDLE=DIR"
+            )
+        others = [served_copy(name, root, copies) for name in CLASSIFICATION]
+        return [segmentation, *(path for path in others if path is not None)]
+    folders = [Path(word.strip()).resolve() for word in given.split(",") if word.strip()]
+    wrong = []
+    for folder in folders:
+        config = folder / "configs" / "inference.json"
+        if not config.is_file():
+            wrong.append((str(folder), "no configs/inference.json: not a bundle's folder"))
+        elif not (folder / "models" / "model.pt").is_file():
+            wrong.append((str(folder), "no models/model.pt: train or download the weights first"))
+        elif read_json(config).get("bundle_root") != ".":
+            wrong.append((str(folder), "not packed: its configs are those of the repository"))
+    wrong += [(str(f), "another bundle has this name") for f in folders if [g.name for g in folders].count(f.name) > 1]
+    if wrong:
+        raise InputError.many(
+            "bundles that cannot be served",
+            wrong,
+            "Pack them with volta3d pack and unzip the result, or leave out BUNDLE to serve what was trained here.",
+        )
+    return folders
+
+
+def make_app(folder: Path, bundles: list[Path]) -> Path:
+    """The app's folder: ``main.py``, and ``model`` with a link to each bundle."""
+    models = folder / "model"
+    models.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(Path(__file__).with_name("main.py"), folder / "main.py")
+    for old in models.iterdir():
+        if old.is_symlink():
+            old.unlink()
+    for bundle in bundles:
+        (models / bundle.name).symlink_to(bundle, target_is_directory=True)
+    return folder
+
+
+def server_command(app: Path, studies: str, host: str, port: int) -> list[str]:
+    """The command that starts the server."""
+    names = ",".join(sorted(path.name for path in (app / "model").iterdir()))
+    options = {"models": names, "zoo_source": "local", "sam2": "false"}
+    start = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(app), "--studies", studies]
+    conf = [word for name, value in options.items() for word in ("--conf", name, value)]
+    return [*start, "--host", host, "--port", str(port), *conf]
+
+
+def answer(address: str) -> dict[str, Any] | None:
+    """What the server says of itself; None while it says nothing."""
+    try:
+        with urllib.request.urlopen(f"{address}/info/", timeout=10) as response:
+            content: dict[str, Any] = json.load(response)
+            return content
+    except (urllib.error.URLError, OSError, ValueError):
+        return None
+
+
+def guide(address: str, info: dict[str, Any], studies: str, log: Path) -> str:
+    """What to do next, for people."""
+    models = [f"  {name}: {model['type']}, {', '.join(model['labels'])}" for name, model in info["models"].items()]
+    is_remote = studies.startswith(("http://", "https://"))
+    viewer = (
+        f"OHIF: open {address}/ohif/ (where its plugin is installed) or connect your viewer's MONAI Label mode there."
+        if is_remote
+        else "OHIF reads DICOM only: give a DICOMweb server as STUDIES (docs/monai_label.md)."
+    )
+    return "\n".join(
+        [
+            f"\nMONAI Label is at {address}, scans from {studies}.",
+            *models,
+            "\n3D Slicer: install the extension MONAILabel (View > Extensions Manager), open the module MONAI Label, "
+            f"enter {address} as the server, press the refresh button, then Next Sample and Run.",
+            viewer,
+            f"By hand: {address}/ in a browser lists every request. The log is {log}. Ctrl-C ends the server.",
+        ]
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Start the server and wait for its end."""
+    parser = argparse.ArgumentParser(prog="make label", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--studies", required=True, help="folder with scans (.nii, .nii.gz), or a DICOMweb address")
+    parser.add_argument("--bundle", default="", help="packed bundles, separated by commas; default: those trained here")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; there is no password")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--app", type=Path, default=Path("apps/label"), help="folder that the server writes to")
+    options = parser.parse_args(arguments)
+    try:
+        is_remote = options.studies.startswith(("http://", "https://"))
+        if not is_remote and not Path(options.studies).is_dir():
+            raise InputError(
+                f"{options.studies or 'STUDIES'}: no such folder; give one with scans: make label STUDIES=DIR"
+            )
+        app = options.app.resolve()
+        bundles = choose_bundles(options.bundle, Path(__file__).resolve().parents[1], app / "bundles")
+        make_app(app, bundles)
+    except InputError as error:
+        print(f"make label: {error}", file=sys.stderr)
+        return 2
+    studies = options.studies if is_remote else str(Path(options.studies).resolve())
+    return run_server(server_command(app, studies, options.host, options.port), app, studies, options.port)
+
+
+def run_server(command: list[str], app: Path, studies: str, port: int) -> int:
+    """Run the server, print how to connect once it answers, and end it with everything that it started."""
+    log = app / "logs" / "server.log"
+    log.parent.mkdir(exist_ok=True)
+    address = f"http://127.0.0.1:{port}"
+    if answer(address) is not None:
+        print(f"make label: something answers at {address} already; give another PORT", file=sys.stderr)
+        return 2
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    with log.open("w", encoding="utf-8") as stream:
+        environment = {**ENVIRONMENT, **os.environ}
+        # A session of its own: a training that the server has started ends with it.
+        server = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        try:
+            print("starting the server ...", flush=True)
+            while server.poll() is None:
+                info = answer(address)
+                if info is not None:
+                    print(guide(address, info, studies, log), flush=True)
+                    return server.wait()
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            if server.poll() is None:
+                os.killpg(server.pid, signal.SIGTERM)
+                server.wait()
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    print("\n".join([*lines[-20:], f"make label: the server did not start; all of its log is {log}"]), file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
