@@ -89,7 +89,7 @@ def test_both_fills_occur(rng: np.random.Generator) -> None:
 
 
 def test_enlarging_follows_the_cells(rng: np.random.Generator) -> None:
-    mask = GroupMask(cell=(2, 3, 4))
+    mask = GroupMask(max_side=0.5, cell=(2, 3, 4))
     shape = (7, 8, 9)
     labels = mask.draw(shape, rng)
     assert labels.shape == (4, 3, 3)
@@ -128,3 +128,10 @@ def test_bad_settings_are_refused(settings: dict[str, float]) -> None:
         InputError, match=next(iter(settings)).split("_")[0] if "side" not in str(settings) else "sides"
     ):
         GroupMask(**settings)
+
+
+def test_a_cell_larger_than_the_largest_box_is_refused(rng: np.random.Generator) -> None:
+    """Otherwise the smallest box would break the bound that the paper sets on its side."""
+    with pytest.raises(InputError, match="larger than the largest box, 0.3 of a crop of 48x64x64"):
+        GroupMask(cell=16).draw((48, 64, 64), rng)
+    GroupMask(cell=14).draw((48, 64, 64), rng)

@@ -63,7 +63,15 @@ class GroupMask:
 
         Returns:
             ``uint8`` array with ``ceil(shape / cell)`` cells along each axis.
+
+        Raises:
+            InputError: if a single cell is already larger than the largest box.
         """
+        if any(self.max_side * side < cell for side, cell in zip(shape, self.cell, strict=True)):
+            raise InputError(
+                f"mask cells of {'x'.join(map(str, self.cell))} voxels are larger than the largest box, "
+                f"{self.max_side:g} of a crop of {'x'.join(map(str, shape))}; set a smaller mask_cell"
+            )
         counts = [-(-side // cell) for side, cell in zip(shape, self.cell, strict=True)]
         # The last cell of an axis may stick out of the volume: weigh each by the voxels it really holds.
         extents = [
@@ -71,7 +79,7 @@ class GroupMask:
             for side, cell, count in zip(shape, self.cell, counts, strict=True)
         ]
         weights = extents[0][:, None, None] * extents[1][None, :, None] * extents[2][None, None, :]
-        largest = [max(1, int(self.max_side * side // cell)) for side, cell in zip(shape, self.cell, strict=True)]
+        largest = [int(self.max_side * side // cell) for side, cell in zip(shape, self.cell, strict=True)]
         smallest = [
             min(big, max(1, round(self.min_side * side / cell)))
             for side, cell, big in zip(shape, self.cell, largest, strict=True)

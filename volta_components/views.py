@@ -273,7 +273,10 @@ class ViewGenerator:
             volumes: the mini-batch, on the device where the views are wanted.
             keys: (epoch, index) of each volume.
         """
-        batch = [self._views_of(volumes[i : i + 1], [int(part) for part in key]) for i, key in enumerate(keys)]
+        batch = [
+            self._views_of(volume, [int(part) for part in key])
+            for volume, key in zip(volumes.split(1), keys, strict=True)
+        ]
         if len(batch) == 1:
             return Views(*(part[:, None] for part in batch[0]))
         return Views(*(torch.stack(parts, dim=1) for parts in zip(*batch, strict=True)))

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bundles of the quick start's size with random weights, packed: what the tests of packing and downloading share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+
+from volta_components.finetune import save_model
+from volta_components.networks import VoltaViT
+from volta_components.record import provenance
+from volta_components.weights import save_encoder
+
+ROOT = Path(__file__).parents[1]
+BUNDLES = ("pretrain", "ixi_sex", "aibl_ad", "harp_hippocampus")
+
+
+def tiny_config(bundle: str) -> ConfigParser:
+    """The inference config with the overlay tiny."""
+    parser = ConfigParser()
+    folder = ROOT / "bundles" / bundle / "configs"
+    parser.read_config([str(folder / "inference.json"), str(folder / "tiny.json")])
+    parser["bundle_root"] = str(ROOT / "bundles" / bundle)
+    return parser
+
+
+def tiny_network(bundle: str) -> torch.nn.Module:
+    """The quick start's network with random weights."""
+    torch.manual_seed(11)
+    parser = tiny_config(bundle)
+    if bundle == "pretrain":
+        sizes = ("patch_size", "hidden_size", "mlp_dim", "num_layers", "num_heads", "summary_heads")
+        return VoltaViT(img_size=parser["global_size"], **{k: parser[k] for k in sizes if k in parser}, decoder=False)
+    network = parser.get_parsed_content("network_def")
+    assert isinstance(network, torch.nn.Module)
+    return network
+
+
+def random_weights(bundle: str, folder: Path, **changes: Any) -> Path:
+    """Random weights with a record as a training run writes it."""
+    items = [{"patient_id": f"sub-{number:03d}"} for number in range(6)]
+    settings = {"seed": 5, "epochs": 3, "dataset_dir": "/home/somebody/study", **changes}
+    origin = provenance(settings, "d" * 64, items, "phantom")
+    network = tiny_network(bundle)
+    if bundle == "pretrain":
+        path = folder / "encoder_phantom_tiny.safetensors"
+        assert isinstance(network, VoltaViT)
+        save_encoder(path, network, {**origin, "epochs": 3})
+        return path
+    path = folder / "model_phantom_tiny.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {
+        "tags": {"init": "volta", "fold": "0", "fraction": "1", "leak": "none", "encoder_sha256": "e" * 64},
+        "provenance": origin,
+        "subjects": {"training": 4, "validation": 2, "scored": 2, "unused": 0},
+        "metrics": {"auroc": 0.75, "optimistic_threshold": 0.25},
+        "intervals": {"auroc": [0.5, 1.0]},
+        "threshold": 0.5,
+    }
+    save_model(path, network, record)
+    return path

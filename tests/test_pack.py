@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``volta3d pack``: what is in the zip, that it is reproducible, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from monai.bundle import ConfigParser
+from packed import BUNDLES, ROOT, random_weights, tiny_network
+
+from volta_components.cli import main
+from volta_components.errors import InputError
+from volta_components.files import read_json, write_json
+from volta_components.pack import assemble, check_paths, pack_bundle, without_personal_paths, write_zip
+from volta_components.weights import read_weights
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random weights of each bundle at the quick start's size; nobody may change them."""
+    folder = tmp_path_factory.mktemp("weights")
+    return {bundle: random_weights(bundle, folder / bundle) for bundle in BUNDLES}
+
+
+@pytest.fixture(scope="module")
+def packed(weights: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all four bundles, packed; nobody may change it."""
+    output = tmp_path_factory.mktemp("packed")
+    for bundle in BUNDLES:
+        pack_bundle(
+            ROOT / "bundles" / bundle, output, ["tiny"], model=weights[bundle], source="https://host.example/x/"
+        )
+    return output
+
+
+def names_of(path: Path) -> list[str]:
+    with zipfile.ZipFile(path) as zipped:
+        return zipped.namelist()
+
+
+def unpack(path: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(path) as zipped:
+        zipped.extractall(folder)
+    return folder / path.name.split("_v")[0]
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_one_top_folder_with_what_a_bundle_needs(packed: Path, bundle: str) -> None:
+    name = f"{bundle}_phantom_tiny"
+    found = set(names_of(packed / f"{name}_v0.1.0.zip"))
+    assert {entry.split("/")[0] for entry in found} == {name}
+    needed = (
+        "LICENSE",
+        "configs/metadata.json",
+        "configs/inference.json",
+        "configs/train.json",
+        "configs/logging.conf",
+    )
+    needed += ("docs/README.md", "docs/data_license.txt", "models/model.pt", "models/model.json")
+    assert {f"{name}/{entry}" for entry in needed} <= found
+    # The overlay is part of the configs now, and the folder has nothing of anybody's runs.
+    assert not [entry for entry in found if "tiny.json" in entry or "/runs/" in entry or "/eval/" in entry]
+
+
+def test_the_same_content_gives_the_same_bytes(weights: dict[str, Path], packed: Path, tmp_path: Path) -> None:
+    """Another folder, file times and permissions, another order of directory entries, another hour."""
+    copy = tmp_path / "elsewhere" / "pretrain"
+    shutil.copytree(ROOT / "bundles" / "pretrain", copy, ignore=shutil.ignore_patterns("models", "runs", "eval"))
+    for number, path in enumerate(sorted(copy.rglob("*"), reverse=True)):
+        os.utime(path, (1e9 + number, 1e9 + number))
+        if path.is_file():
+            path.chmod(0o600)
+    time.sleep(2.1)  # zip's clock ticks every two seconds
+    again = pack_bundle(copy, tmp_path / "out", ["tiny"], model=weights["pretrain"])
+    assert again.path.read_bytes() == (packed / again.path.name).read_bytes()
+
+
+def test_hashes_are_those_that_other_tools_compute(packed: Path) -> None:
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=packed, check=True, capture_output=True)
+    info = read_json(packed / "model_info.json")
+    assert sorted(info) == sorted(f"{bundle}_phantom_tiny_v0.1.0" for bundle in BUNDLES)
+    for name, entry in info.items():
+        assert entry["checksum"] == hashlib.sha1((packed / f"{name}.zip").read_bytes()).hexdigest()
+        assert entry["source"] == f"https://host.example/x/{name}.zip"
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_configs_fit_the_weights(packed: Path, weights: dict[str, Path], tmp_path: Path, bundle: str) -> None:
+    """The packed configs alone build the network of the overlay, and it takes the weights."""
+    folder = unpack(packed / f"{bundle}_phantom_tiny_v0.1.0.zip", tmp_path)
+    state = torch.load(folder / "models" / "model.pt", weights_only=True)
+    original = read_weights(weights[bundle])
+    assert state.keys() == original.keys() and all(torch.equal(state[name], original[name]) for name in state)
+    parser = ConfigParser()
+    parser.read_config(str(folder / "configs" / "inference.json"))
+    assert parser["bundle_root"] == "."
+    parser["bundle_root"] = str(folder)
+    network = parser.get_parsed_content("network_def")
+    assert {k: v.shape for k, v in network.state_dict().items()} == {k: v.shape for k, v in state.items()}
+    metadata = read_json(folder / "configs" / "metadata.json")
+    assert "phantom" in metadata["name"] and "phantom" in metadata["description"]
+    shape = metadata["network_data_format"]["inputs"]["image"]["spatial_shape"]
+    channels = metadata["network_data_format"]["outputs"]["pred"]["num_channels"]
+    image = torch.rand(1, 1, *(32 if isinstance(side, str) else side for side in shape))
+    with torch.inference_mode():
+        assert network.eval()(image).shape[1] == channels
+    assert read_json(folder / "configs" / "train.json")["hidden_size"] == 192
+
+
+def test_what_ids_of_an_overlay_are_not_the_inference_configs_stay_out(packed: Path, tmp_path: Path) -> None:
+    folder = unpack(packed / "ixi_sex_phantom_tiny_v0.1.0.zip", tmp_path)
+    inference = read_json(folder / "configs" / "inference.json")
+    assert not {"epochs", "learning_rate", "swin_depths"} & inference.keys()
+    assert (inference["suffix"], inference["spacing"], inference["image_size"]) == ("", 3.0, [64, 64, 64])
+    assert read_json(folder / "configs" / "vit_scratch.json") == read_json(
+        ROOT / "bundles" / "ixi_sex" / "configs" / "vit_scratch.json"
+    )
+
+
+def test_a_baselines_weights_bring_their_network_along(tmp_path: Path) -> None:
+    from monai.networks.nets import UNet
+
+    from volta_components.finetune import save_model
+
+    torch.manual_seed(0)
+    unet = UNet(3, 1, 3, (8, 16, 32, 64, 128), (2, 2, 2, 2), num_res_units=2)
+    model = tmp_path / "model_unet_scratch_phantom_tiny.pt"
+    record = {"provenance": {"datalist_hash": "0", "code_version": "0", "settings": {}, "volumes": 1}}
+    save_model(model, unet, record)
+    folder = assemble(
+        ROOT / "bundles" / "harp_hippocampus", tmp_path / "unet_phantom_tiny", ["unet_scratch", "tiny"], model
+    )
+    parser = ConfigParser()
+    parser.read_config(str(folder / "configs" / "inference.json"))
+    parser.get_parsed_content("network_def").load_state_dict(torch.load(folder / "models" / "model.pt"))
+
+
+def test_the_model_card_tells_where_the_weights_come_from(packed: Path, tmp_path: Path) -> None:
+    folder = unpack(packed / "ixi_sex_phantom_tiny_v0.1.0.zip", tmp_path)
+    card = (folder / "docs" / "README.md").read_text()
+    assert card.startswith((ROOT / "bundles" / "ixi_sex" / "docs" / "README.md").read_text().rstrip("\n"))
+    weights = card[card.index("## These weights") :]
+    for fact in ("phantoms (synthetic heads)", "6 volumes of 6 subjects", "d" * 64, "e" * 64, "| seed | 5 |"):
+        assert fact in weights, fact
+    assert "4 training, 2 validation, 2 scored, 0 unused" in weights
+    assert "| auroc | 0.75 | 0.500 to 1.000 |" in weights
+    assert f"{sum(p.numel() for p in tiny_network('ixi_sex').parameters()):,}" in weights
+    assert "Not a medical device" in weights
+
+
+def test_metrics_of_a_later_evaluation_come_into_the_card(weights: dict[str, Path], tmp_path: Path) -> None:
+    probes = [
+        {"label": "sex", "encoder": "volta", "embedding": "summary", "probe": "linear", "subjects": 30}
+        | {"auroc": 0.81234, "auroc_low": 0.7, "auroc_high": 0.9}
+    ]
+    write_json(tmp_path / "probes.json", probes)
+    folder = assemble(
+        ROOT / "bundles" / "pretrain", tmp_path / "a", ["tiny"], weights["pretrain"], tmp_path / "probes.json"
+    )
+    card = (folder / "docs" / "README.md").read_text()
+    assert "| sex | volta | summary | linear | 30 | 0.812 | 0.700 to 0.900 |" in card and "Not scored" not in card
+    write_json(tmp_path / "metrics.json", {"metrics": {"mean_dice": 0.5}, "leak": "allowed", "scored": 7})
+    folder = assemble(
+        ROOT / "bundles" / "harp_hippocampus",
+        tmp_path / "b",
+        ["tiny"],
+        weights["harp_hippocampus"],
+        tmp_path / "metrics.json",
+    )
+    card = (folder / "docs" / "README.md").read_text()
+    assert "Scored again, 7 scans; **patients whom it was trained on may be among them**" in card
+    assert "| mean_dice | 0.5 |" in card
+
+
+def test_nothing_personal_is_inside(packed: Path, tmp_path: Path) -> None:
+    for bundle in BUNDLES:
+        folder = unpack(packed / f"{bundle}_phantom_tiny_v0.1.0.zip", tmp_path)
+        check_paths(folder)
+        settings = read_json(folder / "models" / "model.json")["provenance"]["settings"]
+        assert settings["dataset_dir"] == "study"  # was /home/somebody/study
+        content = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+        assert b"somebody" not in content and str(ROOT).encode() not in content
+
+
+def test_a_personal_path_in_a_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "README.md").write_text("fine: data/ixi\nscans in /home/jane/scans\n")
+    (tmp_path / "a.json").write_text('{"x": "C:\\\\Users\\\\jane"}')
+    (tmp_path / "ok.txt").write_text("https://example.org/home/x and bundles/pretrain and 1/2\n")
+    with pytest.raises(InputError) as error:
+        check_paths(tmp_path)
+    assert (
+        "docs/README.md:2" in str(error.value) and "a.json:1" in str(error.value) and "ok.txt" not in str(error.value)
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("/home/jane/data/ixi", "ixi"),
+        ("C:\\Users\\jane\\x.pt", "x.pt"),
+        ("data/ixi", "data/ixi"),
+        ("$'/home' + x", "$'/home' + x"),
+        ("/", "/"),
+        ([{"a": "/tmp/x"}], [{"a": "x"}]),
+        (3, 3),
+        (None, None),
+    ],
+)
+def test_absolute_paths_are_cut_to_their_last_part(value: Any, expected: Any) -> None:
+    assert without_personal_paths(value) == expected
+
+
+def test_large_files_are_hosted_beside_the_zip(weights: dict[str, Path], tmp_path: Path) -> None:
+    result = pack_bundle(
+        ROOT / "bundles" / "pretrain",
+        tmp_path,
+        ["tiny"],
+        model=weights["pretrain"],
+        large_files="https://host.example/weights/",
+    )
+    (hosted,) = result.hosted
+    assert not [name for name in names_of(result.path) if name.endswith(".pt")]
+    folder = unpack(result.path, tmp_path / "unpacked")
+    assert yaml.safe_load((folder / "large_files.yml").read_text()) == {
+        "large_files": [
+            {
+                "path": "models/model.pt",
+                "url": f"https://host.example/weights/{hosted.name}",
+                "hash_val": hashlib.sha256(hosted.read_bytes()).hexdigest(),
+                "hash_type": "sha256",
+            }
+        ]
+    }
+    assert (folder / "models" / "model.json").is_file()
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_zip_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    (folder / "a.txt").write_text("x" * 1000)
+    write_zip(folder, tmp_path / "b.zip")
+    before = (tmp_path / "b.zip").read_bytes()
+    (folder / "a.txt").write_text("y")
+    (folder / "dangling").symlink_to(tmp_path / "nothing")
+    (folder / "unreadable").mkdir()
+
+    def broken(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("volta_components.pack.shutil.copyfileobj", broken)
+    with pytest.raises(OSError, match="disk full"):
+        write_zip(folder, tmp_path / "b.zip")
+    assert (tmp_path / "b.zip").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.zip", "bundle"]
+
+
+class TestRefused:
+    def copy(self, tmp_path: Path, bundle: str = "ixi_sex") -> Path:
+        target = tmp_path / bundle
+        shutil.copytree(ROOT / "bundles" / bundle, target, ignore=shutil.ignore_patterns("models", "runs", "eval"))
+        return target
+
+    def change(self, path: Path, **changes: Any) -> None:
+        path.write_text(json.dumps(read_json(path) | changes))
+
+    def test_no_weights(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"models/model_phantom_tiny.pt: no such weights; train them first"):
+            pack_bundle(self.copy(tmp_path), tmp_path / "out", ["tiny"])
+        assert not list((tmp_path / "out").iterdir())
+
+    def test_not_a_bundle(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"no configs/metadata\.json"):
+            pack_bundle(tmp_path, tmp_path / "out")
+
+    def test_version_without_a_changelog(self, tmp_path: Path, weights: dict[str, Path]) -> None:
+        bundle = self.copy(tmp_path)
+        self.change(bundle / "configs" / "metadata.json", version="0.2.0")
+        with pytest.raises(InputError, match=r"changelog says nothing of version 0\.2\.0"):
+            pack_bundle(bundle, tmp_path / "out", ["tiny"], model=weights["ixi_sex"])
+
+    def test_changed_weights(self, tmp_path: Path, weights: dict[str, Path]) -> None:
+        for suffix in (".pt", ".json"):
+            shutil.copy(weights["ixi_sex"].with_suffix(suffix), tmp_path / f"model{suffix}")
+        content = bytearray((tmp_path / "model.pt").read_bytes())
+        content[len(content) // 2] ^= 1
+        (tmp_path / "model.pt").write_bytes(content)
+        with pytest.raises(InputError, match=r"model\.pt: its SHA-256 is not that of model\.json"):
+            pack_bundle(self.copy(tmp_path), tmp_path / "out", ["tiny"], model=tmp_path / "model.pt")
+
+    def test_weights_without_provenance(self, tmp_path: Path, weights: dict[str, Path]) -> None:
+        shutil.copy(weights["ixi_sex"], tmp_path / "model.pt")
+        with pytest.raises(InputError, match=r"model\.json: missing; weights without provenance"):
+            pack_bundle(self.copy(tmp_path), tmp_path / "out", ["tiny"], model=tmp_path / "model.pt")
+
+    def test_unknown_overlay(self, tmp_path: Path, weights: dict[str, Path]) -> None:
+        with pytest.raises(InputError, match=r"tinny\.json: no such overlay; there are .*tiny"):
+            pack_bundle(self.copy(tmp_path), tmp_path / "out", ["tinny"], model=weights["ixi_sex"])
+
+    def test_name_that_is_no_folder(self, tmp_path: Path, weights: dict[str, Path]) -> None:
+        with pytest.raises(InputError, match="letters, digits and _ only"):
+            pack_bundle(self.copy(tmp_path), tmp_path / "out", ["tiny"], name="../x y", model=weights["ixi_sex"])
+
+    def test_a_personal_path_in_the_card(self, tmp_path: Path, weights: dict[str, Path]) -> None:
+        bundle = self.copy(tmp_path)
+        (bundle / "docs" / "notes.md").write_text("see /Users/jane/notes\n")
+        with pytest.raises(InputError, match=r"docs/notes\.md:1"):
+            pack_bundle(bundle, tmp_path / "out", ["tiny"], model=weights["ixi_sex"])
+        assert not list((tmp_path / "out").iterdir())
+
+    def test_neither_bundle_nor_all(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        assert main(["pack", "--output", str(tmp_path)]) == 2
+        assert "give one bundle (--bundle bundles/NAME) or --all" in capsys.readouterr().err
+
+
+def test_all_packs_what_there_is_and_says_what_is_left_out(
+    tmp_path: Path, weights: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for bundle in ("pretrain", "ixi_sex"):
+        target = tmp_path / "bundles" / bundle
+        shutil.copytree(ROOT / "bundles" / bundle, target, ignore=shutil.ignore_patterns("models", "runs", "eval"))
+    (tmp_path / "bundles" / "pretrain" / "models").mkdir()
+    for suffix in (".safetensors", ".json"):
+        shutil.copy(weights["pretrain"].with_suffix(suffix), tmp_path / "bundles" / "pretrain" / "models")
+    monkeypatch.chdir(tmp_path)
+    assert main(["pack", "--all", "--overlays", "tiny", "--output", "dist"]) == 1
+    assert sorted(path.name for path in Path("dist").iterdir()) == [
+        "SHA256SUMS",
+        "model_info.json",
+        "pretrain_phantom_tiny_v0.1.0.zip",
+    ]
+    assert "left out: ixi_sex: bundles/ixi_sex/models/model_phantom_tiny.pt: no such weights" in capsys.readouterr().out
