@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     import fire
     import fire.core
 
-    fire.core.Display = lambda lines, out: print("\n".join(lines), file=out)
     asks_help = bool({"-h", "--help"} & set(words[1:]))
+    fire.core.Display = lambda lines, out: print("\n".join(lines), file=sys.stdout if asks_help else out)
     try:
         call = fire.Fire(
             _deferred(getattr(importlib.import_module(module), function)),
