@@ -30,11 +30,7 @@ def tiny_config(bundle: str) -> ConfigParser:
 def tiny_network(bundle: str) -> torch.nn.Module:
     """The quick start's network with random weights."""
     torch.manual_seed(11)
-    parser = tiny_config(bundle)
-    if bundle == "pretrain":
-        sizes = ("patch_size", "hidden_size", "mlp_dim", "num_layers", "num_heads", "summary_heads")
-        return VoltaViT(img_size=parser["global_size"], **{k: parser[k] for k in sizes if k in parser}, decoder=False)
-    network = parser.get_parsed_content("network_def")
+    network = tiny_config(bundle).get_parsed_content("network_def")
     assert isinstance(network, torch.nn.Module)
     return network
 
