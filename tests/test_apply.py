@@ -100,12 +100,11 @@ def encoder_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundle") / "encoder"
     shutil.copytree(PRETRAIN, folder / "configs")
     config = folder / "configs" / "inference.json"
-    content = json.loads(config.read_text()) | {"volume_size": CUBE, "bundle_root": ".", "num_workers": 0}
-    config.write_text(json.dumps(content))
+    sizes = {"hidden_size": 32, "mlp_dim": 48, "num_layers": 2, "num_heads": 4, "summary_heads": 4}
+    places = {"volume_size": CUBE, "global_size": CUBE, "bundle_root": ".", "num_workers": 0}
+    config.write_text(json.dumps(json.loads(config.read_text()) | places | sizes))
     torch.manual_seed(4)
-    network = VoltaViT(
-        img_size=CUBE, hidden_size=32, mlp_dim=48, num_layers=2, num_heads=4, summary_heads=4, decoder=False
-    )
+    network = VoltaViT(img_size=CUBE, decoder=False, **sizes)
     with torch.no_grad():
         network.summariser.cls_token.normal_()
         network.patch_embedding.position_embeddings.normal_()
