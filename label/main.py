@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import monailabel
+from fastapi import HTTPException
 from monailabel.interfaces.app import MONAILabelApp
-from monailabel.interfaces.exception import MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
@@ -67,15 +67,16 @@ def requested_model(bundle: Path, request: Mapping[str, Any] | None) -> Path:
     name = (request or {}).get("model_filename") or "model.pt"
     name = name if isinstance(name, str) else name[0]
     if Path(name).name != name:
-        raise MONAILabelException(MONAILabelError.INVALID_INPUT, f"model_filename {name!r}: give a name, not a path")
+        raise InputError(f"model_filename {name!r}: give a name, not a path")
     return bundle / "models" / name
 
 
 class VoltaInferTask(BundleInferTask):
     """``BundleInferTask`` that verifies the weights' hash whenever they are read, and loads all of them or none.
 
-    For classification it answers with a score for each class, as ``BundleInferTask`` does only without its last step,
-    which would restore a mask to the scan's grid.
+    Clients get the message of whatever is wrong with a scan or with the weights. For classification it answers with a
+    score for each class, as ``BundleInferTask`` does only without its last step, which would restore a mask to the
+    scan's grid.
 
     Args:
         bundle: the bundle's folder.
@@ -93,10 +94,26 @@ class VoltaInferTask(BundleInferTask):
         )
         self._verified: tuple[Path, int] | None = None
 
+    def __call__(self, request: dict[str, Any], callbacks: dict[Any, Any] | None = None) -> Any:
+        """Answer a request.
+
+        Raises:
+            HTTPException: 422 with the message, where the input is at fault.
+        """
+        try:
+            return super().__call__(request, callbacks)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, InputError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise HTTPException(status_code=422, detail=str(cause)) from error
+
     def _get_network(self, device: str, data: Mapping[str, Any] | None) -> Any:
         path = requested_model(Path(self.bundle_path), data)
         if not path.is_file():
-            raise MONAILabelException(MONAILabelError.INVALID_INPUT, f"{path.name}: no such model in this bundle")
+            raise InputError(f"{path.name}: no such model in this bundle")
         version = (path, path.stat().st_mtime_ns)
         if version != self._verified:
             read_weights(path)
@@ -122,9 +139,7 @@ class VoltaTrainTask(BundleTrainTask):
     def __call__(self, request: dict[str, Any], datastore: Any) -> Any:
         """Train on the scans with a final label map."""
         if not datastore.datalist():
-            raise MONAILabelException(
-                MONAILabelError.INVALID_INPUT, "no scan has a final label map; correct and submit one first"
-            )
+            raise InputError("no scan has a final label map; correct and submit one first")
         bundle = Path(self.bundle_path)
         read_weights(requested_model(bundle, request))
         keep_model(bundle / "models" / "model.pt")
