@@ -390,7 +390,8 @@ class LoadScand(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace each path by a ``MetaTensor`` ``[1, D, H, W]`` in [0, 1]."""
-        result = dict(data)
+        # None, of a session that is not known, cannot be collated.
+        result = {key: "" if value is None else value for key, value in data.items()}
         for key in self.key_iterator(data):
             result[key] = self._load(Path(str(data[key])))
         return result
