@@ -6,8 +6,12 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -427,6 +431,32 @@ def test_commands_run_from_within_a_bundle_and_tell_what_they_made(
     assert "WARNING" not in out + err
     assert main(["embed", "--source", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith("volta3d embed: 1 of the given sources are not there:\n")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_real_process_with_one_line(encoder_bundle: Path, raw: Path, tmp_path: Path) -> None:
+    words = [
+        "embed",
+        "--source",
+        str(raw / "scans"),
+        "--output",
+        str(tmp_path / "out"),
+        "--bundle",
+        str(encoder_bundle),
+    ]
+    command = [str(Path(sys.executable).with_name("volta3d")), *words, "--attention"]
+    with (tmp_path / "log.txt").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while "Iteration" not in (tmp_path / "log.txt").read_text() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(60) == 130
+    output = (tmp_path / "log.txt").read_text()
+    assert output.count("volta3d embed: interrupted") == 1
+    assert "Traceback" not in output and "exception" not in output
+    assert not list((tmp_path / "out").rglob(".partial-*"))
 
 
 @pytest.fixture(autouse=True)

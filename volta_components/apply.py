@@ -238,10 +238,12 @@ def _words(value: str | Sequence[Any] | None) -> list[str]:
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Bad input as itself, not wrapped into what ``monai.bundle`` makes of it, nor into its log."""
-    hook, log = sys.excepthook, logging.getLogger("monai.bundle.workflows")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Bad input as itself, not wrapped into what ``monai.bundle`` makes of it, nor said once more in a log."""
+    hook = sys.excepthook
+    logs = [logging.getLogger(name) for name in ("monai.bundle.workflows", "ignite")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
     try:
         yield
     except Exception as error:
@@ -253,7 +255,8 @@ def _plain_errors() -> Iterator[None]:
         raise cause from None
     finally:
         sys.excepthook = hook  # the configs set their own
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _check_device(device: str) -> str:

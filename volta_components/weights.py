@@ -101,7 +101,7 @@ def find_encoder(path: str | os.PathLike[str], suffix: str = "") -> Path:
                 return folder / name
     raise InputError(
         f"{path}: no encoder in it ({' or '.join(names)}); run the pretraining first (python -m monai.bundle run "
-        "--config_file bundles/pretrain/configs/train.json), download the bundle, or give another path (--encoder_path)"
+        "--config_file bundles/pretrain/configs/train.json), download the bundle, or give another path"
     )
 
 
