@@ -1,0 +1,573 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the documentation says exists and works: links, commands, options, config ids, and blocks that are run.
+
+A comment on the line before a fenced block says why it is not run (``needs: data``, ``GPU``, ``network``, ``cluster``,
+``display``) or what runs it (``runs: make demo``, ``runs: tests/...``); ``file: PATH`` says where
+a reader is to save it.
+"""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import functools
+import importlib
+import inspect
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from monai.bundle import ConfigParser
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
+from packed import random_weights
+
+from volta_components.cli import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("bundles/*/docs/README.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+NEEDS = {"data", "GPU", "network", "cluster", "display"}
+# First words of the untagged blocks that are commands; others are listings of files.
+PROGRAMS = {"volta3d", "python", "make", "torchrun", "mlflow", "pip", "clinica", "export", "docker", "git", "curl"}
+# Pages whose every block another test runs, on data of its own.
+RUN_ELSEWHERE = {"docs/python.md": "tests/test_docs_python.py"}
+BUNDLES = sorted(path.parents[1].name for path in ROOT.glob("bundles/*/configs/train.json"))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block.
+
+    Attributes:
+        page: the page's path within the repository.
+        line: number of its first line.
+        language: ``bash``, ``python``, ``json``, ``text`` or another tag.
+        text: its content, without the fence's indentation.
+        marks: what the comment before it says, such as ``{"needs": "data"}``.
+    """
+
+    page: str
+    line: int
+    language: str
+    text: str
+    marks: Mapping[str, str]
+
+    @property
+    def where(self) -> str:
+        return f"{self.page}:{self.line}"
+
+    @property
+    def is_run_here(self) -> bool:
+        runnable = self.language in {"bash", "python"} and self.page not in RUN_ELSEWHERE
+        return runnable and not {"needs", "runs"} & self.marks.keys()
+
+
+def read_blocks(text: str, page: str) -> list[Block]:
+    """Fenced blocks of a page, also those indented in lists."""
+    blocks: list[Block] = []
+    marks: dict[str, str] = {}
+    fence: tuple[int, str, int] | None = None
+    content: list[str] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        stripped = line.strip()
+        if fence is None:
+            if stripped.startswith("```"):
+                fence, content = (len(line) - len(line.lstrip()), stripped[3:].strip(), number), []
+                continue
+            comment = re.fullmatch(r"<!-- (\w+): (.+?) -->", stripped)
+            marks = {comment[1]: comment[2]} if comment else {}
+        elif stripped == "```":
+            indent, language, start = fence
+            code = "\n".join(row[indent:] for row in content) + "\n"
+            if not language:
+                first = (code.split() or [""])[0]
+                language = "bash" if first in PROGRAMS else "text"
+            blocks.append(Block(page, start + 1, {"sh": "bash"}.get(language, language), code, marks))
+            fence, marks = None, {}
+        else:
+            content.append(line)
+    assert fence is None, f"{page}: the block that begins at line {fence and fence[2]} does not end"
+    return blocks
+
+
+def without_blocks(text: str) -> str:
+    return re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def all_blocks() -> list[Block]:
+    return [block for page, name in zip(PAGES, NAMES, strict=True) for block in read_blocks(page.read_text(), name)]
+
+
+# --- links -----------------------------------------------------------------------------------------------------------
+
+
+def anchors(text: str) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)$", without_blocks(text), flags=re.MULTILINE):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        slug = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+        number = 0
+        while (name := f"{slug}-{number}" if number else slug) in found:
+            number += 1
+        found.add(name)
+    return found
+
+
+def broken_links(page: Path) -> list[str]:
+    text = without_blocks(page.read_text())
+    links = re.findall(r"\[[^]]*\]\(([^)\s]+)[^)]*\)", re.sub(r"`[^`]*`", "", text)) + re.findall(
+        r'src="([^"]+)"', text
+    )
+    broken = []
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text())):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+def test_broken_links_are_found(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("# One & two\n[x](b.md) [y](#one--two) [z](#three) ![p](p.svg) [w](https://e.org)\n")
+    assert broken_links(tmp_path / "a.md") == ["b.md", "#three", "p.svg"]
+
+
+def test_the_index_names_every_page() -> None:
+    text = (ROOT / "docs" / "README.md").read_text()
+    for path in ROOT.glob("docs/**/*.md"):
+        if path != ROOT / "docs" / "README.md":
+            assert f"({path.relative_to(ROOT / 'docs')})" in text, path
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def commands_of(text: str) -> Iterator[list[str]]:
+    """The words of each command in a shell text: lines joined, ``&&`` and the like taken apart, variables dropped."""
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+        lexer = shlex.shlex(re.sub(r"(^|\s)#[^'\"]*$", "", line), posix=True, punctuation_chars="&;|")
+        lexer.commenters = ""  # within a word, as in views#mask, it begins no comment
+        lexer.whitespace_split = True
+        words: list[str] = []
+        for word in [*lexer, ";"]:
+            if word and set(word) <= set("&;|"):
+                while words and (re.match(r"[A-Za-z_]\w*=", words[0]) or words[0] in {"srun", "export"}):
+                    words = words[1:]
+                if words:
+                    yield words
+                words = []
+            else:
+                words.append(word)
+
+
+def options_of(words: list[str]) -> dict[str, str]:
+    """``--name value`` and ``--name=value``; the value is empty where another option follows."""
+    found: dict[str, str] = {}
+    for place, word in enumerate(words):
+        if word.startswith("--"):
+            name, sign, value = word[2:].partition("=")
+            after = words[place + 1] if place + 1 < len(words) else ""
+            found[name] = value if sign else "" if after.startswith("--") else after
+    return found
+
+
+class Checker:
+    """Checks the commands of a page; ``files`` are those that the page tells its reader to write."""
+
+    def __init__(self, files: Mapping[str, dict[str, Any]] | None = None) -> None:
+        self.files = dict(files or {})
+
+    def faults(self, words: list[str]) -> list[str]:
+        """What is wrong with a command."""
+        if words[0] == "volta3d":
+            return self._volta3d(words[1:])
+        if words[:3] == ["python", "-m", "monai.bundle"]:
+            return self._bundle(words[3:])
+        if words[0] == "torchrun":
+            return self._torchrun(words[1:])
+        if words[0] == "make":
+            return [f"make: no target {word}" for word in words[1:] if word not in make_targets() and "=" not in word]
+        if words[0] == "mlflow":
+            return self._mlflow(words[1:])
+        if words[0] == "python" and len(words) > 1 and words[1].endswith(".py"):
+            return [] if (ROOT / words[1]).is_file() else [f"no file {words[1]}"]
+        return []
+
+    def _volta3d(self, words: list[str]) -> list[str]:
+        if not words or words[0].startswith("-"):
+            return []
+        if words[0] not in COMMANDS:
+            return [f"volta3d has no command {words[0]}"]
+        module, name = COMMANDS[words[0]][0].split(":")
+        known = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+        options = {option.replace("-", "_"): value for option, value in options_of(words[1:]).items()}
+        found = [f"volta3d {words[0]} has no --{option}" for option in options if option not in {*known, "help"}]
+        bundle = options.get("bundle", "")
+        if words[0] == "crossval" and bundle:
+            found += self._crossval(bundle, options)
+        return found
+
+    def _crossval(self, bundle: str, options: Mapping[str, str]) -> list[str]:
+        inits = [name for name in options.get("inits", "").split(",") if name not in {"", "volta"}]
+        names = [*inits, *filter(None, options.get("overlays", "").split(","))]
+        files = [f"{bundle}/configs/{name}.json" for name in ("train", *names)]
+        found = [f"no config {file}" for file in files if self._config(file) is None]
+        ids = re.findall(r"(?:^|,)([\w#:]+)=", options.get("set", ""))
+        return found or [f"no id {name} in {bundle}" for name in ids if not self._has(files, name)]
+
+    def _bundle(self, words: list[str]) -> list[str]:
+        import monai.bundle.__main__ as entry
+
+        if not words or words[0].startswith("-"):
+            return []
+        function = getattr(entry, words[0], None)
+        if not inspect.isfunction(function):
+            return [f"monai.bundle has no command {words[0]}"]
+        options = options_of(words[1:])
+        parameters = inspect.signature(function).parameters
+        rest = [name for name in options if name not in parameters and name != "help"]
+        if "override" not in parameters:
+            return [f"monai.bundle {words[0]} has no --{name}" for name in rest]
+        given = options.get("config_file", "")
+        files = ast.literal_eval(given) if given.startswith("[") else [given]
+        found = [f"no config {file}" for file in files if file and self._config(file) is None]
+        tracked = DEFAULT_MLFLOW_SETTINGS["configs"] if "tracking" in options else {}
+        if options.get("tracking", "mlflow") not in {"mlflow", ""} and self._config(options["tracking"]) is None:
+            found.append(f"no config {options['tracking']}")
+        return found or [
+            f"no id {name} in {files}" for name in rest if name not in tracked and not self._has(files, name)
+        ]
+
+    def _torchrun(self, words: list[str]) -> list[str]:
+        from torch.distributed.run import get_args_parser
+
+        module = words.index("-m")
+        known = {option for action in get_args_parser()._actions for option in action.option_strings}
+        found = [f"torchrun has no --{name}" for name in options_of(words[:module]) if f"--{name}" not in known]
+        return found + self.faults(["python", *words[module:]])
+
+    def _mlflow(self, words: list[str]) -> list[str]:
+        import click
+        from mlflow.cli import cli
+
+        command = cli.get_command(click.Context(cli), words[0])
+        if command is None:
+            return [f"mlflow has no command {words[0]}"]
+        known = {option for parameter in command.params for option in parameter.opts}
+        return [f"mlflow {words[0]} has no --{name}" for name in options_of(words[1:]) if f"--{name}" not in known]
+
+    def _config(self, file: str) -> dict[str, Any] | None:
+        if file in self.files:
+            return self.files[file]
+        # From within a downloaded bundle, which has the same configs as the repository's; NAME stands for any.
+        paths = [ROOT / file, *(ROOT / "bundles" / name / file for name in BUNDLES)]
+        paths += [ROOT / file.replace("NAME", name) for name in BUNDLES if "NAME" in file]
+        path = next((path for path in paths if path.is_file()), None)
+        return None if path is None else json.loads(path.read_text())
+
+    def _has(self, files: list[str], name: str) -> bool:
+        """Whether the merged configuration has an id; a path's entries count where an id is set by path."""
+        merged: dict[str, Any] = {}
+        for file in files:
+            merged |= self._config(file) or {}
+        place: Any = merged
+        for part in re.split("#|::", name):
+            try:
+                place = place[int(part) if isinstance(place, list) else part]
+            except (LookupError, TypeError, ValueError):
+                return name in merged
+        return True
+
+
+@functools.cache
+def make_targets() -> frozenset[str]:
+    return frozenset(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+
+
+def inline_commands(text: str) -> list[str]:
+    """Commands in the running text, between single backticks; an ellipsis stands for what is left out."""
+    spans = re.findall(r"`([^`]+)`", without_blocks(text))
+    joined = [re.sub(r"\s+", " ", span).replace("...", " ") for span in spans]
+    starts = ("volta3d ", "python -m monai.bundle ", "torchrun ", "make ", "mlflow ")
+    return [span for span in joined if span.startswith(starts) and "COMMAND" not in span]
+
+
+def checker_of(page: str) -> Checker:
+    blocks = read_blocks((ROOT / page).read_text(), page)
+    return Checker({block.marks["file"]: json.loads(block.text) for block in blocks if "file" in block.marks})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_are_right(name: str) -> None:
+    checker = checker_of(name)
+    text = (ROOT / name).read_text()
+    found = []
+    for block in read_blocks(text, name):
+        if block.language == "bash":
+            found += [f"{block.where}: {fault}" for words in commands_of(block.text) for fault in checker.faults(words)]
+    for span in inline_commands(text):
+        found += [f"{name}: `{span}`: {fault}" for words in commands_of(span) for fault in checker.faults(words)]
+    assert found == []
+
+
+TRAIN = "bundles/pretrain/configs/train.json"
+
+
+@pytest.mark.parametrize(
+    "command, fault",
+    [
+        ("volta3d prepair --source x", "volta3d has no command prepair"),
+        ("volta3d prepare --sauce x", "volta3d prepare has no --sauce"),
+        (
+            "volta3d crossval --bundle bundles/ixi_sex --inits volta,unet_scratch",
+            "no config bundles/ixi_sex/configs/unet",
+        ),
+        ("volta3d crossval --bundle bundles/ixi_sex --set 'epoch=2'", "no id epoch in"),
+        ("python -m monai.bundle run --config_file bundles/pretrain/configs/trian.json", "no config"),
+        (f"python -m monai.bundle run --config_file {TRAIN} --batchsize 2", "no id batchsize"),
+        (f"python -m monai.bundle run --config_file {TRAIN} --views#mask#cells 2", "no id views#mask#cells"),
+        (f"python -m monai.bundle run --config_file {TRAIN} --tracking_uri http://x", "no id tracking_uri"),
+        ("python -m monai.bundle push_to_hf_hub --repo x", "monai.bundle has no command push_to_hf_hub"),
+        ("python -m monai.bundle download --repos x", "monai.bundle download has no --repos"),
+        (f"srun torchrun --nproc 2 -m monai.bundle run --config_file {TRAIN}", "torchrun has no --nproc"),
+        (f"X=1 torchrun --nnodes 2 -m monai.bundle run --config_file {TRAIN} --sed 1", "no id sed"),
+        ("cd x && make demos", "make: no target demos"),
+        ("mlflow ui --store x", "mlflow ui has no --store"),
+    ],
+)
+def test_wrong_commands_are_found(command: str, fault: str) -> None:
+    (found,) = [fault for words in commands_of(command) for fault in Checker().faults(words)]
+    assert found.startswith(fault)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"python -m monai.bundle run --config_file {TRAIN} --views#mask#cell 2 --tracking mlflow --tracking_uri http://x",
+        "volta3d crossval --bundle bundles/ixi_sex --set 'epochs=2,image_size=[96,96,96]' --overlays tiny --dry-run",
+    ],
+)
+def test_right_commands_are_taken(command: str) -> None:
+    assert [fault for words in commands_of(command) for fault in Checker().faults(words)] == []
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_block_is_run_or_marked() -> None:
+    """Marks are known ones, and what they say runs a block exists."""
+    wrong = [f"{page}: {test} does not read it" for page, test in RUN_ELSEWHERE.items() if not _reads(test, page)]
+    for block in all_blocks():
+        for kind, value in block.marks.items():
+            if kind == "needs" and value not in NEEDS:
+                wrong.append(f"{block.where}: needs {value}?")
+            if kind == "runs":
+                words = value.split()
+                there = words[1] in make_targets() if words[0] == "make" else (ROOT / words[0]).is_file()
+                wrong += [] if there else [f"{block.where}: {value} does not exist"]
+            if kind == "file" and block.language != "json":
+                wrong.append(f"{block.where}: only configs are written")
+        if block.language not in {"bash", "python", "json", "text"}:
+            wrong.append(f"{block.where}: language {block.language}")
+    assert wrong == []
+
+
+def _reads(test: str, page: str) -> bool:
+    path = ROOT / test
+    return path.is_file() and Path(page).name in path.read_text()
+
+
+def test_python_and_json_can_be_read() -> None:
+    for block in all_blocks():
+        if block.language == "python":
+            compile(block.text, block.where, "exec")
+        elif block.language == "json":
+            json.loads(block.text)
+
+
+def test_overlays_on_the_pages_change_ids_that_exist() -> None:
+    for block in all_blocks():
+        if "file" not in block.marks:
+            continue
+        train = Path(block.marks["file"]).parent / "train.json"
+        base = ConfigParser.load_config_files([str(ROOT / train)])
+        overlay = json.loads(block.text)
+        merged = Checker({block.marks["file"]: overlay})
+        unknown = [name for name in overlay if name != "_desc_" and not merged._has([str(train)], name)]
+        assert base and unknown == [], f"{block.where}: {unknown}"
+
+
+def test_each_new_page_has_something_that_runs() -> None:
+    for page in ("variants", "scaling", "tracking", "sharing", "troubleshooting"):
+        blocks = read_blocks((ROOT / "docs" / f"{page}.md").read_text(), page)
+        assert any(block.is_run_here and block.language == "bash" for block in blocks), page
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tracked files, with small phantoms at the places that the quick start uses, and random weights."""
+    folder = tmp_path_factory.mktemp("repository")
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    small = "--spacing 3 --workers 1"
+    run(f"volta3d phantom --output data/raw/phantom --subjects 10 --seed 2 {small}", folder)
+    run(
+        f"volta3d prepare --layout bids --source data/raw/phantom --output data/phantom --shape 48,64,64 {small}",
+        folder,
+    )
+    shutil.copytree(folder / "data" / "phantom", folder / "data" / "phantom_pretrain")
+    (folder / "scans").mkdir()
+    scan = next((folder / "data" / "raw" / "phantom").glob("sub-*/*/anat/*_T1w.nii.gz"))
+    shutil.copy(scan, folder / "scans" / "sub-01_T1w.nii.gz")
+    for bundle in ("pretrain", "harp_hippocampus"):
+        random_weights(bundle, folder / "bundles" / bundle / "models")
+    return folder
+
+
+def run(command: str, folder: Path, python: bool = False) -> str:
+    """Run a block to its end; what it printed.
+
+    Raises:
+        AssertionError: if it fails.
+    """
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    environment |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "TQDM_DISABLE": "1",
+    }
+    words = [sys.executable, "-c", command] if python else ["bash", "-euo", "pipefail", "-c", command]
+    made = subprocess.run(
+        words,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert made.returncode == 0, f"{command}\n{made.stdout[-3000:]}"
+    return made.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_run(name: str, request: pytest.FixtureRequest) -> None:
+    """Block after block; those that say so are written to files first."""
+    blocks = [
+        block for block in read_blocks((ROOT / name).read_text(), name) if block.is_run_here or "file" in block.marks
+    ]
+    if not any(block.is_run_here for block in blocks):
+        pytest.skip("nothing to run on this page")
+    repository: Path = request.getfixturevalue("repository")
+    for block in blocks:
+        if "file" in block.marks:
+            (repository / block.marks["file"]).write_text(block.text)
+        else:
+            run(block.text, repository, python=block.language == "python")
+
+
+# --- facts -----------------------------------------------------------------------------------------------------------
+
+# Messages that the pages quote, up to what differs from case to case.
+MESSAGES = {
+    "troubleshooting": [
+        "is it an encoder of this project, and the prefix right ('vit.' for UNETR)?",
+        "weights of another size (name, file, network)",
+        "holds weights of another network",
+        "it was changed or cut: fetch it again",
+        "not a file of plain weights",
+        "branch: the teacher's output is uniform",
+        "every volume has the same",
+        "is wanted; prepare it with --",
+        "a worker was killed, most likely for want of memory; use fewer --workers",
+        "left and right are swapped",
+        "no orientation: neither sform nor qform is set, so left and right cannot be told",
+        "of the foreground cut at the",
+        "no such MLflow store; run volta3d crossval first",
+        "belongs to a run with other settings (name, there, here)",
+        "is of a finished run with other settings",
+        "holds a data set prepared with",
+        "another process works on it",
+        "scored patients",
+        "the scored fold has nobody of",
+        "is too small",
+    ],
+    "sharing": [
+        "it was changed or cut: fetch it again",
+        "damaged, or loading it could run code, so it is refused.",
+    ],
+}
+
+
+@pytest.mark.parametrize("page", MESSAGES)
+def test_quoted_messages_are_the_projects_own(page: str) -> None:
+    source = "\n".join(path.read_text() for path in sorted((ROOT / "volta_components").rglob("*.py")))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)
+    text = re.sub(r"\s+", " ", (ROOT / "docs" / f"{page}.md").read_text())
+    for message in MESSAGES[page]:
+        assert message in text, f"the page no longer quotes: {message}"
+        assert message in source, f"nothing says: {message}"
+
+
+def test_the_index_of_equations_names_what_exists() -> None:
+    """Every class and config id in the table of docs/method.md."""
+    train = json.loads((ROOT / TRAIN).read_text())
+    text = (ROOT / "docs" / "method.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    start = rows.index(["paper", "code", "config ids"])
+    checked = 0
+    for row in rows[start + 2 :]:
+        if len(row) != 3 or not row[1].startswith("`"):
+            break
+        _, code, ids = row
+        for name in re.findall(r"`([^`]+)`", code):
+            module, *parts = name.split(".")
+            found: Any = importlib.import_module(f"volta_components.{module}")
+            for part in parts:
+                found = getattr(found, part)
+            assert callable(found), name
+            checked += 1
+        for name in re.findall(r"`([^`]+)`", ids):
+            there = Checker()._has([TRAIN], name) or fnmatch.filter(train, name)
+            assert there, f"{name}: no such id in {TRAIN}"
+            checked += 1
+    assert checked > 40, "the table was not read"
+
+
+def test_config_ids_in_the_running_text_exist() -> None:
+    """Options such as ``--num_local 4`` that pages name without a command."""
+    known = {name for path in ROOT.glob("bundles/*/configs/*.json") for name in json.loads(path.read_text())}
+    for module, function in (target.split(":") for target, _ in COMMANDS.values()):
+        known |= set(inspect.signature(getattr(importlib.import_module(module), function)).parameters)
+    import monai.bundle.__main__ as entry
+
+    for name in ("run", "download", "download_large_files"):
+        known |= set(inspect.signature(getattr(entry, name)).parameters)
+    known |= {"help", "standalone", "nproc_per_node", "tracking_uri", "shm_size", "ipc", "check", "label"}
+    for page in ("variants", "scaling", "tracking", "sharing", "troubleshooting"):
+        text = without_blocks((ROOT / "docs" / f"{page}.md").read_text())
+        for option in re.findall(r"`[^`]*?--([A-Za-z][\w-]*)", text):
+            assert option.replace("-", "_") in known, f"docs/{page}.md: --{option}"
