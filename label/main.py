@@ -126,7 +126,9 @@ class VoltaInferTask(BundleInferTask):
 class VoltaTrainTask(BundleTrainTask):
     """``BundleTrainTask`` that verifies the weights it starts from, and keeps the model that it replaces.
 
-    The model before is kept as ``models/model_HASH.pt``, with its record, where clients can choose it.
+    The model before is kept as ``models/model_HASH.pt``, with its record, where clients can choose it. The learning
+    rate stays at the bundle's: a schedule that rises from zero and falls back to it would train a few scans for a few
+    epochs at next to nothing.
 
     Args:
         bundle: the bundle's folder.
@@ -144,6 +146,11 @@ class VoltaTrainTask(BundleTrainTask):
         read_weights(requested_model(bundle, request))
         keep_model(bundle / "models" / "model.pt")
         return super().__call__(request, datastore)
+
+    def _update_overrides(self, overrides: dict[str, Any]) -> dict[str, Any]:
+        constant = {"warmup_epochs": 0, "final_learning_rate": "@learning_rate"}
+        overrides |= {name: value for name, value in constant.items() if self.bundle_config.get(name) is not None}
+        return overrides
 
 
 def keep_model(path: Path) -> Path:
