@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,9 +19,11 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from volta_components.data.datalist import load_datalist
+from volta_components.files import sha256_file
 from volta_components.losses import CentredTargets, KoLeoLoss, SinkhornTargets
 from volta_components.networks import VoltaTeacher, VoltaViT
 from volta_components.trainer import VoltaTrainer
+from volta_components.weights import load_encoder, read_weights
 
 TRAIN = json.loads((PRETRAIN / "train.json").read_text())
 OVERLAYS = ["tiny", "crops_96", "resized_crops", "dino_gaps", "sinkhorn", "koleo", "multi_gpu_train"]
@@ -204,6 +207,26 @@ def test_evaluation_and_inference_can_be_built(name: str, prepared: Path, encode
         assert untrained.config == network.config
         assert not torch.equal(untrained.norm.weight, network.norm.bias)
         assert not torch.equal(untrained.blocks[0].mlp.linear1.weight, network.blocks[0].mlp.linear1.weight)
+
+
+@pytest.mark.parametrize("name", ["evaluate", "inference"])
+def test_the_encoder_is_found_in_a_bundle_that_was_trained_or_packed(name: str, encoder: Path, tmp_path: Path) -> None:
+    """``encoder.safetensors`` of the training, else ``model.pt``, as it is packed; the first one wins."""
+    models = tmp_path / "models"
+    models.mkdir()
+    for place in ("model.pt", "encoder.safetensors"):
+        torch.save(read_weights(encoder), models / place) if place == "model.pt" else shutil.copy(encoder, models)
+        record = json.loads(encoder.with_suffix(".json").read_text()) | {"sha256": sha256_file(models / place)}
+        (models / place).with_suffix(".json").write_text(json.dumps(record))
+        parser = ConfigParser()
+        parser.read_config(str(PRETRAIN / f"{name}.json"))
+        for key, value in {**TINY_SIZES, "bundle_root": str(tmp_path), "device": "$torch.device('cpu')"}.items():
+            parser[key] = value
+        assert parser.get_parsed_content("encoder_path") == str(models / place)
+        parser.get_parsed_content("network" if name == "evaluate" else "model")
+        network = parser.get_parsed_content("network")
+        assert torch.equal(network.norm.weight, load_encoder(encoder).norm.weight)
+        assert torch.equal(network.summariser.cls_token, load_encoder(encoder).summariser.cls_token)
 
 
 def monai_bundle(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
