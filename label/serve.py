@@ -141,7 +141,7 @@ def guide(address: str, info: dict[str, Any], studies: str, log: Path) -> str:
     models = [f"  {name}: {model['type']}, {', '.join(model['labels'])}" for name, model in info["models"].items()]
     is_remote = studies.startswith(("http://", "https://"))
     viewer = (
-        f"OHIF: open {address}/ohif/ (where its plugin is installed) or connect your viewer's MONAI Label mode there."
+        f"OHIF: open {address}/ohif/ in a browser."
         if is_remote
         else "OHIF reads DICOM only: give a DICOMweb server as STUDIES (docs/monai_label.md)."
     )

@@ -260,6 +260,7 @@ def test_it_says_what_it_serves_and_how_to_connect(server: Server) -> None:
     assert info["datastore"]["total"] == 4
     text = server.output.read_text()
     assert all(word in text for word in (server.address, "3D Slicer", "OHIF", HARP))
+    assert b"<html" in server.request("GET", "/ohif/").lower()
 
 
 def test_a_mask_is_that_of_the_bundle(server: Server, bundles: dict[str, Path], studies: Path, tmp_path: Path) -> None:
