@@ -520,7 +520,7 @@ def test_in_a_fresh_clone_it_says_what_to_run_first(tmp_path: Path) -> None:
 def test_an_encoder_that_is_missing_or_changed_is_named(workplace: Workplace, unbroken: str, tmp_path: Path) -> None:
     places = ("--output_dir", str(tmp_path / "o"), "--encoder_path")
     error = fails(use(workplace, "inference", unbroken, *places, str(tmp_path / "none.safetensors")))
-    assert f"{tmp_path}/none.safetensors: no such weights; run the pretraining first" in error
+    assert f"{tmp_path}/none.safetensors: no such model; train it first" in error
     for suffix in (".safetensors", ".json"):
         shutil.copy(workplace.encoder(unbroken).with_suffix(suffix), tmp_path / f"changed{suffix}")
     content = bytearray((tmp_path / "changed.safetensors").read_bytes())
