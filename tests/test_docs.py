@@ -37,7 +37,20 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.gl
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 NEEDS = {"data", "GPU", "network", "cluster", "display"}
 # First words of the untagged blocks that are commands; others are listings of files.
-PROGRAMS = {"volta3d", "python", "make", "torchrun", "mlflow", "pip", "clinica", "export", "docker", "git", "curl"}
+PROGRAMS = {
+    "volta3d",
+    "python",
+    "make",
+    "torchrun",
+    "mlflow",
+    "pip",
+    "clinica",
+    "export",
+    "docker",
+    "git",
+    "curl",
+    "cd",
+}
 # Pages whose every block another test runs, on data of its own.
 RUN_ELSEWHERE = {"docs/python.md": "tests/test_docs_python.py"}
 BUNDLES = sorted(path.parents[1].name for path in ROOT.glob("bundles/*/configs/train.json"))
@@ -67,8 +80,16 @@ class Block:
 
     @property
     def is_run_here(self) -> bool:
-        runnable = self.language in {"bash", "python"} and self.page not in RUN_ELSEWHERE
-        return runnable and not {"needs", "runs"} & self.marks.keys()
+        return self.is_code and not self.calls_make and not {"needs", "runs"} & self.marks.keys()
+
+    @property
+    def is_code(self) -> bool:
+        return self.language in {"bash", "python"} and self.page not in RUN_ELSEWHERE
+
+    @property
+    def calls_make(self) -> bool:
+        """Targets set up whole environments: never run from here."""
+        return self.language == "bash" and any(words[0] == "make" for words in commands_of(self.text))
 
 
 def read_blocks(text: str, page: str) -> list[Block]:
@@ -384,6 +405,8 @@ def test_every_block_is_run_or_marked() -> None:
                 wrong += [] if there else [f"{block.where}: {value} does not exist"]
             if kind == "file" and block.language != "json":
                 wrong.append(f"{block.where}: only configs are written")
+        if block.is_code and block.calls_make and not {"needs", "runs"} & block.marks.keys():
+            wrong.append(f"{block.where}: make is not run from here; say what it needs or what runs it")
         if block.language not in {"bash", "python", "json", "text"}:
             wrong.append(f"{block.where}: language {block.language}")
     assert wrong == []
