@@ -132,6 +132,6 @@ def test_bad_settings_are_refused(settings: dict[str, float]) -> None:
 
 def test_a_cell_larger_than_the_largest_box_is_refused(rng: np.random.Generator) -> None:
     """Otherwise the smallest box would break the bound that the paper sets on its side."""
-    with pytest.raises(InputError, match="larger than the largest box, 0.3 of a crop of 48x64x64"):
+    with pytest.raises(InputError, match=r"larger than the largest box, 0\.3 of a crop of 48x64x64"):
         GroupMask(cell=16).draw((48, 64, 64), rng)
     GroupMask(cell=14).draw((48, 64, 64), rng)
