@@ -42,6 +42,18 @@ def find_mlflow_handler(engine: Engine) -> Any:
     return None
 
 
+def refer(handler: Any) -> Any:
+    """The handler itself: an entry of a config's list of handlers that has an id of its own elsewhere in the config.
+
+    Plain references would do to run it, but what looks for a handler in such a list (``check_properties``, MONAI Label)
+    expects every entry to be a dictionary with a ``_target_``.
+
+    Args:
+        handler: by reference, ``"@train#record"``.
+    """
+    return handler
+
+
 class ResumableCheckpoint:
     """Saves a run so that the same command, started again, goes on where it was.
 

@@ -40,6 +40,7 @@ from volta_components.distributed import process_count, process_rank
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, sha256_file, sha256_json, write_json
 from volta_components.finetune import Item, Parts, Results, item_name, patients_of, save_model, split_items
+from volta_components.handlers import refer as refer  # the configs say segmentation.refer
 from volta_components.networks import fit_cross_attention, settle_cross_attention
 from volta_components.record import patient_key
 from volta_components.weights import read_record, read_weights
@@ -787,18 +788,6 @@ def _write_nifti(path: Path, image: nib.Nifti1Image) -> None:
     content = image.to_bytes()
     with atomic_path(path) as temporary:
         temporary.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
-
-
-def refer(handler: Any) -> Any:
-    """The handler itself: an entry of a config's list of handlers that has an id of its own elsewhere in the config.
-
-    Plain references would do for MONAI, but tools that look for a handler in such a list, MONAI Label among them,
-    expect every entry to be a dictionary with a ``_target_``.
-
-    Args:
-        handler: by reference, ``"@train#record"``.
-    """
-    return handler
 
 
 class SaveModel:
