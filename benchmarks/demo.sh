@@ -36,18 +36,19 @@ step "What the frozen encoder knows, beside the same network with random weights
     "${run[@]}" "$pretrain/evaluate.json" --run_name phantom_tiny --encoder_path "$encoder" \
     --dataset_dir data/phantom --num_workers 0
 
-# The three tasks with their baselines, two runs at a time: small settings, fewer folds than the paper.
+# The three tasks with their baselines, two runs at a time: small settings, fewer folds than the paper. The model of
+# fold 0 becomes the bundle's own, for segment, pack and make label.
 export OMP_NUM_THREADS=1
 cohort=data/phantom/datalist.json
 step "Sex: VolTA init and scratch baselines, two folds, two fractions of the training part" \
     volta3d crossval --bundle bundles/ixi_sex --datalist "$cohort" --inits volta,vit_scratch,swin_scratch \
-    --folds 2 --fractions 0.4,1.0 --overlays tiny --jobs 2 --output runs/demo
+    --folds 2 --fractions 0.4,1.0 --overlays tiny --jobs 2 --output runs/demo --adopt 0
 step "Alzheimer's disease: two folds" \
     volta3d crossval --bundle bundles/aibl_ad --datalist "$cohort" --inits volta,vit_scratch,swin_scratch \
-    --folds 2 --overlays tiny --jobs 2 --output runs/demo
+    --folds 2 --overlays tiny --jobs 2 --output runs/demo --adopt 0
 step "Hippocampus: one hold-out" \
     volta3d crossval --bundle bundles/harp_hippocampus --datalist "$cohort" --inits volta,unetr_scratch,unet_scratch \
-    --folds 1 --overlays tiny --jobs 2 --output runs/demo
+    --folds 1 --overlays tiny --jobs 2 --output runs/demo --adopt 0
 step "Report: tables and figures of the paper, from MLflow alone" \
     volta3d report --output runs/demo/report --tracking_uri "sqlite:///$PWD/runs/demo/mlruns.db"
 

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,7 +56,7 @@ def served_copy(name: str, root: Path, folder: Path) -> Path | None:
     """
     for model, overlays in trained_models(name, root):
         bundle = root / "bundles" / name
-        copy = folder / sha256_file(model)[:8] / default_name(bundle, overlays)
+        copy = folder / sha256_file(model)[:8] / default_name(bundle, overlays, model)
         if not (copy / "models" / "model.json").is_file():
             shutil.rmtree(copy, ignore_errors=True)
             assemble(bundle, copy, overlays, model=model)
@@ -172,6 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise InputError(
                 f"{options.studies or 'STUDIES'}: no such folder; give one with scans: make label STUDIES=DIR"
             )
+        # Before anything is changed that a running server uses.
+        address = reachable(options.host, options.port)
         app = options.app.resolve()
         bundles = choose_bundles(options.bundle, Path(__file__).resolve().parents[1], app / "bundles")
         make_app(app, bundles)
@@ -179,17 +182,31 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"make label: {error}", file=sys.stderr)
         return 2
     studies = options.studies if is_remote else str(Path(options.studies).resolve())
-    return run_server(server_command(app, studies, options.host, options.port), app, studies, options.port)
+    return run_server(server_command(app, studies, options.host, options.port), app, studies, address)
 
 
-def run_server(command: list[str], app: Path, studies: str, port: int) -> int:
+def reachable(host: str, port: int) -> str:
+    """The address at which this machine reaches a server that is yet to start.
+
+    Args:
+        host: what it listens on; 0.0.0.0 is every address of this machine.
+        port: its port.
+
+    Raises:
+        InputError: if something listens there already.
+    """
+    name = "127.0.0.1" if host == "0.0.0.0" else host
+    try:
+        socket.create_connection((name, port), timeout=5).close()
+    except OSError:
+        return f"http://{name}:{port}"
+    raise InputError(f"something answers at http://{name}:{port} already; give another PORT")
+
+
+def run_server(command: list[str], app: Path, studies: str, address: str) -> int:
     """Run the server, print how to connect once it answers, and end it with everything that it started."""
     log = app / "logs" / "server.log"
     log.parent.mkdir(exist_ok=True)
-    address = f"http://127.0.0.1:{port}"
-    if answer(address) is not None:
-        print(f"make label: something answers at {address} already; give another PORT", file=sys.stderr)
-        return 2
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -49,6 +49,7 @@ def random_weights(bundle: str, folder: Path, **changes: Any) -> Path:
     path = folder / "model_phantom_tiny.pt"
     path.parent.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
+        "bundle": bundle,
         "tags": {"init": "volta", "fold": "0", "fraction": "1", "leak": "none", "encoder_sha256": "e" * 64},
         "provenance": origin,
         "subjects": {"training": 4, "validation": 2, "scored": 2, "unused": 0},

@@ -14,6 +14,7 @@ import os
 import queue
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from typing import Any
 
 from volta_components.data.datalist import load_datalist
 from volta_components.errors import InputError
-from volta_components.files import read_json, sha256_file, sha256_json, write_json
+from volta_components.files import atomic_path, read_json, sha256_file, sha256_json, write_json
 
 TAG = "crossval_settings"
 BASE_INIT = "volta"
@@ -109,6 +110,7 @@ def crossval(
     slurm: str | Mapping[str, Any] | Sequence[str] = (),
     cluster: str | None = None,
     dry_run: bool = False,
+    adopt: int | None = None,
 ) -> int:
     """Train a bundle for every fold, fraction and init; started again, it goes on where it was.
 
@@ -142,6 +144,8 @@ def crossval(
         slurm: SLURM: other options of ``sbatch``, as ``"qos=high,constraint=a100"``.
         cluster: submitit's cluster; ``local`` tries the way of SLURM jobs on this machine.
         dry_run: only print each run's state and command.
+        adopt: a fold; once all runs are finished, its model (of the first init, the largest fraction) becomes the
+            bundle's own, in ``BUNDLE/models``, where ``segment``, ``pack`` and ``inference.json`` look for it.
 
     Returns:
         0; 1 if a run failed or another process is still working on it; 130 if interrupted.
@@ -172,6 +176,9 @@ def crossval(
         experiment=experiment,
         processes=gpus_per_run,
     )
+    chosen = max((run for run in runs if run.fold == adopt), key=lambda run: run.fraction, default=runs[0])
+    if adopt not in (None, chosen.fold):
+        raise InputError(f"--adopt {adopt}: not one of the folds that are run")
     done = _finished(store, runs[0].experiment)
     todo = [run for run in runs if (run.name, run.settings) not in done]
     if dry_run:
@@ -196,7 +203,21 @@ def crossval(
             "slurm_additional_parameters": _assignments(slurm, "--slurm") or None,
         }
         outcomes = _submit(todo, root / "submitit", cluster or "slurm", parameters)
-    return _follow(outcomes, len(runs), len(runs) - len(todo))
+    status = _follow(outcomes, len(runs), len(runs) - len(todo))
+    if adopt is not None and status == 0:
+        _adopt(chosen, Path(bundle))
+    return status
+
+
+def _adopt(run: Run, bundle: Path) -> None:
+    """Copy a finished run's model and its record to the bundle's ``models``."""
+    models = sorted((run.folder / "models").glob("*.pt"))
+    if len(models) != 1:
+        raise InputError(f"{run.folder / 'models'}: {len(models)} models instead of one; --adopt cannot tell which")
+    for path in (models[0], models[0].with_suffix(".json")):
+        with atomic_path(bundle / "models" / path.name) as temporary:
+            shutil.copyfile(path, temporary)
+    print(f"{bundle / 'models' / models[0].name}: the model of {run.name}")
 
 
 def plan(

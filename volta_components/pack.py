@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from volta_components.cards import Card, is_phantom, voxel_mm
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, read_json, sha256_file, write_json
 
@@ -28,11 +30,18 @@ KEPT = ("LICENSE", "configs/*.json", "configs/logging.conf", "docs/*")
 TEXT = (".json", ".md", ".txt", ".yml", ".conf", "")
 # What stays as it is in a packed bundle: where its own weights lie.
 NOT_BAKED = ("_desc_", "suffix", "encoder_path", "bundle_root")
-PERSONAL = re.compile(
-    r"(?<![\w.:/])(?:/(?:home|Users|root|mnt|media|tmp|scratch|data|work|srv|opt)/[\w.-]+|[A-Z]:\\\\?\w)"
+# What must agree between the weights' settings and the packed inference, beside the network itself.
+GRID = ("spacing", "volume_size", "global_size", "image_size", "input_extent_mm", "patch_size", "pool")
+# An absolute path within a text, POSIX or Windows: two names at least, since "/" also divides and separates.
+ABSOLUTE = re.compile(
+    r"(?<![\w.:/~)\]}>@*-])/(?:[\w.~-]+/)+[\w.~-]*|\b(?:file|sqlite):/{2,4}(?=/\w|[A-Za-z]:)[^\s'\"]+"
+    r"|(?<!\w)[A-Za-z]:[\\/]{1,2}\w[^\s'\"]*|(?<![\\\w])\\\\\w[\w.-]*\\[^\s'\"]+"
 )
+# The same everywhere, or a placeholder.
+COMMON = re.compile(r"/(?:dev|proc|sys|usr|bin|etc|path/to)(?:/|$)")
+# A literal that an expression joins to something else, as in ``@bundle_root + '/models'``, is no path of its own.
+JOINED = re.compile(r"\+\s*('[^']*'|\"[^\"]*\")")
 EPOCH = (1980, 1, 1, 0, 0, 0)
-CARD_HEADING = "## These weights"
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,8 @@ def pack(
         all: every bundle below ``bundles`` instead.
         overlays: overlays that the model was trained with, separated by commas (``tiny``): their values are merged
             into the packed configs, so that these fit the weights as they are.
-        name: the packed bundle's name; the folder's by default, with ``_phantom_tiny`` after it for the overlay tiny.
+        name: the packed bundle's name; by default the folder's, with ``_phantom`` after it where the weights are
+            trained on phantoms, and ``_tiny`` for the overlay tiny. Weights of phantoms need "phantom" in it.
         model: the weights; ``models/model.pt`` by default (pretrain: ``models/encoder.safetensors``), with the suffix
             that the overlays give it. The JSON of the same name beside it is needed.
         metrics: a JSON of numbers to put into the model card besides the training run's own: ``metrics.json`` of
@@ -83,7 +93,8 @@ def pack(
         Exit status: 1 if, with ``all``, a bundle was left out.
 
     Raises:
-        InputError: if weights, record or metadata are missing or do not fit each other.
+        InputError: if weights, record, metadata or configs are missing or do not fit each other, or a text has
+            somebody's path.
     """
     if (bundle is None) == (not all):
         raise InputError("give one bundle (--bundle bundles/NAME) or --all")
@@ -128,7 +139,7 @@ def pack_bundle(
     """Pack one bundle; see ``pack``."""
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".partial-") as temporary:
-        top = Path(temporary) / (name or default_name(bundle, overlays))
+        top = Path(temporary) / (name or default_name(bundle, overlays, model))
         assemble(bundle, top, overlays, model, metrics)
         version = read_json(top / "configs" / "metadata.json")["version"]
         stem = f"{top.name}_v{version}"
@@ -148,9 +159,15 @@ def pack_bundle(
     return Packed(path, digest, hosted)
 
 
-def default_name(bundle: Path, overlays: Sequence[str] = ()) -> str:
-    """A packed bundle's name: the folder's, and ``_phantom_tiny`` for the quick start's weights."""
-    return bundle.resolve().name + ("_phantom_tiny" if "tiny" in [Path(overlay).stem for overlay in overlays] else "")
+def default_name(bundle: Path, overlays: Sequence[str] = (), model: str | os.PathLike[str] | None = None) -> str:
+    """A packed bundle's name: the folder's, and whether it is of phantoms and of the quick start's size."""
+    record = _checked_record(_find_weights(bundle, _overlay_values(bundle, overlays), model))
+    tiny = "tiny" in _stems(overlays)
+    return bundle.resolve().name + "_phantom" * is_phantom(record) + "_tiny" * tiny
+
+
+def _stems(overlays: Sequence[str]) -> list[str]:
+    return [Path(overlay).stem for overlay in overlays]
 
 
 def assemble(
@@ -184,24 +201,58 @@ def assemble(
     baked = _overlay_values(bundle, overlays)
     weights = _find_weights(bundle, baked, model)
     record = _checked_record(weights)
+    if is_phantom(record) and "phantom" not in target.name:
+        raise InputError(
+            f"{weights} is trained on phantoms, which the name {target.name} does not tell; leave out --name, or give "
+            "one with phantom in it"
+        )
     if target.exists():
         raise InputError(f"{target}: exists already; remove it first")
-    for pattern in KEPT:
-        for path in sorted(bundle.glob(pattern)):
-            if path.is_file() and path.stem not in [Path(overlay).stem for overlay in overlays]:
-                copy = target / path.relative_to(bundle)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
+    for path in _kept(bundle):
+        if path.stem not in _stems(overlays):
+            copy = target / path.relative_to(bundle)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
     if not (target / "LICENSE").is_file():
         raise InputError(f"{bundle}: no LICENSE; a bundle that is passed on needs one")
     for path in sorted((target / "configs").glob("*.json")):
         if path.name != "metadata.json":
             write_json(path, _baked(read_json(path), baked))
-    _fit_metadata(metadata, read_json(target / "configs" / "inference.json"), target.name)
+    evaluate = target / "configs" / "evaluate.json"
+    if evaluate.is_file() and "model_path" in read_json(target / "configs" / "train.json"):
+        # train.json names what it writes by the init; what is scored here is this one.
+        write_json(evaluate, read_json(evaluate) | {"model_path": "$@ckpt_dir + '/model.pt'"})
+    inference = read_json(target / "configs" / "inference.json")
+    _fit_metadata(metadata, inference, record)
     write_json(target / "configs" / "metadata.json", metadata)
     _write_weights(weights, target / "models" / "model.pt", record)
-    _fill_card(target, metadata, record, None if metrics is None else read_json(metrics))
+    _check_fit(target, weights, inference, record, overlays)
+    more = None if metrics is None else read_json(metrics)
+    Card(target, bundle.resolve().name, _stems(overlays), metadata, record, more).fill()
     return target
+
+
+def _kept(bundle: Path) -> Iterator[Path]:
+    """The files of a bundle's folder that are passed on; hidden ones are not, and texts can be read.
+
+    Raises:
+        InputError: if a text is not UTF-8.
+    """
+    for path in sorted(path for pattern in KEPT for path in bundle.glob(pattern)):
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        if path.suffix in TEXT:
+            _text(path)
+        yield path
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: not text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
 
 
 def _checked_metadata(path: Path) -> dict[str, Any]:
@@ -271,6 +322,7 @@ def without_personal_paths(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_personal_paths(item) for item in value]
     if isinstance(value, str) and "\n" not in value and not value.startswith("$"):
+        value = re.sub(r"^(?:file|sqlite):/{2,3}(?=/|[A-Za-z]:)", "", value)
         for kind in (PurePosixPath, PureWindowsPath):
             path = kind(value)
             if path.is_absolute() and len(path.parts) > 1:
@@ -291,8 +343,8 @@ def _baked(config: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _fit_metadata(metadata: dict[str, Any], inference: Mapping[str, Any], name: str) -> None:
-    """Sizes of the packed network, and a name that tells phantoms from patients."""
+def _fit_metadata(metadata: dict[str, Any], inference: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Sizes of the packed network, its numbers, and what its weights were trained on."""
     size = inference.get("image_size")
     formats = metadata["network_data_format"]
     for tensor in [*formats["inputs"].values(), *formats["outputs"].values()]:
@@ -300,12 +352,54 @@ def _fit_metadata(metadata: dict[str, Any], inference: Mapping[str, Any], name: 
             tensor["spatial_shape"] = list(size)
         if tensor["format"] == "features":
             tensor["num_channels"] = inference.get("hidden_size", tensor["num_channels"])
-    if name.endswith("_phantom_tiny"):
+            metadata["pred_classes"] = f"{tensor['num_channels']} features of the summary token"
+    metadata["image_classes"] = (
+        f"single-channel T1-weighted MRI, RAS, voxels of {voxel_mm(inference):g} mm, intensities scaled to [0, 1]"
+    )
+    numbers = record.get("metrics", {}).items()
+    metadata["eval_metrics"] = {k: v for k, v in numbers if math.isfinite(v) and not k.startswith("optimistic_")}
+    if is_phantom(record):
         metadata["name"] += " (trained on phantoms)"
         metadata["description"] = (
-            "Trained on synthetic heads (phantoms) in a few minutes: shows that the pipeline works, and nothing about "
-            f"patients. {metadata['description']}"
+            "Trained on synthetic heads (phantoms): shows that the pipeline works, and nothing about patients. "
+            f"{metadata['description']}"
         )
+        metadata["data_source"] = "Phantoms grown from the MNI ICBM152 template by volta3d phantom."
+    else:
+        origin = record["provenance"]
+        used = f"{origin.get('volumes', '?')} volumes of the cohort {origin.get('cohort') or '(not named)'}"
+        metadata["data_source"] = f"Trained on {used}. Data set of the task: {metadata.get('data_source', '-')}"
+
+
+def _check_fit(
+    folder: Path, weights: Path, inference: Mapping[str, Any], record: Mapping[str, Any], overlays: Sequence[str]
+) -> None:
+    """Build the packed config's network and load the packed weights into it, all of them.
+
+    Raises:
+        InputError: if it is another network, or one of another spacing or size than the weights were trained for.
+    """
+    from monai.bundle import ConfigParser
+
+    from volta_components.finetune import load_model
+
+    named = f"overlays {', '.join(_stems(overlays))}" if overlays else "no overlays"
+    advice = f"{weights} does not fit the configs with {named}; name those that it was trained with (--overlays)"
+    settings = record["provenance"]["settings"]
+    rows = [
+        (name, str(settings[name]), str(inference[name]))
+        for name in GRID
+        if name in settings and name in inference and settings[name] != inference[name]
+    ]
+    if rows:
+        raise InputError.many(f"{advice}. Id, weights, configs", rows, "")
+    parser = ConfigParser()
+    parser.read_config(str(folder / "configs" / "inference.json"))
+    parser["bundle_root"] = str(folder)
+    try:
+        load_model(parser.get_parsed_content("network_def"), folder / "models" / "model.pt")
+    except InputError as error:
+        raise InputError(f"{advice}.\n{error}") from error
 
 
 def _write_weights(source: Path, target: Path, record: dict[str, Any]) -> None:
@@ -345,42 +439,74 @@ def check_paths(folder: Path) -> None:
     """Make sure that no text below a folder has an absolute or personal path.
 
     Raises:
-        InputError: with files and lines.
+        InputError: with files, and lines or ids.
     """
     rows = []
     for path in sorted(folder.rglob("*")):
         if not path.is_file() or path.suffix not in TEXT:
             continue
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            found = PERSONAL.search(line)
-            own = str(Path.home())
-            if found or (len(own) > 5 and own in line):
-                rows.append((f"{path.relative_to(folder)}:{number}", found.group() if found else own))
+        if path.suffix == ".json":
+            places = list(_strings(read_json(path)))
+        else:
+            places = [(str(number), line) for number, line in enumerate(_text(path).splitlines(), 1)]
+        for place, text in places:
+            is_value = path.suffix == ".json" and not re.search(r"\s", text)
+            if found := absolute_path(text, is_value):
+                rows.append((f"{path.relative_to(folder)}:{place}", found))
     if rows:
         raise InputError.many(
-            f"{len(rows)} lines have a path of somebody's machine",
+            f"{len(rows)} places have a path of somebody's machine",
             rows,
             "Use paths relative to the bundle or to the working folder.",
         )
 
 
+def absolute_path(text: str, is_value: bool = False) -> str | None:
+    """The first absolute path in a text; None where there is none.
+
+    Args:
+        text: a line, or a value of a config.
+        is_value: the text is a value of its own, so that a single name after ``/`` is a path too.
+    """
+    plain = JOINED.sub("", text) if text.startswith("$") else text
+    own = str(Path.home())
+    if len(own) > 5 and own in plain:
+        return own
+    if is_value and re.match(r"/\w", plain) and not COMMON.match(plain):
+        return plain
+    return next((match[0] for match in ABSOLUTE.finditer(plain) if not COMMON.match(match[0])), None)
+
+
+def _strings(content: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """All texts of JSON-like content, with the id of each."""
+    if isinstance(content, Mapping):
+        for key, item in content.items():
+            yield f"{place}#{key}".lstrip("#"), str(key)
+            yield from _strings(item, f"{place}#{key}".lstrip("#"))
+    elif isinstance(content, (list, tuple)):
+        for number, item in enumerate(content):
+            yield from _strings(item, f"{place}#{number}".lstrip("#"))
+    elif isinstance(content, str):
+        yield place, content
+
+
 def write_zip(folder: Path, path: Path) -> None:
     """Zip a folder under its own name; the same content gives the same bytes, whenever and wherever.
+
+    Nothing is compressed: the weights, which are nearly all of it, hardly shrink, and what deflate gives differs
+    between versions of zlib.
 
     Args:
         folder: the folder.
         path: the zip.
     """
     files = {file.relative_to(folder.parent).as_posix(): file for file in folder.rglob("*") if file.is_file()}
-    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", compresslevel=6) as zipped:
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as zipped:
         for name, file in sorted(files.items()):
             entry = zipfile.ZipInfo(name, EPOCH)
             entry.create_system = 3  # Unix, whatever this machine is
             entry.external_attr = 0o100644 << 16
-            # Weights hardly shrink, and deflate's output may differ between versions of zlib.
-            stored = file.suffix in (".pt", ".safetensors")
-            entry.compress_type = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED
-            with file.open("rb") as source, zipped.open(entry, "w", force_zip64=stored) as sink:
+            with file.open("rb") as source, zipped.open(entry, "w", force_zip64=True) as sink:
                 shutil.copyfileobj(source, sink, 1 << 20)
 
 
@@ -392,93 +518,3 @@ def _write_sums(output: Path, paths: Sequence[Path]) -> None:
     sums |= {path.name: sha256_file(path) for path in paths}
     with atomic_path(sums_path) as temporary:
         temporary.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())), encoding="utf-8")
-
-
-# --- model card --------------------------------------------------------------------------------------------------
-
-
-def _fill_card(target: Path, metadata: Mapping[str, Any], record: Mapping[str, Any], more: Any) -> None:
-    """Append to the model card what these very weights were made from, and how well they did."""
-    path = target / "docs" / "README.md"
-    card = path.read_text(encoding="utf-8") if path.is_file() else f"# {metadata['name']}\n"
-    lines = [CARD_HEADING, "", *_provenance_lines(target, metadata, record), "", *_metric_lines(record, more)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(card.rstrip("\n") + "\n\n" + "\n".join(lines).rstrip("\n") + "\n", encoding="utf-8")
-
-
-def _provenance_lines(target: Path, metadata: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[str]:
-    provenance = record["provenance"]
-    settings = provenance["settings"]
-    phantom = "phantom" in f"{provenance.get('cohort', '')} {record.get('tags', {}).get('datalist_name', '')}".lower()
-    if phantom:
-        yield "**Trained on phantoms (synthetic heads). Nothing here is about patients.**"
-        yield ""
-    yield f"`{target.name}` {metadata['version']}, made by `volta3d pack`."
-    yield ""
-    yield "| | |"
-    yield "|---|---|"
-    patients = provenance.get("patient_ids", [])
-    data = f"{provenance['volumes']} volumes of {len(patients)} subjects"
-    yield f"| trained on | {data}, {provenance.get('cohort') or 'cohort not named'} |"
-    counts = record.get("subjects", {})
-    if counts:
-        yield f"| split | {', '.join(f'{count} {part}' for part, count in counts.items())} |"
-    yield f"| datalist hash | `{provenance['datalist_hash']}` |"
-    yield f"| code | volta_components {provenance['code_version']} |"
-    versions = ", ".join(
-        f"{name} {provenance[key]}"
-        for name, key in (("torch", "torch_version"), ("MONAI", "monai_version"), ("Python", "python_version"))
-        if provenance.get(key)
-    )
-    yield f"| trained with | {versions or '-'} |"
-    yield f"| seed | {settings.get('seed', '-')} |"
-    yield f"| epochs | {record.get('epoch') or provenance.get('epochs') or settings.get('epochs', '-')} |"
-    tags = record.get("tags", {})
-    if tags:
-        yield f"| init, fold, fraction | {tags.get('init')}, {tags.get('fold')}, {tags.get('fraction')} |"
-        yield f"| encoder | `{tags.get('encoder_sha256') or 'none (from scratch)'}` |"
-        yield f"| pretrained on any scored patient | {'no' if tags.get('leak') == 'none' else 'yes, or not known'} |"
-    yield f"| parameters | {record['parameters']:,} |"
-    yield ""
-    yield "All settings are in `models/model.json`, with hashed ids of the subjects, so that a later user can make sure"
-    yield "to score nobody whom the weights were trained on (SHA-256 of the id: whoever knows an id can look it up)."
-    yield ""
-    yield f"Intended use: {metadata.get('intended_use', '-')}"
-
-
-def _metric_lines(record: Mapping[str, Any], more: Any) -> Iterator[str]:
-    metrics, intervals = record.get("metrics", {}), record.get("intervals", {})
-    if metrics:
-        scored = record.get("subjects", {}).get("scored")
-        yield f"Scored on the held-out fold{f' ({scored} scans)' if scored else ''}, by the training run itself:"
-        yield ""
-        yield "| metric | value | 95 % interval |"
-        yield "|---|---|---|"
-        for key, value in metrics.items():
-            low_high = intervals.get(key)
-            shown = f"{low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else ""
-            yield f"| {key} | {value:.4g} | {shown} |"
-        yield ""
-        yield "`optimistic_*` numbers were chosen on the very scans that they score."
-    if isinstance(more, Mapping):
-        yield ""
-        leak = "" if more.get("leak") == "none" else "; **patients whom it was trained on may be among them**"
-        yield f"Scored again, {more.get('scored', '?')} scans{leak}:"
-        yield ""
-        yield "| metric | value |"
-        yield "|---|---|"
-        for key, value in more.get("metrics", {}).items():
-            yield f"| {key} | {value:.4g} |"
-    elif isinstance(more, list):
-        yield ""
-        yield "Probes of the frozen encoder, out of fold:"
-        yield ""
-        yield "| label | encoder | embedding | probe | subjects | AUROC | 95 % interval |"
-        yield "|---|---|---|---|---|---|---|"
-        for row in more:
-            yield (
-                f"| {row['label']} | {row['encoder']} | {row['embedding']} | {row['probe']} | {row['subjects']} | "
-                f"{row['auroc']:.3f} | {row['auroc_low']:.3f} to {row['auroc_high']:.3f} |"
-            )
-    if not metrics and more is None:
-        yield "Not scored: give `--metrics FILE` to `volta3d pack`."

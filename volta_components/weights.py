@@ -108,10 +108,12 @@ def find_encoder(path: str | os.PathLike[str], suffix: str = "") -> Path:
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors`` file, or of a checkpoint that holds nothing but tensors.
 
-    Neither way can run code. Where a JSON with a hash lies beside the file, the hash is verified first.
+    Neither way can run code. Where a JSON with a hash lies beside the file, the hash is verified first; weights
+    of a bundle must have one.
 
     Raises:
-        InputError: if the file is missing, damaged, changed, or would need code to be read.
+        InputError: if the file is missing, damaged, changed, or would need code to be read; or lies in a bundle's
+            ``models`` without its JSON.
     """
     path = Path(path)
     if not path.is_file():
@@ -121,7 +123,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise InputError(f"{path}: its SHA-256 is not that of {path.stem}.json; it was changed or cut: fetch it again")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _verified(path, load_file(path), expected)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged weights ({error}); fetch them again") from error
@@ -136,6 +138,17 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: holds no state dict of tensors")
+    return _verified(path, state, expected)
+
+
+def _verified(path: Path, state: dict[str, Tensor], expected: str | None) -> dict[str, Tensor]:
+    """The weights; those of a bundle only with a hash, since whoever takes the JSON away could change them unseen."""
+    folder = path.absolute().parent
+    if not expected and folder.name == "models" and (folder.parent / "configs" / "metadata.json").is_file():
+        raise InputError(
+            f"{path}: weights of a bundle, but no {path.stem}.json with their hash is beside them; fetch the "
+            "whole bundle again"
+        )
     return state
 
 
