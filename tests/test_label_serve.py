@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import socket
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -94,3 +95,20 @@ def test_the_app_links_what_is_served_now(serve: ModuleType, tmp_path: Path) -> 
     words = serve.server_command(app, "studies", "127.0.0.1", 8001)
     assert words[0] == sys.executable and words[words.index("models") + 1] == "b"
     assert words[words.index("zoo_source") + 1] == "local"  # or it would ask the network
+
+
+def test_a_port_that_is_taken_is_found_before_anything_changes(
+    serve: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "served").mkdir()
+    app = serve.make_app(tmp_path / "app", [tmp_path / "served"])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        for host in ("127.0.0.1", "0.0.0.0"):
+            words = ["--studies", str(tmp_path), "--app", str(app), "--port", str(port), "--host", host]
+            assert serve.main([*words, "--bundle", str(tmp_path / "nothing")]) == 2
+            assert f"something answers at http://127.0.0.1:{port} already" in capsys.readouterr().err
+    assert [path.name for path in (app / "model").iterdir()] == ["served"]
+    assert serve.reachable("0.0.0.0", port) == serve.reachable("127.0.0.1", port) == f"http://127.0.0.1:{port}"
+    # What listens on another address of this machine is asked there.
+    assert serve.reachable("127.0.0.2", port) == f"http://127.0.0.2:{port}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -22,7 +23,7 @@ from packed import BUNDLES, ROOT, random_weights, tiny_network
 from volta_components.cli import main
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
-from volta_components.pack import assemble, check_paths, pack_bundle, without_personal_paths, write_zip
+from volta_components.pack import absolute_path, assemble, check_paths, pack_bundle, without_personal_paths, write_zip
 from volta_components.weights import read_weights
 
 
@@ -84,6 +85,22 @@ def test_the_same_content_gives_the_same_bytes(weights: dict[str, Path], packed:
     time.sleep(2.1)  # zip's clock ticks every two seconds
     again = pack_bundle(copy, tmp_path / "out", ["tiny"], model=weights["pretrain"])
     assert again.path.read_bytes() == (packed / again.path.name).read_bytes()
+
+
+def test_nothing_depends_on_a_version_of_zlib(packed: Path) -> None:
+    for path in packed.glob("*.zip"):
+        with zipfile.ZipFile(path) as zipped:
+            assert {entry.compress_type for entry in zipped.infolist()} == {zipfile.ZIP_STORED}
+
+
+def test_hidden_files_stay_out(weights: dict[str, Path], tmp_path: Path) -> None:
+    bundle = tmp_path / "ixi_sex"
+    shutil.copytree(ROOT / "bundles" / "ixi_sex", bundle, ignore=shutil.ignore_patterns("models", "runs", "eval"))
+    for folder in ("docs", "configs"):
+        (bundle / folder / ".DS_Store").write_bytes(b"\x00\xff\xfe")
+        (bundle / folder / "._train.json").write_bytes(b"\x00\xff\xfe")
+    result = pack_bundle(bundle, tmp_path / "out", ["tiny"], model=weights["ixi_sex"])
+    assert not [name for name in names_of(result.path) if "/." in name]
 
 
 def test_hashes_are_those_that_other_tools_compute(packed: Path) -> None:
@@ -149,14 +166,84 @@ def test_a_baselines_weights_bring_their_network_along(tmp_path: Path) -> None:
 def test_the_model_card_tells_where_the_weights_come_from(packed: Path, tmp_path: Path) -> None:
     folder = unpack(packed / "ixi_sex_phantom_tiny_v0.1.0.zip", tmp_path)
     card = (folder / "docs" / "README.md").read_text()
-    assert card.startswith((ROOT / "bundles" / "ixi_sex" / "docs" / "README.md").read_text().rstrip("\n"))
     weights = card[card.index("## These weights") :]
-    for fact in ("phantoms (synthetic heads)", "6 volumes of 6 subjects", "d" * 64, "e" * 64, "| seed | 5 |"):
+    for fact in ("6 volumes of 6 subjects (phantom)", "d" * 64, "e" * 64, "| seed | 5 |", "| overlays | `tiny` |"):
         assert fact in weights, fact
     assert "4 training, 2 validation, 2 scored, 0 unused" in weights
-    assert "| auroc | 0.75 | 0.500 to 1.000 |" in weights
-    assert f"{sum(p.numel() for p in tiny_network('ixi_sex').parameters()):,}" in weights
+    # A setting that is not what the packed config would train with.
+    assert "| `epochs` | `3` | `10` |" in weights and "| `seed` | `5` | `0` |" in weights
+    assert "| auroc | 0.75 | 0.500 to 1.000 |" in card[card.index("## Results") : card.index("## Limits")]
     assert "Not a medical device" in weights
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_the_packed_card_speaks_of_the_packed_folder(packed: Path, tmp_path: Path, bundle: str) -> None:
+    """Its own sizes, its own files; nothing of the repository's sizes, overlays and places."""
+    folder = unpack(packed / f"{bundle}_phantom_tiny_v0.1.0.zip", tmp_path)
+    card = (folder / "docs" / "README.md").read_text()
+    network = tiny_network(bundle)
+    assert f"| parameters | {sum(p.numel() for p in network.parameters()):,} |" in card
+    assert "| prepared volumes | 48 x 64 x 64 at 3 mm |" in card and "`num_layers` 6" in card
+    for stranger in ("95,447,042", "92,802,291", "89,188,608", "bundles/", "12 blocks of 768", "<!-- pack", "<!-- end"):
+        assert stranger not in card, stranger
+    named = set(re.findall(r"^\| `([\w.]+\.json)` \|", card, flags=re.MULTILINE))
+    assert named and all((folder / "configs" / name).is_file() for name in named)
+    for path in re.findall(r"configs/[\w.]+\.json", card):
+        assert (folder / path).is_file(), path
+    assert "trained on phantoms (synthetic heads): 6 volumes of 6 subjects" in card
+    assert "ship with this project" not in card and "None yet" not in card
+    assert "trained on phantoms: 6 volumes" in (folder / "docs" / "data_license.txt").read_text()
+    metadata = read_json(folder / "configs" / "metadata.json")
+    assert "voxels of 3 mm" in metadata["image_classes"] and "Phantoms" in metadata["data_source"]
+    assert metadata["eval_metrics"] == ({} if bundle == "pretrain" else {"auroc": 0.75})
+
+
+def clinical(weights: Path, folder: Path) -> Path:
+    """The same weights with the record of a training on patients."""
+    folder.mkdir()
+    shutil.copy(weights, folder / "model.pt")
+    record = read_json(weights.with_suffix(".json"))
+    record["tags"] |= {"phantom": "false", "datalist_name": "memory_clinic"}
+    record["provenance"]["cohort"] = "memory_clinic"
+    write_json(folder / "model.json", record)
+    return folder / "model.pt"
+
+
+@pytest.mark.parametrize("bundle", ["ixi_sex", "harp_hippocampus"])
+def test_weights_of_patients_are_not_denied(weights: dict[str, Path], tmp_path: Path, bundle: str) -> None:
+    model = clinical(weights[bundle], tmp_path / "trained")
+    packed = pack_bundle(ROOT / "bundles" / bundle, tmp_path / "out", ["tiny"], model=model)
+    assert packed.path.name == f"{bundle}_tiny_v0.1.0.zip"
+    folder = unpack(packed.path, tmp_path)
+    card = (folder / "docs" / "README.md").read_text()
+    licence = (folder / "docs" / "data_license.txt").read_text()
+    metadata = read_json(folder / "configs" / "metadata.json")
+    for text in (card, licence, metadata["data_source"]):
+        assert "memory_clinic" in text
+    assert "no weights trained on clinical data" not in re.sub(r"\s+", " ", card + licence).lower()
+    assert "trained on phantoms" not in card and "phantom" not in metadata["name"] + metadata["data_source"]
+    assert "Of phantoms only" not in card
+    limits = card[card.index("## Limits") : card.index("## These weights")]
+    original = (ROOT / "bundles" / bundle / "docs" / "README.md").read_text()
+    assert original[original.index("## Limits") :].splitlines()[3] in limits
+
+
+def test_a_card_of_ones_own(weights: dict[str, Path], tmp_path: Path) -> None:
+    """Without marks nothing is replaced, what must be said stands at the end, and a denial is refused."""
+    bundle = tmp_path / "ixi_sex"
+    shutil.copytree(ROOT / "bundles" / "ixi_sex", bundle, ignore=shutil.ignore_patterns("models", "runs", "eval"))
+    card = bundle / "docs" / "README.md"
+    card.write_text("# Ours\n\nOur own words.\n")
+    model = clinical(weights["ixi_sex"], tmp_path / "trained")
+    text = (assemble(bundle, tmp_path / "a", ["tiny"], model) / "docs" / "README.md").read_text()
+    assert text.startswith("# Ours\n\nOur own words.\n\n## These weights\n\n**These weights are trained on 6 volumes")
+    assert "| auroc | 0.75 | 0.500 to 1.000 |" in text
+    card.write_text("# Ours\n\nNo weights trained\non clinical data are here.\n")
+    with pytest.raises(InputError, match=r"docs/README\.md: says that no weights .*memory_clinic"):
+        assemble(bundle, tmp_path / "b", ["tiny"], model)
+    card.write_text("# Ours\n\n<!-- pack: wieghts -->\nx\n<!-- end -->\n")
+    with pytest.raises(InputError, match="nothing to put into block wieghts"):
+        assemble(bundle, tmp_path / "c", ["tiny"], model)
 
 
 def test_metrics_of_a_later_evaluation_come_into_the_card(weights: dict[str, Path], tmp_path: Path) -> None:
@@ -166,21 +253,23 @@ def test_metrics_of_a_later_evaluation_come_into_the_card(weights: dict[str, Pat
     ]
     write_json(tmp_path / "probes.json", probes)
     folder = assemble(
-        ROOT / "bundles" / "pretrain", tmp_path / "a", ["tiny"], weights["pretrain"], tmp_path / "probes.json"
+        ROOT / "bundles" / "pretrain", tmp_path / "a_phantom", ["tiny"], weights["pretrain"], tmp_path / "probes.json"
     )
     card = (folder / "docs" / "README.md").read_text()
     assert "| sex | volta | summary | linear | 30 | 0.812 | 0.700 to 0.900 |" in card and "Not scored" not in card
-    write_json(tmp_path / "metrics.json", {"metrics": {"mean_dice": 0.5}, "leak": "allowed", "scored": 7})
+    numbers = {"mean_dice": 0.5, "mean_dice_low": 0.4, "mean_dice_high": 0.6, "hd95_failures": 1.0}
+    write_json(tmp_path / "metrics.json", {"metrics": numbers, "leak": "allowed", "scored": 7})
     folder = assemble(
         ROOT / "bundles" / "harp_hippocampus",
-        tmp_path / "b",
+        tmp_path / "b_phantom",
         ["tiny"],
         weights["harp_hippocampus"],
         tmp_path / "metrics.json",
     )
     card = (folder / "docs" / "README.md").read_text()
     assert "Scored again, 7 scans; **patients whom it was trained on may be among them**" in card
-    assert "| mean_dice | 0.5 |" in card
+    assert "| mean_dice | 0.5 | 0.400 to 0.600 |" in card and "| hd95_failures | 1 |  |" in card
+    assert "mean_dice_low" not in card
 
 
 def test_nothing_personal_is_inside(packed: Path, tmp_path: Path) -> None:
@@ -196,13 +285,57 @@ def test_nothing_personal_is_inside(packed: Path, tmp_path: Path) -> None:
 def test_a_personal_path_in_a_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "README.md").write_text("fine: data/ixi\nscans in /home/jane/scans\n")
-    (tmp_path / "a.json").write_text('{"x": "C:\\\\Users\\\\jane"}')
+    (tmp_path / "a.json").write_text('{"x": [1, "C:\\\\Users\\\\jane"], "dataset_dir": "/gpfs"}')
     (tmp_path / "ok.txt").write_text("https://example.org/home/x and bundles/pretrain and 1/2\n")
     with pytest.raises(InputError) as error:
         check_paths(tmp_path)
-    assert (
-        "docs/README.md:2" in str(error.value) and "a.json:1" in str(error.value) and "ok.txt" not in str(error.value)
-    )
+    for place in ("docs/README.md:2 ", "a.json:x#1 ", "a.json:dataset_dir "):
+        assert place in str(error.value)
+    assert "ok.txt" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "/gpfs/project/ixi",
+        "/Volumes/My",
+        "/nfs",
+        "see /lustre/x/y.nii for it",
+        "(/mnt/scans/)",
+        "file:///home/jane/x",
+        "sqlite:////gpfs/runs/mlruns.db",
+        "D:\\scans\\a.nii",
+        "D:/scans/a.nii",
+        "\\\\server\\share\\x",
+        "$'/gpfs/x/' + @name",
+        "$os.path.join('/data/y', @name)",
+        "~/scans and /opt/a/b",
+    ],
+)
+def test_absolute_paths_are_found(text: str) -> None:
+    assert absolute_path(text, is_value=" " not in text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://project-monai.github.io/schema/x.json",
+        "http://127.0.0.1:5000/a/b",
+        "sqlite:///bundles/x/mlruns.db",
+        "sex and/or age, 1/7.6 of it, 5 / 3, mm/s",
+        "$@bundle_root + '/models'",
+        "$@ckpt_dir + '/model' + ('' if @init == 'volta' else '_' + @init) + @suffix + '.pt'",
+        "$@output_dir + '/attention' if @save_attention else None",
+        "bundles/pretrain/models and ../data/x",
+        "/dev/shm/x",
+        "volta3d prepare --source /path/to/bids",
+        "--config_file \"['.../train.json','.../evaluate.json']\"",
+        "/",
+        "a: b",
+    ],
+)
+def test_what_is_no_path_is_left(text: str) -> None:
+    assert absolute_path(text, is_value=" " not in text) is None
 
 
 @pytest.mark.parametrize(
@@ -214,6 +347,9 @@ def test_a_personal_path_in_a_text_is_refused(tmp_path: Path) -> None:
         ("$'/home' + x", "$'/home' + x"),
         ("/", "/"),
         ([{"a": "/tmp/x"}], [{"a": "x"}]),
+        ("sqlite:////gpfs/runs/mlruns.db", "mlruns.db"),
+        ("file:///home/jane/encoder.pt", "encoder.pt"),
+        ("sqlite:///runs/mlruns.db", "sqlite:///runs/mlruns.db"),
         (3, 3),
         (None, None),
     ],
@@ -319,6 +455,37 @@ class TestRefused:
         with pytest.raises(InputError, match=r"docs/notes\.md:1"):
             pack_bundle(bundle, tmp_path / "out", ["tiny"], model=weights["ixi_sex"])
         assert not list((tmp_path / "out").iterdir())
+
+    def test_a_path_in_an_overlay_that_is_merged(self, tmp_path: Path, weights: dict[str, Path]) -> None:
+        bundle = self.copy(tmp_path)
+        (bundle / "configs" / "ours.json").write_text('{"dataset_dir": "/gpfs/clinic"}')
+        with pytest.raises(InputError, match=r"configs/train\.json:dataset_dir +/gpfs/clinic"):
+            pack_bundle(bundle, tmp_path / "out", ["tiny", "ours"], model=weights["ixi_sex"])
+
+    def test_text_in_another_encoding(self, tmp_path: Path, weights: dict[str, Path]) -> None:
+        bundle = self.copy(tmp_path)
+        (bundle / "docs" / "notes.txt").write_bytes("Prüfung".encode("latin-1"))
+        with pytest.raises(InputError, match=r"docs/notes\.txt: not text in UTF-8 .* at byte 2\); save it as UTF-8"):
+            pack_bundle(bundle, tmp_path / "out", ["tiny"], model=weights["ixi_sex"])
+
+    @pytest.mark.parametrize("bundle", BUNDLES)
+    def test_configs_of_another_network(self, tmp_path: Path, weights: dict[str, Path], bundle: str) -> None:
+        with pytest.raises(InputError, match=r"does not fit the configs with no overlays; name those .*--overlays"):
+            pack_bundle(ROOT / "bundles" / bundle, tmp_path / "out", model=weights[bundle])
+        assert not list((tmp_path / "out").iterdir())
+
+    def test_configs_of_another_spacing(self, tmp_path: Path) -> None:
+        """The network's weights have the same shapes at any spacing."""
+        model = random_weights("ixi_sex", tmp_path / "weights", spacing=2.0, image_size=[64, 64, 64])
+        with pytest.raises(InputError, match=r"does not fit[^$]*spacing +2\.0 +3\.0") as error:
+            pack_bundle(ROOT / "bundles" / "ixi_sex", tmp_path / "out", ["tiny"], model=model)
+        assert "image_size" not in str(error.value)
+
+    def test_phantoms_under_a_name_that_hides_them(self, tmp_path: Path, weights: dict[str, Path]) -> None:
+        with pytest.raises(InputError, match=r"trained on phantoms, which the name sex_of_patients does not tell"):
+            pack_bundle(
+                self.copy(tmp_path), tmp_path / "out", ["tiny"], name="sex_of_patients", model=weights["ixi_sex"]
+            )
 
     def test_neither_bundle_nor_all(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         assert main(["pack", "--output", str(tmp_path)]) == 2

@@ -34,7 +34,7 @@ NOT_BAKED = ("_desc_", "suffix", "encoder_path", "bundle_root")
 GRID = ("spacing", "volume_size", "global_size", "image_size", "input_extent_mm", "patch_size", "pool")
 # An absolute path within a text, POSIX or Windows: two names at least, since "/" also divides and separates.
 ABSOLUTE = re.compile(
-    r"(?<![\w.:/~)\]}>@*-])/(?:[\w.~-]+/)+[\w.~-]*|\b(?:file|sqlite):/{2,4}(?=/\w|[A-Za-z]:)[^\s'\"]+"
+    r"(?<![\w.:/~)\]}>@*-])/(?:[\w.~-]+/)+[\w.~-]*|\b(?:file:/{1,3}|sqlite:/{4}|sqlite:///(?=[A-Za-z]:))\w[^\s'\"]*"
     r"|(?<!\w)[A-Za-z]:[\\/]{1,2}\w[^\s'\"]*|(?<![\\\w])\\\\\w[\w.-]*\\[^\s'\"]+"
 )
 # The same everywhere, or a placeholder.
@@ -137,6 +137,7 @@ def pack_bundle(
     source: str = "",
 ) -> Packed:
     """Pack one bundle; see ``pack``."""
+    _checked_metadata(bundle)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".partial-") as temporary:
         top = Path(temporary) / (name or default_name(bundle, overlays, model))
@@ -192,12 +193,9 @@ def assemble(
     Raises:
         InputError: see ``pack``.
     """
-    metadata_path = bundle / "configs" / "metadata.json"
-    if not metadata_path.is_file():
-        raise InputError(f"{bundle}: no configs/metadata.json; give a bundle's folder, such as bundles/pretrain")
     if not NAME.fullmatch(target.name):
         raise InputError(f"name {target.name!r}: letters, digits and _ only, as MONAI takes it for a folder's name")
-    metadata = _checked_metadata(metadata_path)
+    metadata = _checked_metadata(bundle)
     baked = _overlay_values(bundle, overlays)
     weights = _find_weights(bundle, baked, model)
     record = _checked_record(weights)
@@ -255,7 +253,10 @@ def _text(path: Path) -> str:
         ) from error
 
 
-def _checked_metadata(path: Path) -> dict[str, Any]:
+def _checked_metadata(bundle: Path) -> dict[str, Any]:
+    path = bundle / "configs" / "metadata.json"
+    if not path.is_file():
+        raise InputError(f"{bundle}: no configs/metadata.json; give a bundle's folder, such as bundles/pretrain")
     metadata: dict[str, Any] = read_json(path)
     version = str(metadata.get("version", ""))
     if not VERSION.fullmatch(version):
@@ -322,7 +323,7 @@ def without_personal_paths(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [without_personal_paths(item) for item in value]
     if isinstance(value, str) and "\n" not in value and not value.startswith("$"):
-        value = re.sub(r"^(?:file|sqlite):/{2,3}(?=/|[A-Za-z]:)", "", value)
+        value = re.sub(r"^(?:file:(?://)?|sqlite:///)(?=/|[A-Za-z]:)", "", value)
         for kind in (PurePosixPath, PureWindowsPath):
             path = kind(value)
             if path.is_absolute() and len(path.parts) > 1:
