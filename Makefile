@@ -46,10 +46,12 @@ $(LABEL_READY): $(wildcard label/*.txt label/standin/*/*) setup.cfg pyproject.to
 
 STUDIES ?=
 PORT ?= 8000
+HOST ?= 127.0.0.1
 BUNDLE ?=
+APP ?= apps/label
 
-label: $(LABEL_READY)  ## MONAI Label server: make label STUDIES=DIR [PORT=8000] [BUNDLE=DIR]
-	@$(LABEL_PYTHON) label/serve.py --studies "$(STUDIES)" --port "$(PORT)" --bundle "$(BUNDLE)"
+label: $(LABEL_READY)  ## MONAI Label server: make label STUDIES=DIR [PORT=8000] [HOST=127.0.0.1] [BUNDLE=DIR] [APP=DIR]
+	@$(LABEL_PYTHON) label/serve.py --studies "$(STUDIES)" --port "$(PORT)" --host "$(HOST)" --bundle "$(BUNDLE)" --app "$(APP)"
 
 test-label: $(READY) $(LABEL_READY)  ## tests with a real MONAI Label server
 	LABEL_TESTS=required OMP_NUM_THREADS=1 python -m pytest -q -m label_server

@@ -130,7 +130,9 @@ def server_command(app: Path, studies: str, host: str, port: int) -> list[str]:
 def answer(address: str) -> dict[str, Any] | None:
     """What the server says of itself; None while it says nothing."""
     try:
-        with urllib.request.urlopen(f"{address}/info/", timeout=10) as response:
+        # Never by a proxy, which knows nothing of this machine's addresses.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"{address}/info/", timeout=10) as response:
             content: dict[str, Any] = json.load(response)
             return content
     except (urllib.error.URLError, OSError, ValueError):

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the documentation says exists and works: links, commands, options, config ids, and blocks that are run.
 
-A comment on the line before a fenced block says why it is not run (``needs: data``, ``GPU``, ``network``, ``cluster``,
-``display``) or what runs it (``runs: make demo``, ``runs: tests/...``); ``file: PATH`` says where
-a reader is to save it.
+The marks that blocks can have are in ``doc_blocks.py``.
 """
 
 from __future__ import annotations
@@ -16,108 +14,29 @@ import inspect
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from doc_blocks import RUN_ELSEWHERE, Block, commands_of, read_blocks
 from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from packed import random_weights
 
 from volta_components.cli import COMMANDS
+from volta_components.crossval import Run, _adopt
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("bundles/*/docs/README.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+# Which test a target of make runs.
+MAKE_TESTS = {"make test-label": "tests/integration/test_monai_label.py"}
 NEEDS = {"data", "GPU", "network", "cluster", "display"}
-# First words of the untagged blocks that are commands; others are listings of files.
-PROGRAMS = {
-    "volta3d",
-    "python",
-    "make",
-    "torchrun",
-    "mlflow",
-    "pip",
-    "clinica",
-    "export",
-    "docker",
-    "git",
-    "curl",
-    "cd",
-}
-# Pages whose every block another test runs, on data of its own.
-RUN_ELSEWHERE = {"docs/python.md": "tests/test_docs_python.py"}
 BUNDLES = sorted(path.parents[1].name for path in ROOT.glob("bundles/*/configs/train.json"))
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block.
-
-    Attributes:
-        page: the page's path within the repository.
-        line: number of its first line.
-        language: ``bash``, ``python``, ``json``, ``text`` or another tag.
-        text: its content, without the fence's indentation.
-        marks: what the comment before it says, such as ``{"needs": "data"}``.
-    """
-
-    page: str
-    line: int
-    language: str
-    text: str
-    marks: Mapping[str, str]
-
-    @property
-    def where(self) -> str:
-        return f"{self.page}:{self.line}"
-
-    @property
-    def is_run_here(self) -> bool:
-        return self.is_code and not self.calls_make and not {"needs", "runs"} & self.marks.keys()
-
-    @property
-    def is_code(self) -> bool:
-        return self.language in {"bash", "python"} and self.page not in RUN_ELSEWHERE
-
-    @property
-    def calls_make(self) -> bool:
-        """Targets set up whole environments: never run from here."""
-        return self.language == "bash" and any(words[0] == "make" for words in commands_of(self.text))
-
-
-def read_blocks(text: str, page: str) -> list[Block]:
-    """Fenced blocks of a page, also those indented in lists."""
-    blocks: list[Block] = []
-    marks: dict[str, str] = {}
-    fence: tuple[int, str, int] | None = None
-    content: list[str] = []
-    for number, line in enumerate(text.splitlines(), 1):
-        stripped = line.strip()
-        if fence is None:
-            if stripped.startswith("```"):
-                fence, content = (len(line) - len(line.lstrip()), stripped[3:].strip(), number), []
-                continue
-            comment = re.fullmatch(r"<!-- (\w+): (.+?) -->", stripped)
-            marks = {comment[1]: comment[2]} if comment else {}
-        elif stripped == "```":
-            indent, language, start = fence
-            code = "\n".join(row[indent:] for row in content) + "\n"
-            if not language:
-                first = (code.split() or [""])[0]
-                language = "bash" if first in PROGRAMS else "text"
-            blocks.append(Block(page, start + 1, {"sh": "bash"}.get(language, language), code, marks))
-            fence, marks = None, {}
-        else:
-            content.append(line)
-    assert fence is None, f"{page}: the block that begins at line {fence and fence[2]} does not end"
-    return blocks
 
 
 def without_blocks(text: str) -> str:
@@ -178,24 +97,6 @@ def test_the_index_names_every_page() -> None:
 
 
 # --- commands --------------------------------------------------------------------------------------------------------
-
-
-def commands_of(text: str) -> Iterator[list[str]]:
-    """The words of each command in a shell text: lines joined, ``&&`` and the like taken apart, variables dropped."""
-    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
-        lexer = shlex.shlex(re.sub(r"(^|\s)#[^'\"]*$", "", line), posix=True, punctuation_chars="&;|")
-        lexer.commenters = ""  # within a word, as in views#mask, it begins no comment
-        lexer.whitespace_split = True
-        words: list[str] = []
-        for word in [*lexer, ";"]:
-            if word and set(word) <= set("&;|"):
-                while words and (re.match(r"[A-Za-z_]\w*=", words[0]) or words[0] in {"srun", "export"}):
-                    words = words[1:]
-                if words:
-                    yield words
-                words = []
-            else:
-                words.append(word)
 
 
 def options_of(words: list[str]) -> dict[str, str]:
@@ -401,8 +302,10 @@ def test_every_block_is_run_or_marked() -> None:
                 wrong.append(f"{block.where}: needs {value}?")
             if kind == "runs":
                 words = value.split()
-                there = words[1] in make_targets() if words[0] == "make" else (ROOT / words[0]).is_file()
-                wrong += [] if there else [f"{block.where}: {value} does not exist"]
+                there = words[1] in make_targets() if words[0] == "make" else _reads(words[0], block.page)
+                wrong += [] if there else [f"{block.where}: {value} does not exist, or does not read the page"]
+                if value in MAKE_TESTS and not _reads(MAKE_TESTS[value], block.page):
+                    wrong.append(f"{block.where}: {MAKE_TESTS[value]} does not read the page")
             if kind == "file" and block.language != "json":
                 wrong.append(f"{block.where}: only configs are written")
         if block.is_code and block.calls_make and not {"needs", "runs"} & block.marks.keys():
@@ -462,9 +365,33 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "scans").mkdir()
     scan = next((folder / "data" / "raw" / "phantom").glob("sub-*/*/anat/*_T1w.nii.gz"))
     shutil.copy(scan, folder / "scans" / "sub-01_T1w.nii.gz")
-    for bundle in ("pretrain", "harp_hippocampus"):
-        random_weights(bundle, folder / "bundles" / bundle / "models")
+    # What the quick start leaves, where it leaves it: the encoder by its own training, the rest by --adopt.
+    random_weights("pretrain", folder / "bundles" / "pretrain" / "models")
+    for bundle, fold in demo_adopts().items():
+        trained = folder / "runs" / "demo" / bundle / "volta"
+        random_weights(bundle, trained / "models")
+        _adopt(Run("volta", "volta", fold, 1.0, trained, (), "", "", ""), folder / "bundles" / bundle)
     return folder
+
+
+def demo_adopts() -> dict[str, int]:
+    """The folds whose models become the bundles' own in the quick start, by its script."""
+    found = {}
+    script = (ROOT / "benchmarks" / "demo.sh").read_text().replace("\\\n", " ")
+    for line in filter(lambda line: " volta3d crossval " in line, script.splitlines()):
+        if "adopt" in (options := options_of(shlex.split(line))):
+            found[Path(options["bundle"]).name] = int(options["adopt"])
+    return found
+
+
+def test_the_quick_start_leaves_models_where_the_pages_look_for_them() -> None:
+    """For ``segment``, ``pack`` and ``make label``; under the name that the training's config gives them."""
+    assert sorted(demo_adopts()) == [bundle for bundle in BUNDLES if bundle != "pretrain"]
+    for bundle in demo_adopts():
+        configs = ROOT / "bundles" / bundle / "configs"
+        parser = ConfigParser()
+        parser.read_config([str(configs / "train.json"), str(configs / "tiny.json")])
+        assert Path(parser.get_parsed_content("model_path")).name == "model_phantom_tiny.pt"
 
 
 def run(command: str, folder: Path, python: bool = False) -> str:
@@ -510,6 +437,29 @@ def test_commands_run(name: str, request: pytest.FixtureRequest) -> None:
             (repository / block.marks["file"]).write_text(block.text)
         else:
             run(block.text, repository, python=block.language == "python")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_the_commands_of_a_packed_card_run_in_its_folder(bundle: str, repository: Path) -> None:
+    """As they stand, but for the names in capitals and a training's length."""
+    run(f"volta3d pack --bundle bundles/{bundle} --overlays tiny --output packed", repository)
+    (packed,) = (repository / "packed").glob(f"{bundle}_*.zip")
+    run(f"unzip -q -o packed/{packed.name} -d unpacked", repository)
+    folder = repository / "unpacked" / f"{bundle}_phantom_tiny"
+    names = {"DATA": "../../data/phantom", "SCANS": "../../scans", "OUT": "predicted"}
+    names["ENCODER"] = "../pretrain_phantom_tiny/models/model.pt"
+    if bundle != "pretrain" and not (folder / names["ENCODER"]).is_file():
+        test_the_commands_of_a_packed_card_run_in_its_folder("pretrain", repository)
+    kinds = []
+    for block in read_blocks((folder / "docs" / "README.md").read_text(), "README.md"):
+        if not block.text.startswith("python -m monai.bundle run"):
+            continue
+        text = re.sub(r"\b(DATA|SCANS|OUT|ENCODER)\b", lambda name: names[name[0]], block.text).rstrip("\n")
+        kinds.append(re.findall(r"configs/(\w+)\.json", text)[-1])
+        run(text + (" --epochs 1" if kinds[-1] == "train" else ""), folder)
+    assert sorted(kinds) == ["evaluate", *(["inference"] if bundle != "pretrain" else []), "train"]
+    assert list((folder / "retrained").glob("*_phantom_tiny.*" if bundle == "pretrain" else "model*.pt"))
 
 
 # --- facts -----------------------------------------------------------------------------------------------------------

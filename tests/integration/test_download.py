@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +19,10 @@ import numpy as np
 import pytest
 import torch
 from bundle_process import BundleProcess
+from doc_blocks import blocks_run_by
 from labelled_scans import centred_affine, head, write_scan
 from packed import BUNDLES, ROOT, random_weights
+from web import free_port, serving
 
 from volta_components.files import read_json, sha256_file
 from volta_components.pack import pack_bundle
@@ -29,13 +30,8 @@ from volta_components.pack import pack_bundle
 pytestmark = pytest.mark.slow
 
 NAME = "harp_hippocampus_phantom_tiny"
+HOSTED = "phantoms_hosted_beside"
 SCHEMA = ROOT / "tests" / "resources" / "bundle_metadata_schema.json"
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def monai_bundle(arguments: list[str], folder: Path, log: Path) -> str:
@@ -69,34 +65,19 @@ def site(weights: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         ROOT / "bundles" / "harp_hippocampus",
         folder,
         ["tiny"],
-        name="hosted_beside",
+        name=HOSTED,
         model=weights["harp_hippocampus"],
         large_files=address,
     )
-    server = subprocess.Popen(
-        [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", str(folder)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(100):
-            with socket.socket() as sock:
-                if sock.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        else:
-            raise TimeoutError("the server did not start")
+    with serving(folder, port):
         yield folder, address
-    finally:
-        server.terminate()
-        server.wait()
 
 
 @pytest.fixture(scope="module")
 def downloaded(site: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder into which all bundles were downloaded; nobody may change it."""
     target = tmp_path_factory.mktemp("downloaded")
-    for name in (*(f"{bundle}_phantom_tiny" for bundle in BUNDLES), "hosted_beside"):
+    for name in (*(f"{bundle}_phantom_tiny" for bundle in BUNDLES), HOSTED):
         words = ["download", "--name", name, "--url", f"{site[1]}/{name}_v0.1.0.zip", "--bundle_dir", str(target)]
         monai_bundle(words, target, target / f"{name}.log")
     return target
@@ -118,16 +99,16 @@ def scan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_large_files_are_fetched_and_verified(downloaded: Path, site: tuple[Path, str], tmp_path: Path) -> None:
-    bundle = tmp_path / "hosted_beside"
-    shutil.copytree(downloaded / "hosted_beside", bundle)
+    bundle = tmp_path / HOSTED
+    shutil.copytree(downloaded / HOSTED, bundle)
     assert not (bundle / "models" / "model.pt").exists()
     monai_bundle(["download_large_files", "--bundle_path", str(bundle)], tmp_path, tmp_path / "log.txt")
     assert sha256_file(bundle / "models" / "model.pt") == read_json(bundle / "models" / "model.json")["sha256"]
 
 
 def test_a_large_file_that_was_changed_on_the_server_is_refused(downloaded: Path, tmp_path: Path) -> None:
-    bundle = tmp_path / "hosted_beside"
-    shutil.copytree(downloaded / "hosted_beside", bundle)
+    bundle = tmp_path / HOSTED
+    shutil.copytree(downloaded / HOSTED, bundle)
     text = (bundle / "large_files.yml").read_text()
     digest = read_json(bundle / "models" / "model.json")["sha256"]
     (bundle / "large_files.yml").write_text(text.replace(digest, "0" * 64))
@@ -136,35 +117,100 @@ def test_a_large_file_that_was_changed_on_the_server_is_refused(downloaded: Path
     assert "check_hash failed" in process.output
 
 
-@pytest.mark.parametrize("bundle", ["harp_hippocampus", "ixi_sex", "pretrain"])
-def test_run_from_its_folder_gives_the_repositorys_output(
-    downloaded: Path, weights: dict[str, Path], scan: Path, tmp_path: Path, bundle: str
-) -> None:
-    """Bit for bit, on a raw scan."""
-    places = {"downloaded": downloaded / f"{bundle}_phantom_tiny", "repository": ROOT}
-    for name, folder in places.items():
-        words = ["run", "--source", str(scan), "--output_dir", str(tmp_path / name)]
-        if name == "downloaded":
-            words += ["--config_file", "configs/inference.json"]
-        else:
-            configs = [f"bundles/{bundle}/configs/{stem}.json" for stem in ("inference", "tiny")]
-            given = "--encoder_path" if bundle == "pretrain" else "--model_path"
-            words += ["--config_file", repr(configs), given, str(weights[bundle])]
-        monai_bundle(words, folder, tmp_path / f"{name}.log")
-    ours, theirs = (
-        sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*") if p.is_file()) for n in places
-    )
-    assert ours == theirs and ours
-    compared = 0
-    for path in ours:
-        first, second = ((tmp_path / name / path) for name in places)
-        if path.name.endswith((".nii.gz", ".nii")):
-            a, b = nib.load(first), nib.load(second)
+@pytest.fixture(scope="module")
+def expected(weights: dict[str, Path], scan: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """What each of the repository's bundles gives for the scan, run from its root with the overlay."""
+    outputs = {}
+    for bundle in BUNDLES:
+        output = outputs[bundle] = tmp_path_factory.mktemp("expected") / bundle
+        given = "--encoder_path" if bundle == "pretrain" else "--model_path"
+        configs = [f"bundles/{bundle}/configs/{stem}.json" for stem in ("inference", "tiny")]
+        words = ["run", "--config_file", repr(configs), "--source", str(scan), "--output_dir", str(output)]
+        monai_bundle([*words, given, str(weights[bundle])], ROOT, output.with_suffix(".log"))
+    return outputs
+
+
+def assert_same_files(made: Path, expected: Path) -> None:
+    """The same names, and bit for bit the same content; of images, the same voxels and affine."""
+    names = sorted(path.relative_to(expected) for path in expected.rglob("*") if path.is_file())
+    assert names and names == sorted(path.relative_to(made) for path in made.rglob("*") if path.is_file())
+    for name in names:
+        if name.name.endswith((".nii.gz", ".nii")):
+            a, b = (nib.load(folder / name) for folder in (made, expected))
             assert np.array_equal(np.asarray(a.dataobj), np.asarray(b.dataobj)) and np.array_equal(a.affine, b.affine)
         else:
-            assert first.read_bytes() == second.read_bytes(), path
-        compared += 1
-    assert compared == len(ours)
+            assert (made / name).read_bytes() == (expected / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_run_from_its_folder_gives_the_repositorys_output(
+    downloaded: Path, expected: dict[str, Path], scan: Path, tmp_path: Path, bundle: str
+) -> None:
+    """Bit for bit, on a raw scan."""
+    words = ["run", "--config_file", "configs/inference.json", "--source", str(scan)]
+    folder = downloaded / f"{bundle}_phantom_tiny"
+    monai_bundle([*words, "--output_dir", str(tmp_path / "out")], folder, tmp_path / "log.txt")
+    assert_same_files(tmp_path / "out", expected[bundle])
+
+
+LOADED = """
+import sys
+
+import monai.bundle
+import torch
+from monai.bundle import ConfigWorkflow
+
+from volta_components.files import read_json
+
+name, folder, scan, output = sys.argv[1:]
+network = monai.bundle.load(name=name, bundle_dir=folder, workflow_type="inference", device="cpu")
+state = torch.load(f"{folder}/{name}/models/model.pt", weights_only=True)
+assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items()), "other weights"
+config = f"{folder}/{name}/configs/inference.json"
+settings = {"bundle_root": f"{folder}/{name}", "source": scan, "output_dir": output}
+made = ConfigWorkflow(config_file=config, logging_file=False, workflow_type="infer", **settings)
+made.parser["network"] = network  # it comes with its weights,
+made.parser["model"] = read_json(f"{folder}/{name}/models/model.json")  # so that nothing loads any
+made.initialize()
+made.run()
+made.finalize()
+"""
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_a_network_that_monai_bundle_load_gives(
+    downloaded: Path, expected: dict[str, Path], scan: Path, tmp_path: Path, bundle: str
+) -> None:
+    """From an empty folder; used on the scan, it gives what the repository gives."""
+    (tmp_path / "empty").mkdir()
+    words = [sys.executable, "-c", LOADED, f"{bundle}_phantom_tiny", str(downloaded), str(scan), str(tmp_path / "out")]
+    made = subprocess.run(words, cwd=tmp_path / "empty", capture_output=True, text=True, timeout=300, check=False)
+    assert made.returncode == 0, made.stderr[-3000:]
+    assert_same_files(tmp_path / "out", expected[bundle])
+
+
+def test_what_the_page_on_sharing_says_of_a_downloaded_bundle(
+    downloaded: Path, expected: dict[str, Path], scan: Path, tmp_path: Path
+) -> None:
+    """Its own blocks, where it says that they are run by this test."""
+    shutil.copytree(downloaded / NAME, tmp_path / "downloaded" / NAME)
+    (tmp_path / "scans").mkdir()
+    shutil.copy(scan, tmp_path / "scans")
+    in_shell, in_python = blocks_run_by("docs/sharing.md", "tests/integration/test_download.py")
+    assert (in_shell.language, in_python.language) == ("bash", "python")
+    shown = "\nprint(sum(value.numel() for value in network.state_dict().values()))\n"
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    printed = []
+    for words in (["bash", "-euc", in_shell.text], [sys.executable, "-c", in_python.text + shown]):
+        made = subprocess.run(
+            words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert made.returncode == 0, made.stderr[-3000:]
+        printed.append(made.stdout)
+    assert int(printed[1].split()[-1]) == read_json(downloaded / NAME / "models" / "model.json")["parameters"]
+    (mask,) = (tmp_path / "out_again").glob("*_hippocampus.nii.gz")
+    original = expected["harp_hippocampus"] / mask.name
+    assert np.array_equal(np.asarray(nib.load(mask).dataobj), np.asarray(nib.load(original).dataobj))
 
 
 def test_mask_lies_on_the_scans_own_grid(downloaded: Path, scan: Path, tmp_path: Path) -> None:
@@ -175,23 +221,6 @@ def test_mask_lies_on_the_scans_own_grid(downloaded: Path, scan: Path, tmp_path:
     assert made.shape == original.shape and np.allclose(made.affine, original.affine, atol=1e-4)
     with (tmp_path / "volumes.csv").open(newline="") as stream:
         assert len(list(csv.DictReader(stream))) == 1
-
-
-def test_monai_bundle_load_from_anywhere(downloaded: Path, tmp_path: Path) -> None:
-    """``monai.bundle.load`` with the inference workflow gives the network with its weights, for each bundle."""
-    code = (
-        "import sys, torch, monai.bundle\n"
-        "net = monai.bundle.load(name=sys.argv[1], bundle_dir=sys.argv[2], workflow_type='inference', device='cpu')\n"
-        "state = torch.load(f'{sys.argv[2]}/{sys.argv[1]}/models/model.pt', weights_only=True)\n"
-        "own = net.state_dict()\n"
-        "assert all(torch.equal(own[key], state[key]) for key in own), 'other weights'\n"
-        "print('same', len(own))\n"
-    )
-    for bundle in ("harp_hippocampus", "ixi_sex", "pretrain"):
-        words = [sys.executable, "-c", code, f"{bundle}_phantom_tiny", str(downloaded)]
-        made = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
-        assert made.returncode == 0, made.stderr[-3000:]
-        assert int(made.stdout.split("same")[1]) > 10
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
@@ -234,6 +263,12 @@ class TestChangedWeights:
         path.write_bytes(content)
         error = self.refused(bundle, scan, tmp_path)
         assert "model.pt: its SHA-256 is not that of model.json" in error and "fetch it again" in error
+
+    def test_weights_without_their_hash(self, bundle: Path, scan: Path, tmp_path: Path) -> None:
+        """Whoever changes them could take the JSON away."""
+        (bundle / "models" / "model.json").unlink()
+        error = self.refused(bundle, scan, tmp_path)
+        assert "no model.json with their hash is beside them" in error and "fetch the whole bundle again" in error
 
     def test_a_pickle_that_would_run_code(self, bundle: Path, scan: Path, tmp_path: Path) -> None:
         """Even where somebody has put its hash into the JSON."""

@@ -18,7 +18,6 @@ from packed import BUNDLES, ROOT, random_weights
 from torch import nn
 
 from volta_components.finetune import load_model
-from volta_components.networks import VoltaViT
 from volta_components.pack import pack_bundle
 from volta_components.weights import load_encoder
 
@@ -61,15 +60,13 @@ def test_exported_networks_give_the_networks_output(bundle: str, tmp_path: Path)
         assert process.wait() == 0, process.output[-3000:]
 
     network = reference(folder)
-    size = (144, 192, 192) if isinstance(network, VoltaViT) else network.config["img_size"]
-    image = torch.rand(1, 1, *size)
+    image = torch.rand(1, 1, *network.config["img_size"])
     with torch.no_grad():
         expected = network(image)
         exported = torch.jit.load(folder / "models" / "model.ts")
         torch.testing.assert_close(exported(image), expected, atol=1e-5, rtol=0)
         both = torch.cat([image, 0.5 * image])
-        if not isinstance(network, VoltaViT):  # two volumes of full size take their time
-            torch.testing.assert_close(exported(both), network(both), atol=1e-5, rtol=0)
+        torch.testing.assert_close(exported(both), network(both), atol=1e-5, rtol=0)
     session = onnxruntime.InferenceSession(folder / "models" / "model.onnx", providers=["CPUExecutionProvider"])
     (output,) = session.run(["pred"], {"image": image.numpy()})
     assert output.shape == expected.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -15,6 +16,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from doc_blocks import Block, blocks_run_by
 from labelled_scans import SIDE, head, make_labelled
 from monai.bundle import ConfigParser, ConfigWorkflow
 from packed import random_weights
+from web import free_port
 
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file, write_json
@@ -155,20 +159,15 @@ class Server:
         path.write_bytes(self.request("POST", f"/infer/{HARP}?image={scan}&output=image"))
         return nib.load(path)
 
-    def save_label(self, scan: str, path: Path) -> None:
-        boundary = uuid.uuid4().hex
-        header = f'--{boundary}\r\nContent-Disposition: form-data; name="label"; filename="{path.name}"\r\n\r\n'
-        body = header.encode() + path.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
-        self.request(
-            "PUT", f"/datastore/label?image={scan}&tag=final", body, f"multipart/form-data; boundary={boundary}"
-        )
-
     def train(self, **settings: Any) -> dict[str, Any]:
         """Train to the end; how the task ended."""
-        task = self.json("POST", f"/train/{HARP}", {"device": "cpu", "multi_gpu": False, **settings})
+        return self.ended(self.json("POST", f"/train/{HARP}", {"device": "cpu", "multi_gpu": False, **settings})["id"])
+
+    def ended(self, task: str) -> dict[str, Any]:
+        """Wait for a training's end; how it ended."""
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
-            found = [row for row in self.json("GET", "/train/?all=true") if row["id"] == task["id"]]
+            found = [row for row in self.json("GET", "/train/?all=true") if row["id"] == task]
             if found and found[0]["status"] in ("DONE", "ERROR", "STOPPED"):
                 result: dict[str, Any] = found[0]
                 return result
@@ -187,33 +186,71 @@ def environment() -> dict[str, str]:
     return {**kept, "http_proxy": nowhere, "https_proxy": nowhere, "no_proxy": "127.0.0.1,localhost"}
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def server(bundles: dict[str, Path], studies: Path) -> Iterator[Server]:
-    port, app = free_port(), studies.parent / "app"
-    output = studies.parent / "output.txt"
-    words = ["--studies", str(studies), "--bundle", ",".join(map(str, bundles.values())), "--port", str(port)]
+@contextmanager
+def running(words: list[str], address: str, app: Path) -> Iterator[Server]:
+    """A server, once it has said how to connect, until it is told to end."""
+    output = app.parent / f"{app.name}_output.txt"
     with output.open("w") as stream:
         process = subprocess.Popen(
-            command(*words, "--app", str(app)), stdout=stream, stderr=subprocess.STDOUT, env=environment(), text=True
+            words, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, env=environment(), text=True
         )
-    log = app / "logs" / "server.log"
-    made = Server(f"http://127.0.0.1:{port}", process, output, log)
+    made = Server(address, process, output, app / "logs" / "server.log")
     try:
         deadline = time.monotonic() + 180
-        while made.address not in output.read_text():
+        while f"MONAI Label is at {address}" not in output.read_text():
             assert process.poll() is None, output.read_text()
-            assert time.monotonic() < deadline, log.read_text()
+            assert time.monotonic() < deadline, made.log.read_text()
             time.sleep(0.3)
         yield made
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+    with socket.socket() as sock:  # nothing of it goes on
+        assert sock.connect_ex((address.split("/")[2].split(":")[0], int(address.rsplit(":", 1)[1]))) != 0
+
+
+@pytest.fixture(scope="module")
+def server(bundles: dict[str, Path], studies: Path) -> Iterator[Server]:
+    """Started by the page's own command, with settings of its table."""
+    port, app = free_port(), studies.parent / "app"
+    start = shlex.split(page_blocks()[0].text)
+    assert start[:2] == ["make", "label"]
+    words = [word.replace("=DIR", f"={studies}") for word in start]
+    words += [f"PORT={port}", f"BUNDLE={','.join(map(str, bundles.values()))}", f"APP={app}"]
+    with running(words, f"http://127.0.0.1:{port}", app) as made:
+        yield made
+
+
+def page_blocks() -> list[Block]:
+    """Blocks of docs/monai_label.md that say that this test runs them."""
+    return blocks_run_by("docs/monai_label.md", "make test-label")
+
+
+def run_block(block: Block, server: Server, folder: Path, **names: str) -> list[str]:
+    """Run a block of the page, line by line, at this server's address; what each line prints.
+
+    Args:
+        block: the block.
+        server: takes the place of the one at the default address.
+        folder: where it is run.
+        names: what takes the place of words such as ``SCAN``.
+    """
+    text = block.text.replace("http://127.0.0.1:8000", server.address)
+    for name, value in names.items():
+        text = text.replace(name, value)
+    printed = []
+    for line in text.splitlines():
+        made = subprocess.run(
+            ["bash", "-euc", line.replace("curl ", "curl --fail --silent --show-error ", 1)],
+            cwd=folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert made.returncode == 0, f"{line}\n{made.stderr}\n{server.log.read_text(errors='replace')[-3000:]}"
+        printed.append(made.stdout)
+    return printed
 
 
 def bundle_mask(bundle: Path, scan: Path, output: Path) -> nib.Nifti1Image:
@@ -271,6 +308,42 @@ def test_a_mask_is_that_of_the_bundle(server: Server, bundles: dict[str, Path], 
     # On the right sides: it has learnt the phantoms.
     for value in SIDES.values():
         assert dice(np.asarray(expected.dataobj) == value, np.asarray(truth.dataobj) == value) > 0.6
+
+
+def test_the_pages_requests(server: Server, studies: Path, tmp_path: Path) -> None:
+    name = "sub-IXI002_T1w"
+    by_hand = page_blocks()[1]
+    info, nothing, classes = run_block(by_hand, server, tmp_path, SCAN=name)
+    assert set(json.loads(info)["models"]) == {HARP, *CLASSES} and nothing == ""
+    mask, again = nib.load(tmp_path / "mask.nii.gz"), server.mask(name, tmp_path)
+    assert np.array_equal(np.asarray(mask.dataobj), np.asarray(again.dataobj))
+    assert [row["label"] for row in json.loads(classes)["prediction"]] == ["male", "female"]
+
+
+def test_a_second_server_at_the_same_port_changes_nothing(server: Server, studies: Path, tmp_path: Path) -> None:
+    app = studies.parent / "app"
+    before = {path.name: path.readlink() for path in (app / "model").iterdir()}
+    port = server.address.rsplit(":", 1)[1]
+    done = subprocess.run(
+        command("--studies", str(studies), "--bundle", str(tmp_path), "--app", str(app), "--port", port),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=120,
+    )
+    assert done.returncode == 2 and f"something answers at {server.address} already" in done.stderr
+    assert {path.name: path.readlink() for path in (app / "model").iterdir()} == before
+    assert server.mask("sub-IXI000_T1w", tmp_path).shape == (40, 36, 30)
+
+
+def test_it_is_found_at_another_address_of_this_machine(
+    bundles: dict[str, Path], studies: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    words = ["--studies", str(studies), "--bundle", str(bundles["ixi_sex_phantom_tiny"]), "--host", "127.0.0.2"]
+    words = command(*words, "--port", str(port), "--app", str(tmp_path / "app"))
+    with running(words, f"http://127.0.0.2:{port}", tmp_path / "app") as made:
+        assert set(made.json("GET", "/info/")["models"]) == {"ixi_sex_phantom_tiny"}
 
 
 @pytest.mark.parametrize("name", list(CLASSES))
@@ -336,7 +409,8 @@ def test_corrections_train_the_model_and_its_weights_come_back(
     before, record_before = sha256_file(model), read_json(model.with_suffix(".json"))
     names = [f"sub-IXI{number:03d}_T1w" for number in range(3)]
     for name in names:
-        server.save_label(name, studies.parent / "truth" / f"{name}.nii.gz")
+        shutil.copy(studies.parent / "truth" / f"{name}.nii.gz", tmp_path / "corrected.nii.gz")
+        run_block(page_blocks()[2], server, tmp_path, SCAN=name)
         saved = nib.load(studies / "labels" / "final" / f"{name}.nii.gz")
         truth = nib.load(studies.parent / "truth" / f"{name}.nii.gz")
         assert np.array_equal(np.asarray(saved.dataobj), np.asarray(truth.dataobj))
@@ -386,6 +460,16 @@ def test_a_second_training_goes_on_from_the_first(server: Server, bundles: dict[
     record = read_json(model.with_suffix(".json"))
     assert record["started_from"]["sha256"] == first["sha256"] != record["sha256"]
     assert record["started_from"]["started_from"]["sha256"] == first["started_from"]["sha256"]
+
+
+def test_the_pages_training(server: Server, bundles: dict[str, Path], tmp_path: Path) -> None:
+    model = bundles[HARP] / "models" / "model.pt"
+    before = sha256_file(model)
+    started, listed = run_block(page_blocks()[3], server, tmp_path)
+    task = json.loads(started)["id"]
+    assert task in [row["id"] for row in json.loads(listed)]
+    assert server.ended(task)["status"] == "DONE", server.log.read_text()[-5000:]
+    assert sha256_file(model) != before
 
 
 def test_what_cannot_be_served_is_said(bundles: dict[str, Path], studies: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ast
+import configparser
 import os
 import shutil
 import subprocess
@@ -11,11 +13,16 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from labelled_scans import centred_affine, head, write_scan
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packed import ROOT, random_weights
+from web import serving
 
 import volta_components
 from volta_components.apply import segment
@@ -112,17 +119,71 @@ def test_the_command_works_from_an_empty_folder(installed: Path, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+def imported(path: Path) -> dict[str, bool]:
+    """Top names of the modules that a file imports, and whether each is asked for whenever the file is read."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    within = {
+        node for block in ast.walk(tree) if isinstance(block, ast.FunctionDef | ast.Try) for node in ast.walk(block)
+    }
+    found: dict[str, bool] = {}
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module]
+        for name in names:
+            top = name.split(".")[0]
+            found[top] = found.get(top, False) or node not in within
+    return found
+
+
+def declared(requirements: Iterable[str]) -> set[str]:
+    """Names of distributions in a list of requirements, and of those that the named extras stand for."""
+    found: set[str] = set()
+    for requirement in map(Requirement, requirements):
+        found.add(canonicalize_name(requirement.name))
+        for inner in map(Requirement, metadata.requires(requirement.name) or [] if requirement.extras else []):
+            if inner.marker and any(inner.marker.evaluate({"extra": extra}) for extra in requirement.extras):
+                found.add(canonicalize_name(inner.name))
+    return found
+
+
+def test_everything_that_is_imported_is_declared() -> None:
+    """The environment above borrows its packages: what it proves is that code is complete, not its dependencies."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    needed = declared(config["options"]["install_requires"].split())
+    optional = declared(" ".join(config["options.extras_require"].values()).split())
+    owners = metadata.packages_distributions()
+    wrong = []
+    for path in sorted((ROOT / "volta_components").rglob("*.py")):
+        for name, always in imported(path).items():
+            if name in sys.stdlib_module_names or name == "volta_components":
+                continue
+            names = {canonicalize_name(owner) for owner in owners.get(name, [name])}
+            if not names & (needed if always else needed | optional):
+                wrong.append(f"{path.relative_to(ROOT)}: {name}")
+    assert wrong == []
+    # What the walk is about: it sees the ones that only this package asks for.
+    seen = {name for path in (ROOT / "volta_components").rglob("*.py") for name in imported(path)}
+    assert {"torch", "monai", "safetensors", "sklearn", "ignite", "nibabel", "scipy", "submitit"} <= seen
+
+
 def test_a_downloaded_bundle_gives_the_repositorys_output_bit_for_bit(installed: Path, tmp_path: Path) -> None:
+    """Downloaded from a web server, in an empty folder of the new environment, by its own commands."""
     weights = random_weights("harp_hippocampus", tmp_path / "weights")
-    packed = pack_bundle(ROOT / "bundles" / "harp_hippocampus", tmp_path / "zip", ["tiny"], model=weights)
-    with zipfile.ZipFile(packed.path) as archive:
-        archive.extractall(tmp_path / "downloaded")
-    (bundle,) = (tmp_path / "downloaded").iterdir()
+    packed = pack_bundle(ROOT / "bundles" / "harp_hippocampus", tmp_path / "site", ["tiny"], model=weights)
+    name = packed.path.name.split("_v")[0]
     shape = (36, 44, 30)
     scan = write_scan(tmp_path / "scans", "sub-x", *head(shape, affine := centred_affine(shape)), affine)["image"]
     empty = tmp_path / "empty"
     empty.mkdir()
-    words = ["segment", "--source", scan, "--output", "out", "--bundle", str(bundle), "--device", "cpu"]
+    with serving(tmp_path / "site") as address:
+        words = ["--name", name, "--url", f"{address}/{packed.path.name}", "--bundle_dir", "."]
+        run([str(installed / "python"), "-m", "monai.bundle", "download", *words], empty)
+    assert (empty / f"{name}.zip").read_bytes() == packed.path.read_bytes()
+    words = ["segment", "--source", scan, "--output", "out", "--bundle", name, "--device", "cpu"]
     run([str(installed / "volta3d"), *words], empty)
 
     repository = tmp_path / "repository"
