@@ -406,6 +406,11 @@ def test_weights_that_are_missing_or_changed(
         model.write_bytes(content)
         with pytest.raises(InputError, match=r"model\.pt: its SHA-256 is not that of model\.json"):
             run(str(scans), str(tmp_path / "out"), bundle=str(copy))
+        record = model.with_suffix(".json").rename(tmp_path / f"{bundle.name}.json")
+        shutil.copy(bundle / "models" / "model.pt", model)
+        with pytest.raises(InputError, match=r"model\.pt: weights of a bundle, but no model\.json with their hash"):
+            run(str(scans), str(tmp_path / "out"), bundle=str(copy))
+        record.rename(model.with_suffix(".json"))
         model.unlink()
         with pytest.raises(InputError, match=r"no such weights|no encoder in it"):
             run(str(scans), str(tmp_path / "out"), bundle=str(copy))
