@@ -427,8 +427,8 @@ class KeyedCacheDataset(KeyedDataset):
     def _deterministic(self, index: int) -> Any:
         return self._compose(dict(self.data[index]), end=self._first, threading=True)
 
-    def __getitem__(self, key: tuple[int, int] | int) -> Any:
-        epoch, index = (0, key) if isinstance(key, int) else key
+    def __getitem__(self, key: tuple[int, ...] | int) -> Any:
+        epoch, index = (0, key) if isinstance(key, int) else key[:2]
         if index in self._cache:
             item = copy.deepcopy(self._cache[index])
         else:

@@ -33,6 +33,13 @@ def code_version() -> str:
     return f"{__version__}+{commit}"
 
 
+def describe(thing: Any) -> dict[str, Any]:
+    """An object's class and the plain values that it was built with, for a run's settings."""
+    plain = (str, int, float, bool, type(None), list, tuple)
+    values = {key: value for key, value in vars(thing).items() if not key.startswith("_") and key != "training"}
+    return {"class": type(thing).__name__, **{key: value for key, value in values.items() if isinstance(value, plain)}}
+
+
 def patient_key(patient_id: str) -> str:
     """A patient's canonical id as 16 hexadecimal digits: overlaps can be found without passing on ids."""
     return hashlib.sha256(canonical_patient_id(patient_id).encode("utf-8")).hexdigest()[:16]
