@@ -233,7 +233,7 @@ def test_an_oblique_scan_that_was_prepared_is_not_prepared_again(raw: Path, tmp_
 
 
 def test_a_datalist_keeps_its_own_grid_and_ids(encoder_bundle: Path, tmp_path: Path) -> None:
-    data = make_prepared(tmp_path / "data", count=4, side=16)
+    data = make_prepared(tmp_path / "data", count=4, shape=(16, 16, 16))
     for source, name in ((data, "folder"), (data / "datalist.json", "file")):
         assert embed(str(source), str(tmp_path / name), bundle=str(encoder_bundle)) == 0
     rows = rows_of(tmp_path / "folder" / "embeddings.csv")

@@ -572,7 +572,7 @@ def test_aibl_takes_a_patients_first_session_unless_told_otherwise(prepared, tmp
 
 
 def test_volumes_are_found_and_named_as_in_bids(tmp_path):
-    make_prepared(tmp_path / "data", count=4, side=8)
+    make_prepared(tmp_path / "data", count=4, shape=(8, 8, 8))
     found = find_volumes(tmp_path / "data" / "images")
     assert [(item["subject_id"], item["session"]) for item in found] == [
         (f"sub-{number:04d}", "ses-M000") for number in range(4)
