@@ -29,7 +29,7 @@ def partial_prefix() -> str:
 def _machine() -> str:
     """Machine and container: where a process id means something."""
     try:
-        space = str(os.stat("/proc/self/ns/pid").st_ino)
+        space = str(Path("/proc/self/ns/pid").stat().st_ino)
     except OSError:
         space = ""
     return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
