@@ -463,6 +463,15 @@ def test_page_in_a_browser(made, browser):
     assert ((green > red + 30) & (green > blue + 10)).sum() > 30
     assert ((abs(red - green) < 6) & (abs(red - blue) < 6) & (red > 60)).sum() > 2000
 
+    # Nothing of the viewer is cut off, and its crosshair hides nothing: brainsprite's own is pure blue.
+    inside = browser.execute_script(
+        "const f = document.querySelector('.viewer iframe'), p = f.contentDocument.documentElement;"
+        "return [p.scrollWidth - f.clientWidth, p.scrollHeight - f.clientHeight,"
+        " f.contentDocument.querySelector('input').value]"
+    )
+    assert inside == [0, 0, "55"]
+    assert not ((blue > 200) & (red < 40) & (green < 40)).any()
+
     sizes = browser.execute_script("return Array.from(document.images).map(i => i.complete ? i.naturalWidth : 0)")
     assert len(sizes) == 10 and all(size > 100 for size in sizes)
     wide = browser.execute_script("return document.documentElement.scrollWidth <= document.documentElement.clientWidth")

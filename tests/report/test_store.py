@@ -75,7 +75,10 @@ def test_runs_by_hand_alone_are_reported_and_said_to_be(writer, run):
         run("volta", fold, variant=None)
     study = only_study(writer)
     assert len(study.runs) == 2 and study.alarms == []
-    assert any(note.startswith("2 finished runs started by hand, not by volta3d crossval") for note in study.notes)
+    assert (
+        "Not started by volta3d crossval: the row volta (volta_fold0_frac1_seed0, volta_fold1_frac1_seed1)."
+        in study.notes
+    )
 
 
 @pytest.mark.parametrize(

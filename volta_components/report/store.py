@@ -402,12 +402,17 @@ def _find_unequal_training(study: Study) -> None:
 
 
 def _find_runs_by_hand(study: Study) -> None:
-    names = sorted(run.name for run in study.runs if run.by_hand)
-    if not names:
+    by_hand = {
+        variant: [run.name for run in study.runs if run.by_hand and run.variant == variant]
+        for variant in study.variants
+    }
+    rows = {variant: sorted(names) for variant, names in by_hand.items() if names}
+    if not rows:
         return
-    text = f"{_runs(len(names))} started by hand, not by volta3d crossval: {', '.join(names)}."
-    if len(names) == len(study.runs):
+    text = "Not started by volta3d crossval: "
+    text += "; ".join(f"the row {variant} ({', '.join(names)})" for variant, names in rows.items()) + "."
+    if all(run.by_hand for run in study.runs):
         study.notes.append(text)
     else:
-        text += " Their settings are not known to be those of the other rows."
+        text += " Nothing ensures that its settings, but for those logged, are the other rows'."
         study.alarms.append(Alarm("Started by hand", text))

@@ -206,7 +206,8 @@ class ClassificationTables:
             f"{_comparisons(found)}. "
         )
         note += (
-            "DeLong: fold differences and variances added up (MLstatkit); not corrected; not made for several seeds."
+            "DeLong: fold differences and variances added up (MLstatkit); not corrected"
+            + ("; not made where folds have several seeds." if self.study.several_seeds else ".")
             if statistics.has_delong()
             else "DeLong's test was not made: of the libraries at hand none has it (SciPy and scikit-learn do not; "
             "MLstatkit, which has, is not installed: pip install volta-components[delong])."
@@ -509,7 +510,7 @@ def run_table(studies: Sequence[Study]) -> Table:
     numbers, rows = [], []
     for study in studies:
         for run in sorted(
-            study.runs, key=lambda run: (in_order({*study.variants}).index(run.variant), run.fraction, run.fold)
+            study.runs, key=lambda run: (study.variants.index(run.variant), run.fraction, run.fold, run.seed)
         ):
             tags = {"started_by": "hand" if run.by_hand else "crossval"}
             tags |= {key: run.tags.get(key, "") for key in keys}
