@@ -31,7 +31,7 @@ from volta_components.data.datalist import Datalist
 from volta_components.data.identity import canonical_patient_id
 from volta_components.distributed import process_rank
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, read_json, remove_partials, sha256_file, write_json
+from volta_components.files import atomic_path, read_json, sha256_file, write_json
 from volta_components.handlers import find_mlflow_handler
 from volta_components.networks import fit_cross_attention, freeze_cross_attention
 from volta_components.record import code_version, patient_key
@@ -454,7 +454,6 @@ def save_model(path: str | os.PathLike[str], network: nn.Module, record: Mapping
     path = Path(path)
     plain = network.module if isinstance(network, DistributedDataParallel) else network
     state = {name: value.detach().cpu().contiguous() for name, value in plain.state_dict().items()}
-    remove_partials(path.parent)
     with atomic_path(path) as temporary:
         torch.save(state, temporary)
     content = {

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, read_json, remove_partials, sha256_file, write_json
+from volta_components.files import atomic_path, read_json, sha256_file, write_json
 from volta_components.networks import VoltaViT, fit_cross_attention, resample_position_embedding
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,6 @@ def save_encoder(path: str | os.PathLike[str], network: VoltaViT, provenance: Ma
         for name, value in network.state_dict().items()
         if not name.startswith(DECODER)
     }
-    remove_partials(path.parent)
     with atomic_path(path) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
     record = {
