@@ -85,6 +85,20 @@ def test_settings_hash_follows_what_decides_the_result_and_nothing_else(place):
     assert hashes()["linear_scratch"] != before["linear_scratch"]
 
 
+def test_all_runs_of_an_init_share_a_recipe(place):
+    def recipes(**changes):
+        found = {(run.variant, run.recipe) for run in planned(place, **changes)}
+        assert len(found) == 2  # whatever their fold, fraction and seed
+        return dict(found)
+
+    before = recipes()
+    assert before["volta"] != before["linear_scratch"]
+    assert recipes(seed=4, fractions=(0.3,), root=place / "elsewhere") == before
+    assert recipes(overlays=[])["volta"] != before["volta"]
+    run = planned(place)[0]
+    assert MlflowClient(run.tracking_uri).get_run(_claim(run)).data.tags["crossval_recipe"] == before["volta"]
+
+
 def test_several_processes_go_through_torchrun(place):
     run = planned(place, processes=2)[0]
     assert run.configs[-2].name == "multi_gpu_train.json"

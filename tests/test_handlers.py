@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ from monai.transforms import Compose, RandGaussianNoised
 
 from volta_components import __version__, handlers
 from volta_components.errors import InputError
+from volta_components.files import partial_prefix
 from volta_components.handlers import (
     CollapseError,
     CollapseMonitor,
@@ -141,6 +144,16 @@ def test_a_finished_run_does_nothing_more(tmp_path: Path, whole: SimpleNamespace
     again = run_with_checkpoint(path)
     assert again.outputs == {}
     assert_equal_states(again.teacher.state_dict(), whole.teacher.state_dict())
+
+
+def test_half_a_checkpoint_of_a_killed_run_is_removed_at_the_next_start(tmp_path: Path, whole: SimpleNamespace) -> None:
+    path = shutil.copy(whole.checkpoint.path, tmp_path / "c.pt")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = tmp_path / partial_prefix().replace(f"-{os.getpid()}-", f"-{dead.pid}-")
+    left.write_bytes(b"half a checkpoint")
+    run_with_checkpoint(path)
+    assert [item.name for item in tmp_path.iterdir()] == ["c.pt"]
 
 
 def test_checkpoints_lie_where_no_gradient_is_pending(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file, sha256_json, write_json
 
 TAG = "crossval_settings"
+RECIPE_TAG = "crossval_recipe"
 BASE_INIT = "volta"
 OWN_IDS = ("fold", "fraction", "seed", "run_name", "output_dir", "datalist_path")
 LOG_LINES = 12
@@ -49,6 +50,7 @@ class Run:
         experiment: MLflow's experiment.
         settings: hash of everything that decides the result.
         processes: above 1, torchrun starts so many, one for each GPU.
+        recipe: hash of the settings that all runs of an init share, whatever their fold, fraction and seed.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Run:
     experiment: str
     settings: str
     processes: int = 1
+    recipe: str = ""
 
     @property
     def log(self) -> Path:
@@ -294,6 +297,7 @@ def plan(
                     experiment=experiment_name,
                     settings=fingerprint,
                     processes=max(1, processes),
+                    recipe=sha256_json(identity),
                 )
             )
     return sorted(runs, key=lambda run: (wanted.index(run.fold), shares.index(run.fraction)))
@@ -520,7 +524,7 @@ def _claim(run: Run) -> str | None:
     if ours:
         client.update_run(ours[0].info.run_id, status="RUNNING")
         return str(ours[0].info.run_id)
-    tags = {TAG: run.settings, "variant": run.variant}
+    tags = {TAG: run.settings, RECIPE_TAG: run.recipe, "variant": run.variant}
     return str(client.create_run(experiment_id, run_name=run.name, tags=tags).info.run_id)
 
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from volta_components.distributed import mean_over_processes, process_rank
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, write_json
+from volta_components.files import atomic_path, remove_partials, write_json
 from volta_components.masking import VISIBLE
 from volta_components.record import code_version
 
@@ -110,7 +110,9 @@ class ResumableCheckpoint:
             torch.save(state, temporary)
 
     def load(self, engine: Engine) -> None:
-        """Restore a run if there is a checkpoint."""
+        """Restore a run if there is a checkpoint; what a killed run left half written is removed."""
+        if not process_rank():
+            remove_partials(self.path.parent)
         if not self.path.exists():
             return
         try:
