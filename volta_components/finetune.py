@@ -8,6 +8,7 @@ inits of a fold see the same subjects.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import logging
@@ -279,6 +280,12 @@ class Origin:
         }
 
 
+@functools.lru_cache
+def _digest(path: Path, _changed: int) -> str:
+    """A cross-validation asks for each of its runs."""
+    return sha256_file(path)
+
+
 def check_origin(
     init: str, encoder_path: str | os.PathLike[str], scored: Sequence[Mapping[str, Any]], allow_leak: bool = False
 ) -> Origin:
@@ -305,7 +312,7 @@ def check_origin(
         )
     record = path.with_suffix(".json")
     provenance = read_record(path).get("provenance") or {}
-    digest, datalist_hash = sha256_file(path), str(provenance.get("datalist_hash") or "")
+    digest, datalist_hash = _digest(path, path.stat().st_mtime_ns), str(provenance.get("datalist_hash") or "")
     known = provenance.get("patient_ids")
     if known is None:
         if allow_leak:
