@@ -37,7 +37,7 @@ SIDE = 32
 # Sizes at which a run takes a second or two.
 SIZES: dict[str, Any] = {
     "volume_size": [SIDE] * 3,
-    "input_extent_mm": SIDE,
+    "input_extent_mm": [SIDE] * 3,
     "image_size": [SIDE] * 3,
     "hidden_size": 32,
     "mlp_dim": 48,
@@ -261,7 +261,7 @@ def test_the_method_is_in_the_config():
         "weight_decay": 1e-5,
         "unfrozen_blocks": "$@num_layers // 2",
         "image_size": [96] * 3,
-        "input_extent_mm": 192,
+        "input_extent_mm": [192] * 3,
         "pool": "summary",
         "threshold": 0.5,
     }
@@ -275,7 +275,7 @@ def test_input_is_the_padded_volume_averaged_over_blocks(tmp_path):
     nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "a.nii")
     parser = ConfigParser()
     parser.read_config(configs("ixi_sex", "train")[0])
-    parser.update({"input_extent_mm": 16, "image_size": [8, 8, 8]})
+    parser.update({"input_extent_mm": [16] * 3, "image_size": [8, 8, 8]})
     transform = parser.get_parsed_content("validate#preprocessing")
     image = transform({"image": str(tmp_path / "a.nii"), "label": 1})["image"]
     padded = np.pad(volume, ((2, 2), (0, 0), (0, 0)))
