@@ -30,17 +30,17 @@ def main() -> None:
     print("Everything here is of phantoms: it shows that the pipeline works, nothing about patients.\n")
     print(f"masked reconstruction error on {errors['volumes']} held-out volumes (mean squared, intensities in [0, 1])")
     print(f"  this network {errors['reconstruction']:.4f}   mean volume {errors['mean_view']:.4f}   ratio {ratio:.2f}")
-    print("teacher, last epoch (1: uniform, 0: a single prototype; 0.3 to 0.97 is healthy)")
+    print("\nself-distillation, last epoch (entropy 1: uniform, 0: a single prototype; 0.3 to 0.97 is healthy;")
+    print("predicted: what the student tells of the teacher's targets, 0 when views agree on nothing)")
     for branch in ("global", "patch"):
-        entropy = metrics[f"{branch}_teacher_entropy"]
-        information = metrics[f"{branch}_information"]
-        print(f"  {branch:<7} entropy {entropy:.2f} of ln K, of which inputs tell apart {information:.2f}")
+        entropy, predicted = (metrics[f"{branch}_{name}"] for name in ("teacher_entropy", "predicted"))
+        print(f"  {branch:<7} entropy {entropy:.2f} of ln K, predicted {predicted:.3f} of ln K")
     print(f"effective rank of the summaries: {metrics['effective_rank']:.1f}")
-    print("\nprobes of the summary token, out of fold: AUROC (95 % interval)")
+    print("\nlinear probes of the frozen encoder and of random weights, out of fold: AUROC (95 % interval)")
     for row in read_json(PROBES / "probes.json"):
-        if row["embedding"] == "summary" and row["probe"] == "linear":
+        if row["probe"] == "linear":
             print(
-                f"  {row['label']:<10} {row['encoder']:<7} {row['auroc']:.2f} "
+                f"  {row['label']:<10} {row['embedding']:<13} {row['encoder']:<7} {row['auroc']:.2f} "
                 f"({row['auroc_low']:.2f} to {row['auroc_high']:.2f}), {row['subjects']} subjects"
             )
     print("\npictures to look at:")

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cost of one pretraining step at the paper's size: this code in fp32 and bf16, and the stock network, side by side.
 
-Each variant runs in this process, one after the other, in turns, so that all meet the same machine; what is printed
-are ratios of the fastest turn of each. Run with ``--small`` for a network that takes seconds rather than minutes.
+The variants take turns, each turn in a process of its own, so that all meet the same machine and a peak of memory is a
+variant's own. What is printed are the fastest turns, their ratios, and the peaks of resident memory. Run with
+``--small`` for a network that takes seconds rather than minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -78,12 +83,11 @@ def stock_step(global_size: tuple[int, int, int], local_size: int, num_local: in
     return step
 
 
-def main() -> None:
-    """Measure and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="a small network, for a quick look")
-    parser.add_argument("--turns", type=int, default=2)
-    options = parser.parse_args()
+VARIANTS = ("this project, fp32", "this project, bf16 autocast", "stock ViTAutoEnc, fp32, a pass a view, no losses")
+
+
+def sizes(small: bool) -> tuple[tuple[int, int, int], int, int, int, dict]:
+    """Global size, local size, local crops, prototypes, and the network's configuration."""
     size, local, count, out_dim = (144, 192, 192), 96, 8, 8192
     config = {
         "in_channels": 1,
@@ -94,34 +98,51 @@ def main() -> None:
         "num_layers": 12,
         "num_heads": 12,
     }
-    if options.small:
+    if small:
         size, local, count, out_dim = (64, 64, 64), 32, 4, 512
         config |= {"img_size": size, "hidden_size": 192, "mlp_dim": 768, "num_layers": 4, "num_heads": 4}
-    builders = {
-        "this project, fp32": lambda: volta_step(size, local, count, VoltaViT(**config), out_dim, None),
-        "this project, bf16 autocast": lambda: volta_step(
-            size, local, count, VoltaViT(**config), out_dim, torch.bfloat16
-        ),
-        "stock ViTAutoEnc, fp32, a pass a view, encoder and decoder only": lambda: stock_step(
-            size, local, count, config
-        ),
-    }
-    seconds: dict[str, float] = {}
-    for name, build in builders.items():
-        step = build()
-        step()
-        turns = []
-        for _ in range(options.turns):
-            started = time.perf_counter()
-            step()
-            turns.append(time.perf_counter() - started)
-        seconds[name] = min(turns)
-        del step
-    reference = seconds["this project, fp32"]
-    print(f"| one step, globals 2 x {'x'.join(map(str, size))}, locals {count} x {local}^3 | s | times fp32's speed |")
-    print("|---|---|---|")
+    return size, local, count, out_dim, config
+
+
+def turn(variant: int, small: bool) -> None:
+    """One warm-up step and a timed one; prints seconds and the peak of resident memory as JSON."""
+    size, local, count, out_dim, config = sizes(small)
+    if variant == 2:
+        step = stock_step(size, local, count, config)
+    else:
+        step = volta_step(size, local, count, VoltaViT(**config), out_dim, (None, torch.bfloat16)[variant])
+    step()
+    started = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - started
+    print(json.dumps({"seconds": seconds, "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="a small network, for a quick look")
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--variant", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.variant is not None:
+        turn(options.variant, options.small)
+        return
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+    for _ in range(options.turns):
+        for number, name in enumerate(VARIANTS):
+            command = [sys.executable, __file__, "--variant", str(number), *(["--small"] if options.small else [])]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    size, local, count, _, _ = sizes(options.small)
+    seconds = {name: min(item["seconds"] for item in turns) for name, turns in found.items()}
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
+    crops = f"globals 2 x {'x'.join(map(str, size))}, locals {count} x {local}^3"
+    print(f"| one step, {crops} | s | times fp32's speed | GiB |")
+    print("|---|---|---|---|")
     for name, value in seconds.items():
-        print(f"| {name} | {value:.2f} | {reference / value:.2f} |")
+        peak = max(item["gib"] for item in found[name])
+        print(f"| {name} | {value:.2f} | {seconds[VARIANTS[0]] / value:.2f} | {peak:.1f} |")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 
+from volta_components.errors import InputError
 from volta_components.files import sha256_json, write_json
 from volta_components.handlers import find_mlflow_handler
 
@@ -63,6 +64,12 @@ class Finish:
 def features(item: dict[str, Any]) -> torch.Tensor:
     rng = np.random.default_rng(int(item["subject_id"].removeprefix("sub-")))
     return torch.tensor(rng.normal(size=4) + item["label"], dtype=torch.float32)
+
+
+def check(path: str, fold: int, fraction: float) -> None:
+    """As the bundles do: what is wrong with a run's subjects is an error before it starts."""
+    if len(load(path, fold, fraction)[0]) < 3:
+        raise InputError(f"fraction {fraction} is too small for fold {fold}")
 
 
 def load(path: str, fold: int, fraction: float) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
@@ -114,7 +121,11 @@ def write_bundle(folder: Path) -> Path:
     """Write the bundle ``fake`` with the overlays ``linear_scratch``, ``tiny`` and ``multi_gpu_train``."""
     train = {
         "_desc_": "a comment",
-        "imports": ["$import os", "$from fake_bundle import load as load_fake"],
+        "imports": [
+            "$import os",
+            "$from fake_bundle import check as check_fake",
+            "$from fake_bundle import load as load_fake",
+        ],
         "bundle_root": ".",
         "run_name": "fake",
         "experiment_name": "fake",
@@ -130,6 +141,7 @@ def write_bundle(folder: Path) -> Path:
         "hidden": [4, 4],
         "settings": {"seed": "@seed", "fold": "@fold", "fraction": "@fraction", "epochs": "@epochs", "init": "@init"},
         "device": "$torch.device('cpu')",
+        "checks": ["$check_fake(@datalist_path, @fold, @fraction)"],
         "loaded": "$load_fake(@datalist_path, @fold, @fraction)",
         "network": "$torch.nn.Linear(4, 1)",
         "optimizer": {"_target_": "torch.optim.SGD", "params": "$@network.parameters()", "lr": 0.1},

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 
 from volta_components.data.datalist import make_content
-from volta_components.files import sha256_file, write_json
+from volta_components.files import read_json, sha256_file, write_json
 
 SIDE = 32
 
@@ -49,14 +49,22 @@ def write_scan(folder: Path, name: str, volume: np.ndarray, label: np.ndarray, a
     return {**item, "subject_id": name}
 
 
-def make_labelled(folder: Path, count: int = 10, folds: int = 5, cohort: str = "fake") -> Path:
+def make_labelled(
+    folder: Path,
+    count: int = 10,
+    folds: int = 5,
+    cohort: str = "fake",
+    shape: tuple[int, int, int] = (SIDE,) * 3,
+    spacing: float = 1.0,
+) -> Path:
     """A prepared data set of 32^3 at 1 mm with label maps, as ``volta3d prepare`` would write it."""
-    affine = centred_affine((SIDE,) * 3)
+    # The head is as large in voxels whatever the spacing.
+    voxels, affine = centred_affine(shape), centred_affine(shape, (spacing,) * 3)
     items = []
     for kind in ("images", "labels"):
         (folder / kind).mkdir(parents=True)
     for number in range(count):
-        volume, label = head((SIDE,) * 3, affine, seed=number)
+        volume, label = head(shape, voxels, seed=number)
         volume = (volume - volume.min()) / (volume.max() - volume.min())
         subject = f"sub-{number:04d}"
         name = f"{subject}_ses-M000.nii"
@@ -73,7 +81,7 @@ def make_labelled(folder: Path, count: int = 10, folds: int = 5, cohort: str = "
                 "site": "AB"[number % 2],
                 "cohort": cohort,
                 "sex": "FM"[number % 2],
-                "diagnosis": "CN",
+                "diagnosis": ("CN", "AD")[number // 2 % 2],
                 "age": 60.0 + number,
                 "fold": number % folds,
                 "source": name,
@@ -81,5 +89,14 @@ def make_labelled(folder: Path, count: int = 10, folds: int = 5, cohort: str = "
                 "sha256": digest,
             }
         )
-    write_json(folder / "datalist.json", make_content(cohort, [1.0] * 3, [SIDE] * 3, 0, folds, items, []))
+    write_json(folder / "datalist.json", make_content(cohort, [spacing] * 3, list(shape), 0, folds, items, []))
+    return folder
+
+
+def make_quick_start(folder: Path) -> Path:
+    """The same on the grid of the bundles' ``tiny.json``: each of three folds has both sexes and diagnoses."""
+    make_labelled(folder, count=24, folds=3, shape=(48, 64, 64), spacing=3.0)
+    content = read_json(folder / "datalist.json")
+    items = [{**item, "fold": number // 4 % 3} for number, item in enumerate(content["training"])]
+    write_json(folder / "datalist.json", make_content("fake", [3.0] * 3, [48, 64, 64], 0, 3, items, []))
     return folder

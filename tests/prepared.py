@@ -41,8 +41,10 @@ TINY_SIZES: dict[str, Any] = {
 }
 
 
-def make_prepared(folder: Path, count: int = 12, folds: int = 3, side: int = SIDE) -> Path:
-    """Write volumes of ``side``^3 at 1 mm in [0, 1] and their datalist, as ``volta3d prepare`` would.
+def make_prepared(
+    folder: Path, count: int = 12, folds: int = 3, shape: tuple[int, int, int] = (SIDE, SIDE, SIDE)
+) -> Path:
+    """Write volumes of ``shape`` at 1 mm in [0, 1] and their datalist, as ``volta3d prepare`` would.
 
     Smooth random anatomy; women's volumes are brighter, patients with AD have a dark centre, so that probes have
     something to find. Sex and diagnosis alternate, so that every fold holds both; the grid is shifted and shared.
@@ -54,7 +56,7 @@ def make_prepared(folder: Path, count: int = 12, folds: int = 3, side: int = SID
     affine = np.diag([1.0, 1.0, 1.0, 1.0])
     affine[:3, 3] = [-15.5, -20.0, 7.0]
     (folder / "images").mkdir(parents=True)
-    axes = np.meshgrid(*[np.linspace(-1, 1, side)] * 3, indexing="ij")
+    axes = np.meshgrid(*[np.linspace(-1, 1, side) for side in shape], indexing="ij")
     items = []
     for number in range(count):
         sex, diagnosis = "FM"[number % 2], ("CN", "AD")[number // 2 % 2]
@@ -85,5 +87,5 @@ def make_prepared(folder: Path, count: int = 12, folds: int = 3, side: int = SID
                 "sha256": digest,
             }
         )
-    write_json(folder / "datalist.json", make_content("fake", [1.0] * 3, [side] * 3, 0, folds, items, []))
+    write_json(folder / "datalist.json", make_content("fake", [1.0] * 3, list(shape), 0, folds, items, []))
     return folder

@@ -27,13 +27,13 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
 from volta_components.apply import check_source, embed, prepared_grid, segment
+from volta_components.classification import LoadScand
 from volta_components.cli import main
 from volta_components.data.preprocess import Settings, prepare_volume
 from volta_components.data.volumes import read_volume
 from volta_components.errors import InputError
 from volta_components.finetune import save_model
 from volta_components.networks import VoltaViT
-from volta_components.segmentation import LoadPreparedd
 from volta_components.weights import load_encoder, save_encoder
 
 sys.path.append(str(Path(__file__).parent / "data"))
@@ -225,7 +225,7 @@ def test_an_oblique_scan_that_was_prepared_is_not_prepared_again(raw: Path, tmp_
     prepared = prepare_volume(read_volume(raw / "scans" / "sub-oblique00_T1w.nii"), Settings(shape=(SIDE,) * 3))
     path = tmp_path / "prepared.nii"
     nib.save(image_of(0.5 * prepared.image, prepared.affine), path)  # another range, which preparing would change
-    loaded = LoadPreparedd(1.0, CUBE)({"image": str(path)})["image"]
+    loaded = LoadScand("image", 1.0, CUBE)({"image": str(path)})["image"]
     assert torch.equal(loaded[0].as_tensor(), torch.from_numpy(0.5 * prepared.image))
 
 
@@ -233,7 +233,7 @@ def test_an_oblique_scan_that_was_prepared_is_not_prepared_again(raw: Path, tmp_
 
 
 def test_a_datalist_keeps_its_own_grid_and_ids(encoder_bundle: Path, tmp_path: Path) -> None:
-    data = make_prepared(tmp_path / "data", count=4, side=16)
+    data = make_prepared(tmp_path / "data", count=4, shape=(16, 16, 16))
     for source, name in ((data, "folder"), (data / "datalist.json", "file")):
         assert embed(str(source), str(tmp_path / name), bundle=str(encoder_bundle)) == 0
     rows = rows_of(tmp_path / "folder" / "embeddings.csv")

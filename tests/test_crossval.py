@@ -85,6 +85,20 @@ def test_settings_hash_follows_what_decides_the_result_and_nothing_else(place):
     assert hashes()["linear_scratch"] != before["linear_scratch"]
 
 
+def test_all_runs_of_an_init_share_a_recipe(place):
+    def recipes(**changes):
+        found = {(run.variant, run.recipe) for run in planned(place, **changes)}
+        assert len(found) == 2  # whatever their fold, fraction and seed
+        return dict(found)
+
+    before = recipes()
+    assert before["volta"] != before["linear_scratch"]
+    assert recipes(seed=4, fractions=(0.3,), root=place / "elsewhere") == before
+    assert recipes(overlays=[])["volta"] != before["volta"]
+    run = planned(place)[0]
+    assert MlflowClient(run.tracking_uri).get_run(_claim(run)).data.tags["crossval_recipe"] == before["volta"]
+
+
 def test_several_processes_go_through_torchrun(place):
     run = planned(place, processes=2)[0]
     assert run.configs[-2].name == "multi_gpu_train.json"
@@ -100,10 +114,12 @@ def test_several_processes_go_through_torchrun(place):
         ({"folds": 0}, "has the folds"),
         ({"fractions": (0.0, 1.0)}, r"\(0, 1\]"),
         ({"fractions": 20}, r"\(0, 1\]"),
+        ({"fractions": (0.1, 1.0)}, r"volta_fold0_frac0\.1_seed3000: fraction 0\.1 is too small for fold 0"),
         ({"settings": {"epoch": 2}}, "--set epoch: .*train.json has no such id"),
         ({"settings": {"train#trainer#max_epoch": 2}}, "no such id"),
         ({"settings": {"fold": 1}}, "crossval sets this id itself"),
         ({"encoder": Path("nothing.safetensors")}, "nothing.safetensors: no such encoder"),
+        ({"encoder": Path("fake/configs")}, r"fake/configs/models/encoder\.safetensors: no such encoder"),
         ({"bundle": Path("datalist.json")}, "not a bundle"),
         ({"datalist": Path("missing.json")}, "missing.json: no such datalist"),
         ({"datalist": Path("fake/configs/tiny.json")}, "not a datalist"),
@@ -113,6 +129,16 @@ def test_several_processes_go_through_torchrun(place):
 def test_bad_input_is_named_before_anything_runs(place, changes, message):
     with pytest.raises(InputError, match=message):
         planned(place, **changes)
+
+
+def test_an_encoder_is_found_in_a_bundles_folder(place):
+    def ids(encoder: str) -> dict[str, str]:
+        run = planned(place, encoder=place / encoder)[0]
+        return {**json.loads(run.configs[-1].read_text()), "settings": run.settings}
+
+    folder, file = ids("fake"), ids("fake/models/encoder.safetensors")
+    assert folder["encoder_path"] == file["encoder_path"] == str(place / "fake/models/encoder.safetensors")
+    assert folder["settings"] == file["settings"]
 
 
 def test_nested_ids_can_be_set(place):

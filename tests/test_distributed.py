@@ -19,7 +19,7 @@ from torch import distributed as dist
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from volta_components.distributed import gather_rows, mean_over_processes, process_count, process_rank
+from volta_components.distributed import gather_objects, gather_rows, mean_over_processes, process_count, process_rank
 from volta_components.losses import CentredTargets, GlobalAlignmentLoss, KoLeoLoss, PatchAlignmentLoss, SinkhornTargets
 
 TARGETS = {
@@ -72,6 +72,7 @@ def worker(rank: int, folder: str) -> None:
         "rank": process_rank(),
         "mean": mean_over_processes(torch.tensor([1.0 + rank, 10.0 * rank])),
         "rows": gather_rows(torch.arange(6).view(2, 3) + 100 * rank),
+        "objects": gather_objects([("a", rank), ("b", rank)]),
     }
     for kind, make in TARGETS.items():
         module = make()
@@ -112,6 +113,7 @@ def test_collectives(ranks: list[dict[str, Any]]) -> None:
     for rank, found in enumerate(ranks):
         assert (found["count"], found["rank"]) == (2, rank)
         assert found["mean"].tolist() == [1.5, 5.0]
+        assert found["objects"] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
         assert found["rows"].tolist() == [[0, 1, 2], [3, 4, 5], [100, 101, 102], [103, 104, 105]]
 
 
@@ -159,6 +161,8 @@ def test_two_processes_train_as_one_does(ranks: list[dict[str, Any]], kind: str)
         assert len(centres) == (2 if kind == "centred" else 0)
         for name in centres:
             torch.testing.assert_close(two[rank]["losses"][name], one["losses"][name], atol=1e-5, rtol=0)
+        for name in ("0.previous", "0.marginal", "1.marginal"):
+            torch.testing.assert_close(two[rank]["losses"][name], one["losses"][name], atol=1e-5, rtol=1e-4)
     np.testing.assert_allclose(np.mean([part["loss"] for part in two], axis=0), one["loss"], rtol=1e-5)
     # Both processes end as one, to the bit.
     for name, value in two[0]["student"].items():

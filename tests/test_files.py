@@ -5,12 +5,24 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, read_json, sha256_file, sha256_json, write_json
+from volta_components.files import (
+    FOREIGN_SECONDS,
+    atomic_path,
+    partial_prefix,
+    read_json,
+    remove_partials,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 
 
 def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -32,6 +44,46 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         raise KeyboardInterrupt
     assert target.read_text() == "old"
     assert [item.name for item in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from volta_components.files import atomic_path\n"
+        "with atomic_path(sys.argv[1]) as temporary:\n"
+        "    temporary.write_bytes(b'half')\n"
+        "    if sys.argv[2] == 'die':\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    print('writing', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "checkpoint.pt")]
+    writer = subprocess.Popen([*command, "live"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert writer.stdout is not None and writer.stdout.readline() == "writing\n"
+        (at_work,) = tmp_path.glob(".partial-*")
+        assert subprocess.run([*command, "die"]).returncode == -9
+        (left,) = {*tmp_path.glob(".partial-*")} - {at_work}
+        with atomic_path(tmp_path / "own.json") as own:
+            assert remove_partials(tmp_path, tmp_path / "not there") == [left]
+            assert {*tmp_path.iterdir()} == {at_work, own}
+    finally:
+        writer.communicate("")
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "own.json"}
+
+
+def test_files_of_other_machines_are_removed_when_nobody_has_written_for_a_day(tmp_path: Path) -> None:
+    names = [".partial-0000abcd-1-x.pt", ".partial-x.pt", f"{partial_prefix()}x.pt", "whole.pt"]
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / ".partial-folder").mkdir()
+    (tmp_path / ".partial-folder" / "part").touch()
+    assert remove_partials(tmp_path) == []
+    before = time.time() - FOREIGN_SECONDS - 60
+    for path in tmp_path.iterdir():
+        os.utime(path, (before, before))
+    assert {path.name for path in remove_partials(tmp_path)} == {*names[:2], ".partial-folder"}
+    assert {path.name for path in tmp_path.iterdir()} == {*names[2:]}
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

@@ -29,6 +29,7 @@ from volta_components.finetune import (
     TrainingPlan,
     check_classes,
     check_disjoint,
+    check_model,
     check_origin,
     class_weights,
     freeze_encoder,
@@ -40,8 +41,10 @@ from volta_components.finetune import (
     start_from,
 )
 from volta_components.networks import VoltaViT
+from volta_components.record import patient_key, provenance
 from volta_components.sampling import ResumableSampler
 from volta_components.schedules import CosineSchedule
+from volta_components.segmentation import VoltaUNETR
 from volta_components.weights import save_encoder
 
 SIZES = {"hidden_size": 32, "mlp_dim": 48, "num_layers": 3, "num_heads": 4, "summary_heads": 4}
@@ -205,6 +208,65 @@ def test_an_encoder_that_does_not_tell_its_patients_is_refused(tmp_path):
     assert check_origin("volta", path, [{"patient_id": "x"}], allow_leak=True).leak == "allowed"
 
 
+def test_an_id_that_is_no_worldwide_one_belongs_to_its_cohort(tmp_path):
+    trained = [{"patient_id": "sub-0001", "cohort": "here"}, {"patient_id": "sub-ADNI002S0295", "cohort": "here"}]
+    path = make_encoder(tmp_path / "encoder.safetensors", None)
+    save_encoder(path, VoltaViT(img_size=(32, 32, 32), decoder=False, **SIZES), provenance({}, "d" * 64, trained))
+    origin = check_origin("volta", path, [{"patient_id": "sub-0001", "cohort": "elsewhere"}])
+    assert origin.leak == "none" and origin.record["patient_ids"] == sorted(origin.patient_ids or ())
+    for same in ({"patient_id": "sub-0001", "cohort": "here"}, {"patient_id": "002_S_0295", "cohort": "harp"}):
+        with pytest.raises(InputError, match="1 of the 1 scored"):
+            check_origin("volta", path, [same])
+    # Records of earlier versions, and of scans without a datalist, know no cohort.
+    old = make_encoder(tmp_path / "old.safetensors", ["sub-0001"])
+    with pytest.raises(InputError, match="1 of the 1 scored"):
+        check_origin("volta", old, [{"patient_id": "sub-0001", "cohort": "elsewhere"}])
+
+
+def model_record(**changes: Any) -> dict[str, Any]:
+    keys = {name: [patient_key(f"sub-{name}")] for name in ("trained", "pretrained")}
+    provenance = {"patient_ids": keys["trained"]}
+    return {"provenance": provenance, "pretraining": {"patient_ids": keys["pretrained"]}, **changes}
+
+
+def test_a_model_is_not_scored_on_those_whom_it_or_its_encoder_was_trained_on():
+    new = [{"patient_id": "sub-new", "cohort": "here"}]
+    assert check_model(model_record(), new) == check_model(model_record(), new, allow_leak=True) == "none"
+    for name in ("trained", "pretrained"):
+        scored = [*new, {"patient_id": f"sub-{name}", "cohort": "here"}]
+        with pytest.raises(InputError, match=rf"1 of the 2 scored patients(?s:.)*sub-{name} +{name} on"):
+            check_model(model_record(), scored)
+        assert check_model(model_record(), scored, allow_leak=True) == "allowed"
+
+
+@pytest.mark.parametrize(
+    ("record", "what"),
+    [
+        ({}, "trained and pretrained on"),
+        (model_record(provenance={}), "whom it was trained on"),
+        (model_record(pretraining={"patient_ids": None}), "whom it was pretrained on"),
+        ({"provenance": {"patient_ids": []}, "tags": {"encoder_sha256": "ab"}}, "whom it was pretrained on"),
+    ],
+)
+def test_a_model_that_does_not_tell_whom_it_has_seen_is_not_scored(record, what):
+    with pytest.raises(InputError, match=what):
+        check_model(record, [{"patient_id": "x"}])
+    assert check_model(record, [{"patient_id": "x"}], allow_leak=True) == "allowed"
+
+
+def test_a_record_without_pretraining_is_of_a_model_from_scratch_if_it_says_so():
+    record = {"provenance": {"patient_ids": []}, "tags": {"encoder_sha256": ""}}
+    assert check_model(record, [{"patient_id": "x"}]) == "none"
+
+
+def test_an_encoder_is_found_in_a_folder(tmp_path):
+    path = make_encoder(tmp_path / "bundle" / "models" / "encoder.safetensors", [])
+    expected = check_origin("volta", path, [{"patient_id": "x"}])
+    assert check_origin("volta", tmp_path / "bundle", [{"patient_id": "x"}]) == expected
+    with pytest.raises(InputError, match=r"other/models/encoder\.safetensors: no such encoder"):
+        check_origin("volta", tmp_path / "other", [])
+
+
 def test_scratch_needs_no_encoder_and_a_missing_one_says_what_to_do(tmp_path):
     assert check_origin("swin_scratch", tmp_path / "none.safetensors", []) == Origin()
     with pytest.raises(InputError, match=r"bundles/pretrain/configs/train\.json"):
@@ -267,11 +329,22 @@ def test_start_loads_freezes_and_writes_what_became_of_every_weight(tmp_path):
     assert not network.encoder.blocks[0].attn.qkv.weight.requires_grad
     assert start_from(network, "vit_scratch", tmp_path / "none", 0, "encoder.") is None
 
-    unetr = UNETR(1, 3, (32, 32, 32), feature_size=4, hidden_size=32, mlp_dim=48, num_heads=4)
+
+def test_a_unetr_starts_from_a_whole_encoder_of_its_depth_and_heads_or_not_at_all(tmp_path):
+    sizes: dict[str, Any] = {"feature_size": 4, "hidden_size": 32, "mlp_dim": 48}
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, VoltaViT(img_size=(32, 32, 32), decoder=False, **{**SIZES, "num_layers": 4}), {})
+    unetr = VoltaUNETR(1, 3, (32, 32, 32), num_layers=4, num_heads=4, **sizes)
     report = start_from(unetr, "volta", path, 0, "vit.")
     assert report is not None and report.loaded
     assert not any(p.requires_grad for p in unetr.vit.parameters())
     assert all(p.requires_grad for p in unetr.decoder2.parameters())
+    # As many weights of the same shapes, but another function.
+    with pytest.raises(InputError, match=r"another configuration(?s:.)*num_heads +4 +8"):
+        start_from(VoltaUNETR(1, 3, (32, 32, 32), num_layers=4, num_heads=8, **sizes), "volta", path, 0, "vit.")
+    stock = UNETR(1, 3, (32, 32, 32), num_heads=4, proj_type="conv", **sizes)
+    with pytest.raises(InputError, match=r"another configuration(?s:.)*num_layers +4 +12"):
+        start_from(stock, "volta", path, 0, "vit.")
 
 
 def test_models_are_plain_tensors_with_a_record_and_load_whole_or_not_at_all(tmp_path):

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +24,7 @@ from monai.transforms import Compose, RandGaussianNoised
 
 from volta_components import __version__, handlers
 from volta_components.errors import InputError
+from volta_components.files import partial_prefix
 from volta_components.handlers import (
     CollapseError,
     CollapseMonitor,
@@ -143,6 +146,16 @@ def test_a_finished_run_does_nothing_more(tmp_path: Path, whole: SimpleNamespace
     assert_equal_states(again.teacher.state_dict(), whole.teacher.state_dict())
 
 
+def test_half_a_checkpoint_of_a_killed_run_is_removed_at_the_next_start(tmp_path: Path, whole: SimpleNamespace) -> None:
+    path = shutil.copy(whole.checkpoint.path, tmp_path / "c.pt")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = tmp_path / partial_prefix().replace(f"-{os.getpid()}-", f"-{dead.pid}-")
+    left.write_bytes(b"half a checkpoint")
+    run_with_checkpoint(path)
+    assert [item.name for item in tmp_path.iterdir()] == ["c.pt"]
+
+
 def test_checkpoints_lie_where_no_gradient_is_pending(tmp_path: Path) -> None:
     parts = run_with_checkpoint(tmp_path / "c.pt", run=False)
     saved: list[tuple[int, int]] = []
@@ -241,6 +254,7 @@ def watched(
     entropies: Callable[[int], tuple[float, float]] = lambda i: (0.6, 0.7),
     summaries: Callable[[int], torch.Tensor] = lambda i: torch.randn(2, 8),
     first: int = 0,
+    predicted: Callable[[int], tuple[float, float]] = lambda i: (0.05, 0.5),
 ) -> dict[int, dict[str, float]]:
     """Feed a monitor as a trainer would; the outputs by mini-batch."""
     outputs: dict[int, dict[str, float]] = {}
@@ -248,7 +262,11 @@ def watched(
     def step(engine: Any, batch: int) -> list[dict[str, float]]:
         engine.summaries = summaries(batch)
         values = entropies(batch)
-        outputs[batch] = {"global_teacher_entropy": values[0], "patch_teacher_entropy": values[1]}
+        told = predicted(batch)
+        outputs[batch] = {
+            **{"global_teacher_entropy": values[0], "patch_teacher_entropy": values[1]},
+            **{"global_predicted": told[0], "patch_predicted": told[1]},
+        }
         return [outputs[batch]]
 
     engine = Engine(step)
@@ -282,6 +300,15 @@ def test_a_lasting_collapse_stops_the_run(values: tuple[float, float], words: st
     assert "koleo" in message
 
 
+@pytest.mark.parametrize("branch", ["global", "patch"])
+def test_targets_of_noise_stop_the_run(branch: str) -> None:
+    """The entropy is as wanted all the while; it passes by zero without the run being stopped."""
+    dead = (lambda i: (0.0, 0.5)) if branch == "global" else (lambda i: (0.05, -0.01))
+    with pytest.raises(CollapseError, match=f"{branch} branch: the student tells nothing of the teacher's targets"):
+        watched(quick_monitor(), 200, predicted=dead)
+    watched(quick_monitor(), 200, predicted=lambda i: (0.1 * (i % 2) - 0.04, 0.5))
+
+
 def test_equal_embeddings_stop_the_run() -> None:
     with pytest.raises(CollapseError, match="summaries: every volume has the same"):
         watched(quick_monitor(), 200, summaries=lambda i: torch.full((2, 8), 0.3))
@@ -299,13 +326,6 @@ def test_a_passing_collapse_does_not_stop_the_run() -> None:
     watched(quick_monitor(), 300, lambda i: (0.6 if i % 20 > 14 else 1.0, 0.7))
     with pytest.raises(CollapseError):
         watched(quick_monitor(), 300, lambda i: (0.6 if i % 20 > 18 else 1.0, 0.7))
-
-
-def test_the_rank_looks_at_one_view_of_each_volume() -> None:
-    """First views that are all the same are a collapse, whatever the second views are."""
-    first = torch.randn(1, 8).expand(3, 8)
-    with pytest.raises(CollapseError, match="summaries"):
-        watched(quick_monitor(), 100, summaries=lambda i: torch.cat([first, torch.randn(3, 8)]))
 
 
 def test_the_monitor_goes_on_where_it_was() -> None:
@@ -451,7 +471,10 @@ def test_held_out_errors_over_masked_voxels(tmp_path: Path, constant: float | No
 def test_the_export_at_the_end_of_a_run(tmp_path: Path) -> None:
     parts = tiny_run(count=2, epochs=2)
     path = tmp_path / "models" / "encoder.safetensors"
-    EncoderExport(path, parts.teacher.network, provenance({"seed": 0}, "abc", [])).attach(parts.trainer)
+    networks = {"teacher": parts.teacher.network, "student": parts.plain_student.network}
+    EncoderExport(path, networks, "teacher", provenance({"seed": 0}, "abc", [])).attach(parts.trainer)
+    with pytest.raises(InputError, match="export 'Teacher': choose teacher or student"):
+        EncoderExport(path, networks, "Teacher", {})
     parts.trainer.run()
     network = load_encoder(path)
     mine, theirs = flat(network), flat(parts.teacher.network)
@@ -460,6 +483,7 @@ def test_the_export_at_the_end_of_a_run(tmp_path: Path) -> None:
     record = json.loads(path.with_suffix(".json").read_text())["provenance"]
     assert (record["epochs"], record["iterations"], record["datalist_hash"]) == (2, 4, "abc")
     assert record["settings"] == {"seed": 0}
+    assert record["exported"] == "teacher"
     assert record["torch_version"] == torch.__version__
 
 

@@ -348,6 +348,74 @@ def test_statistics_for_monitoring(rng: np.random.Generator) -> None:
     assert loss.statistics["logit_spread"].item() == pytest.approx(spread, rel=1e-5)
 
 
+def test_predicted_compares_with_the_volume_before(rng: np.random.Generator) -> None:
+    """Against NumPy, pair by pair: how much better the loss's own pairs are than those with the last mini-batch."""
+    prototypes, tau = 6, 0.1
+    loss = GlobalAlignmentLoss(CentredTargets(prototypes, 1.0), tau)
+    before = None
+    for batch in (2, 2, 1):
+        student, teacher = (
+            rng.uniform(-0.3, 0.3, (4, batch, prototypes)),
+            rng.normal(scale=0.1, size=(2, batch, prototypes)),
+        )
+        centre = loss.targets.centre.numpy().copy()
+        value = loss(as_tensor(student), as_tensor(teacher), 0.05).item()
+        target = softmax((teacher - centre) / 0.05, axis=-1)
+        if before is None:
+            assert loss.statistics["predicted"].item() == 0.0
+        else:
+            pairs = [
+                -(target[i, b] @ log_softmax(before[j, c] / tau))
+                for i in range(2)
+                for j in range(4)
+                if i != j
+                for b in range(batch)
+                for c in range(before.shape[1])
+            ]
+            expected = (np.mean(pairs) - value) / np.log(prototypes)
+            assert loss.statistics["predicted"].item() == pytest.approx(expected, abs=1e-5)
+        before = student
+
+
+def test_predicted_tells_agreement_from_sharpened_noise(rng: np.random.Generator) -> None:
+    """Both have targets of the same entropy; a student that knows the volume is told from one that does not."""
+    prototypes, steps = 16, 400
+    means = {}
+    for knows in (False, True):
+        targets = CentredTargets(prototypes, 0.7, target_entropy=0.7, entropy_gain=0.1)
+        loss = GlobalAlignmentLoss(targets)
+        values, entropies = [], []
+        for _ in range(steps):
+            subject = rng.normal(size=(1, 1, prototypes))
+            teacher = 0.5 + 1e-4 * np.repeat(subject, 2, axis=0)  # nearly constant logits, as of aligned brains
+            student = 0.1 * (subject if knows else rng.normal(size=(1, 1, prototypes))).repeat(3, axis=0)
+            loss(as_tensor(student), as_tensor(teacher), 0.04)
+            values.append(loss.statistics["predicted"].item())
+            entropies.append(loss.statistics["teacher_entropy"].item())
+        means[knows] = np.mean(values[200:])
+        assert 0.6 < np.mean(entropies[200:]) < 0.8  # the entropy tells nothing
+    assert abs(means[False]) < 0.03
+    assert means[True] > 0.1
+
+
+def test_information_is_the_divergence_from_earlier_targets(rng: np.random.Generator) -> None:
+    prototypes = 5
+    loss = PatchAlignmentLoss(CentredTargets(prototypes, 1.0))
+    marginal = None
+    for _ in range(4):
+        student, teacher = rng.normal(scale=0.1, size=(2, 2, 6, prototypes))
+        centre = loss.targets.centre.numpy().copy()
+        value = loss(as_tensor(student), as_tensor(teacher), 0.05).item()
+        target = softmax((teacher - centre) / 0.05, axis=-1)
+        mean = target.reshape(-1, prototypes).mean(axis=0)
+        marginal = mean if marginal is None else marginal
+        expected = (target * np.log(target / marginal)).sum(axis=-1).mean() / np.log(prototypes)
+        assert loss.statistics["information"].item() == pytest.approx(expected, abs=1e-5)
+        other = -(target * np.roll(log_softmax(student / 0.1, axis=-1), 3, axis=1)).sum(axis=-1).mean()
+        assert loss.statistics["predicted"].item() == pytest.approx((other - value) / np.log(prototypes), abs=1e-5)
+        marginal = 0.98 * marginal + 0.02 * mean
+
+
 def test_half_precision_logits_are_used_in_single_precision(rng: np.random.Generator) -> None:
     student, teacher = (as_tensor(rng.normal(size=(2, 3, 8))).bfloat16() for _ in range(2))
     half = PatchAlignmentLoss(CentredTargets(8))(student, teacher, 0.05)

@@ -139,7 +139,7 @@ def test_what_ids_of_an_overlay_are_not_the_inference_configs_stay_out(packed: P
     folder = unpack(packed / "ixi_sex_phantom_tiny_v0.1.0.zip", tmp_path)
     inference = read_json(folder / "configs" / "inference.json")
     assert not {"epochs", "learning_rate", "swin_depths"} & inference.keys()
-    assert (inference["suffix"], inference["spacing"], inference["image_size"]) == ("", 3.0, [64, 64, 64])
+    assert (inference["suffix"], inference["spacing"], inference["image_size"]) == ("", 3.0, [48, 64, 64])
     assert read_json(folder / "configs" / "vit_scratch.json") == read_json(
         ROOT / "bundles" / "ixi_sex" / "configs" / "vit_scratch.json"
     )
@@ -193,6 +193,8 @@ def test_the_packed_card_speaks_of_the_packed_folder(packed: Path, tmp_path: Pat
     assert "trained on phantoms (synthetic heads): 6 volumes of 6 subjects" in card
     assert "ship with this project" not in card and "None yet" not in card
     assert "trained on phantoms: 6 volumes" in (folder / "docs" / "data_license.txt").read_text()
+    if bundle in ("ixi_sex", "aibl_ad"):
+        assert "| window | 144 x 192 x 192 mm |" in card and "voxels of 3 mm, one channel" in card
     metadata = read_json(folder / "configs" / "metadata.json")
     assert "voxels of 3 mm" in metadata["image_classes"] and "Phantoms" in metadata["data_source"]
     assert metadata["eval_metrics"] == ({} if bundle == "pretrain" else {"auroc": 0.75})
@@ -476,7 +478,7 @@ class TestRefused:
 
     def test_configs_of_another_spacing(self, tmp_path: Path) -> None:
         """The network's weights have the same shapes at any spacing."""
-        model = random_weights("ixi_sex", tmp_path / "weights", spacing=2.0, image_size=[64, 64, 64])
+        model = random_weights("ixi_sex", tmp_path / "weights", spacing=2.0, image_size=[48, 64, 64])
         with pytest.raises(InputError, match=r"does not fit[^$]*spacing +2\.0 +3\.0") as error:
             pack_bundle(ROOT / "bundles" / "ixi_sex", tmp_path / "out", ["tiny"], model=model)
         assert "image_size" not in str(error.value)

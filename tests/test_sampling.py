@@ -71,9 +71,26 @@ def test_weights_are_chances() -> None:
     drawn = []
     for epoch in range(1, 1501):
         sampler.set_position(epoch)
-        drawn += [index for _, index in sampler]
+        drawn += [index for _, index, _ in sampler]
     shares = np.bincount(drawn, minlength=4) / len(drawn)
     np.testing.assert_allclose(shares, [1 / 8, 0, 3 / 8, 4 / 8], atol=0.025)
+
+
+def test_a_sample_that_is_drawn_twice_in_an_epoch_has_two_keys() -> None:
+    sampler = ResumableSampler(6, weights=[1, 1, 1, 1, 1, 20])
+    keys = list(sampler)
+    assert len({*keys}) == len(keys) == 6
+    assert max(index for _, index, _ in keys) == 5
+    repeats = [repeat for _, index, repeat in keys if index == 5]
+    assert repeats == list(range(len(repeats)))
+    assert len(repeats) > 1
+    rest = ResumableSampler(6, weights=[1, 1, 1, 1, 1, 20])
+    rest.set_position(1, 4)
+    assert list(rest) == keys[4:]  # counted from the epoch's begin, wherever one starts
+    dataset = KeyedDataset([{"image": torch.zeros(1, 4, 4, 4)}] * 6, RandGaussianNoised("image", prob=1.0), seed=0)
+    first, second = (dataset[(1, 5, repeat)] for repeat in (0, 1))
+    assert first["key"].tolist() == [1, 5, 0]
+    assert not torch.equal(first["image"], second["image"])
 
 
 def test_lengths() -> None:

@@ -19,6 +19,7 @@ from monai.networks.nets import UNETR, UNet
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from scipy import ndimage
 
+from volta_components.classification import LoadScand
 from volta_components.data.datalist import load_datalist, make_content
 from volta_components.data.preprocess import Settings, prepare_volume
 from volta_components.data.volumes import read_volume
@@ -28,7 +29,6 @@ from volta_components.finetune import start_from
 from volta_components.networks import VoltaViT, resample_position_embedding
 from volta_components.segmentation import (
     KeepBest,
-    LoadPreparedd,
     RestoreMaskd,
     VoltaUNETR,
     VolumeTable,
@@ -38,6 +38,7 @@ from volta_components.segmentation import (
     labelled_parts,
     restore_mask,
     score_mask,
+    shown_scans,
     summarise_scores,
     training_items,
     write_label_map,
@@ -277,7 +278,7 @@ def test_without_a_datalist_there_is_nobody_to_train_on(tmp_path: Path) -> None:
 
 def test_a_prepared_volume_is_taken_as_it_is(tmp_path: Path) -> None:
     item = load_datalist(make_labelled(tmp_path / "data", count=2, folds=2)).items[1]
-    loaded = LoadPreparedd(1.0, [SIDE] * 3)(item)
+    loaded = LoadScand("image", 1.0, [SIDE] * 3, label_key="label")(item)
     for key in ("image", "label"):
         stored = nib.load(item[key])
         assert np.array_equal(loaded[key][0].numpy(), np.asarray(stored.dataobj))
@@ -289,25 +290,28 @@ def test_a_raw_scan_is_prepared_as_volta3d_prepare_does(scan: dict[str, str]) ->
     image, label = (nib.load(scan[key]) for key in ("image", "label"))
     settings = Settings((1.0,) * 3, (SIDE,) * 3)
     expected = prepare_volume(read_volume(scan["image"]), settings, np.asarray(label.dataobj), label.affine)
-    loaded = LoadPreparedd(1.0, [SIDE] * 3)(scan)
+    loaded = LoadScand("image", 1.0, [SIDE] * 3, label_key="label")(scan)
     assert np.array_equal(loaded["image"][0].numpy(), expected.image)
     assert np.array_equal(loaded["label"][0].numpy(), expected.label)
     assert np.array_equal(loaded["image"].meta["original_affine"], image.affine)
     assert tuple(loaded["image"].meta["spatial_shape"]) == image.shape
-    alone = LoadPreparedd(1.0, [SIDE] * 3)({"image": scan["image"]})
-    assert set(alone) == {"image"}
+    for nothing in ({}, {"label": None}):
+        alone = LoadScand("image", 1.0, [SIDE] * 3, label_key="label")({"image": scan["image"], **nothing})
+        assert set(alone) == {"image"}
+    without = LoadScand("image", 1.0, [SIDE] * 3)({**scan, "label": 1, "session": None})
+    assert (without["label"], without["session"]) == (1, "")  # a class is no label map; None cannot be collated
 
 
 def test_a_broken_scan_is_named(tmp_path: Path) -> None:
     path = tmp_path / "flat.nii.gz"
     nib.save(nib.Nifti1Image(np.full((8, 8, 8), 7, np.int16), np.eye(4)), path)
     with pytest.raises(InputError, match=r"flat\.nii\.gz.*constant"):
-        LoadPreparedd(1.0, [SIDE] * 3)({"image": str(path)})
+        LoadScand("image", 1.0, [SIDE] * 3)({"image": str(path)})
 
 
 def through(item: dict[str, str], spacing: float = 1.0) -> nib.Nifti1Image:
     """A label map prepared, taken as the network's certain answer, and brought back."""
-    loaded = LoadPreparedd(spacing, [SIDE] * 3)(item)
+    loaded = LoadScand("image", spacing, [SIDE] * 3, label_key="label")(item)
     logits = torch.stack([(loaded["label"][0] == value) * 40.0 for value in range(3)])
     restored = RestoreMaskd("pred")({**loaded, "pred": logits})["pred"]
     assert restored.dtype == torch.uint8 and restored.shape[0] == 1
@@ -379,7 +383,7 @@ def test_volumes_are_in_cubic_millimetres_of_the_scan(tmp_path: Path) -> None:
     volume, label = head(shape, affine)
     item: dict[str, Any] = write_scan(tmp_path, "sub-01", volume, label, affine)
     mask = RestoreMaskd("pred")(
-        {**LoadPreparedd(1.0, [SIDE] * 3)({"image": item["image"]}), "pred": torch.zeros(3, SIDE, SIDE, SIDE)}
+        {**LoadScand("image", 1.0, [SIDE] * 3)({"image": item["image"]}), "pred": torch.zeros(3, SIDE, SIDE, SIDE)}
     )["pred"]
     mask[0] = torch.from_numpy(label)
     table = VolumeTable(tmp_path / "volumes.csv")
@@ -406,13 +410,20 @@ def test_label_maps_are_the_same_bytes_every_time(tmp_path: Path) -> None:
     assert np.allclose(image.affine, affine, atol=1e-6)
 
 
+def test_all_of_a_few_scans_are_shown_and_of_many_the_worst_median_and_best() -> None:
+    assert shown_scans([0.3, 0.1, 0.2], 4) == {0, 1, 2}
+    dices = [0.5 + 0.01 * ((8 * place) % 21) for place in range(21)]
+    worst, median, best = (dices.index(value) for value in (min(dices), sorted(dices)[10], max(dices)))
+    assert shown_scans(dices, 21) == {worst, median, best}
+
+
 # --- the best epoch ---
 
 
 def run_epochs(keep: KeepBest, network: torch.nn.Linear, evaluator: Engine, values: list[float | None]) -> list[Any]:
     """Epochs whose weights are the epoch's number and whose metric is given; None is not evaluated.
 
-    Returns what ``keep`` reports at each epoch's end, and whether its file is there.
+    Returns what ``keep`` reports at each epoch's end, and whose weights are there.
     """
     engine = Engine(lambda *_: None)
     seen: list[Any] = []
@@ -425,9 +436,7 @@ def run_epochs(keep: KeepBest, network: torch.nn.Linear, evaluator: Engine, valu
 
     engine.add_event_handler(Events.EPOCH_COMPLETED, evaluate)
     keep.attach(engine)
-    engine.add_event_handler(
-        Events.EPOCH_COMPLETED, lambda e: seen.append((e.state.metrics.get("d"), keep.path.exists()))
-    )
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: seen.append((e.state.metrics.get("d"), kept(keep))))
     engine.add_event_handler(Events.STARTED, lambda e: engine.load_state_dict({"iteration": keep.epoch, **LENGTHS}))
     engine.run([0], max_epochs=len(values), epoch_length=1)
     return seen
@@ -436,14 +445,40 @@ def run_epochs(keep: KeepBest, network: torch.nn.Linear, evaluator: Engine, valu
 LENGTHS = {"epoch_length": 1, "max_epochs": 4}
 
 
+def kept(keep: KeepBest) -> list[str]:
+    return sorted(path.stem for path in keep.path.parent.glob("best*"))
+
+
 def test_the_first_of_the_best_epochs_is_kept(tmp_path: Path) -> None:
     network, evaluator = torch.nn.Linear(1, 1, bias=False), Engine(lambda *_: None)
     keep = KeepBest(network, evaluator, "dice", tmp_path / "best.pt", report_as="d")
     assert not keep.restore()
     seen = run_epochs(keep, network, evaluator, [0.2, 0.7, None, 0.7])
-    assert seen == [(0.2, True), (0.7, True), (None, True), (0.7, True)]
+    # Without checkpoints, the weights of the epoch before are removed when the next one starts.
+    assert seen == [(0.2, ["best-1"]), (0.7, ["best-1", "best-2"]), (None, ["best-2"]), (0.7, ["best-2"])]
     assert keep.state_dict() == {"epoch": 2, "value": 0.7}
-    assert not keep.path.exists()  # the run is finished
+    assert not kept(keep)  # the run is finished
+
+
+def test_a_kill_before_the_checkpoint_leaves_the_weights_that_the_checkpoint_before_names(tmp_path: Path) -> None:
+    network, evaluator = torch.nn.Linear(1, 1, bias=False), Engine(lambda *_: None)
+    keep = KeepBest(network, evaluator, "dice", tmp_path / "best.pt")
+    keep._completed = lambda: None  # type: ignore[method-assign]
+    run_epochs(keep, network, evaluator, [0.1, 0.3, None, None])
+    checkpoint = keep.state_dict()
+    # The weights of a better fifth epoch are written; then the process dies before it has a checkpoint.
+    keep._epoch_started(Engine(lambda *_: None))
+    evaluator.state.epoch, evaluator.state.metrics = 5, {"dice": 0.9}
+    torch.nn.init.constant_(network.weight, 5)
+    keep._epoch_completed(SimpleNamespace(state=SimpleNamespace(epoch=5)))  # type: ignore[arg-type]
+    assert kept(keep) == ["best-2", "best-5"]
+
+    again = KeepBest(network, evaluator, "dice", tmp_path / "best.pt")
+    again.load_state_dict(checkpoint)
+    again._completed = lambda: None  # type: ignore[method-assign]
+    run_epochs(again, network, evaluator, [0.1, 0.3, 0.2, 0.1])  # this time, none is better
+    assert again.epoch == 2 and again.restore() and network.weight.item() == 2
+    assert kept(again) == ["best-2"]
 
 
 def test_its_weights_come_back_and_it_goes_on(tmp_path: Path) -> None:

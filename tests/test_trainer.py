@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,10 @@ from torch import nn
 
 from volta_components.errors import InputError
 from volta_components.losses import KoLeoLoss
+from volta_components.masking import GroupMask
 from volta_components.networks import make_teacher
+from volta_components.schedules import CosineSchedule
+from volta_components.views import CropGeometry
 
 
 def test_windows_of_an_epoch_that_the_window_does_not_divide() -> None:
@@ -241,6 +245,49 @@ def test_mixed_precision_on_the_cpu_is_close_to_single_precision() -> None:
     assert losses[True] == pytest.approx(losses[False], rel=0.02)
 
 
+def test_weight_decay_follows_its_schedule() -> None:
+    seen: list[tuple[float, ...]] = []
+    parts = tiny_run(count=4, epochs=2, weight_decay=CosineSchedule(0.04, 0.4, 4))
+    inner = parts.optimizer.step
+    parts.optimizer.step = lambda: (
+        seen.append(tuple(group["weight_decay"] for group in parts.optimizer.param_groups)),
+        inner(),
+    )
+    parts.trainer.run()
+    expected = [0.4 - 0.36 * (1 + math.cos(math.pi * step / 3)) / 2 for step in range(4)]
+    assert [decay for decay, _ in seen] == pytest.approx(expected)
+    assert {exempt for _, exempt in seen} == {0.0}
+
+
+def test_summaries_are_of_one_view_of_each_volume() -> None:
+    """What the monitor's rank is taken over: two views of a volume would count twice."""
+    parts = tiny_run(count=4, epochs=1, batch_size=2, accumulation_steps=1)
+    seen: list[torch.Tensor] = []
+    inner = parts.teacher.forward
+    parts.teacher.forward = lambda crops: (seen.append(inner(crops).summary), inner(crops))[1]
+    summaries: list[torch.Tensor] = []
+    parts.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: summaries.append(e.summaries))
+    parts.trainer.run()
+    assert [tuple(rows.shape) for rows in summaries] == [(2, 32), (2, 32)]
+    assert all(torch.equal(rows, both[:2]) for rows, both in zip(summaries, seen, strict=True))
+
+
+def test_waiting_for_data_counts_in_the_throughput() -> None:
+    class Slow:
+        def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+            time.sleep(0.25)
+            return item
+
+    rates: list[float] = []
+    parts = tiny_run(count=2, epochs=1, transform=Compose([Slow()]))
+    parts.trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda e: rates.append(e.state.output[0]["volumes_per_second"])
+    )
+    parts.trainer.run()
+    assert len(rates) == 2
+    assert all(0 < rate < 4 for rate in rates)
+
+
 def test_no_local_crops() -> None:
     parts = tiny_run(count=2, epochs=1, views=tiny_views(num_local=0))
     parts.trainer.run()
@@ -250,3 +297,7 @@ def test_no_local_crops() -> None:
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(InputError, match="accumulation_steps 0 is not a positive number"):
         tiny_run(accumulation_steps=0)
+    with pytest.raises(InputError, match=r"local_size: image size \(8, 8, 6\) cannot be cut"):
+        tiny_run(views=tiny_views(local_geometry=CropGeometry((8, 8, 6))))
+    with pytest.raises(InputError, match="set a smaller mask_cell"):
+        tiny_run(views=tiny_views(mask=GroupMask(cell=8)))

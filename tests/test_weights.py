@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from method_helpers import HIDDEN, IMAGE, PATCH, TOKENS, flat, tiny_network
 from monai.networks.nets import UNETR, ViT, ViTAutoEnc
+from safetensors.torch import save_file
 from scipy import ndimage
 from torch import nn
 
@@ -26,8 +28,10 @@ from volta_components.weights import (
     find_encoder,
     load_encoder,
     load_pretrained,
+    read_record,
     read_weights,
     save_encoder,
+    write_weights,
 )
 
 POSITION = "patch_embedding.position_embeddings"
@@ -121,6 +125,8 @@ def test_an_encoder_is_found_in_a_folder(tmp_path: Path) -> None:
         assert find_encoder(models.parent, suffix) == find_encoder(models, suffix) == models / name
     assert find_encoder(models / "other.safetensors") == models / "other.safetensors"
     assert find_encoder(models / "model.pt") == models / "model.pt"
+    for place in (tmp_path / "other", tmp_path / "other" / "models"):
+        assert find_encoder(place, "_b", required=False) == tmp_path / "other" / "models" / "encoder_b.safetensors"
 
 
 def test_other_networks_are_no_encoders(tmp_path: Path) -> None:
@@ -321,6 +327,59 @@ def test_weights_of_another_width_are_listed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"another size[^$]*blocks\.0\.mlp\.linear1\.weight +\(48, 32\) +\(40, 32\)"):
         load_pretrained(network, path)
     assert all(np.array_equal(value, before[name]) for name, value in flat(network).items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "row"),
+    [
+        ({"num_heads": 2}, r"num_heads +4 +2"),
+        ({"summary_heads": 4}, r"summary_heads +2 +4"),
+        ({"num_layers": 3}, r"num_layers +2 +3"),
+    ],
+)
+def test_an_encoder_of_another_configuration_is_refused(tmp_path: Path, changes: dict[str, int], row: str) -> None:
+    """Heads change no weight's shape: all would load, and compute something else."""
+    path, network = saved(tmp_path), random_network(**changes)
+    before = flat(network)
+    with pytest.raises(InputError, match=rf"an encoder of another configuration(?s:.)*{row}"):
+        load_pretrained(network, path)
+    assert all(np.array_equal(value, before[name]) for name, value in flat(network).items())
+
+
+def test_an_encoder_with_a_weight_missing_is_refused(tmp_path: Path) -> None:
+    """Without a JSON, too: a checkpoint of two blocks into three."""
+    path = tmp_path / "plain.pt"
+    torch.save(tiny_network(3).state_dict(), path)
+    with pytest.raises(InputError, match=r"not a whole encoder: it lacks \d+ weights(?s:.)*blocks\.2\."):
+        load_pretrained(random_network(num_layers=3), path)
+    state = {name: value for name, value in tiny_network(3).state_dict().items() if "summariser" not in name}
+    torch.save(state, path)
+    with pytest.raises(InputError, match=r"it lacks 12 weights(?s:.)*summariser\.cls_token"):
+        load_pretrained(random_network(), path)
+
+
+def test_ctrl_c_while_writing_leaves_weights_and_record_that_belong_together(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    write_weights(path, {"a": torch.ones(2)}, lambda target: save_file({"a": torch.ones(2)}, target), {"epoch": 1})
+
+    def interrupted(target: Path) -> None:
+        save_file({"a": torch.zeros(2)}, target)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_weights(path, {"a": torch.zeros(2)}, interrupted, {"epoch": 2})
+    assert read_weights(path)["a"].tolist() == [0, 0]
+    assert read_record(path)["epoch"] == 2
+
+    def failing(target: Path) -> None:
+        target.write_bytes(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_weights(path, {"a": torch.zeros(2)}, failing, {"epoch": 3})
+    assert read_weights(path)["a"].tolist() == [0, 0]
+    assert read_record(path)["epoch"] == 2
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["encoder.json", "encoder.safetensors"]
 
 
 def test_a_grid_that_cannot_be_told_is_an_error(tmp_path: Path) -> None:

@@ -181,7 +181,9 @@ class Card:
         yield f"| network | {network.get('class', 'VoltaViT')}{': ' if sizes else ''}{sizes} |"
         yield f"| parameters | {self.record['parameters']:,} |"
         yield f"| prepared volumes | {_sides(inference['volume_size'])} at {inference['spacing']:g} mm |"
-        yield f"| input | {_sides(image['spatial_shape'])} voxels of {voxel_mm(inference):g} mm, one channel |"
+        yield f"| input | {_sides(image['spatial_shape'])} voxels of {voxel_mm(inference)} mm, one channel |"
+        if "input_extent_mm" in inference:
+            yield f"| window | {_sides(inference['input_extent_mm'])} mm |"
         yield f"| output | {pred['num_channels']} {'features' if self.is_encoder else 'classes'} |"
 
     def recipe(self) -> Lines:
@@ -297,11 +299,12 @@ def is_phantom(record: Mapping[str, Any]) -> bool:
     return tags["phantom"] == "true" if "phantom" in tags else "phantom" in cohort.lower()
 
 
-def voxel_mm(inference: Mapping[str, Any]) -> float:
-    """Side of a voxel of the network's input, by an inference config."""
-    if "input_extent_mm" in inference:
-        return float(inference["input_extent_mm"]) / int(inference["image_size"][0])
-    return float(inference["spacing"])
+def voxel_mm(inference: Mapping[str, Any]) -> str:
+    """Sides of a voxel of the network's input, by an inference config: one number where all are the same."""
+    spacing = float(inference["spacing"])
+    extent = inference.get("input_extent_mm")
+    voxels = [spacing] if extent is None else [mm / size for mm, size in zip(extent, inference["image_size"])]
+    return _sides([f"{side:g}" for side in (voxels[:1] if len({*voxels}) == 1 else voxels)])
 
 
 def _code(value: Any) -> str:

@@ -22,14 +22,15 @@ from torch import distributed as dist
 from torch import nn
 
 from volta_components.data.datalist import Datalist, load_datalist
+from volta_components.data.labels import read_labels
+from volta_components.data.layouts.common import LabelFile
 from volta_components.data.preprocess import Settings, UnusableVoxels, on_grid, prepare_volume
-from volta_components.data.volumes import UnusableVolume, read_volume, volume_suffix
+from volta_components.data.volumes import UnusableVolume, Volume, read_volume, volume_suffix
 from volta_components.distributed import process_count, process_rank
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, write_json
-from volta_components.finetune import Item, Parts, Results, item_name, patients_of, save_model
+from volta_components.finetune import Item, Parts, Results, check_model, item_name, save_model
 from volta_components.metrics import auroc_interval, sensitivity_specificity, youden_threshold
-from volta_components.record import patient_key
 
 logger = logging.getLogger(__name__)
 
@@ -261,28 +262,25 @@ class ClassificationResults:
 
         Args:
             record: the JSON beside the model.
-            allow_leak: score patients whom the model was trained on all the same.
+            allow_leak: score patients whom the model was, or may have been, trained or pretrained on all the same.
 
         Raises:
-            InputError: with the ids of scored patients whom the model was trained on.
+            InputError: see ``check_model``; or if there is no threshold to score at.
         """
-        trained = set((record.get("provenance") or {}).get("patient_ids", ()))
-        leaked = sorted(patient for patient in patients_of(self.parts.scored) if patient_key(patient) in trained)
-        if leaked and not allow_leak:
-            raise InputError.many(
-                f"the model was trained on {len(leaked)} of the {len(patients_of(self.parts.scored))} scored patients",
-                [(patient,) for patient in leaked],
-                "Score the fold that it was trained for (--fold), or say --allow_leak True.",
-                limit=10,
+        leak = check_model(record, self.parts.scored, allow_leak)
+        threshold = record.get("threshold", self.threshold)
+        if threshold == YOUDEN:
+            raise InputError(
+                "the JSON beside the model has no threshold, which was chosen on its inner validation part; fetch the "
+                "model with its JSON, or give a threshold (--threshold NUMBER)"
             )
-        fallback = 0.5 if self.threshold == YOUDEN else self.threshold
         self.scoring.run()
-        metrics = self._write(float(record.get("threshold", fallback)), self.threshold == YOUDEN)
+        metrics = self._write(float(threshold), self.threshold == YOUDEN)
         patients = [str(item["patient_id"]) for item in self.parts.scored]
         _, low, high = auroc_interval(self.scores.labels, self.scores.scores, patients)
         metrics |= {"auroc_low": low, "auroc_high": high}
         if process_rank() == 0:
-            content = {"metrics": metrics, "leak": "allowed" if leaked else "none", "scored": len(self.parts.scored)}
+            content = {"metrics": metrics, "leak": leak, "scored": len(self.parts.scored)}
             write_json(self.folder / "metrics.json", content)
             print(
                 f"AUROC {metrics['auroc']:.3f} ({low:.3f} to {high:.3f}), sensitivity {metrics['sensitivity']:.3f}, "
@@ -328,21 +326,24 @@ class ClassificationResults:
 # --- new scans ---------------------------------------------------------------------------------------------------
 
 
-def find_volumes(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Item]:
+def find_volumes(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], output: str | os.PathLike[str] | None = None
+) -> list[Item]:
     """Volumes to predict: of a folder, a datalist, a single file or a list of files.
 
     Args:
         source: a folder (its ``datalist.json``, or else every volume below it), a ``datalist.json``, a volume, or a
             list of volumes.
+        output: where results go; it must not lie in a folder that is searched for volumes.
 
     Returns:
         Items with ``image``, ``subject_id`` and ``session``; ids come from the datalist or from file names, as in BIDS.
 
     Raises:
-        InputError: if there is nothing, or a file is missing.
+        InputError: if there is nothing, a file is missing, or the output lies in the source.
     """
     if isinstance(source, (list, tuple)):
-        return [item for part in source for item in find_volumes(part)]
+        return [item for part in source for item in find_volumes(part, output)]
     assert isinstance(source, (str, os.PathLike))
     path = Path(source)
     if (path / "datalist.json").is_file() or path.suffix == ".json":
@@ -350,6 +351,11 @@ def find_volumes(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str
             {key: item.get(key) for key in ("image", "subject_id", "session")} for item in load_datalist(path).items
         ]
     if path.is_dir():
+        if output is not None and Path(output).resolve().is_relative_to(path.resolve()):
+            raise InputError(
+                f"--output_dir {output} lies in --source {path}, where the next start would take results for scans; "
+                "choose a folder outside of it"
+            )
         files = sorted(file for file in path.rglob("*") if volume_suffix(file) and file.is_file())
     elif path.is_file():
         files = [path]
@@ -369,52 +375,125 @@ def find_volumes(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str
     return items
 
 
-class LoadScand(MapTransform):
-    """Loads a scan as the networks were trained on: as it is when it was prepared, otherwise prepared on the way.
+def result_root(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> str:
+    """Where the folders of results begin (``SaveImaged``'s ``data_root_dir``).
 
-    A raw scan of any orientation and spacing goes through the same function as in ``volta3d prepare``, which MONAI's
-    ``LoadImaged``, ``Orientationd``, ``Spacingd`` and crops would only approximate.
+    Results have the names of their scans. Where these are unique the folder does not matter; where they are not, as
+    FreeSurfer's ``T1.mgz`` are, results lie in folders like those of the scans.
 
     Args:
-        keys: where items have a path.
-        spacing: of the prepared volume, mm.
+        source: see ``find_volumes``.
+
+    Returns:
+        The scans' common folder where names clash, otherwise an empty text; also where there are no scans.
+
+    Raises:
+        InputError: if two scans of one folder have the same name up to the suffix.
+    """
+    try:
+        paths = [Path(str(item["image"])).absolute() for item in find_volumes(source)]
+    except InputError:
+        return ""
+    stems = [path.with_name(path.name[: -len(volume_suffix(path) or "")]) for path in paths]
+    counts = Counter(stems)
+    if twice := sorted(str(path) for path, stem in zip(paths, stems, strict=True) if counts[stem] > 1):
+        raise InputError.many(
+            "results of these scans would have the same name", [(path,) for path in twice], "Leave out one of each."
+        )
+    if len({stem.name for stem in stems}) == len(stems):
+        return ""
+    return os.path.commonpath([path.parent for path in paths])
+
+
+class LoadScand(MapTransform):
+    """Loads a scan, and its label map if it has one, as the networks are trained on.
+
+    A volume that ``volta3d prepare`` wrote is taken as it is. Any other scan, of any orientation and spacing, goes
+    through the very function of ``volta3d prepare`` on the way, which MONAI's ``LoadImaged``, ``Orientationd``,
+    ``Spacingd`` and intensity scaling would only approximate: window around the head, percentiles of the foreground.
+
+    Args:
+        keys: where items have the scan's path; with a label map, the one that it belongs to.
+        spacing: of the prepared volume, mm; one number or three.
         shape: of the prepared volume, voxels.
+        label_key: where items may have the label map's path; None where label maps are no business of this.
+
+    Shapes:
+        scan: ``MetaTensor`` ``[1, D, H, W]``, float32 in [0, 1], with its own grid in ``original_affine`` and
+        ``spatial_shape`` of its ``meta``; label map: ``MetaTensor`` ``[1, D, H, W]``, uint8.
 
     Raises:
         InputError: if a file cannot be used, naming it and the remedy.
     """
 
-    def __init__(self, keys: KeysCollection, spacing: float, shape: Sequence[int]) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        spacing: float | Sequence[float],
+        shape: Sequence[int],
+        label_key: str | None = None,
+    ) -> None:
         super().__init__(keys)
-        self.settings = Settings(spacing=(float(spacing),) * 3, shape=tuple(shape))  # type: ignore[arg-type]
+        mm = tuple(np.broadcast_to(np.asarray(spacing, float), 3).tolist())
+        self.settings = Settings(spacing=mm, shape=tuple(shape))  # type: ignore[arg-type]
+        self.label_key = label_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Replace each path by a ``MetaTensor`` ``[1, D, H, W]`` in [0, 1]."""
-        # None, of a session that is not known, cannot be collated.
-        result = {key: "" if value is None else value for key, value in data.items()}
+        """Replace paths by volumes."""
+        # None, of a session that is not known, cannot be collated; without a label map there is no such key.
+        result = {
+            key: "" if value is None else value
+            for key, value in data.items()
+            if value is not None or key != self.label_key
+        }
+        given = None if self.label_key is None else data.get(self.label_key)
+        label_path = Path(str(given)) if isinstance(given, (str, os.PathLike)) else None
         for key in self.key_iterator(data):
-            result[key] = self._load(Path(str(data[key])))
+            result[key], label = self._load(Path(str(data[key])), label_path)
+            if label is not None:
+                result[self.label_key] = label
         return result
 
-    def _load(self, path: Path) -> MetaTensor:
+    def _load(self, path: Path, label_path: Path | None) -> tuple[MetaTensor, MetaTensor | None]:
         volume = read_volume(path)
-        image, affine = volume.voxels, volume.affine
-        if on_grid(volume, self.settings):
-            image = image.astype(np.float32) * np.float32(volume.slope) + np.float32(volume.intercept)
-            if not (np.isfinite(image).all() and image.min() >= -1e-3 and image.max() <= 1 + 1e-3):
-                image = volume.voxels
-        if image is volume.voxels:
+        label: np.ndarray | None = None
+        label_affine: np.ndarray | None = None
+        if label_path is not None:
+            label, label_affine, _ = read_labels([LabelFile(label_path)], volume, path)
+        affine = volume.affine
+        image = self._already_prepared(volume)
+        if image is None:
             try:
-                prepared = prepare_volume(volume, self.settings)
+                prepared = prepare_volume(volume, self.settings, label, label_affine)
             except UnusableVoxels as error:
                 raise UnusableVolume(path, error.reason, error.remedy) from error
-            image, affine = prepared.image, prepared.affine
+            image, label, affine = prepared.image, prepared.label, prepared.affine
             for warning in prepared.warnings:
                 logger.warning("%s: %s", path, warning)
-        meta = {"filename_or_obj": str(path), "original_channel_dim": "no_channel"}
-        return MetaTensor(
-            torch.from_numpy(np.array(image, dtype=np.float32))[None], affine=torch.from_numpy(affine), meta=meta
-        )
+        meta = {
+            "filename_or_obj": str(path),
+            "original_affine": np.array(volume.affine, dtype=float),
+            "spatial_shape": np.array(volume.voxels.shape),
+            "original_channel_dim": float("nan"),
+        }
+        label_meta = {**meta, "filename_or_obj": str(label_path)}
+        return meta_tensor(image, affine, meta), None if label is None else meta_tensor(label, affine, label_meta)
+
+    def _already_prepared(self, volume: Volume) -> np.ndarray | None:
+        """The voxels of a volume that is on such a grid and in [0, 1]; otherwise None."""
+        if not on_grid(volume, self.settings):
+            return None
+        image = volume.voxels.astype(np.float32) * np.float32(volume.slope) + np.float32(volume.intercept)
+        is_unit = np.isfinite(image).all() and image.min() >= -1e-3 and image.max() <= 1 + 1e-3
+        return image if is_unit and image.min() < image.max() else None
+
+
+def meta_tensor(voxels: np.ndarray, affine: np.ndarray, meta: Mapping[str, Any]) -> MetaTensor:
+    """Voxels ``[D, H, W]`` as MONAI's ``[1, D, H, W]``, uint8 or otherwise float32."""
+    array = np.ascontiguousarray(voxels, dtype=np.uint8 if voxels.dtype == np.uint8 else np.float32)
+    return MetaTensor(
+        torch.from_numpy(array.copy())[None], affine=torch.from_numpy(np.array(affine, float)), meta=dict(meta)
+    )
 
 
 class ProbabilityTable:
@@ -423,10 +502,10 @@ class ProbabilityTable:
     Args:
         path: the table.
         classes: names of the classes.
-        threshold: the positive class is called from this probability on.
+        threshold: the positive class is called from this probability on; with None nothing is called.
     """
 
-    def __init__(self, path: str | os.PathLike[str], classes: Sequence[str], threshold: float = 0.5) -> None:
+    def __init__(self, path: str | os.PathLike[str], classes: Sequence[str], threshold: float | None = 0.5) -> None:
         self.path = Path(path)
         self.classes = list(classes)
         self.threshold = threshold
@@ -446,7 +525,7 @@ class ProbabilityTable:
             probabilities = [float(value) for value in output["pred"].flatten()]
             image = item["image"]
             source = image.meta.get("filename_or_obj", "") if isinstance(image, MetaTensor) else ""
-            called = self.classes[int(probabilities[POSITIVE] >= self.threshold)]
+            called = "" if self.threshold is None else self.classes[int(probabilities[POSITIVE] >= self.threshold)]
             names = [item.get("subject_id") or "", item.get("session") or ""]
             self.rows.append([*names, source, *(f"{value:.6f}" for value in probabilities), called])
 
@@ -455,4 +534,8 @@ class ProbabilityTable:
             writer = csv.writer(stream)
             writer.writerow(["subject_id", "session", "file", *self.classes, "prediction"])
             writer.writerows(self.rows)
+        if self.threshold is None:
+            logger.warning(
+                "the JSON beside the model has no threshold: probabilities only; give one (--threshold NUMBER)"
+            )
         print(f"{len(self.rows)} predictions in {self.path}")

@@ -28,10 +28,14 @@ from typing import Any
 from volta_components.data.datalist import load_datalist
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, read_json, sha256_file, sha256_json, write_json
+from volta_components.weights import find_encoder
 
 TAG = "crossval_settings"
+RECIPE_TAG = "crossval_recipe"
 BASE_INIT = "volta"
 OWN_IDS = ("fold", "fraction", "seed", "run_name", "output_dir", "datalist_path")
+# Ids of a bundle that say who is trained on and scored, and check it without reading a volume.
+CHECKS = ("parts", "origin", "checks")
 LOG_LINES = 12
 
 
@@ -50,6 +54,7 @@ class Run:
         experiment: MLflow's experiment.
         settings: hash of everything that decides the result.
         processes: above 1, torchrun starts so many, one for each GPU.
+        recipe: hash of the settings that all runs of an init share, whatever their fold, fraction and seed.
     """
 
     name: str
@@ -62,6 +67,7 @@ class Run:
     experiment: str
     settings: str
     processes: int = 1
+    recipe: str = ""
 
     @property
     def log(self) -> Path:
@@ -126,7 +132,7 @@ def crossval(
         fractions: shares of the training part in (0, 1], separated by commas; the scored fold is always whole.
         overlays: further configuration files, separated by commas, merged last: paths, or names in ``configs``.
         set: ids of the bundle to change, as ``"epochs=2,batch_size=4"``.
-        encoder: pretrained weights, instead of the bundle's own ``encoder_path``.
+        encoder: pretrained weights, or a bundle's folder that holds them, instead of the bundle's own ``encoder_path``.
         seed: run seeds are ``1000 * seed + fold``: the same for all inits and fractions of a fold, so that they see
             the same subjects.
         output: folder for logs and checkpoints, and for MLflow's store unless ``tracking_uri`` says otherwise.
@@ -151,7 +157,8 @@ def crossval(
         0; 1 if a run failed or another process is still working on it; 130 if interrupted.
 
     Raises:
-        InputError: before anything starts, if bundle, overlay, datalist, fold, fraction, id or encoder is wrong.
+        InputError: before anything starts, if bundle, overlay, datalist, fold, fraction, id or encoder is wrong, or in
+            any of the runs a class is missing from a part or a patient is where it must not be.
     """
     if executor not in {"local", "slurm"}:
         raise InputError(f"--executor {executor}: local or slurm")
@@ -271,7 +278,8 @@ def plan(
         _check_ids(merged, settings, shares, files[0])
         changes = dict(settings)
         if encoder is not None and "encoder_path" in merged:
-            changes["encoder_path"] = str(encoder.resolve())
+            suffix = str({**merged, **changes}.get("suffix") or "")
+            changes["encoder_path"] = str(find_encoder(encoder.resolve(), suffix, required=False))
         if "num_folds" in merged:
             changes.setdefault("num_folds", len(available))
         identity = {
@@ -315,9 +323,36 @@ def plan(
                     experiment=experiment_name,
                     settings=fingerprint,
                     processes=max(1, processes),
+                    recipe=sha256_json(identity),
                 )
             )
-    return sorted(runs, key=lambda run: (wanted.index(run.fold), shares.index(run.fraction)))
+    runs.sort(key=lambda run: (wanted.index(run.fold), shares.index(run.fraction)))
+    for run in runs:
+        _check_parts(run)
+    return runs
+
+
+def _check_parts(run: Run) -> None:
+    """Let the bundle itself say what is wrong with a run's subjects, as it would when the run starts.
+
+    Raises:
+        InputError: with the run's name, if labels or classes are missing, a fraction is too small, or there is a leak.
+    """
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser()
+    parser.read_config([str(path) for path in run.configs])
+    try:
+        for name in CHECKS:
+            if name in parser:
+                parser.get_parsed_content(name)
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise InputError(f"{run.name}: {cause}") from error
 
 
 def execute(run: Run, gpus: str | None = None) -> Outcome:
@@ -460,7 +495,8 @@ def _encoder_hash(merged: Mapping[str, Any], changes: Mapping[str, Any], bundle:
     path = parser.get_parsed_content("encoder_path")
     if not path:
         return ""
-    if not Path(path).is_file():
+    path = find_encoder(path, str(ids.get("suffix") or ""), required=False)
+    if not path.is_file():
         raise InputError(
             f"{path}: no such encoder; pretrain one (python -m monai.bundle run --config_file "
             "bundles/pretrain/configs/train.json), give another with --encoder, or leave out the inits that need it"
@@ -541,7 +577,7 @@ def _claim(run: Run) -> str | None:
     if ours:
         client.update_run(ours[0].info.run_id, status="RUNNING")
         return str(ours[0].info.run_id)
-    tags = {TAG: run.settings, "variant": run.variant}
+    tags = {TAG: run.settings, RECIPE_TAG: run.recipe, "variant": run.variant}
     return str(client.create_run(experiment_id, run_name=run.name, tags=tags).info.run_id)
 
 

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+T = TypeVar("T")
 
 
 def process_count() -> int:
@@ -36,3 +40,12 @@ def gather_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(rows) for _ in range(process_count())]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
+
+
+def gather_objects(objects: list[T]) -> list[T]:
+    """The lists of every process, one after the other in order of rank."""
+    if process_count() == 1:
+        return objects
+    parts: list[list[T]] = [[] for _ in range(process_count())]
+    dist.all_gather_object(parts, objects)
+    return [item for part in parts for item in part]

@@ -6,7 +6,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,17 +17,73 @@ from typing import Any
 
 from volta_components.errors import InputError
 
+PARTIAL = ".partial-"
+FOREIGN_SECONDS = 24 * 3600.0
+
+
+def partial_prefix() -> str:
+    """How names of files that are not whole yet begin: whose they are stands in them, for ``remove_partials``."""
+    return f"{PARTIAL}{_machine()}-{os.getpid()}-"
+
+
+def _machine() -> str:
+    """Machine and container: where a process id means something."""
+    try:
+        space = str(Path("/proc/self/ns/pid").stat().st_ino)
+    except OSError:
+        space = ""
+    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
+
+
+def remove_partials(*folders: str | os.PathLike[str]) -> list[Path]:
+    """Remove what killed processes left half written directly in folders; a folder that is not there has nothing.
+
+    A file of this machine goes if its process is gone. One of another machine, of which nobody here can tell, goes when
+    it has not been written to for a day. Files that are being written stay.
+
+    Returns:
+        What was removed.
+    """
+    removed = []
+    for path in (path for folder in folders for path in Path(folder).glob(f"{PARTIAL}*")):
+        try:
+            if not _is_stale(path):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        except OSError:  # removed by another process at the same time, or not ours to remove
+            continue
+        removed.append(path)
+    return removed
+
+
+def _is_stale(path: Path) -> bool:
+    machine, _, rest = path.name.removeprefix(PARTIAL).partition("-")
+    process = rest.partition("-")[0]
+    if machine != _machine() or not process.isdecimal():
+        return time.time() - path.stat().st_mtime > FOREIGN_SECONDS
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # somebody else's process
+        return False
+    return False
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside ``path`` to write to; move it into place when the block ends well.
 
     The temporary name keeps the suffixes of ``path``, since writers such as nibabel choose a format by them.
-    When the block raises, nothing is left behind and an older ``path`` stays as it was.
+    When the block raises, nothing is left behind and an older ``path`` stays as it was. What a killed process leaves
+    behind is for ``remove_partials``.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".partial-", suffix="".join(target.suffixes[-2:]), dir=target.parent)
+    handle, name = tempfile.mkstemp(prefix=partial_prefix(), suffix="".join(target.suffixes[-2:]), dir=target.parent)
     os.close(handle)
     temporary = Path(name)
     try:

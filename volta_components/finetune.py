@@ -8,6 +8,7 @@ inits of a fold see the same subjects.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import logging
@@ -31,12 +32,19 @@ from volta_components.data.datalist import Datalist
 from volta_components.data.identity import canonical_patient_id
 from volta_components.distributed import process_rank
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, read_json, sha256_file, write_json
+from volta_components.files import read_json, sha256_file, write_json
 from volta_components.handlers import find_mlflow_handler
 from volta_components.networks import fit_cross_attention, freeze_cross_attention
-from volta_components.record import code_version, patient_key
+from volta_components.record import code_version, patient_keys
 from volta_components.sampling import KeyedDataset, ResumableSampler, derived_seed
-from volta_components.weights import LoadReport, load_pretrained, read_record, read_weights
+from volta_components.weights import (
+    LoadReport,
+    find_encoder,
+    load_pretrained,
+    read_record,
+    read_weights,
+    write_weights,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -253,12 +261,29 @@ class Origin:
         pretrain_datalist_hash: of the data that the encoder was trained on.
         leak: ``none``, or ``allowed`` when scored patients were, or may have been, pretrained on.
         leaked: those patients' ids.
+        patient_ids: keys of everybody pretrained on (``patient_key``), or None where the encoder does not tell.
     """
 
     encoder_sha256: str = ""
     pretrain_datalist_hash: str = ""
     leak: str = "none"
     leaked: tuple[str, ...] = ()
+    patient_ids: tuple[str, ...] | None = ()
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a model's record keeps, so that its evaluation can rule out a leak as well."""
+        return {
+            "encoder_sha256": self.encoder_sha256,
+            "datalist_hash": self.pretrain_datalist_hash,
+            "patient_ids": None if self.patient_ids is None else list(self.patient_ids),
+        }
+
+
+@functools.lru_cache
+def _digest(path: Path, _changed: int) -> str:
+    """A cross-validation asks for each of its runs."""
+    return sha256_file(path)
 
 
 def check_origin(
@@ -268,7 +293,7 @@ def check_origin(
 
     Args:
         init: see ``is_pretrained``.
-        encoder_path: the exported encoder, with its JSON beside it.
+        encoder_path: the exported encoder, with its JSON beside it, or a folder that holds one (``find_encoder``).
         scored: items of the scored fold.
         allow_leak: go on all the same; the run is marked.
 
@@ -278,7 +303,7 @@ def check_origin(
     """
     if not is_pretrained(init):
         return Origin()
-    path = Path(encoder_path)
+    path = find_encoder(encoder_path, required=False)
     if not path.is_file():
         raise InputError(
             f"{path}: no such encoder. Pretrain one (python -m monai.bundle run --config_file "
@@ -286,19 +311,18 @@ def check_origin(
             "(the overlay of a *_scratch init)"
         )
     record = path.with_suffix(".json")
-    provenance = (read_json(record).get("provenance") or {}) if record.is_file() else {}
-    digest, datalist_hash = sha256_file(path), str(provenance.get("datalist_hash") or "")
+    provenance = read_record(path).get("provenance") or {}
+    digest, datalist_hash = _digest(path, path.stat().st_mtime_ns), str(provenance.get("datalist_hash") or "")
     known = provenance.get("patient_ids")
     if known is None:
         if allow_leak:
             logger.warning("%s does not tell whom it was pretrained on; the run is marked as a possible leak", path)
-            return Origin(digest, datalist_hash, leak="allowed")
+            return Origin(digest, datalist_hash, leak="allowed", patient_ids=None)
         raise InputError(
             f"{record}: does not tell whom the encoder was pretrained on (provenance.patient_ids), so that a leak into "
             "the scored fold cannot be ruled out; export the encoder again, or say --allow_leak True"
         )
-    keys = set(known)
-    leaked = sorted(patient for patient in patients_of(scored) if patient_key(patient) in keys)
+    leaked = patients_known_to(scored, known)
     if leaked and not allow_leak:
         raise InputError.many(
             f"{path} was pretrained on {len(leaked)} of the {len(patients_of(scored))} scored patients",
@@ -308,7 +332,61 @@ def check_origin(
         )
     if leaked:
         logger.warning("%d scored patients were pretrained on; the run is marked: %s", len(leaked), ", ".join(leaked))
-    return Origin(digest, datalist_hash, leak="allowed" if leaked else "none", leaked=tuple(leaked))
+    return Origin(digest, datalist_hash, "allowed" if leaked else "none", tuple(leaked), tuple(known))
+
+
+def patients_known_to(items: Iterable[Mapping[str, Any]], keys: Iterable[str]) -> list[str]:
+    """Ids of the items' patients who are among a record's (``patient_ids``)."""
+    known = set(keys)
+    return sorted({str(item["patient_id"]) for item in items if patient_keys(item) & known})
+
+
+def known_patients(record: Mapping[str, Any]) -> tuple[list[str] | None, list[str] | None]:
+    """Keys of those whom a model was trained on and pretrained on, as its record tells; None where it does not."""
+    trained = (record.get("provenance") or {}).get("patient_ids")
+    if "pretraining" in record:
+        return trained, record["pretraining"].get("patient_ids")
+    from_scratch = (record.get("tags") or {}).get("encoder_sha256") == ""
+    return trained, [] if from_scratch else None
+
+
+def check_model(record: Mapping[str, Any], scored: Sequence[Mapping[str, Any]], allow_leak: bool = False) -> str:
+    """The leak guard of a trained model: nobody who is scored was pretrained on or trained on.
+
+    Args:
+        record: the JSON beside the model; see ``save_model``.
+        scored: items to be scored.
+        allow_leak: go on all the same.
+
+    Returns:
+        ``none``, or ``allowed`` when scored patients were, or may have been, among them.
+
+    Raises:
+        InputError: with the ids of those who were; or when the record does not tell.
+    """
+    trained, pretrained = known_patients(record)
+    unknown = [name for name, ids in (("trained", trained), ("pretrained", pretrained)) if ids is None]
+    rows = [
+        (patient, what)
+        for what, ids in (("pretrained on", pretrained), ("trained on", trained))
+        for patient in patients_known_to(scored, ids or ())
+    ]
+    if rows and not allow_leak:
+        raise InputError.many(
+            f"the model was trained or pretrained on {len({row[0] for row in rows})} of the "
+            f"{len(patients_of(scored))} scored patients",
+            rows,
+            "Score the fold that it was trained for (--fold), or say --allow_leak True.",
+            limit=10,
+        )
+    if unknown and not allow_leak:
+        raise InputError(
+            f"the JSON beside the model does not tell whom it was {' and '.join(unknown)} on, so that a leak into the "
+            "scored part cannot be ruled out; fetch the model with its JSON or train it again, or say --allow_leak True"
+        )
+    if rows:
+        logger.warning("scored patients are known to the model: %s", ", ".join(sorted({row[0] for row in rows})))
+    return "allowed" if rows or unknown else "none"
 
 
 def freeze_encoder(encoder: nn.Module, unfrozen_blocks: int) -> None:
@@ -427,8 +505,8 @@ class KeyedCacheDataset(KeyedDataset):
     def _deterministic(self, index: int) -> Any:
         return self._compose(dict(self.data[index]), end=self._first, threading=True)
 
-    def __getitem__(self, key: tuple[int, int] | int) -> Any:
-        epoch, index = (0, key) if isinstance(key, int) else key
+    def __getitem__(self, key: tuple[int, ...] | int) -> Any:
+        epoch, index = (0, key) if isinstance(key, int) else key[:2]
         if index in self._cache:
             item = copy.deepcopy(self._cache[index])
         else:
@@ -451,18 +529,10 @@ def save_model(path: str | os.PathLike[str], network: nn.Module, record: Mapping
         network: the network, with or without a distributed wrapper.
         record: written into the JSON, with the file's hash and the network's class and ``config``.
     """
-    path = Path(path)
     plain = network.module if isinstance(network, DistributedDataParallel) else network
     state = {name: value.detach().cpu().contiguous() for name, value in plain.state_dict().items()}
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
-    content = {
-        "network": {"class": type(plain).__name__, "config": getattr(plain, "config", {})},
-        "sha256": sha256_file(path),
-        "parameters": sum(value.numel() for value in state.values()),
-        **record,
-    }
-    write_json(path.with_suffix(".json"), content)
+    about = {"class": type(plain).__name__, "config": getattr(plain, "config", {})}
+    write_weights(path, state, lambda target: torch.save(state, target), {"network": about, **record})
 
 
 def load_model(network: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:

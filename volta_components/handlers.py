@@ -17,9 +17,9 @@ from monai.handlers import MLFlowHandler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from volta_components.distributed import process_rank
+from volta_components.distributed import mean_over_processes, process_rank
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, write_json
+from volta_components.files import atomic_path, remove_partials, write_json
 from volta_components.masking import VISIBLE
 from volta_components.record import code_version
 
@@ -122,7 +122,9 @@ class ResumableCheckpoint:
             torch.save(state, temporary)
 
     def load(self, engine: Engine) -> None:
-        """Restore a run if there is a checkpoint."""
+        """Restore a run if there is a checkpoint; what a killed run left half written is removed."""
+        if not process_rank():
+            remove_partials(self.path.parent)
         if not self.path.exists():
             return
         try:
@@ -163,8 +165,8 @@ class TrainingRecord:
     """Means of a mini-batch's numbers, for the log, MLflow and the end of an epoch.
 
     MONAI's MLflow handler records one loss and the learning rate; this one gives it every number that the trainer
-    returns, averaged over ``interval`` mini-batches, and puts the epoch's means into ``engine.state.metrics``, where
-    all of MONAI's handlers look for them.
+    returns, averaged over ``interval`` mini-batches and all processes, and puts the epoch's means into
+    ``engine.state.metrics``, where all of MONAI's handlers look for them.
 
     Args:
         settings: recorded as parameters.
@@ -199,8 +201,7 @@ class TrainingRecord:
                 mlflow_handler.client.set_tag(run_id, name, str(value))
         self._described = True
         if engine.state.iteration % self.interval == 0:
-            means = {name: float(np.mean(values)) for name, values in self._recent.items()}
-            self._recent.clear()
+            means = _means(self._recent)
             if mlflow_handler is not None:
                 mlflow_handler._log_metrics(means, step=engine.state.iteration)
 
@@ -214,8 +215,15 @@ class TrainingRecord:
             mlflow_handler.client.set_tag(run_id, "superseded", "true")
 
     def _epoch_completed(self, engine: Engine) -> None:
-        engine.state.metrics |= {name: float(np.mean(values)) for name, values in self._epoch.items()}
-        self._epoch.clear()
+        engine.state.metrics |= _means(self._epoch)
+
+
+def _means(numbers: dict[str, list[float]]) -> dict[str, float]:
+    """Means of the numbers, over all processes; the lists are emptied."""
+    names = sorted(numbers)
+    means = torch.tensor([float(np.mean(numbers[name])) for name in names], dtype=torch.float64)
+    numbers.clear()
+    return dict(zip(names, mean_over_processes(means).tolist(), strict=True))
 
 
 class CollapseError(RuntimeError):
@@ -226,13 +234,15 @@ class CollapseMonitor:
     """Stops a run whose teacher has collapsed, and says which branch died.
 
     Watches, as running means: the teacher's entropy in both branches as a share of ``ln K`` (near 1: uniform, near 0:
-    a single prototype), and the effective rank of the last summaries (the exponential of the entropy of their
-    covariance's eigenvalues; near 1: every volume has the same embedding). Adds ``effective_rank`` to the trainer's
-    numbers.
+    a single prototype); what the student tells of the targets beyond their mean (at 0, views of a volume agree on
+    nothing: the teacher's sharpening makes targets of noise, which the entropy does not show); and the effective rank
+    of the last summaries (the exponential of the entropy of their covariance's eigenvalues; near 1: every volume has
+    the same embedding). Adds ``effective_rank`` to the trainer's numbers.
 
     Args:
         low: entropies under this share of ``ln K`` count as a collapse to a point.
         high: entropies over this share count as a uniform collapse.
+        min_predicted: shares of ``ln K`` that the student tells of the targets; less counts as targets of noise.
         min_rank: effective ranks under this count as a collapse of the embeddings.
         patience: mini-batches that a collapse must last to stop the run.
         grace: mini-batches at the start that never count.
@@ -242,14 +252,16 @@ class CollapseMonitor:
     """
 
     REMEDIES = (
-        "Try another centre_momentum or target_entropy, fewer prototypes (head_out_dim), a larger batch, or an "
-        "overlay that cannot collapse this way: configs/sinkhorn.json or configs/koleo.json."
+        "Try more local crops or larger ones (num_local, local_side_mm), gentler geometry (rotation_degrees, "
+        "translation_mm, global_zoom), another centre_momentum or target_entropy, fewer prototypes (head_out_dim), a "
+        "larger batch, or an overlay against collapse: configs/sinkhorn.json or configs/koleo.json."
     )
 
     def __init__(
         self,
         low: float = 0.02,
         high: float = 0.995,
+        min_predicted: float = 0.001,
         min_rank: float = 1.05,
         patience: int = 4000,
         grace: int = 2000,
@@ -259,6 +271,7 @@ class CollapseMonitor:
     ) -> None:
         self.low = low
         self.high = high
+        self.min_predicted = min_predicted
         self.min_rank = min_rank
         self.patience = patience
         self.grace = grace
@@ -287,16 +300,19 @@ class CollapseMonitor:
     def _iteration_completed(self, engine: Any) -> None:
         output = engine.state.output[0]
         iteration = engine.state.iteration
-        # One view of each volume: two views of it would count twice.
-        self.queue.extend(engine.summaries[: len(engine.summaries) // 2].cpu().unbind(0))
+        self.queue.extend(engine.summaries.cpu().unbind(0))
         checks = []
         for branch in ("global", "patch"):
-            value = output[f"{branch}_teacher_entropy"]
-            mean = self.means.get(branch, value) * self.smoothing + value * (1 - self.smoothing)
-            self.means[branch] = mean
+            mean = self._smoothed(branch, output[f"{branch}_teacher_entropy"])
+            predicted = self._smoothed(f"{branch}_predicted", output[f"{branch}_predicted"])
             checks += [
                 (f"{branch} branch: the teacher's output is uniform", mean > self.high, f"entropy {mean:.3f} of ln K"),
                 (f"{branch} branch: the teacher's output is a point", mean < self.low, f"entropy {mean:.3f} of ln K"),
+                (
+                    f"{branch} branch: the student tells nothing of the teacher's targets beyond their mean",
+                    predicted < self.min_predicted,
+                    f"predicted {predicted:.4f} of ln K",
+                ),
             ]
         if iteration % self.rank_interval == 0 and len(self.queue) >= 16:
             self.means["rank"] = effective_rank(torch.stack(list(self.queue)))
@@ -311,6 +327,10 @@ class CollapseMonitor:
                     f"collapsed for {self.bad[name]} mini-batches, at mini-batch {iteration}: {name} ({figure}). "
                     + self.REMEDIES
                 )
+
+    def _smoothed(self, name: str, value: float) -> float:
+        self.means[name] = self.means.get(name, value) * self.smoothing + value * (1 - self.smoothing)
+        return self.means[name]
 
 
 def effective_rank(rows: torch.Tensor) -> float:
@@ -458,14 +478,26 @@ class EncoderExport:
 
     Args:
         path: the ``.safetensors`` file; a JSON of the same name tells configuration and provenance.
-        network: the network to export.
+        networks: what can be exported, by name: ``teacher`` and ``student``.
+        export: the name of the one to export.
         provenance: written into the JSON, see ``volta_components.record.provenance``.
+
+    Raises:
+        InputError: if there is no network of that name.
     """
 
-    def __init__(self, path: str | os.PathLike[str], network: nn.Module, provenance: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        networks: Mapping[str, nn.Module],
+        export: str,
+        provenance: Mapping[str, Any],
+    ) -> None:
+        if export not in networks:
+            raise InputError(f"export {export!r}: choose {' or '.join(networks)}")
         self.path = Path(path)
-        self.network = network
-        self.provenance = provenance
+        self.network = networks[export]
+        self.provenance = {**provenance, "exported": export}
 
     def attach(self, engine: Engine) -> None:
         """Export when the run is complete."""

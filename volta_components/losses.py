@@ -123,6 +123,7 @@ class SinkhornTargets(nn.Module):
                 f"{num_iterations}"
             )
         self.out_dim = out_dim
+        self.queue_size = queue_size
         self.epsilon = epsilon
         self.num_iterations = num_iterations
         self.centre_momentum = centre_momentum
@@ -175,11 +176,16 @@ class GlobalAlignmentLoss(nn.Module):
         teacher: ``[2, B, K]`` logits.
 
     Attributes:
-        statistics: of the last call, for monitoring: ``teacher_entropy`` (share of ln K), ``information`` (entropy of
-            the running mean target less that of the targets, share of ln K: what tells inputs apart), ``divergence``
-            (mean KL of student from teacher, nats), ``logit_spread`` (deviation of the teacher's logits over rows) and
-            ``centre_alignment`` (cosine between the centre and this batch's mean).
-        marginal: running mean of the targets, ``[K]``.
+        statistics: of the last call, for monitoring; entropies are shares of ln K. ``teacher_entropy``;
+            ``information``, what the targets say beyond their running mean, drift of the teacher included;
+            ``predicted``, how much less the cross-entropy of a target is with the student's outputs for other views of
+            the same volume than with those for the volume before: at 0, views of a volume agree on nothing that tells
+            it from others, however alive the entropy looks; ``divergence`` (mean KL of the targets from the
+            student, nats); ``logit_spread`` (deviation of the teacher's logits over rows); ``centre_alignment`` (cosine
+            between the centre and this batch's mean).
+        marginal: running mean of earlier targets, ``[K]``.
+        previous: the student's mean log-probabilities for the volumes before, over the views that each of the teacher's
+            meets in the loss, ``[2, K]``.
 
     Raises:
         ValueError: if the shapes do not fit.
@@ -188,6 +194,7 @@ class GlobalAlignmentLoss(nn.Module):
     """
 
     marginal: Tensor
+    previous: Tensor
 
     def __init__(self, targets: CentredTargets | SinkhornTargets, student_temperature: float = 0.1) -> None:
         super().__init__()
@@ -195,6 +202,7 @@ class GlobalAlignmentLoss(nn.Module):
         self.student_temperature = student_temperature
         self.statistics: dict[str, Tensor] = {}
         self.register_buffer("marginal", torch.zeros(targets.out_dim))
+        self.register_buffer("previous", torch.zeros(2, targets.out_dim))
 
     def forward(self, student: Tensor, teacher: Tensor, teacher_temperature: float) -> Tensor:
         """Mean over the ``2 (V - 1)`` pairs and the batch; a scalar."""
@@ -206,6 +214,15 @@ class GlobalAlignmentLoss(nn.Module):
         different = ~torch.eye(len(teacher), len(student), dtype=torch.bool, device=student.device)
         loss = pairs.mean(dim=-1)[different].mean()
         self.statistics = _statistics(targets, loss, teacher, self.targets, self.marginal)
+        with torch.no_grad():
+            # What the targets meet in the loss, once of the same volume and once of the one before.
+            mean = torch.einsum("iv,vbk->ik", different.float(), log_probabilities) / (
+                different.sum(dim=1, keepdim=True) * student.shape[1]
+            )
+            other = -(targets.mean(dim=1) * self.previous).sum(dim=-1).mean()
+            predicted = other - loss.detach() if self.previous.any() else torch.zeros_like(loss)
+            self.statistics["predicted"] = predicted / math.log(targets.shape[-1])
+            self.previous.copy_(mean_over_processes(mean))
         return loss
 
 
@@ -220,7 +237,8 @@ class PatchAlignmentLoss(nn.Module):
         student, teacher: ``[B, N, K]`` logits of the same crops, token for token.
 
     Attributes:
-        statistics: as ``GlobalAlignmentLoss``.
+        statistics: as ``GlobalAlignmentLoss``; ``predicted`` compares the student's output for the same token with that
+            for another one of the crop.
 
     Raises:
         ValueError: if the shapes differ.
@@ -245,6 +263,10 @@ class PatchAlignmentLoss(nn.Module):
         log_probabilities = (student.float() / self.student_temperature).log_softmax(dim=-1)
         loss = -(targets * log_probabilities).sum(dim=-1).mean()
         self.statistics = _statistics(targets, loss, teacher, self.targets, self.marginal)
+        with torch.no_grad():
+            elsewhere = log_probabilities.detach().roll(student.shape[1] // 2, dims=1)
+            other = -(targets * elsewhere).sum(dim=-1).mean()
+            self.statistics["predicted"] = (other - loss.detach()) / math.log(targets.shape[-1])
         return loss
 
 
@@ -253,15 +275,19 @@ def _statistics(
     targets: Tensor, loss: Tensor, teacher: Tensor, module: nn.Module, marginal: Tensor
 ) -> dict[str, Tensor]:
     share = entropy_share(targets).mean()
-    mean_target = targets.flatten(0, -2).mean(dim=0)
-    marginal.lerp_(mean_target, 0.02 if marginal.any() else 1.0)
+    nats = math.log(targets.shape[-1])
+    mean_target = mean_over_processes(targets.flatten(0, -2).mean(dim=0))
+    if not marginal.any():
+        marginal.copy_(mean_target)
+    # The mean of earlier targets only: in one that holds these as well, less would look like information.
+    unconditional = -(mean_target * marginal.clamp_min(1e-12).log()).sum()
     statistics = {
         "teacher_entropy": share,
-        # What a target says about its input beyond the average target; 0 when all inputs have the same target.
-        "information": (entropy_share(marginal) - share).clamp_min(0.0),
-        "divergence": loss.detach() - share * math.log(targets.shape[-1]),
+        "information": unconditional / nats - share,
+        "divergence": loss.detach() - share * nats,
         "logit_spread": teacher.float().flatten(0, -2).std(dim=0).mean(),
     }
+    marginal.lerp_(mean_target, 0.02)
     centre = getattr(module, "centre", None)
     if centre is not None:
         mean = teacher.float().flatten(0, -2).mean(dim=0)
@@ -310,6 +336,7 @@ class KoLeoLoss(nn.Module):
 
     def __init__(self, dim: int, queue_size: int = 256) -> None:
         super().__init__()
+        self.queue_size = queue_size
         self.register_buffer("queue", torch.zeros(queue_size, dim))
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
 

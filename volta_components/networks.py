@@ -347,11 +347,17 @@ class ProjectionHead(nn.Module):
 
     def forward(self, summary: Tensor) -> Tensor:
         """Logits ``[B, K]`` of summaries ``[B, D]``."""
-        return self.last_layer(self.project(summary))
+        return self._logits(self.last_layer, summary)
 
     def patches(self, tokens: Tensor) -> Tensor:
         """Logits ``[B, N, K]`` of patch tokens ``[B, N, D]``."""
-        return self.patch_last_layer(self.project(tokens))
+        return self._logits(self.patch_last_layer, tokens)
+
+    def _logits(self, layer: nn.Module, tokens: Tensor) -> Tensor:
+        unit = self.project(tokens)
+        # float32 in mixed precision as well: the teacher's logits differ between subjects by less than bfloat16 rounds.
+        with torch.autocast(unit.device.type, enabled=False):
+            return layer(unit)
 
 
 class GlobalOutput(NamedTuple):

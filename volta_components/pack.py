@@ -355,7 +355,7 @@ def _fit_metadata(metadata: dict[str, Any], inference: Mapping[str, Any], record
             tensor["num_channels"] = inference.get("hidden_size", tensor["num_channels"])
             metadata["pred_classes"] = f"{tensor['num_channels']} features of the summary token"
     metadata["image_classes"] = (
-        f"single-channel T1-weighted MRI, RAS, voxels of {voxel_mm(inference):g} mm, intensities scaled to [0, 1]"
+        f"single-channel T1-weighted MRI, RAS, voxels of {voxel_mm(inference)} mm, intensities scaled to [0, 1]"
     )
     numbers = record.get("metrics", {}).items()
     metadata["eval_metrics"] = {k: v for k, v in numbers if math.isfinite(v) and not k.startswith("optimistic_")}

@@ -85,7 +85,7 @@ class EmbeddingTable:
     ``summary_0`` ... and ``mean_0`` ... . Beside it, with the suffix ``.npz``, the same lies as arrays for NumPy:
     those columns as text (``file`` as ``path``), ``summary`` and ``mean`` ``[volumes, D]`` as float32.
 
-    An attention map lies on the grid that the volume's meta name as the scan's own (``LoadPreparedd``), otherwise on
+    An attention map lies on the grid that the volume's meta name as the scan's own (``LoadScand``), otherwise on
     the volume's; it is named after the volume's file, or after subject and session.
 
     Args:

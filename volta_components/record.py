@@ -14,7 +14,7 @@ import monai
 import torch
 
 from volta_components._version import __version__
-from volta_components.data.identity import canonical_patient_id
+from volta_components.data.identity import canonical_patient_id, is_worldwide
 
 
 def code_version() -> str:
@@ -33,9 +33,29 @@ def code_version() -> str:
     return f"{__version__}+{commit}"
 
 
-def patient_key(patient_id: str) -> str:
-    """A patient's canonical id as 16 hexadecimal digits: overlaps can be found without passing on ids."""
-    return hashlib.sha256(canonical_patient_id(patient_id).encode("utf-8")).hexdigest()[:16]
+def describe(thing: Any) -> dict[str, Any]:
+    """An object's class and the plain values that it was built with, for a run's settings."""
+    plain = (str, int, float, bool, type(None), list, tuple)
+    values = {key: value for key, value in vars(thing).items() if not key.startswith("_") and key != "training"}
+    return {"class": type(thing).__name__, **{key: value for key, value in values.items() if isinstance(value, plain)}}
+
+
+def patient_key(patient_id: str, cohort: str = "") -> str:
+    """A patient's canonical id as 16 hexadecimal digits: overlaps can be found without passing on ids.
+
+    Args:
+        patient_id: in any form.
+        cohort: the data set; it is part of the key of an id that says nothing outside of it, such as ``sub-0001``.
+    """
+    canonical = canonical_patient_id(patient_id)
+    text = canonical if not cohort or is_worldwide(canonical) else f"{cohort}/{canonical}"
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
+
+
+def patient_keys(item: Mapping[str, Any]) -> set[str]:
+    """The keys under which a record may hold an item's patient: with its cohort, or without where none was known."""
+    patient = str(item["patient_id"])
+    return {patient_key(patient, str(item.get("cohort") or "")), patient_key(patient)}
 
 
 def provenance(
@@ -46,7 +66,7 @@ def provenance(
     Args:
         settings: the run's settings, by name.
         datalist_hash: hash of the datalist that it read.
-        items: the items trained on, with ``patient_id``.
+        items: the items trained on, with ``patient_id`` and, where known, ``cohort``.
         cohort: name of the data set.
     """
     items = list(items)
@@ -55,7 +75,7 @@ def provenance(
         "cohort": cohort,
         "volumes": len(items),
         "datalist_hash": datalist_hash,
-        "patient_ids": sorted({patient_key(str(item["patient_id"])) for item in items}),
+        "patient_ids": sorted({patient_key(str(item["patient_id"]), str(item.get("cohort") or "")) for item in items}),
         "code_version": code_version(),
         "torch_version": torch.__version__,
         "monai_version": monai.__version__,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ def derived_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-class ResumableSampler(Sampler[tuple[int, int]]):
+class ResumableSampler(Sampler[tuple[int, ...]]):
     """Shuffled ``(epoch, index)`` pairs that can start anywhere in an epoch.
 
     PyTorch's samplers draw from a global generator and always begin an epoch at its first sample, so an interrupted
@@ -36,7 +37,8 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         batch_size: samples of one process in one mini-batch.
         num_replicas: processes.
         rank: this process.
-        weights: chances of the samples; with them, samples are drawn with replacement.
+        weights: chances of the samples; with them, samples are drawn with replacement, and how often one was drawn
+            before in its epoch is the third number of its key, so that its views differ.
         shuffle: false keeps the order of the data set.
 
     Raises:
@@ -93,23 +95,27 @@ class ResumableSampler(Sampler[tuple[int, int]]):
             return rng.choice(self.num_samples, size=self.num_samples, p=self.weights)
         return rng.permutation(self.num_samples) if self.shuffle else np.arange(self.num_samples)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
         order = self.order(self.epoch)
         step = self.batch_size * self.num_replicas
         if self.num_replicas > 1:
             order = np.resize(order, self.iterations * step)
-        epoch = self.epoch
+        before: Counter[int] = Counter()
+        keys: list[tuple[int, ...]] = []
+        for index in order.tolist():
+            keys.append((self.epoch, index) if self.weights is None else (self.epoch, index, before[index]))
+            before[index] += 1
         for iteration in range(self.first_iteration, self.iterations):
             start = iteration * step + self.rank * self.batch_size
-            for index in order[start : start + self.batch_size]:
-                yield epoch, int(index)
+            yield from keys[start : start + self.batch_size]
 
 
 class KeyedDataset(Dataset[Any]):
     """A data set whose random transforms depend on seed, epoch and sample, not on workers, processes or restarts.
 
     MONAI's data sets seed random transforms once for each worker, so what a sample looks like depends on which
-    samples the worker had before. This one takes the ``(epoch, index)`` pairs of ``ResumableSampler``.
+    samples the worker had before. This one takes the keys of ``ResumableSampler``: epoch, index, and
+    perhaps how often the sample was drawn before in the epoch.
 
     Args:
         data: items, such as those of a datalist.
@@ -127,11 +133,11 @@ class KeyedDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, key: tuple[int, int] | int) -> Any:
-        epoch, index = (0, key) if isinstance(key, int) else key
-        item: Any = {**self.data[index], "key": torch.tensor([epoch, index])}
+    def __getitem__(self, key: tuple[int, ...] | int) -> Any:
+        epoch, index, *repeat = (0, key) if isinstance(key, int) else key
+        item: Any = {**self.data[index], "key": torch.tensor([epoch, index, *repeat])}
         if self.transform is None:
             return item
         if isinstance(self.transform, Randomizable):
-            self.transform.set_random_state(seed=derived_seed(self.seed, "transform", epoch, index) % 2**32)
+            self.transform.set_random_state(seed=derived_seed(self.seed, "transform", epoch, index, *repeat) % 2**32)
         return self.transform(item)

@@ -19,27 +19,34 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.config import KeysCollection
-from monai.data import MetaTensor
 from monai.metrics import compute_dice, compute_hausdorff_distance
 from monai.networks.nets import UNETR
 from monai.networks.nets.vit import ViT
 from monai.networks.utils import one_hot
-from monai.transforms import MapTransform, Transform
+from monai.transforms import MapTransform
 from scipy import ndimage
 from scipy.stats import bootstrap
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from volta_components.classification import find_volumes
+from volta_components.classification import find_volumes, meta_tensor
 from volta_components.data.datalist import Datalist, load_datalist, make_content
 from volta_components.data.labels import read_labels
 from volta_components.data.layouts.common import LEFT, RIGHT, LabelFile
-from volta_components.data.preprocess import Settings, UnusableVoxels, on_grid, prepare_volume
 from volta_components.data.volumes import UnusableVolume, Volume, read_header, read_volume
 from volta_components.distributed import process_count, process_rank
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, sha256_file, sha256_json, write_json
-from volta_components.finetune import Item, Parts, Results, item_name, patients_of, save_model, split_items
+from volta_components.finetune import (
+    Item,
+    Parts,
+    Results,
+    check_model,
+    item_name,
+    known_patients,
+    save_model,
+    split_items,
+)
 from volta_components.handlers import refer as refer  # the configs say segmentation.refer
 from volta_components.networks import fit_cross_attention, settle_cross_attention
 from volta_components.record import patient_key
@@ -262,91 +269,6 @@ def check_label_maps(items: Iterable[Mapping[str, Any]], workers: int | None = N
         )
 
 
-class LoadPreparedd(Transform):
-    """Loads a scan, and its label map if it has one, as the networks are trained on.
-
-    A volume that ``volta3d prepare`` wrote is taken as it is. Any other scan, of any orientation and spacing, goes
-    through the very function of ``volta3d prepare`` on the way, which MONAI's ``LoadImaged``, ``Orientationd``,
-    ``Spacingd`` and intensity scaling would only approximate: window around the head, percentiles of the foreground.
-
-    Args:
-        spacing: of the prepared volume, mm; one number or three.
-        shape: of the prepared volume, voxels.
-        image_key: where items have the scan's path.
-        label_key: where items may have the label map's path.
-
-    Shapes:
-        image: ``MetaTensor`` ``[1, D, H, W]``, float32 in [0, 1], with the scan's own grid in ``original_affine`` and
-        ``spatial_shape`` of its ``meta``; label: ``MetaTensor`` ``[1, D, H, W]``, uint8.
-
-    Raises:
-        InputError: if a file cannot be used, naming it and the remedy.
-    """
-
-    def __init__(
-        self,
-        spacing: float | Sequence[float],
-        shape: Sequence[int],
-        image_key: str = "image",
-        label_key: str = "label",
-    ) -> None:
-        mm = tuple(np.broadcast_to(np.asarray(spacing, float), 3).tolist())
-        self.settings = Settings(spacing=mm, shape=tuple(shape))  # type: ignore[arg-type]
-        self.image_key = image_key
-        self.label_key = label_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Replace paths by volumes."""
-        # What is None, a session say, cannot be collated.
-        result = {key: value for key, value in data.items() if value is not None}
-        path = Path(str(data[self.image_key]))
-        volume = read_volume(path)
-        given = data.get(self.label_key)
-        label_path = Path(str(given)) if isinstance(given, (str, os.PathLike)) else None
-        label: np.ndarray | None = None
-        image = self._already_prepared(volume)
-        if image is not None:
-            affine = volume.affine
-            if label_path is not None:
-                label = read_labels([LabelFile(label_path)], volume, path)[0]
-        else:
-            label_affine = None
-            if label_path is not None:
-                label, label_affine, _ = read_labels([LabelFile(label_path)], volume, path)
-            try:
-                prepared = prepare_volume(volume, self.settings, label, label_affine)
-            except UnusableVoxels as error:
-                raise UnusableVolume(path, error.reason, error.remedy) from error
-            image, label, affine = prepared.image, prepared.label, prepared.affine
-            for warning in prepared.warnings:
-                logger.warning("%s: %s", path, warning)
-        meta = {
-            "filename_or_obj": str(path),
-            "original_affine": np.array(volume.affine, dtype=float),
-            "spatial_shape": np.array(volume.voxels.shape),
-            "original_channel_dim": float("nan"),
-        }
-        result[self.image_key] = _tensor(image, affine, meta)
-        if label is not None:
-            result[self.label_key] = _tensor(label, affine, {**meta, "filename_or_obj": str(label_path)})
-        return result
-
-    def _already_prepared(self, volume: Volume) -> np.ndarray | None:
-        """The voxels of a volume that is on such a grid and in [0, 1]; otherwise None."""
-        if not on_grid(volume, self.settings):
-            return None
-        image = volume.voxels.astype(np.float32) * np.float32(volume.slope) + np.float32(volume.intercept)
-        is_unit = np.isfinite(image).all() and image.min() >= -1e-3 and image.max() <= 1 + 1e-3
-        return image if is_unit and image.min() < image.max() else None
-
-
-def _tensor(voxels: np.ndarray, affine: np.ndarray, meta: Mapping[str, Any]) -> MetaTensor:
-    array = np.ascontiguousarray(voxels, dtype=np.uint8 if voxels.dtype == np.uint8 else np.float32)
-    return MetaTensor(
-        torch.from_numpy(array.copy())[None], affine=torch.from_numpy(np.array(affine, float)), meta=dict(meta)
-    )
-
-
 def one_hot_pair(output: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Prediction and truth of an evaluator's output, both one-hot ``[B, 3, D, H, W]``, for MONAI's metrics."""
     logits = output["pred"]
@@ -518,7 +440,7 @@ class KeepBest:
         network: the network whose weights are kept.
         evaluator: the evaluator.
         metric: its metric; the first epoch of several equal ones counts.
-        path: file of the weights.
+        path: file of the weights; the epoch is added to its name, so that weights are never taken for another's.
         interval: epochs between two runs of the evaluator; 0 leaves them to a ``ValidationHandler``.
         report_as: also put the value into the trainer's metrics of that epoch, under this name.
     """
@@ -540,6 +462,7 @@ class KeepBest:
         self.report_as = report_as
         self.epoch = 0
         self.value = -math.inf
+        self._in_checkpoint: int | None = None
 
     def attach(self, engine: Engine) -> None:
         """Look at every epoch's end."""
@@ -549,15 +472,23 @@ class KeepBest:
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and value of the best."""
+        self._in_checkpoint = self.epoch
         return {"epoch": self.epoch, "value": self.value}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
         self.epoch, self.value = int(state["epoch"]), float(state["value"])
+        self._in_checkpoint = self.epoch
+
+    def _file(self, epoch: int) -> Path:
+        return self.path.with_name(f"{self.path.stem}-{epoch}{self.path.suffix}")
 
     def _epoch_started(self, engine: Engine) -> None:
         if self.report_as is not None:
             engine.state.metrics.pop(self.report_as, None)
+        # Until a checkpoint knows of the new best epoch, a run that is killed goes on with the one before.
+        if self._in_checkpoint in (None, self.epoch):
+            self._remove(but=self.epoch)
 
     def _epoch_completed(self, engine: Engine) -> None:
         if self.interval and engine.state.epoch % self.interval == 0:
@@ -570,12 +501,18 @@ class KeepBest:
         if value > self.value:
             self.epoch, self.value = engine.state.epoch, value
             if process_rank() == 0:
-                with atomic_path(self.path) as temporary:
+                with atomic_path(self._file(self.epoch)) as temporary:
                     torch.save(self.network.state_dict(), temporary)
 
     def _completed(self) -> None:
+        self._remove()
+
+    def _remove(self, but: int | None = None) -> None:
+        """Remove kept weights of all epochs but one."""
         if process_rank() == 0:
-            self.path.unlink(missing_ok=True)
+            for path in self.path.parent.glob(f"{self.path.stem}-*{self.path.suffix}"):
+                if but is None or path != self._file(but):
+                    path.unlink(missing_ok=True)
 
     def restore(self) -> bool:
         """Put the best epoch's weights into the network; False if no epoch was evaluated."""
@@ -583,7 +520,7 @@ class KeepBest:
             return False
         if process_count() > 1:
             dist.barrier()
-        self.network.load_state_dict(torch.load(self.path, map_location="cpu", weights_only=True))
+        self.network.load_state_dict(torch.load(self._file(self.epoch), map_location="cpu", weights_only=True))
         return True
 
 
@@ -606,8 +543,9 @@ class SegmentationResults:
         output_dir: the run's folder.
         model_path: where the trained network goes; None to keep none.
         record: written beside the network: settings, provenance.
-        volumes_below: with fewer scored scans than this, their volumes and label maps are kept beside the masks, so
-            that a report can show them on another machine; ``paths.csv`` names those of all.
+        show_all_below: label maps are kept beside the masks, so that a report can show and score on another machine;
+            volumes too, with fewer scored scans than this of all, otherwise of the worst, median and best by Dice.
+            ``paths.csv`` names those of all.
     """
 
     def __init__(
@@ -622,7 +560,7 @@ class SegmentationResults:
         output_dir: str | os.PathLike[str],
         model_path: str | os.PathLike[str] | None = None,
         record: Mapping[str, Any] | None = None,
-        volumes_below: int = 20,
+        show_all_below: int = 20,
     ) -> None:
         self.parts = parts
         self.network = network
@@ -634,7 +572,7 @@ class SegmentationResults:
         self.folder = Path(output_dir)
         self.model_path = None if model_path is None else Path(model_path)
         self.record = dict(record or {})
-        self.volumes_below = volumes_below
+        self.show_all_below = show_all_below
 
     def __call__(self, engine: Engine) -> Results:
         """Results of a run that is complete."""
@@ -653,7 +591,7 @@ class SegmentationResults:
         record = {
             **chosen,
             "metrics": metrics,
-            "intervals": score_intervals(rows, [str(item["patient_id"]) for item in self.table.items]),
+            "intervals": score_intervals(rows, self._patients),
             "hd95_penalty_mm": self.penalty,
             "subjects": {
                 name: len(getattr(self.parts, name)) for name in ("training", "validation", "scored", "unused")
@@ -665,6 +603,10 @@ class SegmentationResults:
             artifacts.append(("pretrained.txt", ""))
         rest = {name: value for name, value in record.items() if name not in ("metrics", "intervals")}
         return Results(metrics, artifacts, rest)
+
+    @property
+    def _patients(self) -> list[str]:
+        return [str(item["patient_id"]) for item in self.table.items]
 
     def _choose(self, engine: Engine) -> dict[str, Any]:
         """Put the weights in place that the run ends with."""
@@ -691,28 +633,22 @@ class SegmentationResults:
 
         Args:
             record: the JSON beside the model.
-            allow_leak: score patients whom the model was trained on all the same.
+            allow_leak: score patients whom the model was, or may have been, trained or pretrained on all the same.
 
         Raises:
-            InputError: with the ids of scored patients whom the model was trained on.
+            InputError: see ``check_model``.
         """
-        trained = set((record.get("provenance") or {}).get("patient_ids", ()))
-        leaked = sorted(patient for patient in patients_of(self.parts.scored) if patient_key(patient) in trained)
-        if leaked and not allow_leak:
-            raise InputError.many(
-                f"the model was trained on {len(leaked)} of the {len(patients_of(self.parts.scored))} scored patients",
-                [(patient,) for patient in leaked],
-                "Score the fold that it was trained for (--fold), or say --allow_leak True.",
-                limit=10,
-            )
+        leak = check_model(record, self.parts.scored, allow_leak)
         rows = self.table.score(self.scoring, self.folder / "predictions" / "masks")
         metrics = summarise_scores(rows, self.penalty)
         self._write(rows)
+        for name, (low, high) in score_intervals(rows, self._patients).items():
+            metrics |= {f"{name}_low": low, f"{name}_high": high}
         if process_rank() == 0:
             content = {
                 "metrics": metrics,
                 "hd95_penalty_mm": self.penalty,
-                "leak": "allowed" if leaked else "none",
+                "leak": leak,
                 "scored": len(rows),
             }
             write_json(self.folder / "metrics.json", content)
@@ -749,12 +685,21 @@ class SegmentationResults:
                 for item in self.table.items
             ),
         )
-        if len(self.table.items) < self.volumes_below:
-            for item in self.table.items:
-                name = f"{item_name(item)}.nii.gz"
-                truth = read_volume(item["label"])
-                write_label_map(folder / "labels" / name, truth.voxels, truth.affine)
+        shown = shown_scans([row["dice"] for row in rows], self.show_all_below)
+        for place, item in enumerate(self.table.items):
+            name = f"{item_name(item)}.nii.gz"
+            truth = read_volume(item["label"])
+            write_label_map(folder / "labels" / name, truth.voxels, truth.affine)
+            if place in shown:
                 _write_picture_volume(folder / "images" / name, read_volume(item["image"]))
+
+
+def shown_scans(dices: Sequence[float], show_all_below: int) -> set[int]:
+    """Places of the scans that are worth looking at: all of a few, otherwise the worst, the median and the best."""
+    order = sorted(range(len(dices)), key=lambda place: dices[place])
+    if len(order) < show_all_below:
+        return set(order)
+    return {order[0], order[(len(order) - 1) // 2], order[-1]}
 
 
 def _write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -855,13 +800,18 @@ def annotation_record(
         validation: the same, for inner validation.
 
     Returns:
-        ``started_from``, ``provenance``, ``tags`` and ``subjects``.
+        ``started_from``, ``pretraining``, ``provenance``, ``tags`` and ``subjects``.
     """
     items = [*training, *validation]
     files = [[sha256_file(item[key]) for key in SHOWN] for item in items]
     digest = sha256_json(sorted(files))
     before = start.get("record") or {}
     origin, tags = (dict(before.get(key) or {}) for key in ("provenance", "tags"))
+    trained, pretrained = known_patients(before)
+    pretraining = dict(record.get("pretraining") or {})
+    if start:
+        # Of a model that does not tell whom it has seen, nobody can say that a patient is new to it.
+        pretraining = {**before.get("pretraining", {}), "patient_ids": None if trained is None else pretrained}
     names = [str(item["subject_id"]) for item in find_volumes([str(item["image"]) for item in items])]
     started = {key: origin[key] for key in ("cohort", "volumes", "datalist_hash", "code_version") if key in origin}
     if "started_from" in before:
@@ -869,13 +819,14 @@ def annotation_record(
     kept = {key: tags[key] for key in ("encoder_sha256", "pretrain_datalist_hash", "leak", "phantom") if key in tags}
     return {
         "started_from": {key: start[key] for key in ("file", "sha256")} | started if start else None,
+        "pretraining": pretraining,
         "tags": {**(record.get("tags") or {}), **kept, "datalist_name": "annotated", "datalist_hash": digest},
         "provenance": {
             **(record.get("provenance") or {}),
             "cohort": "annotated",
             "volumes": len(items),
             "datalist_hash": digest,
-            "patient_ids": sorted({*origin.get("patient_ids", ()), *map(patient_key, names)}),
+            "patient_ids": sorted({*(trained or ()), *map(patient_key, names)}),
             "patients_from": "names of the scans, and the record of the model that it started from",
         },
         "subjects": {"training": len(training), "validation": len(validation), "scored": 0, "unused": 0},
@@ -942,11 +893,11 @@ def restore_mask(
 class RestoreMaskd(MapTransform):
     """Turns logits on the prepared grid into a label map on the scan's own: its orientation, spacing and shape.
 
-    The inverse of ``LoadPreparedd``, which MONAI's ``Invertd`` would need a trace of invertible transforms for.
+    The inverse of ``LoadScand``, which MONAI's ``Invertd`` would need a trace of invertible transforms for.
 
     Args:
         keys: of the logits, ``[3, D, H, W]``.
-        image_key: of the volume they were computed from, as ``LoadPreparedd`` gave it.
+        image_key: of the volume they were computed from, as ``LoadScand`` gave it.
 
     Shapes:
         becomes ``MetaTensor`` ``[1, X, Y, Z]``, uint8, with the scan's affine: 0 background, 1 left, 2 right.
@@ -974,7 +925,7 @@ class RestoreMaskd(MapTransform):
                 "spatial_shape": np.array(shape),
                 "original_channel_dim": float("nan"),
             }
-            result[key] = _tensor(mask, own, meta)
+            result[key] = meta_tensor(mask, own, meta)
         return result
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from ignite.engine import Events
 from monai.engines import Trainer
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from volta_components.distributed import process_count
+from volta_components.distributed import gather_rows, mean_over_processes, process_count
 from volta_components.errors import InputError
 from volta_components.losses import GlobalAlignmentLoss, KoLeoLoss, PatchAlignmentLoss, ReconstructionLoss
 from volta_components.networks import VoltaStudent, VoltaTeacher
@@ -55,6 +56,8 @@ class VoltaTrainer(Trainer):
         teacher_momentum: of a mini-batch, counted from 0.
         teacher_temperature: tau_t of the global branch, of a mini-batch, counted from 0.
         patch_teacher_temperature: tau_t of the patch branch; the global branch's by default.
+        weight_decay: of an optimiser step, counted from 0, for the parameters that are decayed; by default the
+            optimiser's own.
         reconstruction_weight: lambda_rec of eq. 6; 100 in the paper.
         accumulation_steps: mini-batches in a window; 8 in the paper.
         clip_norm: largest norm of the gradient; 0 for no clipping.
@@ -86,6 +89,7 @@ class VoltaTrainer(Trainer):
         teacher_momentum: Callable[[int], float],
         teacher_temperature: Callable[[int], float],
         patch_teacher_temperature: Callable[[int], float] | None = None,
+        weight_decay: Callable[[int], float] | None = None,
         reconstruction_weight: float = 100.0,
         accumulation_steps: int = 8,
         clip_norm: float = 3.0,
@@ -110,6 +114,7 @@ class VoltaTrainer(Trainer):
         self.teacher_momentum = teacher_momentum
         self.teacher_temperature = teacher_temperature
         self.patch_teacher_temperature = patch_teacher_temperature or teacher_temperature
+        self.weight_decay = weight_decay
         self.reconstruction_weight = reconstruction_weight
         self.accumulation_steps = accumulation_steps
         self.clip_norm = clip_norm
@@ -127,7 +132,22 @@ class VoltaTrainer(Trainer):
         )
         # Not ``self.amp``, which would make MONAI build a gradient scaler; bfloat16 needs none.
         self.mixed_precision = amp
-        self.add_event_handler(Events.EPOCH_STARTED, self._place_sampler)
+        self._clock = time.perf_counter()
+        self._check_sizes()
+        self.add_event_handler(Events.EPOCH_STARTED, self._epoch_begins)
+
+    def _check_sizes(self) -> None:
+        """Crops can be cut into patches, and masked, before anything is recorded of the run."""
+        network = self.plain_student.network
+        for name, size in (
+            ("global_size", self.views.global_geometry.size),
+            ("local_size", self.views.local_geometry.size),
+        ):
+            try:
+                network.token_grid(torch.empty(0, 1, *size))
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from error
+        self.views.mask.draw(self.views.global_geometry.size, np.random.default_rng(0))
 
     @property
     def plain_student(self) -> VoltaStudent:
@@ -136,7 +156,8 @@ class VoltaTrainer(Trainer):
         assert isinstance(student, VoltaStudent)
         return student
 
-    def _place_sampler(self) -> None:
+    def _epoch_begins(self) -> None:
+        self._clock = time.perf_counter()
         state = self.state
         self.sampler.set_position(state.epoch, state.iteration - (state.epoch - 1) * state.epoch_length)
 
@@ -164,7 +185,6 @@ class VoltaTrainer(Trainer):
     def _iteration(  # type: ignore[override]
         self, engine: Any, batchdata: dict[str, Tensor]
     ) -> list[dict[str, float]]:
-        started = time.perf_counter()
         iteration = self.state.iteration - 1
         position, window, step = self.window(iteration)
         is_last = position == window - 1
@@ -186,6 +206,8 @@ class VoltaTrainer(Trainer):
             rate = self.learning_rate(step)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
+                if self.weight_decay is not None and group["weight_decay"] > 0:
+                    group["weight_decay"] = self.weight_decay(step)
             output["learning_rate"] = rate
             output["gradient_norm"] = self._step()
         momentum = self.teacher_momentum(iteration)
@@ -194,7 +216,10 @@ class VoltaTrainer(Trainer):
         numbers["teacher_momentum"] = momentum
         numbers["teacher_temperature"] = temperature
         numbers["patch_teacher_temperature"] = patch_temperature
-        numbers["volumes_per_second"] = len(image) * process_count() / (time.perf_counter() - started)
+        # From the end of the mini-batch before: waiting for data counts.
+        now = time.perf_counter()
+        numbers["volumes_per_second"] = len(image) * process_count() / (now - self._clock)
+        self._clock = now
         return [numbers]
 
     def _losses(self, views: Views, temperature: float, patch_temperature: float) -> dict[str, Any]:
@@ -214,9 +239,16 @@ class VoltaTrainer(Trainer):
             koleo = self.koleo_loss(learnt.globals_.summary.unflatten(0, (pairs, batch)))
             loss = loss + self.koleo_weight * koleo
             output["loss_koleo"] = koleo
-        for branch, module in (("global", self.global_loss), ("patch", self.patch_loss)):
-            output |= {f"{branch}_{name}": value for name, value in module.statistics.items()}
-        self.summaries = taught.summary.detach().float()
+        statistics = {
+            f"{branch}_{name}": value
+            for branch, module in (("global", self.global_loss), ("patch", self.patch_loss))
+            for name, value in module.statistics.items()
+        }
+        # The same in every process, since the collapse monitor of each decides by them whether to go on.
+        means = mean_over_processes(torch.stack(list(statistics.values())))
+        output |= dict(zip(statistics, means, strict=True))
+        # One view of each volume: two views of it would count twice.
+        self.summaries = gather_rows(taught.summary[:batch].detach().float())
         return {"loss": loss, **output}
 
     def _step(self) -> Tensor:

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 POSITION = "patch_embedding.position_embeddings"
 DECODER = ("conv3d_transpose.", "conv3d_transpose_1.")
+ENCODER = ("patch_embedding.", "blocks.", "norm.", "summariser.")
 # What holds the encoder in a folder, first choice first; a packed bundle has the second, as MONAI's bundles do.
 ENCODERS = ("encoder{}.safetensors", "model{}.pt")
 
@@ -63,30 +67,68 @@ def save_encoder(path: str | os.PathLike[str], network: VoltaViT, provenance: Ma
         network: the network; keys are MONAI's ``ViTAutoEnc``'s, and ``summariser.*``.
         provenance: see ``volta_components.record.provenance``.
     """
-    path = Path(path)
     state = {
         name: value.detach().cpu().contiguous()
         for name, value in network.state_dict().items()
         if not name.startswith(DECODER)
     }
-    with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata={"format": "pt"})
-    record = {
-        "network": network.config,
-        "sha256": sha256_file(path),
-        "parameters": sum(value.numel() for value in state.values()),
-        "provenance": dict(provenance),
-    }
-    write_json(path.with_suffix(".json"), record)
+    record = {"network": network.config, "provenance": dict(provenance)}
+    write_weights(path, state, lambda target: save_file(state, target, metadata={"format": "pt"}), record)
 
 
-def find_encoder(path: str | os.PathLike[str], suffix: str = "") -> Path:
+def write_weights(
+    path: str | os.PathLike[str],
+    state: Mapping[str, Tensor],
+    save: Callable[[Path], None],
+    record: Mapping[str, Any],
+) -> None:
+    """Write weights and, beside them, their record with the file's hash: both, or neither.
+
+    Both are written under other names first and moved into place one right after the other, while Ctrl-C waits.
+
+    Args:
+        path: the file of weights; the record has the same name with the suffix ``.json``.
+        state: the weights, to be counted.
+        save: writes them to a path.
+        record: what else the record holds.
+    """
+    path = Path(path)
+    with _signals_wait(), atomic_path(path) as weights, atomic_path(path.with_suffix(".json")) as beside:
+        save(weights)
+        content = {
+            "sha256": sha256_file(weights),
+            "parameters": sum(value.numel() for value in state.values()),
+            **record,
+        }
+        write_json(beside, content)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Ctrl-C and SIGTERM are acted on only when the block has ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[int] = []
+    names = (signal.SIGINT, signal.SIGTERM)
+    before = {name: signal.signal(name, lambda number, _: pending.append(number)) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+        for number in pending:
+            signal.raise_signal(number)
+
+
+def find_encoder(path: str | os.PathLike[str], suffix: str = "", required: bool = True) -> Path:
     """The file of an exported encoder.
 
     Args:
         path: the file itself; or a bundle's folder or its ``models``, where ``encoder.safetensors`` is looked for first
             and ``model.pt``, as a packed bundle has it, second.
         suffix: of the name before the dot, such as ``_phantom_tiny``.
+        required: whether a folder must have one; otherwise the name that pretraining would give it comes back.
 
     Raises:
         InputError: if the folder has neither. A path that is no folder comes back as it is; reading it will tell.
@@ -99,6 +141,8 @@ def find_encoder(path: str | os.PathLike[str], suffix: str = "") -> Path:
         for name in names:
             if (folder / name).is_file():
                 return folder / name
+    if not required:
+        return (path if path.name == "models" else path / "models") / names[0]
     raise InputError(
         f"{path}: no encoder in it ({' or '.join(names)}); run the pretraining first (python -m monai.bundle run "
         "--config_file bundles/pretrain/configs/train.json), download the bundle, or give another path"
@@ -191,9 +235,7 @@ def load_encoder(path: str | os.PathLike[str]) -> VoltaViT:
         network = VoltaViT(**config, decoder=False)
     except TypeError as error:
         raise InputError(f"{record}: not an encoder's configuration ({error}); export the encoder again") from error
-    report = _fill(network, fit_cross_attention(weights, network), "", (), str(path))
-    if report.missing:
-        raise InputError(f"{report}; the file is not a whole encoder: export it again")
+    _fill(network, fit_cross_attention(weights, network), "", config, str(path))
     return network.eval()
 
 
@@ -212,12 +254,13 @@ def load_pretrained(
         The report; it is also logged.
 
     Raises:
-        InputError: if no weight matches, or one has another shape.
+        InputError: if no weight matches, one has another shape, the encoder's number of blocks or heads is another, or
+            a weight of the encoder is missing. Only a decoder and unused cross-attention may stay as they are.
     """
     path = find_encoder(path)
     weights = read_weights(path)
     config = read_record(path).get("network") or {}
-    report = _fill(module, weights, prefix, _grid_of(config), str(path), grid)
+    report = _fill(module, weights, prefix, config, str(path), grid)
     logger.info("%s", report)
     return report
 
@@ -232,11 +275,12 @@ def _fill(
     module: nn.Module,
     weights: Mapping[str, Tensor],
     prefix: str,
-    source_grid: tuple[int, ...],
+    config: Mapping[str, Any],
     source: str,
     grid: tuple[int, ...] | None = None,
 ) -> LoadReport:
     own = module.state_dict()
+    source_grid = _grid_of(config)
     report = LoadReport(source)
     new: dict[str, Tensor] = {}
     wrong = []
@@ -272,8 +316,44 @@ def _fill(
             f"{source}: none of its {len(weights)} weights has a place in {owner_name} under the prefix "
             f"{prefix!r}; is it an encoder of this project, and the prefix right ('vit.' for UNETR)?"
         )
+    _check_whole(module.get_submodule(prefix.rstrip(".")), config, {key.removeprefix(prefix) for key in new}, source)
     module.load_state_dict(new, strict=False)
     return report
+
+
+def _check_whole(encoder: nn.Module, config: Mapping[str, Any], given: set[str], source: str) -> None:
+    """An encoder computes what the pretrained one does: no weight of it is left out, and heads are as many.
+
+    The number of heads changes no weight's shape, but what is computed from them.
+
+    Raises:
+        InputError: otherwise.
+    """
+    blocks, summariser = getattr(encoder, "blocks", ()), getattr(encoder, "summariser", None)
+    own = {
+        "num_layers": len(blocks) or None,
+        "num_heads": getattr(getattr(next(iter(blocks), None), "attn", None), "num_heads", None),
+        "summary_heads": getattr(summariser, "num_heads", None),
+    }
+    rows = [
+        (name, str(config[name]), str(value))
+        for name, value in own.items()
+        if value is not None and name in config and config[name] != value
+    ]
+    if rows:
+        raise InputError.many(
+            f"{source}: an encoder of another configuration (name, file, network)",
+            rows,
+            "Build the network as the JSON beside the weights says, or give another encoder.",
+        )
+    needed = {name for name in encoder.state_dict() if name.startswith(ENCODER)} - {*fit_cross_attention({}, encoder)}
+    if lacking := sorted(needed - given):
+        raise InputError.many(
+            f"{source}: not a whole encoder: it lacks {len(lacking)} weights of the network's",
+            [(name,) for name in lacking],
+            "Build the network with the sizes of the JSON beside the weights, or export the encoder again.",
+            limit=8,
+        )
 
 
 def _module_grid(module: nn.Module, prefix: str) -> tuple[int, ...]:

@@ -6,7 +6,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from prepared import make_prepared
+from labelled_scans import make_quick_start
+from monai.bundle import ConfigParser
+from prepared import PRETRAIN, make_prepared
 
 from volta_components.networks import VoltaViT
 from volta_components.weights import save_encoder
@@ -26,6 +28,23 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         img_size=(32, 32, 32), hidden_size=32, mlp_dim=48, num_layers=2, num_heads=4, summary_heads=4, decoder=False
     )
     save_encoder(path, network, {"datalist_hash": "0" * 64, "patient_ids": []})
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scans of the quick start's grid, of both sexes and diagnoses, with label maps; nobody may change it."""
+    return make_quick_start(tmp_path_factory.mktemp("tiny") / "data")
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported encoder of the quick start's sizes, with random weights."""
+    path = tmp_path_factory.mktemp("tiny_encoder") / "encoder_phantom_tiny.safetensors"
+    parser = ConfigParser()
+    parser.read_config([str(PRETRAIN / f"{name}.json") for name in ("train", "tiny")])
+    config = dict(parser.get_parsed_content("network_def").config)
+    save_encoder(path, VoltaViT(**config, decoder=False), {"datalist_hash": "0" * 64, "patient_ids": []})
     return path
 
 

@@ -21,6 +21,8 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata
 from prepared import ROOT, make_prepared
 from sklearn.metrics import roc_auc_score
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from volta_components.classification import LoadScand, find_volumes, labelled_items
 from volta_components.classifier import SwinClassifier, VoltaClassifier
@@ -35,7 +37,7 @@ SIDE = 32
 # Sizes at which a run takes a second or two.
 SIZES: dict[str, Any] = {
     "volume_size": [SIDE] * 3,
-    "input_extent_mm": SIDE,
+    "input_extent_mm": [SIDE] * 3,
     "image_size": [SIDE] * 3,
     "hidden_size": 32,
     "mlp_dim": 48,
@@ -60,11 +62,17 @@ def configs(bundle: str, *names: str) -> list[str]:
 
 
 def workflow(
-    bundle: str, names: tuple[str, ...], data: Path, encoder: Path, output: Path, **changes: Any
+    bundle: str,
+    names: tuple[str, ...],
+    data: Path,
+    encoder: Path,
+    output: Path,
+    sizes: dict[str, Any] | None = None,
+    **changes: Any,
 ) -> ConfigWorkflow:
     """A bundle's workflow on the small data set, as ``monai.bundle run`` makes it."""
     settings = {
-        **SIZES,
+        **(SIZES if sizes is None else sizes),
         "bundle_root": str(ROOT / "bundles" / bundle),
         "dataset_dir": str(data),
         "encoder_path": str(encoder),
@@ -108,35 +116,108 @@ def test_metadata_is_valid(bundle, schema, tmp_path):
     verify_metadata(meta_file=configs(bundle, "metadata")[0], filepath=str(copy))
 
 
-@pytest.mark.parametrize("bundle", BUNDLES)
+def overlays(bundle: str) -> list[str]:
+    """Every overlay of train.json: whatever lies in the folder."""
+    names = {path.stem for path in (ROOT / "bundles" / bundle / "configs").glob("*.json")}
+    return sorted(names - {"train", "inference", "metadata", "tiny"})
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def built(made: ConfigWorkflow) -> Any:
+    """Initialise a workflow, in this process alone; its network, without a distributed wrapper."""
+    parser = made.parser
+    parser["initialize"] = [line for line in parser["initialize"] if "init_process_group" not in line]
+    evaluating = "model" in parser
+    if evaluating:
+        parser["model"] = {}  # nothing is trained yet
+    made.initialize()
+    assert evaluating or made.check_properties() == []
+    network = parser.get_parsed_content("plain_network")
+    evaluators = ["score#evaluator"] if evaluating else ["score#evaluator", "validate#evaluator"]
+    # A wrapper would send buffers from process to process at every forward, and their shares differ in length.
+    assert all(parser.get_parsed_content(name).network is network for name in evaluators)
+    assert parser.get_parsed_content("results").network is network
+    return network
+
+
 @pytest.mark.parametrize(
-    "names",
-    [
-        ("train",),
-        ("train", "vit_scratch"),
-        ("train", "swin_scratch"),
-        ("train", "frozen"),
-        ("train", "full"),
-        ("train", "evaluate"),
-    ],
+    ("bundle", "overlay"), [(bundle, overlay) for bundle in BUNDLES for overlay in (None, *overlays(bundle))]
 )
-def test_every_config_is_instantiated(bundle, names, prepared, encoder, tmp_path):
-    changes = {"unfrozen_blocks": 0} if "frozen" in names else {"unfrozen_blocks": 2} if "full" in names else {}
-    made = workflow(bundle, names, prepared, encoder, tmp_path, **changes)
-    if "evaluate" in names:
-        made.parser["model"] = {}
-        made.initialize()
+def test_every_overlay_is_instantiated_alone(bundle, overlay, prepared, encoder, tmp_path, one_process):
+    names = ("train",) if overlay is None else ("train", overlay)
+    changes = {name: value for name, value in SIZES.items() if name != "unfrozen_blocks"}
+    if overlay != "swin_scratch":
+        changes = {name: value for name, value in changes.items() if not name.startswith("swin_")}
+    made = workflow(bundle, names, prepared, encoder, tmp_path, sizes=changes)
+    network = built(made)
+    if overlay == "evaluate":
         assert made.parser.get_parsed_content("results").parts.training == []
         return
-    made.initialize()
-    assert made.check_properties() == []
-    network = made.parser.get_parsed_content("network")
-    assert type(network) is (SwinClassifier if "swin_scratch" in names else VoltaClassifier)
+    assert type(network) is (SwinClassifier if overlay == "swin_scratch" else VoltaClassifier)
+    wrapped = isinstance(made.parser.get_parsed_content("network"), DistributedDataParallel)
+    assert wrapped == (overlay == "multi_gpu_train")
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    if "frozen" in names:
-        assert trained == 32 * 2 + 2
     trainer = made.parser.get_parsed_content("train#trainer")
     assert sum(p.numel() for group in trainer.optimizer.param_groups for p in group["params"]) == trained
+    if overlay == "frozen":
+        assert trained == 32 * 2 + 2
+    elif overlay != "swin_scratch":
+        # Of the two blocks the second one trains, unless the overlay says otherwise.
+        moving = [block.attn.qkv.weight.requires_grad for block in network.encoder.blocks]
+        assert moving == [overlay in ("full", "vit_scratch"), True]
+        assert network.encoder.patch_embedding.position_embeddings.requires_grad == moving[0]
+
+
+@pytest.mark.parametrize(
+    ("bundle", "overlay"), [(bundle, overlay) for bundle in BUNDLES for overlay in (None, *overlays(bundle))]
+)
+def test_every_overlay_is_instantiated_with_the_quick_starts(
+    bundle, overlay, tiny_data, tiny_encoder, tmp_path, one_process
+):
+    """At the quick start's own sizes, on volumes of 3 mm: only paths are changed."""
+    names = ("train",) if overlay is None else ("train", overlay)
+    made = workflow(bundle, (*names, "tiny"), tiny_data, tiny_encoder, tmp_path, sizes={})
+    network = built(made)
+    tiny = read_json(configs(bundle, "tiny")[0])
+    if overlay == "evaluate":
+        return
+    config = made.parser.get_parsed_content("settings")["network_config"]
+    own = (
+        {"swin_" + name: config[name] for name in ("embed_dim", "window_size", "patch_size", "depths")}
+        if (overlay == "swin_scratch")
+        else {name: config[name] for name in ("hidden_size", "mlp_dim", "num_layers", "num_heads")}
+    )
+    assert own == {name: tiny[name] for name in own}
+    trainer = made.parser.get_parsed_content("train#trainer")
+    assert trainer.state.max_epochs == tiny["epochs"]
+    image = next(iter(made.parser.get_parsed_content("train#dataloader")))["image"]
+    assert image.shape == (tiny["batch_size"], 1, *tiny["image_size"])
+    with torch.no_grad():
+        assert network.eval()(image).shape == (tiny["batch_size"], 2)
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_the_quick_start_serves_inference_too(bundle, tiny_data, tmp_path):
+    made = ConfigWorkflow(
+        config_file=configs(bundle, "inference", "tiny"),
+        meta_file=configs(bundle, "metadata")[0],
+        logging_file=False,
+        workflow_type="inference",
+        bundle_root=str(ROOT / "bundles" / bundle),
+        source=str(tiny_data),
+        output_dir=str(tmp_path),
+    )
+    made.initialize()
+    image = made.parser.get_parsed_content("dataset")[0]["image"]
+    network = made.parser.get_parsed_content("network")
+    assert tuple(image.shape[1:]) == tuple(network.encoder.config["img_size"])
+    assert str(made.parser.get_parsed_content("model_path")).endswith("models/model_phantom_tiny.pt")
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
@@ -180,7 +261,7 @@ def test_the_method_is_in_the_config():
         "weight_decay": 1e-5,
         "unfrozen_blocks": "$@num_layers // 2",
         "image_size": [96] * 3,
-        "input_extent_mm": 192,
+        "input_extent_mm": [192] * 3,
         "pool": "summary",
         "threshold": 0.5,
     }
@@ -194,7 +275,7 @@ def test_input_is_the_padded_volume_averaged_over_blocks(tmp_path):
     nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "a.nii")
     parser = ConfigParser()
     parser.read_config(configs("ixi_sex", "train")[0])
-    parser.update({"input_extent_mm": 16, "image_size": [8, 8, 8]})
+    parser.update({"input_extent_mm": [16] * 3, "image_size": [8, 8, 8]})
     transform = parser.get_parsed_content("validate#preprocessing")
     image = transform({"image": str(tmp_path / "a.nii"), "label": 1})["image"]
     padded = np.pad(volume, ((2, 2), (0, 0), (0, 0)))
@@ -419,10 +500,60 @@ def test_evaluation_refuses_those_whom_the_model_was_trained_on(trained, prepare
     with pytest.raises(RuntimeError) as caught:
         made.run()
     assert isinstance(caught.value.__cause__, InputError)
-    assert "was trained on 8 of the 12 scored patients" in str(caught.value.__cause__)
+    assert "trained or pretrained on 8 of the 12 scored patients" in str(caught.value.__cause__)
 
 
-def inference(trained: Path, source: Any, output: Path) -> list[dict[str, str]]:
+def evaluated(trained: Path, prepared: Path, encoder: Path, folder: Path, change: Any, **changes: Any) -> Any:
+    """Evaluate a copy of the trained model whose record is changed by ``change(record)``; metrics.json."""
+    for name in ("model.pt", "model.json"):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(trained / "models" / name, folder / name)
+    record = read_json(folder / "model.json")
+    if change(record) is None:
+        (folder / "model.json").write_text(json.dumps(record))
+    else:
+        (folder / "model.json").unlink()
+    made = workflow(
+        "aibl_ad",
+        ("train", "evaluate"),
+        prepared,
+        encoder,
+        folder / "eval",
+        model_path=str(folder / "model.pt"),
+        **{"fold": 0, **changes},
+    )
+    made.initialize()
+    made.run()
+    return read_json(folder / "eval" / "metrics.json")
+
+
+def test_evaluation_refuses_those_whom_the_encoder_was_pretrained_on(trained, prepared, encoder, tmp_path):
+    from volta_components.record import patient_key
+
+    def leak(record: dict[str, Any]) -> None:
+        record["pretraining"]["patient_ids"] = [patient_key("sub-0001", "fake")]
+
+    with pytest.raises(RuntimeError) as caught:
+        evaluated(trained, prepared, encoder, tmp_path / "a", leak)
+    assert "sub-0001  pretrained on" in str(caught.value.__cause__)
+    assert evaluated(trained, prepared, encoder, tmp_path / "b", leak, allow_leak=True)["leak"] == "allowed"
+    assert evaluated(trained, prepared, encoder, tmp_path / "c", lambda record: None)["leak"] == "none"
+    assert evaluated(trained, prepared, encoder, tmp_path / "d", lambda r: None, allow_leak=True)["leak"] == "none"
+
+
+def test_evaluation_without_a_record_or_a_threshold_says_what_is_missing(trained, prepared, encoder, tmp_path):
+    with pytest.raises(RuntimeError) as caught:
+        evaluated(trained, prepared, encoder, tmp_path / "a", lambda record: "no record")
+    assert "does not tell whom it was trained and pretrained on" in str(caught.value.__cause__)
+    for name, change in (("b", lambda record: "no record"), ("c", lambda record: record.pop("threshold") and None)):
+        with pytest.raises(RuntimeError) as caught:
+            evaluated(trained, prepared, encoder, tmp_path / name, change, allow_leak=True)
+        assert "has no threshold" in str(caught.value.__cause__)
+    found = evaluated(trained, prepared, encoder, tmp_path / "d", lambda record: "none", allow_leak=True, threshold=0.3)
+    assert found["metrics"]["threshold"] == 0.3 and found["leak"] == "allowed"
+
+
+def inference(trained: Path, source: Any, output: Path, **changes: Any) -> list[dict[str, str]]:
     made = ConfigWorkflow(
         config_file=configs("aibl_ad", "inference"),
         meta_file=configs("aibl_ad", "metadata")[0],
@@ -434,12 +565,43 @@ def inference(trained: Path, source: Any, output: Path) -> list[dict[str, str]]:
             "model_path": str(trained / "models" / "model.pt"),
             "source": source,
             "output_dir": str(output),
+            **changes,
         },
     )
     made.initialize()
     assert made.check_properties() == []
     made.run()
     return rows_of(output / "predictions.csv")
+
+
+def test_bad_scans_are_all_named_before_any_is_predicted(trained, prepared, tmp_path):
+    shutil.copytree(prepared / "images", tmp_path / "scans")
+    for name in ("sub-0003_ses-M000.nii", "sub-0007_ses-M000.nii"):
+        path = tmp_path / "scans" / name
+        path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(RuntimeError) as caught:
+        inference(trained, str(tmp_path / "scans"), tmp_path / "out")
+    message = str(caught.value.__cause__)
+    assert "2 of 12 scans cannot be used" in message and "sub-0003" in message and "sub-0007" in message
+    assert not (tmp_path / "out" / "predictions.csv").exists()
+
+
+def test_results_in_the_folder_of_the_scans_are_refused(trained, prepared, tmp_path):
+    shutil.copytree(prepared / "images", tmp_path / "scans")
+    for output in (tmp_path / "scans", tmp_path / "scans" / "results"):
+        with pytest.raises(RuntimeError) as caught:
+            inference(trained, str(tmp_path / "scans"), output)
+        assert "choose a folder outside of it" in str(caught.value.__cause__)
+
+
+def test_without_a_threshold_nobody_is_called(trained, prepared, tmp_path, caplog):
+    (tmp_path / "models").mkdir()
+    shutil.copy(trained / "models" / "model.pt", tmp_path / "models")
+    source = str(prepared / "images" / "sub-0001_ses-M000.nii")
+    (row,) = inference(tmp_path, source, tmp_path / "a")
+    assert row["prediction"] == "" and float(row["AD"]) >= 0 and "--threshold" in caplog.text
+    (row,) = inference(tmp_path, source, tmp_path / "b", threshold=0.0)
+    assert row["prediction"] == "AD"
 
 
 def test_inference_gives_the_trainings_probabilities_for_folder_datalist_and_list(trained, prepared, tmp_path):
@@ -572,7 +734,7 @@ def test_aibl_takes_a_patients_first_session_unless_told_otherwise(prepared, tmp
 
 
 def test_volumes_are_found_and_named_as_in_bids(tmp_path):
-    make_prepared(tmp_path / "data", count=4, side=8)
+    make_prepared(tmp_path / "data", count=4, shape=(8, 8, 8))
     found = find_volumes(tmp_path / "data" / "images")
     assert [(item["subject_id"], item["session"]) for item in found] == [
         (f"sub-{number:04d}", "ses-M000") for number in range(4)

@@ -130,9 +130,46 @@ def test_settings_hold_every_number_of_the_recipe() -> None:
     """
     names = list(TRAIN)
     recipe = set(names[names.index("seed") : names.index("settings")]) - {"num_workers", "amp_dtype"}
-    recipe -= {"checkpoint_interval", "picture_interval", "log_interval", "export", "deep_check"}
+    recipe -= {"checkpoint_interval", "picture_interval", "log_interval", "deep_check"}
+    recipe -= {"collapse_grace_epochs", "collapse_patience_epochs"}
     recipe -= {"spacing"}  # the datalist's, which its hash holds
     assert recipe <= TRAIN["settings"].keys()
+
+
+@pytest.mark.parametrize(
+    ("overlay", "ids"),
+    [
+        (None, {"views#teacher_intensity#noise": 0.3}),
+        (None, {"views#student_intensity#gamma": 2.0}),
+        (None, {"global_loss#targets#momentum": 0.2}),
+        ("sinkhorn", {"global_loss#targets#epsilon": 0.1}),
+        ("sinkhorn", {"global_loss#targets#queue_size": 8}),
+        ("koleo", {"koleo_loss#queue_size": 8}),
+        ("koleo", {"koleo_weight": 1.0}),
+        (None, {"amp": True}),
+        (None, {"export": "student"}),
+    ],
+)
+def test_settings_change_with_every_part_of_the_recipe(
+    overlay: str | None, ids: dict[str, Any], prepared: Path, tmp_path: Path
+) -> None:
+    """Also with numbers inside of blocks, which have no id of their own at the top."""
+    plain, changed = (
+        parsed(overlay, prepared, tmp_path, **changes).get_parsed_content("settings") for changes in ({}, ids)
+    )
+    assert plain != changed
+
+
+def test_the_exported_network_must_be_known(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        parsed(None, prepared, tmp_path, export="Teacher").get_parsed_content("train#trainer")
+    assert "export 'Teacher': choose teacher or student" in str(caught.value.__cause__)
+
+
+def test_a_fold_that_does_not_exist_is_an_error(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        parsed(None, prepared, tmp_path, validation_fold=7).get_parsed_content("data")
+    assert "no fold 7" in str(caught.value.__cause__)
 
 
 # What the paper gives, with the sizes and the length of a run that it leaves to ViT-B and DINO.
@@ -205,7 +242,6 @@ def test_evaluation_and_inference_can_be_built(name: str, prepared: Path, encode
     if name == "evaluate":
         untrained = parser.get_parsed_content("random_network")
         assert untrained.config == network.config
-        assert not torch.equal(untrained.norm.weight, network.norm.bias)
         assert not torch.equal(untrained.blocks[0].mlp.linear1.weight, network.blocks[0].mlp.linear1.weight)
 
 

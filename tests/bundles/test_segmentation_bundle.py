@@ -68,10 +68,12 @@ def configs(*names: str) -> list[str]:
     return [str(BUNDLE / "configs" / f"{name}.json") for name in names]
 
 
-def workflow(names: tuple[str, ...], data: Path, output: Path, **changes: Any) -> ConfigWorkflow:
+def workflow(
+    names: tuple[str, ...], data: Path, output: Path, sizes: dict[str, Any] | None = None, **changes: Any
+) -> ConfigWorkflow:
     """The bundle's workflow on the small data set, as ``monai.bundle run`` makes it."""
     settings = {
-        **SIZES,
+        **(SIZES if sizes is None else sizes),
         "bundle_root": str(BUNDLE),
         "dataset_dir": str(data),
         "output_dir": f"${str(output)!r}",
@@ -211,37 +213,93 @@ def one_process(tmp_path: Path) -> Any:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("overlay", [None, *OVERLAYS])
-def test_objects_of_every_overlay_can_be_built(
-    overlay: str | None, labelled: Path, small_encoder: Path, tmp_path: Path, one_process: None
-) -> None:
-    names = ("train", overlay) if overlay else ("train",)
-    blocks = {"frozen": {"unfrozen_blocks": 0}, "full": {"unfrozen_blocks": 4}}.get(str(overlay), {})
-    tiny = {"spacing": 1.0, "suffix": ""} if overlay == "tiny" else {}
-    made = workflow(names, labelled, tmp_path / "run", encoder_path=str(small_encoder), **blocks, **tiny)
-    if overlay == "multi_gpu_train":
-        made.parser["initialize"] = [line for line in made.parser["initialize"] if "init_process_group" not in line]
+def built(made: ConfigWorkflow, overlay: str | None) -> Any:
+    """Initialise a workflow, in this process alone; its network, without a distributed wrapper."""
+    parser = made.parser
+    parser["initialize"] = [line for line in parser["initialize"] if "init_process_group" not in line]
+    if overlay == "evaluate":
+        parser["model"] = {}  # nothing is trained yet
     made.initialize()
-    assert made.check_properties() == []
+    assert overlay == "evaluate" or made.check_properties() == []
+    plain = parser.get_parsed_content("plain_network")
+    assert isinstance(plain, UNet if overlay == "unet_scratch" else VoltaUNETR)
+    assert parser.get_parsed_content("score#evaluator").network is plain
+    assert parser.get_parsed_content("results").network is plain
+    return plain
+
+
+def check_training(made: ConfigWorkflow, overlay: str | None) -> None:
     network = made.parser.get_parsed_content("network")
     assert isinstance(network, DistributedDataParallel) == (overlay == "multi_gpu_train")
     plain = made.parser.get_parsed_content("plain_network")
-    assert isinstance(plain, UNet if overlay == "unet_scratch" else VoltaUNETR)
     if overlay != "unet_scratch":
-        frozen = {"frozen": 4, "full": 0, "unetr_scratch": 0}.get(str(overlay), 2)
+        # The upper half trains, unless the overlay says otherwise.
+        count = len(plain.vit.blocks)
+        frozen = {"frozen": count, "full": 0, "unetr_scratch": 0}.get(str(overlay), count // 2)
         moving = [any(p.requires_grad for p in block.parameters()) for block in plain.vit.blocks]
-        assert moving == [False] * frozen + [True] * (4 - frozen)
+        assert moving == [False] * frozen + [True] * (count - frozen)
     trainer = made.parser.get_parsed_content("train#trainer")
     trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in plain.parameters() if p.requires_grad}
     assert isinstance(trainer.loss_function, DiceCELoss)
     batch = next(iter(made.parser.get_parsed_content("train#dataloader")))
-    crops = made.parser.get_parsed_content("crops_per_volume")
-    assert batch["image"].shape == (2 * crops, 1, 32, 32, 16) and batch["label"].shape == batch["image"].shape
+    volumes, crops, size = (made.parser.get_parsed_content(i) for i in ("batch_size", "crops_per_volume", "image_size"))
+    assert batch["image"].shape == (volumes * crops, 1, *size) and batch["label"].shape == batch["image"].shape
     assert set(batch["label"].unique().tolist()) <= {0, 1, 2}
     settings = made.parser.get_parsed_content("settings")
     assert json.dumps(settings) and settings["network"] == type(plain).__name__
     assert (settings["encoder_sha256"] == "") == ("scratch" in str(overlay))
+
+
+@pytest.mark.parametrize("overlay", [None, "evaluate", *(name for name in OVERLAYS if name != "tiny")])
+def test_every_overlay_is_instantiated_alone(
+    overlay: str | None, labelled: Path, small_encoder: Path, tmp_path: Path, one_process: None
+) -> None:
+    names = ("train", overlay) if overlay else ("train",)
+    sizes = {key: value for key, value in SIZES.items() if key != "unfrozen_blocks"}
+    if overlay != "unet_scratch":
+        sizes = {key: value for key, value in sizes.items() if not key.startswith("unet_")}
+    made = workflow(names, labelled, tmp_path / "run", sizes=sizes, encoder_path=str(small_encoder))
+    built(made, overlay)
+    if overlay != "evaluate":
+        check_training(made, overlay)
+
+
+@pytest.mark.parametrize("overlay", [None, "evaluate", *(name for name in OVERLAYS if name != "tiny")])
+def test_every_overlay_is_instantiated_with_the_quick_starts(
+    overlay: str | None, tiny_data: Path, tiny_encoder: Path, tmp_path: Path, one_process: None
+) -> None:
+    """At the quick start's own sizes, on volumes of 3 mm: only paths are changed."""
+    names = ("train", overlay, "tiny") if overlay else ("train", "tiny")
+    made = workflow(names, tiny_data, tmp_path / "run", sizes={}, encoder_path=str(tiny_encoder))
+    built(made, overlay)
+    if overlay == "evaluate":
+        return
+    check_training(made, overlay)
+    tiny = read_json(configs("tiny")[0])
+    settings = made.parser.get_parsed_content("settings")
+    names_of = {"unet_scratch": {"channels": "unet_channels"}}.get(
+        str(overlay), {name: name for name in ("feature_size", "hidden_size", "mlp_dim", "num_layers", "num_heads")}
+    )
+    assert {n: settings["network_config"][n] for n in names_of} == {n: tiny[key] for n, key in names_of.items()}
+    assert settings["epochs"] == tiny["epochs"] and settings["image_size"] == tiny["image_size"]
+
+
+def test_the_quick_start_serves_inference_too(tiny_data: Path, tmp_path: Path) -> None:
+    made = ConfigWorkflow(
+        config_file=configs("inference", "tiny"),
+        meta_file=configs("metadata")[0],
+        logging_file=False,
+        workflow_type="infer",
+        bundle_root=str(BUNDLE),
+        source=str(tiny_data),
+        output_dir=str(tmp_path),
+    )
+    made.initialize()
+    tiny = read_json(configs("tiny")[0])
+    assert made.parser.get_parsed_content("dataset")[0]["image"].shape == (1, *tiny["volume_size"])
+    assert made.parser.get_parsed_content("network").config["num_layers"] == tiny["num_layers"]
+    assert str(made.parser.get_parsed_content("model_path")).endswith("models/model_phantom_tiny.pt")
 
 
 def test_the_paper_sized_networks_are_monais() -> None:
@@ -358,8 +416,9 @@ def test_the_model_is_plain_weights_and_tells_whom_it_was_trained_on(finished: P
     record = read_json(finished / "models" / "model.json")
     network = VoltaUNETR(**record["network"]["config"])
     network.load_state_dict(state)
-    trained = {patient_key(item["patient_id"]) for item in load_datalist(labelled).items if item["fold"] != 0}
+    trained = {patient_key(item["patient_id"], "fake") for item in load_datalist(labelled).items if item["fold"] != 0}
     assert set(record["provenance"]["patient_ids"]) == trained
+    assert record["pretraining"]["patient_ids"] == [] and len(record["pretraining"]["encoder_sha256"]) == 64
     assert "vit." in (finished / "pretrained.txt").read_text()
 
 
@@ -420,11 +479,64 @@ def test_a_trained_model_is_scored_again(
     changes: dict[str, Any] = {"model_path": str(finished / "models" / "model.pt"), "encoder_path": "/nowhere"}
     run(("train", "evaluate"), labelled, tmp_path / "eval", **changes)
     content, result = read_json(tmp_path / "eval" / "metrics.json"), read_json(finished / "result.json")
-    assert {name: result["metrics"][name] for name in content["metrics"]} == content["metrics"]
+    metrics = content["metrics"]
+    assert "mean_dice_low" in metrics
+    for name in ("mean_dice", "hd95"):
+        if f"{name}_low" in metrics:  # one patient alone has none
+            assert metrics.pop(f"{name}_low") <= metrics[name] <= metrics.pop(f"{name}_high")
+    assert {name: result["metrics"][name] for name in metrics} == metrics
     assert (content["leak"], content["scored"]) == ("none", 2)
     assert "Dice" in capsys.readouterr().out
-    with input_error("trained on 2 of the 2 scored patients", "sub-0001"):
+    with input_error("trained or pretrained on 2 of the 2 scored patients", "sub-0001"):
         run(("train", "evaluate"), labelled, tmp_path / "other", fold=1, **changes)
+
+    model = tmp_path / "model.pt"
+    shutil.copy(finished / "models" / "model.pt", model)
+    changes["model_path"] = str(model)
+    with input_error("does not tell whom it was trained and pretrained on"):
+        run(("train", "evaluate"), labelled, tmp_path / "bare", **changes)
+    record = read_json(finished / "models" / "model.json")
+    record["pretraining"]["patient_ids"] = [patient_key("sub-0005", "fake")]
+    write_json(model.with_suffix(".json"), record)
+    with input_error("1 of the 2 scored patients", "sub-0005  pretrained on"):
+        run(("train", "evaluate"), labelled, tmp_path / "leaky", **changes)
+    run(("train", "evaluate"), labelled, tmp_path / "leaky", **changes, allow_leak=True)
+    assert read_json(tmp_path / "leaky" / "metrics.json")["leak"] == "allowed"
+
+
+def test_of_many_scans_every_label_map_and_three_images_reach_mlflow(tmp_path: Path) -> None:
+    """As many as HarP's hold-out has; from MLflow alone, worst, median and best can be shown and all be scored."""
+    data = make_labelled(tmp_path / "data", count=31, folds=2)
+    content = read_json(data / "datalist.json")
+    items = [{**item, "fold": int(number >= 27)} for number, item in enumerate(content["training"])]
+    write_json(data / "datalist.json", make_content("fake", [1.0] * 3, [SIDE] * 3, 0, 2, items, []))
+    store = f"sqlite:///{tmp_path}/mlruns.db"
+    run(
+        ("train", "unet_scratch"),
+        data,
+        tmp_path / "run",
+        epochs=1,
+        validation_fraction=0.0,
+        val_interval=10,
+        tracking="mlflow",
+        tracking_uri=store,
+    )
+    client = MlflowClient(store)
+    (record,) = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.finished = 'true'")
+
+    def names(folder: str) -> set[str]:
+        found = client.list_artifacts(record.info.run_id, f"predictions/{folder}")
+        return {Path(item.path).name.removesuffix(".nii.gz") for item in found}
+
+    everybody = {f"sub-{number:04d}_ses-M000" for number in range(27)}
+    assert names("masks") == names("labels") == everybody
+    rows = rows_of(tmp_path / "run" / "predictions" / "scores.csv")
+    order = sorted(rows, key=lambda row: float(row["dice"]))
+    shown = {f"{order[place]['subject_id']}_{order[place]['session']}" for place in (0, 13, 26)}
+    assert len({float(row["dice"]) for row in rows}) < 27 or names("images") == shown
+    assert len(names("images")) == 3
+    label = nib.load(client.download_artifacts(record.info.run_id, f"predictions/labels/{sorted(shown)[0]}.nii.gz"))
+    assert set(np.unique(np.asarray(label.dataobj))) == {0, 1, 2}
 
 
 def test_an_annotation_server_gives_its_own_scans(tmp_path: Path) -> None:
@@ -519,6 +631,32 @@ def test_a_prepared_scan_gets_the_mask_that_was_scored(finished: Path, labelled:
     assert np.array_equal(np.asarray(mask.dataobj), np.asarray(scored.dataobj))
 
 
+def test_scans_of_the_same_file_name_get_masks_of_their_own(finished: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(("sub-1", "sub-2")):
+        affine = centred_affine((36, 40, 34))
+        volume, _ = head((36, 40, 34), affine, seed=number)
+        (tmp_path / "raw" / name).mkdir(parents=True)
+        nib.save(nib.Nifti1Image(volume, affine), tmp_path / "raw" / name / "T1.nii.gz")
+    infer(finished, tmp_path / "raw", tmp_path / "out")
+    masks = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.nii.gz"))
+    assert masks == ["sub-1/T1_hippocampus.nii.gz", "sub-2/T1_hippocampus.nii.gz"]
+    with input_error("choose a folder outside of it"):
+        infer(finished, tmp_path / "raw", tmp_path / "raw" / "masks")
+    shutil.copy(tmp_path / "raw" / "sub-1" / "T1.nii.gz", tmp_path / "raw" / "sub-1" / "T1.mgz")
+    with input_error("the same name", "T1.mgz", "T1.nii.gz"):
+        infer(finished, tmp_path / "raw", tmp_path / "again")
+
+
+def test_bad_scans_are_all_named_before_any_is_segmented(finished: Path, labelled: Path, tmp_path: Path) -> None:
+    shutil.copytree(labelled / "images", tmp_path / "scans")
+    for name in ("sub-0003_ses-M000.nii", "sub-0007_ses-M000.nii"):
+        path = tmp_path / "scans" / name
+        path.write_bytes(path.read_bytes()[:2000])
+    with input_error("2 of 10 scans cannot be used", "sub-0003", "sub-0007"):
+        infer(finished, tmp_path / "scans", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 # --- bad input ---------------------------------------------------------------------------------------------------
 
 
@@ -549,7 +687,7 @@ def test_bad_input_ends_a_run_before_training(labelled: Path, small_encoder: Pat
     leaky = tmp_path / "encoder.safetensors"
     shutil.copy(small_encoder, leaky)
     record = read_json(small_encoder.with_suffix(".json"))
-    record["provenance"]["patient_ids"] = [patient_key("sub-0005")]
+    record["provenance"]["patient_ids"] = [patient_key("sub-0005", "fake")]
     write_json(leaky.with_suffix(".json"), record)
     with input_error("pretrained on 1 of the 2 scored patients", "sub-0005"):
         workflow(("train",), labelled, tmp_path / "run", encoder_path=str(leaky)).initialize()

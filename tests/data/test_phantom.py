@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import csv
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -14,7 +19,7 @@ from scipy.linalg import expm
 from volta_components.cli import main
 from volta_components.data import phantom as ph
 from volta_components.errors import InputError
-from volta_components.files import sha256_file
+from volta_components.files import partial_prefix, sha256_file
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +268,7 @@ def test_data_set_is_bids(cohort):
     )
     derived = re.compile(
         r"dataset_description\.json|README\.md|desc-hippocampus_dseg\.tsv"
+        r"|desc-hippocampus_dseg\.json"
         r"|(sub-[A-Za-z0-9]+)/(ses-[A-Za-z0-9]+)/anat/\1_\2_desc-hippocampus_dseg\.nii\.gz"
     )
     for name in files(cohort):
@@ -276,6 +282,36 @@ def test_data_set_is_bids(cohort):
         assert description["GeneratedBy"][0]["Name"] == "volta3d phantom"
         assert "ICBM" in description["License"]
     assert "McConnell Brain Imaging Centre" in (cohort / "LICENSE").read_text()
+
+
+def bids_issues(folder):
+    """What the BIDS validator finds: severity, code, key and place of each issue."""
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    program = shutil.which("bids-validator-deno", path=places)
+    if program is None:
+        pytest.skip("no BIDS validator here: pip install bids-validator-deno")
+    done = subprocess.run([program, str(folder), "--format", "json"], capture_output=True, text=True, timeout=300)
+    try:
+        found = json.loads(done.stdout)["issues"]["issues"]
+    except ValueError:
+        pytest.skip(f"the BIDS validator does not run here: {done.stderr.strip()[-300:]}")
+    return {(item["severity"], item["code"], item.get("subCode"), item.get("location")) for item in found}
+
+
+def test_the_bids_validator_finds_nothing_but_the_lack_of_a_scanner(cohort, tmp_path):
+    for folder in (cohort, cohort / "derivatives/hippocampus"):
+        for severity, code, key, place in bids_issues(folder):
+            assert severity == "warning", (code, key, place)
+            # There was no scanner, so it has no make, coil or sequence; there are no event tags; there is one author.
+            of_a_scanner = code == "SIDECAR_KEY_RECOMMENDED" and place.endswith("_T1w.nii.gz")
+            assert of_a_scanner or key == "HEDVersion" or code == "TOO_FEW_AUTHORS", (code, key, place)
+    # It does look: something that has no place in a data set, and a label map that is no volume.
+    broken = shutil.copytree(cohort, tmp_path / "broken")
+    (broken / "sub-PH0001/ses-M000/anat/notes.docx").touch()
+    (broken / "sub-PH0002/ses-M000/anat/sub-PH0002_ses-M000_T1w.nii.gz").write_bytes(b"")
+    errors = {(code, place) for severity, code, _, place in bids_issues(broken) if severity == "error"}
+    assert ("NOT_INCLUDED", "/sub-PH0001/ses-M000/anat/notes.docx") in errors
+    assert ("EMPTY_FILE", "/sub-PH0002/ses-M000/anat/sub-PH0002_ses-M000_T1w.nii.gz") in errors
 
 
 def test_tables_and_sidecars_agree(cohort):
@@ -336,6 +372,19 @@ def test_an_interrupted_run_leaves_whole_files_only(tmp_path, monkeypatch):
         "sub-PH0002",
         "sub-PH0003",
     ]
+
+
+def test_what_a_killed_run_left_is_removed(cohort):
+    before = files(cohort)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    name = partial_prefix().replace(f"-{os.getpid()}-", f"-{dead.pid}-") + "x.nii.gz"
+    image = cohort / "sub-PH0002/ses-M000/anat/sub-PH0002_ses-M000_T1w.nii.gz"
+    for folder in (cohort, image.parent, cohort / "derivatives/hippocampus/sub-PH0002/ses-M000/anat"):
+        (folder / name).write_bytes(b"half")
+    image.unlink()  # killed before this subject was whole
+    ph.phantom(str(cohort), 4, seed=3, spacing=3, workers=1)
+    assert files(cohort) == before
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ def store_uri(tmp_path_factory):
     writer = Writer(tmp_path_factory.mktemp("store"))
     writer.classification("ixi_sex", (0.2, 1.0), 40)
     writer.classification("aibl_ad", (1.0,), 30)
-    writer.segmentation()
+    writer.segmentation(fractions=(0.4, 1.0))
     return writer.uri
 
 

@@ -101,6 +101,7 @@ def test_p_of_a_bootstrap_by_hand():
     assert statistics.bootstrap_p(np.array([-1.0, 1, 2, 3, 4, 5, 6, 7, 8])) == pytest.approx(2 * 2 / 10)
     assert statistics.bootstrap_p(np.ones(999)) == pytest.approx(2 / 1000)
     assert statistics.bootstrap_p(np.zeros(99)) == 1.0
+    assert statistics.bootstrap_p(np.array([0.1 + 0.2 - 0.3, -1.0, 1, 2])) == statistics.bootstrap_p([0.0, -1, 1, 2])
     assert math.isnan(statistics.bootstrap_p(np.array([math.nan])))
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from volta_components.data.identity import canonical_patient_id, is_worldwide
 from volta_components.data.volumes import UnusableVolume, read_header, read_volume
@@ -84,12 +85,18 @@ class Datalist:
         """Items of all other folds, and items of ``fold``.
 
         Raises:
-            InputError: if there is no such fold.
+            InputError: if there is no such fold, or it has no items, or all of them.
         """
         if not 0 <= fold < self.n_folds:
             raise InputError(f"{self.path}: no fold {fold}; it has folds 0 to {self.n_folds - 1}")
         items = self.items
-        return [item for item in items if item["fold"] != fold], [item for item in items if item["fold"] == fold]
+        others, held_out = ([item for item in items if (item["fold"] == fold) is side] for side in (False, True))
+        if not others or not held_out:
+            raise InputError(
+                f"{self.path}: fold {fold} has {len(held_out)} of {len(items)} items, which leaves nobody on one side; "
+                "choose another fold, or prepare the data set with --folds 2 or more"
+            )
+        return others, held_out
 
     def __len__(self) -> int:
         return len(self.content["training"])
@@ -278,8 +285,9 @@ def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = 
     """Check that every volume of a datalist is there and is what the datalist says, before a training starts.
 
     By default the headers and file sizes are read (about a millisecond a volume), since the content was checked when
-    it was prepared. ``deep`` also reads every voxel and compares hashes; threads suffice, as reading, NumPy and hashing
-    all release the interpreter's lock.
+    it was prepared. ``deep`` also reads every voxel and compares hashes, with a progress bar; threads suffice, as
+    reading, NumPy and hashing all release the interpreter's lock. Processes that train together share the work, and
+    each raises what any of them found.
 
     Args:
         datalist: the data set.
@@ -289,6 +297,8 @@ def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = 
     Raises:
         InputError: listing every bad file with its reason.
     """
+    # Here, since it imports torch, which the workers of ``volta3d prepare`` do without.
+    from volta_components.distributed import gather_objects, process_count, process_rank
 
     def examine(item: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         found = []
@@ -301,8 +311,17 @@ def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = 
         return found
 
     items = datalist.items
+    share = items[process_rank() :: process_count()]
     with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        rows = [row for found in pool.map(examine, items) for row in found]
+        checked = tqdm(
+            pool.map(examine, share),
+            total=len(share),
+            desc="checking volumes",
+            unit="volume",
+            leave=False,
+            disable=not deep or process_rank() > 0,
+        )
+        rows = sorted(gather_objects([row for found in checked for row in found]))
     if rows:
         raise InputError.many(
             f"{datalist.path}: {len(rows)} files of {len(items)} items cannot be used",

@@ -61,7 +61,7 @@ from tqdm import tqdm
 
 from volta_components._version import __version__
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, read_json, write_json
+from volta_components.files import atomic_path, read_json, remove_partials, write_json
 
 FIELD_OF_VIEW = (144, 192, 192)
 """Size of every image, mm: left-right, posterior-anterior, inferior-superior."""
@@ -72,6 +72,7 @@ FORMAT = 1
 SESSION = "ses-M000"
 PARAMETERS_FILE = "code/phantom.json"
 LABELS_FOLDER = "derivatives/hippocampus"
+TEMPLATE_URL = "https://www.bic.mni.mcgill.ca/ServicesAtlases/ICBM152NLin2009"
 
 _BOX = np.array([[-84.0, 84.0], [-120.0, 87.0], [-84.0, 96.0]])
 """The part of MNI space that is used, mm; the corners of template and velocity grid alike."""
@@ -809,6 +810,14 @@ same, mildly. The images are good for trying software. They say nothing about pe
 The template's notice is in `LICENSE`.
 """
 
+_LABELS_README = """\
+# Label maps of the phantoms' hippocampi
+
+`*_desc-hippocampus_dseg.nii.gz` is on the grid of the subject's T1w image: 1 is the left hippocampus, 2 the right one.
+They are the anatomy that the image was made from, warped as it was: the truth, not somebody's drawing. Volumes in mm^3
+are in the sidecar of the T1w image, under `Phantom`.
+"""
+
 
 def _describe(output: Path, settings: Settings, subjects: list[Subject]) -> None:
     """Write everything of the data set that is not one subject's."""
@@ -821,6 +830,7 @@ def _describe(output: Path, settings: Settings, subjects: list[Subject]) -> None
         "Authors": ["VolTA-3D"],
         "Acknowledgements": "Template: Fonov et al., NeuroImage 54 (2011), by way of nilearn",
         "GeneratedBy": generated,
+        "SourceDatasets": [{"URL": TEMPLATE_URL, "Version": "ICBM152 2009a nonlinear symmetric"}],
     }
     write_json(output / "dataset_description.json", description)
     derived = {
@@ -835,6 +845,9 @@ def _describe(output: Path, settings: Settings, subjects: list[Subject]) -> None
         ("index", "name", "abbreviation"),
         [(0, "background", "BG"), (1, "left hippocampus", "L-HIP"), (2, "right hippocampus", "R-HIP")],
     )
+    # Without entities in its name it holds for every label map.
+    shared = {"Description": "Left and right hippocampus as the phantom was made", "SpatialReference": "orig"}
+    write_json(output / LABELS_FOLDER / "desc-hippocampus_dseg.json", shared)
     participants = {
         "sex": {"Description": "sex of the phantom", "Levels": {"F": "female", "M": "male"}},
         "age": {"Description": "age of the phantom", "Units": "year"},
@@ -862,7 +875,7 @@ def _describe(output: Path, settings: Settings, subjects: list[Subject]) -> None
         session=SESSION,
         labels=LABELS_FOLDER,
     )
-    labels = "# Label maps of the phantoms' hippocampi\n\nOn the grid of the T1w images: 1 left, 2 right.\n"
+    labels = _LABELS_README
     texts = (("README.md", readme), (f"{LABELS_FOLDER}/README.md", labels), ("LICENSE", _TEMPLATE_NOTICE))
     for name, text in texts:
         with atomic_path(output / name) as temporary:
@@ -925,6 +938,8 @@ def phantom(
     _claim(folder, settings)
     numbers = range(first, first + subjects)
     missing = [number for number in numbers if not _finished(folder, settings.subject_id(number))]
+    subject_folders = {path.parent for n in missing for path in _paths(folder, settings.subject_id(n))}
+    remove_partials(folder, folder / LABELS_FOLDER, *subject_folders)
     _run(folder, settings, missing, _cores() if workers is None else workers)
     pattern = re.compile(rf"sub-{settings.prefix}(\d{{4,}})")
     there = sorted(int(found[1]) for path in folder.iterdir() if (found := pattern.fullmatch(path.name)))

@@ -15,7 +15,7 @@ import pandas as pd
 
 from volta_components.crossval import _assignments, _words
 from volta_components.errors import InputError
-from volta_components.files import atomic_path
+from volta_components.files import atomic_path, remove_partials
 from volta_components.report import figures, statistics
 from volta_components.report.masks import Case, find_case, read_mask, scan_name, score_masks
 from volta_components.report.page import Section, Viewer, render
@@ -48,7 +48,8 @@ def report(
         seed: of the bootstrap.
 
     Returns:
-        0, or 1 if a combination of init, fold and fraction, or a table of the paper, has no finished run.
+        0, or 1 if a combination of init, fold and fraction has no finished run: a cross-validation that is not
+        complete. A task of which there are no runs at all is named, and is no failure.
 
     Raises:
         InputError: if the store is missing or has no finished runs, or masks cannot be used.
@@ -62,6 +63,7 @@ def report(
     if tools and not any(study.kind == "segmentation" for study in studies):
         raise InputError(f"--masks: {uri} has no finished segmentation runs to compare them with")
     root = Path(output)
+    remove_partials(root, root / "tables", root / "figures")
     # Masks first: what is wrong with them should be said before anything is drawn.
     scored = {study.bundle: _score_tools(study, store, tools) for study in studies if study.kind == "segmentation"}
     sections = [
@@ -74,7 +76,8 @@ def report(
     for table in [runs, *(table for section in sections for table in section.tables)]:
         with atomic_path(root / "tables" / f"{table.name}.csv") as temporary:
             table.frame.to_csv(temporary, index=False)
-    absent = [f"Table {task.table}, {task.short}" for bundle, task in TASKS.items() if bundle not in _bundles(studies)]
+    there = {study.bundle for study in studies}
+    absent = [f"Table {task.table}, {task.short}" for bundle, task in TASKS.items() if bundle not in there]
     with atomic_path(root / "index.html") as temporary:
         temporary.write_text(render(sections, runs, absent, root), encoding="utf-8")
     for section in sections:
@@ -83,11 +86,7 @@ def report(
     if absent:
         print(f"No finished runs for {', '.join(absent)}.", file=sys.stderr)
     print(root.resolve() / "index.html")
-    return 1 if absent or any("no finished run" in note for study in studies for note in study.notes) else 0
-
-
-def _bundles(studies: list[Study]) -> set[str]:
-    return {study.bundle for study in studies}
+    return int(any(study.incomplete for study in studies))
 
 
 def _classification(study: Study, store: Store, root: Path, samples: int, seed: int) -> Section:
@@ -97,15 +96,11 @@ def _classification(study: Study, store: Store, root: Path, samples: int, seed: 
     pictures = []
     if len(study.fractions) > 1:
         pictures.append(figures.fraction_figure(study, tables.estimates, folder))
-    else:
-        study.notes.append(
-            f"Figure 2 needs several fractions of the training part; only {study.fractions[0]:.0%} was run."
-            if study.bundle == "ixi_sex"
-            else ""
-        )
+    elif study.bundle == "ixi_sex":
+        only = f"{study.fractions[0]:.0%}"
+        study.notes.append(f"Figure 2 needs several fractions of the training part; only {only} was run.")
     pictures += [figures.roc_figure(study, folder), figures.confusion_figure(study, folder)]
     pictures += _present([figures.training_figure(study, store, folder)])
-    study.notes = [note for note in study.notes if note]
     made = [tables.main(), tables.comparisons(), tables.fractions(), optimistic(study), tables.breakdown()]
     return Section(study, _present(made), pictures)
 
@@ -140,8 +135,13 @@ def _segmentation(
         study.notes.append(f"{case.name} cannot be shown: its image or truth is neither in MLflow nor on disk.")
     folder = root / "figures"
     pictures = [figures.case_figure(study, shown, folder)] if shown else []
+    if len(study.fractions) > 1:
+        pictures.append(figures.fraction_figure(study, tables.estimates, folder))
     pictures += _present([figures.training_figure(study, store, folder)])
-    made = [tables.main(), tables.comparisons(), tables.sides(), optimistic(study), tables.breakdown()]
+    made = [
+        *(tables.main(), tables.comparisons(), tables.sides(), tables.fractions()),
+        *(optimistic(study), tables.breakdown()),
+    ]
     return Section(study, _present(made), pictures, _viewer(study, shown))
 
 
@@ -150,15 +150,15 @@ def _present(items: list[Any]) -> list[Any]:
 
 
 def _cases(study: Study, store: Store, tools: Mapping[str, _Tool]) -> dict[str, Case]:
-    """Worst, median and best scan of the reference init."""
+    """Worst, median and best scan of the reference init; of several seeds, the lowest."""
     rows = [
         (float(score), scan_name(row), run)
-        for run in study.select(study.reference)
+        for run in study.select_one_seed(study.reference)
         for row, score in zip(run.table.itertuples(), run.table["dice"], strict=True)
     ]
     rows = sorted((row for row in rows if math.isfinite(row[0])), key=lambda row: row[:2])
     ranks = {"worst": 0, "median": (len(rows) - 1) // 2, "best": len(rows) - 1} if rows else {}
-    tables = [(variant, run.table) for variant in study.variants for run in study.select(variant)]
+    tables = [(variant, run.table) for variant in study.variants for run in study.select_one_seed(variant)]
     tables += [(name, tool.scores) for name, tool in tools.items()]
     cases: dict[str, Case] = {}
     for rank, place in ranks.items():

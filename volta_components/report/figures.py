@@ -18,7 +18,7 @@ from sklearn.metrics import roc_curve
 
 from volta_components.files import atomic_path
 from volta_components.report.masks import Case
-from volta_components.report.paper import TASKS, colours_of, name_of
+from volta_components.report.paper import METRICS, TASKS, colours_of, name_of
 from volta_components.report.statistics import Estimate
 from volta_components.report.store import Store, Study
 
@@ -79,24 +79,36 @@ def write(figure: Figure, folder: Path, name: str, title: str, caption: str) -> 
 def fraction_figure(
     study: Study, estimates: Mapping[tuple[str, float], Mapping[str, Estimate]], folder: Path
 ) -> Picture:
-    """Figure 2: AUROC against the share of the training part, with bands of one SD over folds."""
+    """Figure 2: AUROC or Dice against the share of the training part.
+
+    Bands are one SD over folds for AUROC. Dice has no folds to differ between: its bands are confidence intervals.
+    """
     colours = colours_of(study.variants)
+    metric = "auroc" if study.kind == "classification" else "dice"
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(4.9, 3.9))
         axes = figure.subplots()
         for variant in study.variants:
             known = [fraction for fraction in study.fractions if (variant, fraction) in estimates]
-            values = [estimates[variant, fraction]["auroc"] for fraction in known]
+            values = [estimates[variant, fraction][metric] for fraction in known]
             x = 100 * np.array(known)
             mean = np.array([value.mean for value in values])
-            sd = np.nan_to_num([value.sd for value in values])
-            axes.fill_between(x, mean - sd, np.minimum(mean + sd, 1), color=colours[variant], alpha=0.15, linewidth=0)
+            if metric == "auroc":
+                sd = np.nan_to_num([value.sd for value in values])
+                low, high = mean - sd, np.minimum(mean + sd, 1)
+            else:
+                low, high = np.array([(value.low, value.high) for value in values]).T
+            axes.fill_between(x, low, high, color=colours[variant], alpha=0.15, linewidth=0)
             axes.plot(x, mean, marker="o", markersize=4, color=colours[variant], label=name_of(variant))
-        axes.set(xlabel="share of the training part (%)", ylabel="AUROC", xticks=[100 * f for f in study.fractions])
+        axes.set(
+            xlabel="share of the training part (%)", ylabel=METRICS[metric], xticks=[100 * f for f in study.fractions]
+        )
         axes.legend(loc="best")
     number = "Figure 2. " if study.bundle == "ixi_sex" else ""
-    caption = "Mean over folds; band: ± 1 SD over folds. The scored fold is always whole."
-    return write(figure, folder, f"{study.bundle}_fractions", f"{number}AUROC with less data", caption)
+    band = "Mean over folds; band: ± 1 SD over folds." if metric == "auroc" else "Mean over scans; band: its 95 % CI."
+    caption = f"{band} The scored part is always whole."
+    title = f"{number}{METRICS[metric]} with less data"
+    return write(figure, folder, f"{study.bundle}_fractions", title, caption)
 
 
 def roc_figure(study: Study, folder: Path) -> Picture:
@@ -120,7 +132,8 @@ def roc_figure(study: Study, folder: Path) -> Picture:
                 axes.plot([0.0, *grid], mean, color=colours[variant], linewidth=2, label=name_of(variant))
         axes.set(xlabel="1 − specificity", ylabel="sensitivity", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
         axes.legend(loc="lower right")
-    caption = "Thin: each fold. Thick: mean sensitivity over folds at each specificity."
+    each = "each fold and seed" if study.several_seeds else "each fold"
+    caption = f"Thin: {each}. Thick: mean sensitivity of these at each specificity."
     return write(figure, folder, f"{study.bundle}_roc", "ROC curves", caption)
 
 
@@ -136,41 +149,52 @@ def confusion_figure(study: Study, folder: Path) -> Picture:
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(2.5 * len(study.variants) + 0.3, 2.9))
         for axes, variant in zip(np.atleast_1d(figure.subplots(1, len(study.variants))), study.variants, strict=True):
-            counts = confusion([run.table for run in study.select(variant)])
+            by_fold: dict[int, list[Any]] = {}
+            for run in study.select(variant):
+                by_fold.setdefault(run.fold, []).append(run.table)
+            counts = confusion(list(by_fold.values()))
             shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
             axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
             for (row, column), count in np.ndenumerate(counts):
                 dark = shares[row, column] > 0.55
-                text = f"{int(count)}\n{shares[row, column]:.0%}"
+                text = f"{round(count, 1):g}\n{shares[row, column]:.0%}"
                 axes.text(column, row, text, ha="center", va="center", color="white" if dark else "#1d2733")
             axes.set(xticks=[0, 1], yticks=[0, 1], xticklabels=classes, yticklabels=classes, title=name_of(variant))
             axes.set(xlabel="predicted", ylabel="true" if variant == study.variants[0] else "")
             axes.tick_params(length=0)
             for spine in axes.spines.values():
                 spine.set_visible(False)
-    caption = "Scans of all folds, each scored once, at each run's own threshold; shares are of the true class."
+    once = "counted once (the mean over seeds)" if study.several_seeds else "scored once"
+    caption = f"Scans of all folds, each {once}, at each run's own threshold; shares are of the true class."
     return write(figure, folder, f"{study.bundle}_confusion", "Confusion matrices", caption)
 
 
-def confusion(tables: Sequence[Any]) -> NDArray[Any]:
-    """Counts ``[true class, predicted class]`` over tables."""
+def confusion(folds: Sequence[Sequence[Any]]) -> NDArray[Any]:
+    """Counts ``[true class, predicted class]``, added up over folds; the tables of a fold (seeds) are averaged."""
     counts = np.zeros((2, 2))
-    for table in tables:
-        np.add.at(counts, (table["label"].to_numpy(int), table["prediction"].to_numpy(int)), 1)
+    for tables in folds:
+        for table in tables:
+            place = table["label"].to_numpy(int), table["prediction"].to_numpy(int)
+            np.add.at(counts, place, 1 / len(tables))
     return counts
+
+
+def learning_curves(study: Study, store: Store) -> dict[str, list[tuple[str, NDArray[Any], NDArray[Any]]]]:
+    """Init, epochs and values of each run's curve, by metric; the bundles log these by epoch."""
+    curves: dict[str, list[tuple[str, NDArray[Any], NDArray[Any]]]] = {}
+    for variant in study.variants:
+        for run in study.select(variant):
+            for metric in CURVES:
+                if metric in run.metrics and len(points := store.history(run.run_id, metric)) > 1:
+                    epochs, values = np.array(points).T
+                    curves.setdefault(metric, []).append((variant, *_binned(epochs, values)))
+    return curves
 
 
 def training_figure(study: Study, store: Store, folder: Path) -> Picture | None:
     """Training and validation curves, one panel a metric."""
     colours = colours_of(study.variants)
-    histories: dict[str, list[tuple[str, NDArray[Any], NDArray[Any]]]] = {}
-    for variant in study.variants:
-        for run in study.select(variant):
-            for metric in CURVES:
-                if metric in run.metrics and len(points := store.history(run.run_id, metric)) > 1:
-                    steps, values = np.array(points).T
-                    epochs = float(run.params.get("epochs") or run.params.get("max_epochs") or steps[-1])
-                    histories.setdefault(metric, []).append((variant, *_binned(steps / steps[-1] * epochs, values)))
+    histories = learning_curves(study, store)
     if not histories:
         return None
     shown = [metric for metric in CURVES if metric in histories]
@@ -182,12 +206,17 @@ def training_figure(study: Study, store: Store, folder: Path) -> Picture | None:
             for variant, epochs_axis, values in histories[metric]:
                 label = None if variant in labelled else name_of(variant)
                 labelled.add(variant)
-                axes.plot(epochs_axis, values, color=colours[variant], linewidth=1, alpha=0.7, label=label)
+                # Few points are shown as such: a validation now and then.
+                marker = "o" if len(values) < 15 else None
+                look: Any = {"linewidth": 1, "alpha": 0.7, "marker": marker, "markersize": 2.5}
+                axes.plot(epochs_axis, values, color=colours[variant], label=label, **look)
             axes.set(xlabel="epoch", title=CURVES[metric])
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         panels[0].legend(loc="best")
+    line = "each fold and seed" if study.several_seeds else "each fold"
     caption = (
-        "One line for each fold, on all of the training part; validation is the inner part, never the scored fold."
+        f"One line for {line}, on {study.fractions[-1]:.0%} of the training part; validation is the inner part, never "
+        "the scored one."
     )
     return write(figure, folder, f"{study.bundle}_training", "Training curves", caption)
 

@@ -75,7 +75,7 @@ def _load(path: Path) -> nib.Nifti1Image:
 
 def find_case(store: Store, study: Study, name: str, fold: int, scores: dict[str, float]) -> Case:
     """Image, truth and every init's mask of one scan."""
-    runs = {v: [run for run in study.select(v) if run.fold == fold] for v in study.variants}
+    runs = {v: [run for run in study.select_one_seed(v) if run.fold == fold] for v in study.variants}
     everything = [run for found in runs.values() for run in found]
 
     def first(folder: str, among: Sequence[FinishedRun]) -> nib.Nifti1Image | None:
@@ -111,7 +111,7 @@ def score_masks(store: Store, study: Study, tool: str, folder: Path) -> tuple[pd
     no_truth: list[str] = []
     bad: list[tuple[str, str, str]] = []
     files: dict[str, Path] = {}
-    for run in study.select(study.reference):
+    for run in study.select_one_seed(study.reference):
         for row in run.table.itertuples():
             name = scan_name(row)
             path = _find(folder, name, str(row.subject_id))

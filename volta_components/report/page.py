@@ -80,7 +80,7 @@ def render(sections: list[Section], runs: Table, absent: list[str], root: Path) 
         runs=runs,
         absent=absent,
         phantoms=[section.study.bundle for section in sections if section.study.phantom],
-        alarms=[alarm for section in sections for alarm in section.study.alarms],
+        doubts=[section for section in sections if section.study.alarms],
         missing=[(section.study.bundle, note) for section in sections for note in section.study.notes],
         data_sets=sorted({(tag.get("datalist_name", "unnamed"), tag.get("datalist_hash", "")[:12]) for tag in tags}),
         agreement=AGREEMENT,

@@ -16,7 +16,8 @@ class Task:
         short: of the link to it.
         positive: what the positive class is; sensitivity is the share of these that is found.
         negative: what the negative class is.
-        threshold: how the operating point was chosen.
+        threshold: the paper's operating point, as the bundles' ``threshold``.
+        spread: what the paper's SD is over.
         paper: (mean, SD) by init and metric.
     """
 
@@ -26,6 +27,7 @@ class Task:
     positive: str = "1"
     negative: str = "0"
     threshold: str = ""
+    spread: str = "folds"
     paper: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
 
 
@@ -42,7 +44,7 @@ TASKS = {
         short="Sex (IXI)",
         positive="female",
         negative="male",
-        threshold="threshold 0.5",
+        threshold="0.5",
         paper={
             "volta": _scores((0.98, 0.01), (0.92, 0.06), (0.80, 0.20)),
             "vit_scratch": _scores((0.94, 0.02), (0.87, 0.08), (0.82, 0.14)),
@@ -55,7 +57,7 @@ TASKS = {
         short="AD (AIBL)",
         positive="AD",
         negative="healthy",
-        threshold="Youden's J on an inner validation part of the training folds",
+        threshold="youden",
         paper={
             "volta": _scores((0.72, 0.10), (0.72, 0.20), (0.72, 0.08)),
             "vit_scratch": _scores((0.67, 0.05), (0.64, 0.16), (0.72, 0.14)),
@@ -66,6 +68,7 @@ TASKS = {
         table="III",
         title="Left and right hippocampus (HarP)",
         short="Hippocampus (HarP)",
+        spread="epochs",
         paper={
             "volta": {"dice": (0.87, 0.01), "hd95": (2.49, 0.96)},
             "unetr_scratch": {"dice": (0.85, 0.01), "hd95": (3.49, 1.28)},

@@ -185,10 +185,11 @@ def interval(replicates: NDArray[Any]) -> tuple[float, float]:
 def bootstrap_p(replicates: NDArray[Any]) -> float:
     """Two-sided p value that a difference is zero, from its bootstrap replicates.
 
-    Twice the smaller share of replicates at or beyond zero, each counted with one sample more, so that p is never 0.
+    Twice the smaller share of replicates at or beyond zero, each counted with one sample more, so that p is never 0. A
+    difference that is zero but for rounding is zero.
     """
     known = np.asarray(replicates, dtype=float)
-    known = known[np.isfinite(known)]
+    known = np.round(known[np.isfinite(known)], 12)
     if not len(known):
         return math.nan
     tail = min((known <= 0).sum(), (known >= 0).sum())
@@ -257,7 +258,9 @@ def has_delong() -> bool:
 def summarise(
     runs: Mapping[Any, pd.DataFrame], folds: Mapping[Any, int], resamplings: Mapping[int, Resampling]
 ) -> tuple[dict[str, Estimate], dict[str, Array]]:
-    """Metrics of a classification init: mean and SD over its runs, and intervals.
+    """Metrics of a classification init: mean and SD over folds, and intervals.
+
+    Several runs of a fold (seeds) are averaged first: they share their subjects, and are one value of the fold.
 
     Args:
         runs: prediction tables.
@@ -267,10 +270,18 @@ def summarise(
     Returns:
         Estimates, and bootstrap replicates of the means, by metric.
     """
-    values = [classification_metrics(table) for table in runs.values()]
-    replicates = [classification_metrics(table, resamplings[folds[key]].weights(table)) for key, table in runs.items()]
-    means = {name: np.mean([item[name] for item in replicates], axis=0) for name in values[0]}
+    values, replicates = [], []
+    for fold in sorted({folds[key] for key in runs}):
+        tables = [table for key, table in runs.items() if folds[key] == fold]
+        values.append(_mean([classification_metrics(table) for table in tables]))
+        weighted = [classification_metrics(table, resamplings[fold].weights(table)) for table in tables]
+        replicates.append(_mean(weighted))
+    means = _mean(replicates)
     return {name: estimate([float(item[name]) for item in values], means[name]) for name in means}, means
+
+
+def _mean(items: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    return {name: np.mean([item[name] for item in items], axis=0) for name in items[0]}
 
 
 def pair_auroc(tables: Sequence[pd.DataFrame], weights: Sequence[NDArray[Any]] | None = None) -> Array:

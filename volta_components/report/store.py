@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from volta_components.crossval import BASE_INIT, RECIPE_TAG
 from volta_components.errors import InputError
 from volta_components.report.paper import TASKS, in_order
 
@@ -32,7 +34,7 @@ class FinishedRun:
     Attributes:
         run_id: MLflow's.
         name: MLflow's run name.
-        variant: the init, or the overlay that crossval took for it.
+        variant: the overlay that crossval took for the init; of a run started by hand, what its settings say.
         fold: the scored fold.
         fraction: share of the training part.
         seed: of the run.
@@ -60,6 +62,27 @@ class FinishedRun:
         """Init, fraction, fold and seed: only one run of a cell counts."""
         return self.variant, self.fraction, self.fold, self.seed
 
+    @property
+    def by_hand(self) -> bool:
+        """Whether it was started without crossval."""
+        return "variant" not in self.tags
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What casts doubt on a table.
+
+    Attributes:
+        title: in a word or two.
+        text: whole sentences.
+    """
+
+    title: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.title}: {self.text}"
+
 
 @dataclass
 class Study:
@@ -70,14 +93,16 @@ class Study:
         kind: ``classification`` or ``segmentation``.
         runs: one for each cell.
         notes: what a reader must know: what was left out, what is missing, what differs.
-        alarms: what casts doubt on the numbers: leaks.
+        alarms: what casts doubt on the numbers, to be shown with them: leaks, rows of runs that do not belong together.
+        incomplete: whether a combination of init, fraction and fold has no run.
     """
 
     bundle: str
     kind: str
     runs: list[FinishedRun]
     notes: list[str] = field(default_factory=list)
-    alarms: list[str] = field(default_factory=list)
+    alarms: list[Alarm] = field(default_factory=list)
+    incomplete: bool = False
 
     @property
     def phantom(self) -> bool:
@@ -99,6 +124,15 @@ class Study:
         wanted = self.fractions[-1] if fraction is None else fraction
         found = [run for run in self.runs if run.variant == variant and run.fraction == wanted]
         return sorted(found, key=lambda run: (run.fold, run.seed))
+
+    def select_one_seed(self, variant: str) -> list[FinishedRun]:
+        """As ``select``, of each fold only the run with the lowest seed."""
+        return list({run.fold: run for run in reversed(self.select(variant))}.values())[::-1]
+
+    @property
+    def several_seeds(self) -> bool:
+        """Whether some fold was trained with more than one seed, all else equal."""
+        return max(Counter(run.cell[:3] for run in self.runs).values()) > 1
 
     @property
     def reference(self) -> str:
@@ -215,7 +249,7 @@ def _finished_run(item: Any) -> FinishedRun:
         return FinishedRun(
             run_id=item.info.run_id,
             name=item.info.run_name,
-            variant=tags.get("variant") or tags["init"],
+            variant=_variant(tags, item.data.params),
             fold=int(tags["fold"]),
             fraction=float(tags.get("fraction", 1.0)),
             seed=int(tags.get("seed", 0)),
@@ -231,18 +265,39 @@ def _finished_run(item: Any) -> FinishedRun:
         ) from error
 
 
+def _variant(tags: Mapping[str, str], params: Mapping[str, str]) -> str:
+    """The init's name in tables; without crossval's tag, the overlay that the logged settings are those of."""
+    init = tags["init"]
+    if "variant" in tags or init != BASE_INIT:
+        return tags.get("variant", init)
+    try:
+        layers = ast.literal_eval(params.get("network_config", "{}")).get("num_layers")
+    except (ValueError, SyntaxError, AttributeError):
+        layers = None
+    return {"0": "frozen", str(layers): "full"}.get(params.get("unfrozen_blocks", ""), init)
+
+
 def _study(store: Store, bundle: str, runs: list[FinishedRun]) -> Study:
     notes: list[str] = []
-    runs = sorted(runs, key=lambda run: run.started, reverse=True)
-    newest = runs[0].tags.get("datalist_hash", "")
+    # Newest first; what was started by hand comes last, so that it decides nothing where crossval was at work.
+    runs = sorted(runs, key=lambda run: (run.by_hand, -run.started))
+    datalist = runs[0].tags.get("datalist_hash", "")
     others = Counter(run.tags.get("datalist_hash", "") for run in runs)
-    others.pop(newest)
-    for datalist, count in others.items():
-        notes.append(f"Not counted: {_runs(count)} of another datalist ({datalist[:12] or 'unnamed'}).")
+    others.pop(datalist)
+    for other, count in others.items():
+        notes.append(f"Not counted: {_runs(count)} of another datalist ({other[:12] or 'unnamed'}).")
+    runs = [run for run in runs if run.tags.get("datalist_hash", "") == datalist]
+    planned = {run.variant for run in runs if not run.by_hand}
+    extra = [run for run in runs if run.by_hand and run.variant in planned]
+    if extra:
+        names = ", ".join(sorted(run.name for run in extra))
+        notes.append(
+            f"Not counted: {_runs(len(extra))} started by hand, of an init that volta3d crossval was run for: {names}."
+        )
     cells: dict[tuple[str, float, int, int], FinishedRun] = {}
     repeated = 0
     for run in runs:
-        if run.tags.get("datalist_hash", "") == newest:
+        if run not in extra:
             repeated += run.cell in cells
             cells.setdefault(run.cell, run)
     if repeated:
@@ -251,13 +306,16 @@ def _study(store: Store, bundle: str, runs: list[FinishedRun]) -> Study:
     kind = _read_tables(store, kept)
     study = Study(bundle, kind, kept, notes)
     _note_missing(study)
-    _note_differences(study)
     leaks = sorted(run.name for run in kept if run.tags.get("leak", "none") != "none")
     if leaks:
-        study.alarms.append(
+        text = (
             f"Leak allowed in {len(leaks)} of {len(kept)} runs: patients of the scored part were, or may have been, in "
             f"the pretraining set. Their results are too good: {', '.join(leaks)}."
         )
+        study.alarms.append(Alarm("Leak", text))
+    _find_mixed_rows(study)
+    _find_unequal_training(study)
+    _find_runs_by_hand(study)
     return study
 
 
@@ -296,6 +354,7 @@ def _runs(count: int, kind: str = "finished ") -> str:
 def _note_missing(study: Study) -> None:
     full = {(v, p, f) for v in study.variants for p in study.fractions for f in {run.fold for run in study.runs}}
     absent = sorted(full - {run.cell[:3] for run in study.runs})
+    study.incomplete = bool(absent)
     if absent:
         cells = ", ".join(f"{variant} fold {fold} fraction {fraction:g}" for variant, fraction, fold in absent)
         study.notes.append(f"{len(absent)} of {len(full)} combinations have no finished run: {cells}.")
@@ -305,20 +364,55 @@ def _note_missing(study: Study) -> None:
             study.notes.append(f"The paper's {variant} was not run.")
 
 
-def _note_differences(study: Study) -> None:
+def _find_mixed_rows(study: Study) -> None:
+    """All runs of a row must have the same settings, but for those that a cross-validation varies."""
     for variant in study.variants:
         runs = [run for run in study.runs if run.variant == variant]
         values: dict[str, set[str]] = defaultdict(set)
         for run in runs:
             for key, value in {**run.params, "encoder_sha256": run.tags.get("encoder_sha256", "")}.items():
                 values[key].add(value)
-        differing = {k: v for k, v in values.items() if len(v) > 1 and k not in VARYING and not k.endswith("_digest")}
-        differing = {key: value for key, value in differing.items() if not key.endswith("_samples")}
-        if differing:
-            text = "; ".join(f"{key}: {', '.join(sorted(value)[:4])}" for key, value in sorted(differing.items()))
-            study.notes.append(f"The runs of {variant} do not all have the same settings: {text}.")
+        values = {
+            key: found
+            for key, found in values.items()
+            if len(found) > 1 and key not in VARYING and not key.endswith(("_digest", "_samples"))
+        }
+        # Crossval's hash of the whole configuration; stores of before it had one do not tell.
+        recipes = {run.tags[RECIPE_TAG] for run in runs if RECIPE_TAG in run.tags}
+        if not values and len(recipes) > 1:
+            values = {"the merged configuration's hash": {recipe[:8] for recipe in recipes}}
+        if values:
+            text = "; ".join(f"{key} is {' or '.join(sorted(found)[:4])}" for key, found in sorted(values.items()))
+            study.alarms.append(
+                Alarm(
+                    "Mixed settings",
+                    f"The runs of {variant} do not all have the same settings, so that its row is no one model's: "
+                    f"{text}. Start volta3d crossval again to do all of them alike.",
+                )
+            )
+
+
+def _find_unequal_training(study: Study) -> None:
+    """Inits are compared at the same number of epochs and the same batch size."""
     for key, what in {"epochs": "epochs", "batch_size": "batch size"}.items():
         budgets = {variant: {run.params.get(key, "?") for run in study.select(variant)} for variant in study.variants}
-        if len({frozenset(value) for value in budgets.values()}) > 1:
-            text = ", ".join(f"{variant} {'/'.join(sorted(value))}" for variant, value in budgets.items())
-            study.notes.append(f"The inits do not have the same {what}: {text}.")
+        if len({frozenset(value) for value in budgets.values() if value}) > 1:
+            text = ", ".join(f"{variant} {'/'.join(sorted(value))}" for variant, value in budgets.items() if value)
+            study.alarms.append(Alarm("Unequal training", f"The inits do not have the same {what}: {text}."))
+
+
+def _find_runs_by_hand(study: Study) -> None:
+    by_hand = {
+        variant: [run.name for run in study.runs if run.by_hand and run.variant == variant]
+        for variant in study.variants
+    }
+    rows = {variant: sorted(names) for variant, names in by_hand.items() if names}
+    if not rows:
+        return
+    text = "Not started by volta3d crossval: "
+    text += "; ".join(f"the row {variant} ({', '.join(names)})" for variant, names in rows.items()) + "."
+    if all(run.by_hand for run in study.runs):
+        study.notes.append(text)
+    else:
+        text += " Nothing ensures that its settings, but for those logged, are the other rows'."
+        study.alarms.append(Alarm("Started by hand", text))

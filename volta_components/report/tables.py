@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,8 @@ SHOWN_OPTIMISTIC = {
 }
 AGE_BANDS = (0, 30, 45, 60, 70, 80, 200)
 OURS, INTERVAL, PAPER = "here", "95 % CI", "paper"
+OPERATING = {"youden": "Youden's J, chosen on an inner validation part of the training folds"}
+SEEDS = "Where a fold was trained with several seeds, these are averaged {} first, and count once."
 
 
 @dataclass
@@ -39,7 +42,7 @@ class Table:
         title: above it.
         frame: the numbers, one row for each cell of the page.
         groups: labels over columns, and how many columns each spans.
-        columns: labels; those called ``paper`` are set apart.
+        columns: labels; those that begin with ``paper`` are set apart.
         rows: texts.
         note: below it.
     """
@@ -154,8 +157,10 @@ class ClassificationTables:
                 row.append(plus_minus(*paper[metric]) if metric in paper else "–")
                 numbers.append(_record(variant, metric, value, paper.get(metric), subjects_of(runs), full))
             rows.append([*row, str(len({run.fold for run in runs})), str(subjects_of(runs))])
-        note = f"Sensitivity and specificity at {self.task.threshold or 'the threshold of each run'}. "
+        note = f"{self._thresholds()} "
         note += "Here: mean ± SD over folds (n − 1), and the 95 % CI: patients resampled within folds and classes."
+        if self.study.several_seeds:
+            note += " " + SEEDS.format("within the fold")
         if full < 1:
             note += f" The largest fraction of the training part that was run is {full:.0%}."
         return Table(
@@ -163,10 +168,34 @@ class ClassificationTables:
             title=(f"Table {self.task.table}. " if self.task.table else "") + self.task.title,
             frame=pd.DataFrame(numbers),
             groups=[("", 1), *((names[metric], 2) for metric in self.METRICS), ("scored", 2)],
-            columns=["init", *[OURS, PAPER] * 3, "folds", "patients"],
+            columns=["init", *_by_paper("folds", self.task) * 3, "folds", "patients"],
             rows=rows,
             note=note,
         )
+
+    def _thresholds(self) -> str:
+        """Where sensitivity and specificity are taken, here and in the paper."""
+
+        def text(threshold: str) -> str:
+            return OPERATING.get(threshold) or f"the threshold {float(threshold):g}"
+
+        chosen: dict[str, list[str]] = {}
+        for variant in self.study.variants:
+            for run in self.study.select(variant):
+                threshold = run.params.get("threshold") or "own"
+                chosen.setdefault("its run's own threshold" if threshold == "own" else text(threshold), []).append(
+                    variant
+                )
+        ours = " or ".join(
+            place if len(chosen) == 1 else f"{place} ({', '.join(map(name_of, dict.fromkeys(variants)))})"
+            for place, variants in sorted(chosen.items())
+        )
+        result = f"Sensitivity and specificity are at {ours}."
+        if self.task.threshold == "youden":
+            result += " The paper's are at Youden's J; it does not say on whom that was chosen."
+        elif self.task.threshold and {*chosen} != {text(self.task.threshold)}:
+            result += f" The paper's are at {text(self.task.threshold)}."
+        return result
 
     def comparisons(self) -> Table:
         """Paired differences of AUROC between inits, on all of the training part."""
@@ -177,7 +206,8 @@ class ClassificationTables:
             f"{_comparisons(found)}. "
         )
         note += (
-            "DeLong: fold differences and variances added up (MLstatkit); not corrected."
+            "DeLong: fold differences and variances added up (MLstatkit); not corrected"
+            + ("; not made where folds have several seeds." if self.study.several_seeds else ".")
             if statistics.has_delong()
             else "DeLong's test was not made: of the libraries at hand none has it (SciPy and scikit-learn do not; "
             "MLstatkit, which has, is not installed: pip install volta-components[delong])."
@@ -187,60 +217,46 @@ class ClassificationTables:
         )
 
     def _compare(self, first: str, second: str, fraction: float) -> Comparison | None:
-        runs = {(run.fold, run.seed): run for run in self.study.select(second, fraction)}
-        pairs = [
-            _aligned(run.table, runs[run.fold, run.seed].table, run.fold)
-            for run in self.study.select(first, fraction)
-            if (run.fold, run.seed) in runs
-        ]
-        pairs = [pair for pair in pairs if len(pair[0])]
-        if not pairs:
-            return None
-        values, replicates, arrays = [], [], []
-        for one, two, fold in pairs:
-            weights = self.resamplings[fold].weights(one)
+        values: dict[int, list[float]] = {}
+        replicates: dict[int, list[Any]] = {}
+        arrays = []
+        patients: set[str] = set()
+        # Every seed of the one with every seed of the other: the difference of their means.
+        for ours, theirs in itertools.product(self.study.select(first, fraction), self.study.select(second, fraction)):
+            if ours.fold != theirs.fold:
+                continue
+            one, two = _aligned(ours.table, theirs.table)
+            if not len(one):
+                continue
+            weights = self.resamplings[ours.fold].weights(one)
             label = one["label"].to_numpy()
             scores = one["score"].to_numpy(float), two["score"].to_numpy(float)
-            values.append(float(statistics.auroc(label, scores[0]) - statistics.auroc(label, scores[1])))
-            replicates.append(statistics.auroc(label, scores[0], weights) - statistics.auroc(label, scores[1], weights))
+            difference = statistics.auroc(label, scores[0]) - statistics.auroc(label, scores[1])
+            values.setdefault(ours.fold, []).append(float(difference))
+            difference = statistics.auroc(label, scores[0], weights) - statistics.auroc(label, scores[1], weights)
+            replicates.setdefault(ours.fold, []).append(difference)
             arrays.append((label, *scores))
-        means = np.mean(replicates, axis=0)
+            patients.update(one["patient_id"])
+        if not values:
+            return None
+        means = np.mean([np.mean(items, axis=0) for items in replicates.values()], axis=0)
         low, high = statistics.interval(means)
-        independent = len(pairs) == len({fold for *_, fold in pairs})
         return Comparison(
             first,
             second,
-            float(np.mean(values)),
+            float(np.mean([np.mean(items) for items in values.values()])),
             low,
             high,
             statistics.bootstrap_p(means),
-            len({patient for one, *_ in pairs for patient in one["patient_id"]}),
+            len(patients),
             # Several runs of one fold share their subjects and are no independent samples.
-            statistics.delong(arrays) if independent else math.nan,
+            statistics.delong(arrays) if len(arrays) == len(values) else math.nan,
         )
 
     def fractions(self) -> Table | None:
         """Numbers of Figure 2."""
-        if len(self.study.fractions) < 2:
-            return None
-        numbers, rows = [], []
-        for variant in self.study.variants:
-            row = [name_of(variant)]
-            for fraction in self.study.fractions:
-                value = self.estimates.get((variant, fraction), {}).get("auroc", _nothing())
-                count = subjects_of(self.study.select(variant, fraction))
-                numbers.append(_record(variant, "auroc", value, None, count, fraction))
-                row.append(_lines(value.mean, value.sd, value.low, value.high))
-            rows.append(row)
-        return Table(
-            name=f"{self.study.bundle}_fractions",
-            title="AUROC by share of the training part",
-            frame=pd.DataFrame(numbers),
-            columns=["init", *(f"{fraction:.0%}" for fraction in self.study.fractions)],
-            rows=rows,
-            note="Mean ± SD over folds and 95 % CI. The scored fold is always whole; a smaller fraction is part of a "
-            "larger one.",
-        )
+        note = "Mean ± SD over folds and 95 % CI."
+        return _fraction_table(self.study, "auroc", self.estimates, note)
 
     def breakdown(self) -> Table:
         """AUROC, sensitivity and specificity by site, sex and age band."""
@@ -254,12 +270,19 @@ class ClassificationTables:
                     row += ["–", "–"]
                     continue
                 tables = [table for _, table in chosen]
-                weights = [self.resamplings[run.fold].weights(table) for run, table in chosen]
+                # The seeds of a fold share its weight: for a subject 1 / n, and for a pair of subjects as well.
+                seeds = Counter(run.fold for run, _ in chosen)
+                single = np.concatenate([np.full(len(table), 1 / seeds[run.fold]) for run, table in chosen])
+                plain = [np.full(len(table), seeds[run.fold] ** -0.5) for run, table in chosen]
+                drawn = [
+                    self.resamplings[run.fold].weights(table) * weight
+                    for (run, table), weight in zip(chosen, plain, strict=True)
+                ]
                 everyone = pd.concat(tables)
                 label, call = everyone["label"].to_numpy() == 1, everyone["prediction"].to_numpy() == 1
-                area = float(statistics.pair_auroc(tables))
-                low, high = statistics.interval(statistics.pair_auroc(tables, weights))
-                shares = float(statistics.share(call, label)), float(statistics.share(~call, ~label))
+                area = float(statistics.pair_auroc(tables, plain))
+                low, high = statistics.interval(statistics.pair_auroc(tables, drawn))
+                shares = [float(statistics.share(*pair, single)) for pair in ((call, label), (~call, ~label))]
                 counts = everyone["patient_id"].nunique(), everyone.loc[label, "patient_id"].nunique()
                 row[1:3] = [str(count) for count in counts]
                 row += [_lines(area, math.nan, low, high), " / ".join(plus_minus(item, math.nan) for item in shares)]
@@ -301,8 +324,20 @@ class SegmentationTables:
         self, study: Study, tools: Mapping[str, pd.DataFrame], samples: int = BOOTSTRAP, seed: int = 0
     ) -> None:
         self.study, self.task = study, _task(study)
-        self.tables = {variant: _scored(study.select(variant)) for variant in study.variants} | dict(tools)
-        self.resampling = Resampling([*self.tables.values()], 0, samples, seed)
+        penalties = {run.params["hd95_penalty_mm"] for run in study.runs if "hd95_penalty_mm" in run.params}
+        # Another tool's masks are penalised as the runs' are, if these agree.
+        self.penalty = float(next(iter(penalties))) if len(penalties) == 1 else math.nan
+        self.tables = {variant: _scored(study.select(variant)) for variant in study.variants}
+        self.tables |= {name: with_penalty(table, self.penalty) for name, table in tools.items()}
+        shares = {
+            (variant, fraction): _scored(runs)
+            for variant, fraction in itertools.product(study.variants, study.fractions)
+            if (runs := study.select(variant, fraction))
+        }
+        self.resampling = Resampling([*self.tables.values(), *shares.values()], 0, samples, seed)
+        self.estimates = {
+            key: {metric: self._estimate(table, metric) for metric in self.METRICS} for key, table in shares.items()
+        }
 
     def _estimate(self, table: pd.DataFrame, metric: str) -> Estimate:
         values = table[metric].to_numpy(float)
@@ -313,8 +348,9 @@ class SegmentationTables:
         """Means computed from the tables must be those that the runs logged."""
         notes = []
         for run in self.study.runs:
-            for name, column in {"mean_dice": "dice", "hd95": "hd95"}.items():
-                ours, logged = float(run.table[column].mean()), run.metrics.get(name)
+            table = with_penalty(run.table, _penalty_of(run))
+            for name, column in {"mean_dice": "dice", "hd95": "hd95", "hd95_with_penalty": "hd95_with_penalty"}.items():
+                ours, logged = float(table[column].mean()), run.metrics.get(name)
                 if logged is not None and math.isfinite(logged) and not math.isclose(logged, ours, abs_tol=1e-4):
                     notes.append(f"{run.name} logged {name} {logged:.4f}, but its scores give {ours:.4f}.")
         return notes
@@ -331,19 +367,24 @@ class SegmentationTables:
                 row.append(_lines(value.mean, value.sd, value.low, value.high))
                 row.append(plus_minus(*paper[metric]) if metric in paper else "–")
                 numbers.append(_record(variant, metric, value, paper.get(metric), count, self.study.fractions[-1]))
-            failures = "–" if table is None or "failures" not in table else str(int(table["failures"].sum()))
-            rows.append([*row, failures, str(count)])
+            rows.append([*row, _failures(table), str(count)])
         return Table(
             name=f"{self.study.bundle}_main",
             title=(f"Table {self.task.table}. " if self.task.table else "") + self.task.title,
             frame=pd.DataFrame(numbers),
             groups=[("", 1), ("Dice", 2), ("HD95 (mm)", 2), ("scored", 2)],
-            columns=["init", *[OURS, PAPER] * 2, "empty masks", "patients"],
+            columns=["init", *_by_paper("subjects", self.task) * 2, "empty masks", "patients"],
             rows=rows,
-            note="Here: mean of left and right ± SD between subjects (n − 1), and the 95 % CI: patients resampled. An "
-            "empty mask has Dice 0 and no HD95: HD95 is over the scans that have one; the table below has it with a "
-            "penalty as well.",
+            note="Here: mean of left and right ± SD between subjects (n − 1), and the 95 % CI: patients resampled. "
+            + ("The paper's SD is per epoch, which is another thing. " if self.task.spread == "epochs" else "")
+            + "An empty mask has Dice 0 and no HD95: HD95 is over the scans that have both sides; the table of left "
+            "and right has it with a penalty as well."
+            + (" " + SEEDS.format("for each scan") if self.study.several_seeds else ""),
         )
+
+    def fractions(self) -> Table | None:
+        """Dice with less data."""
+        return _fraction_table(self.study, "dice", self.estimates, "Mean ± SD between subjects and 95 % CI.")
 
     def _tools(self) -> list[str]:
         return [name for name in self.tables if name not in self.study.variants]
@@ -359,12 +400,13 @@ class SegmentationTables:
                 value = self._estimate(table, column) if column in table else _nothing()
                 row.append(plus_minus(value.mean, value.sd, digits))
                 record |= {f"{column}_mean": value.mean, f"{column}_sd": value.sd}
-            runs = self.study.select(variant)
-            penalised = [run.metrics["hd95_with_penalty"] for run in runs if "hd95_with_penalty" in run.metrics]
-            mean = float(np.mean(penalised)) if penalised else math.nan
-            failures = int(table["failures"].sum()) if "failures" in table else 0
-            numbers.append({**record, "failures": failures, "hd95_with_penalty": mean})
-            rows.append([*row, str(failures), plus_minus(mean, math.nan)])
+            penalised = self._estimate(table, "hd95_with_penalty")
+            failures = float(table["failures"].sum()) if "failures" in table else math.nan
+            record |= {"failures": failures, "hd95_with_penalty": penalised.mean}
+            record |= {"hd95_with_penalty_low": penalised.low, "hd95_with_penalty_high": penalised.high}
+            numbers.append(record)
+            row.append(_failures(table))
+            rows.append([*row, _lines(penalised.mean, penalised.sd, penalised.low, penalised.high)])
         return Table(
             name=f"{self.study.bundle}_sides",
             title="Left, right, and failures",
@@ -372,12 +414,9 @@ class SegmentationTables:
             groups=[("", 1), ("Dice", 2), ("HD95 (mm)", 2), ("empty masks", 2)],
             columns=["init", "left", "right", "left", "right", "count", "HD95 with penalty"],
             rows=rows,
-            note=f"With penalty: a side with an empty mask counts as {self._penalty()}.",
+            note="Mean ± SD between subjects. With penalty: a side with an empty mask counts as "
+            + (f"{self.penalty:.0f} mm." if math.isfinite(self.penalty) else "its run's hd95_penalty_mm."),
         )
-
-    def _penalty(self) -> str:
-        values = {run.params["hd95_penalty_mm"] for run in self.study.runs if "hd95_penalty_mm" in run.params}
-        return f"{float(values.pop()):.0f} mm" if len(values) == 1 else "its run's hd95_penalty_mm"
 
     def comparisons(self) -> Table:
         """Paired differences of Dice between inits, patient by patient."""
@@ -429,10 +468,14 @@ class SegmentationTables:
 
 
 def optimistic(study: Study) -> Table | None:
-    """Choices made on the scored fold itself, as the paper may have done: too good, and named so."""
+    """Choices made on the scored part itself, as the paper did or may have done: too good, and named so."""
     names = sorted({name for run in study.runs for name in run.metrics if name.startswith("optimistic_")})
     if not names:
         return None
+    what, why = {
+        "classification": ("threshold", "Shown because the paper does not say on whom it chose Youden's J."),
+        "segmentation": ("epoch", "Shown because the paper took the epoch that has the best Dice on its hold-out."),
+    }[study.kind]
     shown = [name for name in names if name.removeprefix("optimistic_") in SHOWN_OPTIMISTIC]
     numbers, rows = [], []
     for variant in study.variants:
@@ -445,11 +488,11 @@ def optimistic(study: Study) -> Table | None:
         rows.append(row)
     return Table(
         name=f"{study.bundle}_optimistic",
-        title="Optimistic: threshold or epoch chosen on the scored fold itself",
+        title=f"Optimistic: the {what} chosen on the scored part itself",
         frame=pd.DataFrame(numbers),
         columns=["init", *(SHOWN_OPTIMISTIC[name.removeprefix("optimistic_")] for name in shown)],
         rows=rows,
-        note="Too good by construction; shown because the paper does not say how it chose. Mean ± SD over runs.",
+        note=f"Too good by construction. {why} Mean ± SD over runs.",
     )
 
 
@@ -467,19 +510,19 @@ def run_table(studies: Sequence[Study]) -> Table:
     numbers, rows = [], []
     for study in studies:
         for run in sorted(
-            study.runs, key=lambda run: (in_order({*study.variants}).index(run.variant), run.fraction, run.fold)
+            study.runs, key=lambda run: (study.variants.index(run.variant), run.fraction, run.fold, run.seed)
         ):
-            tags = {key: run.tags.get(key, "") for key in keys}
+            tags = {"started_by": "hand" if run.by_hand else "crossval"}
+            tags |= {key: run.tags.get(key, "") for key in keys}
             numbers.append({"bundle": study.bundle, "run": run.name, "run_id": run.run_id, "seed": run.seed, **tags})
             hashes = [(tags[key] or "–")[:12] for key in ("datalist_hash", "encoder_sha256")]
-            rows.append(
-                [study.bundle, run.name, *hashes, tags["code_version"] or "–", tags["leak"] or "–", run.run_id[:8]]
-            )
+            rest = tags["code_version"] or "–", tags["leak"] or "–", run.run_id[:8]
+            rows.append([study.bundle, run.name, tags["started_by"], *hashes, *rest])
     return Table(
         name="runs",
         title="Runs that count",
         frame=pd.DataFrame(numbers),
-        columns=["bundle", "run", "datalist", "encoder", "code", "leak", "MLflow id"],
+        columns=["bundle", "run", "started by", "datalist", "encoder", "code", "leak", "MLflow id"],
         rows=rows,
     )
 
@@ -516,20 +559,78 @@ def _comparison_table(name: str, metric: str, found: list[Comparison], note: str
     )
 
 
-def _aligned(first: pd.DataFrame, second: pd.DataFrame, fold: int) -> tuple[pd.DataFrame, pd.DataFrame, int]:
+def _aligned(first: pd.DataFrame, second: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The scans that two tables share, in the same order."""
     keys = [key for key in ("subject_id", "session") if key in first and key in second]
     one, two = (
         table.assign(_key=table[keys].astype(str).agg("_".join, axis=1)).set_index("_key") for table in (first, second)
     )
     shared = one.index.intersection(two.index)
-    return one.loc[shared].reset_index(drop=True), two.loc[shared].reset_index(drop=True), fold
+    return one.loc[shared].reset_index(drop=True), two.loc[shared].reset_index(drop=True)
+
+
+def _penalty_of(run: FinishedRun) -> float:
+    return float(run.params.get("hd95_penalty_mm", math.nan))
+
+
+def with_penalty(table: pd.DataFrame, penalty: float) -> pd.DataFrame:
+    """Add ``hd95_with_penalty``: the mean of both sides, where an empty mask counts as so many mm."""
+    sides = [side for side in ("hd95_left", "hd95_right") if side in table]
+    if len(sides) < 2:
+        return table.assign(hd95_with_penalty=math.nan)
+    return table.assign(hd95_with_penalty=table[sides].fillna(penalty).mean(axis=1, skipna=False))
 
 
 def _scored(runs: Sequence[FinishedRun]) -> pd.DataFrame:
+    """A row for each scan of the scored parts: where a fold has several seeds, the mean over these."""
     if not runs:
-        return pd.DataFrame(columns=["subject_id", "patient_id", "dice", "hd95"])
-    return pd.concat([run.table.assign(fold=run.fold) for run in runs], ignore_index=True)
+        return pd.DataFrame(columns=["subject_id", "patient_id", "dice", "hd95", "hd95_with_penalty"])
+    rows = pd.concat(
+        [with_penalty(run.table, _penalty_of(run)).assign(fold=run.fold) for run in runs], ignore_index=True
+    )
+    if len({run.fold for run in runs}) == len(runs):
+        return rows
+    keys = [key for key in ("fold", "subject_id", "session") if key in rows]
+    measured = [
+        column for column in rows if column not in {*keys, "age"} and pd.api.types.is_numeric_dtype(rows[column])
+    ]
+    how = {column: "mean" if column in measured else "first" for column in rows if column not in keys}
+    return rows.groupby(keys, sort=False, dropna=False, as_index=False).agg(how)
+
+
+def _failures(table: pd.DataFrame | None) -> str:
+    return "–" if table is None or "failures" not in table else f"{round(float(table['failures'].sum()), 1):g}"
+
+
+def _by_paper(spread: str, task: Task) -> list[str]:
+    """Labels of our column and the paper's, each with what its SD is over."""
+    words = {"folds": "± SD over folds", "subjects": "± SD of subjects", "epochs": "± SD per epoch"}
+    return [f"{OURS}\n{words[spread]}", f"{PAPER}\n{words[task.spread]}" if task.paper else PAPER]
+
+
+def _fraction_table(
+    study: Study, metric: str, estimates: Mapping[tuple[str, float], Mapping[str, Estimate]], note: str
+) -> Table | None:
+    """A metric by share of the training part, if there are several."""
+    if len(study.fractions) < 2:
+        return None
+    numbers, rows = [], []
+    for variant in study.variants:
+        row = [name_of(variant)]
+        for fraction in study.fractions:
+            value = estimates.get((variant, fraction), {}).get(metric, _nothing())
+            count = subjects_of(study.select(variant, fraction))
+            numbers.append(_record(variant, metric, value, None, count, fraction))
+            row.append(_lines(value.mean, value.sd, value.low, value.high))
+        rows.append(row)
+    return Table(
+        name=f"{study.bundle}_fractions",
+        title=f"{METRICS[metric]} by share of the training part",
+        frame=pd.DataFrame(numbers),
+        columns=["init", *(f"{fraction:.0%}" for fraction in study.fractions)],
+        rows=rows,
+        note=f"{note} The scored part is always whole; a smaller share is part of a larger one.",
+    )
 
 
 def _nothing() -> Estimate:

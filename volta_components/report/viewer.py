@@ -15,6 +15,15 @@ from volta_components.report.masks import Case
 # Missed, agreed, too much, on a scale from 0 (nothing) to 3.
 AGREEMENT = ("#2f7ed8", "#3fbf6f", "#e5533d")
 LINK = re.compile(r"<link\b[^>]*\bhref\s*=\s*[\"']?https?://[^>]*>")
+# A crosshair of one voxel, in the viewer's blue, would hide a hippocampus; what is under this one is seen.
+CROSSHAIR = ('"crosshair": true', '"crosshair": true, "colorCrosshair": "rgba(255, 255, 255, 0.3)"')
+OPACITY = 0.55
+SLIDER = re.compile(r'(<input type="range"[^>]*value=)"100"')
+STYLE = (
+    "<style>html, body { margin: 0; background: #000; color: #ddd; overflow: hidden; "
+    'font: 14px system-ui, "DejaVu Sans", sans-serif; } body > div { padding: 0 0 4px; } '
+    "div > div { padding: 0 16px; } p { margin: 0; }</style>"
+)
 BLOB = re.compile(r"[A-Za-z0-9+/]{2000,}={0,2}")
 
 
@@ -56,11 +65,13 @@ def slice_viewer(case: Case, variant: str) -> str:
             resampling_interpolation="nearest",
             black_bg=True,
             dim=0,
-            opacity=0.55,
+            opacity=OPACITY,
             width_view=900,
         )
     # The page's icon would be fetched from the network.
-    return LINK.sub("", str(view.html))
+    page = LINK.sub("", str(view.html)).replace(*CROSSHAIR)
+    page = SLIDER.sub(rf'\1"{100 * OPACITY:.0f}"', page)
+    return page.replace("<body>", f"<body>{STYLE}", 1)
 
 
 def share_blobs(pages: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which runs count, which do not belong together, and several seeds of a fold."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from fake_runs import QUALITY, Writer, predictions, write_rows
+from sklearn.metrics import confusion_matrix, roc_auc_score
+
+from volta_components.report.command import report
+from volta_components.report.figures import confusion, confusion_figure
+from volta_components.report.store import Store, read_studies
+from volta_components.report.tables import ClassificationTables, SegmentationTables
+
+
+@pytest.fixture
+def writer(tmp_path):
+    return Writer(tmp_path / "store")
+
+
+@pytest.fixture
+def run(writer, tmp_path):
+    """Writes a run of ``ixi_sex``; started by hand with ``variant=None``."""
+
+    def write(init, fold, seed=None, subjects=20, **more):
+        rows = predictions(init, fold, 1.0, subjects, 0.5, seed or 0)
+        path = write_rows(tmp_path / "predictions.csv", rows)
+        return writer.run("ixi_sex", init, fold, files={"predictions": path}, seed=seed, **more)
+
+    return write
+
+
+def only_study(writer):
+    [study] = read_studies(Store(writer.uri))
+    return study
+
+
+def test_a_run_by_hand_never_takes_the_place_of_crossvals(writer, run):
+    kept = {run("volta", 0), run("volta", 1)}
+    run("volta", 0, variant=None)
+    run("volta", 2, variant=None)
+    run("volta", 1, variant=None, datalist_hash="f" * 64)
+    study = only_study(writer)
+    assert {item.run_id for item in study.runs} == kept
+    assert study.alarms == []
+    assert (
+        "Not counted: 2 finished runs started by hand, of an init that volta3d crossval was run for: "
+        "volta_fold0_frac1_seed0, volta_fold2_frac1_seed2." in study.notes
+    )
+    assert "Not counted: 1 finished run of another datalist (ffffffffffff)." in study.notes
+
+
+def test_overlays_run_by_hand_have_rows_of_their_own_beside_an_alarm(writer, run):
+    network = json.dumps({"num_layers": 12})
+    run("volta", 0)
+    run("volta", 0, variant=None, params={"unfrozen_blocks": "0", "network_config": network})
+    run("volta", 0, variant=None, params={"unfrozen_blocks": "12", "network_config": network})
+    run("volta", 0, variant=None, params={"unfrozen_blocks": "6", "network_config": network})
+    study = only_study(writer)
+    assert study.variants == ["volta", "frozen", "full"]
+    assert [(item.variant, item.by_hand) for item in study.runs] == [
+        ("volta", False),
+        ("full", True),
+        ("frozen", True),
+    ]
+    assert [alarm.title for alarm in study.alarms] == ["Started by hand"]
+
+
+def test_runs_by_hand_alone_are_reported_and_said_to_be(writer, run):
+    for fold in (0, 1):
+        run("volta", fold, variant=None)
+    study = only_study(writer)
+    assert len(study.runs) == 2 and study.alarms == []
+    assert (
+        "Not started by volta3d crossval: the row volta (volta_fold0_frac1_seed0, volta_fold1_frac1_seed1)."
+        in study.notes
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"params": {"learning_rate": "0.01"}}, "learning_rate is 0.0001 or 0.01"),
+        ({"encoder_sha256": "a" * 64}, f"encoder_sha256 is {'a' * 64} or {'e' * 64}"),
+        ({"crossval_recipe": "b" * 64}, "the merged configuration's hash is aaaaaaaa or bbbbbbbb"),
+    ],
+)
+def test_a_row_of_mixed_settings_is_an_alarm_at_its_table(writer, run, tmp_path, changes, says):
+    same = {"crossval_recipe": "a" * 64, "params": {"learning_rate": "0.0001"}}
+    run("volta", 0, **same)
+    run("volta", 1, **(same | changes))
+    for fold in (0, 1):  # another row has settings of its own
+        run("vit_scratch", fold, **(same | {"crossval_recipe": "c" * 64}))
+    assert report(str(tmp_path / "out"), writer.uri, bootstrap=100) == 0
+    page = (tmp_path / "out/index.html").read_text().replace("&#39;", "'")
+    alarm = page.index("The runs of volta do not all have the same settings")
+    assert says in page[alarm:]
+    assert page.index('<section id="ixi_sex">') < alarm < page.index('<table id="ixi_sex_main"')
+    assert "Some of these numbers are in doubt." in page
+    assert "The runs of vit_scratch" not in page
+
+
+def test_inits_with_unequal_training_are_an_alarm(writer, run):
+    run("volta", 0)
+    run("vit_scratch", 0, params={"epochs": "5"})
+    [alarm] = only_study(writer).alarms
+    assert str(alarm) == "Unequal training: The inits do not have the same epochs: volta 20, vit_scratch 5."
+
+
+def test_seeds_of_a_fold_are_averaged_before_anything_else(writer, run, tmp_path):
+    seeds = {0: (0, 1000), 1: (1,)}  # crossval's second seed is done for one fold only
+    tables = {}
+    for init in ("volta", "swin_scratch"):
+        for fold, numbers in seeds.items():
+            for seed in numbers:
+                run(init, fold, seed, subjects=30)
+                tables[init, fold, seed] = pd.DataFrame(predictions(init, fold, 1.0, 30, 0.5, seed))
+    study = only_study(writer)
+    assert study.several_seeds
+    made = ClassificationTables(study, samples=200)
+
+    def of_folds(init, metric):
+        return [np.mean([metric(tables[init, fold, seed]) for seed in numbers]) for fold, numbers in seeds.items()]
+
+    areas = {init: of_folds(init, lambda t: roc_auc_score(t.label, t.score)) for init in ("volta", "swin_scratch")}
+    main = made.main()
+    numbers = main.frame.set_index(["init", "metric"])
+    for init, values in areas.items():
+        row = numbers.loc[(init, "auroc")]
+        assert row["mean"] == pytest.approx(np.mean(values)) and row["sd"] == pytest.approx(np.std(values, ddof=1))
+        assert (row["count"], row["patients"]) == (2, 60)
+    assert "several seeds, these are averaged within the fold first" in main.note
+    [compared] = made.comparisons().frame.itertuples()
+    assert compared.difference == pytest.approx(np.mean(areas["volta"]) - np.mean(areas["swin_scratch"]))
+    assert np.isnan(compared.p_delong) and compared.patients == 60
+
+    everybody = made.breakdown().frame.query("init == 'volta' and group == 'sex'").set_index("value")
+
+    def sensitivity(table):
+        women = table[(table.sex == "F") & (table.label == 1)]
+        return pd.Series([women.prediction.sum(), len(women)])
+
+    parts = [sum(sensitivity(tables["volta", f, s]) / len(n) for s in n) for f, n in seeds.items()]
+    found, among = sum(parts)
+    assert everybody.loc["F", "sensitivity"] == pytest.approx(found / among)
+
+    counts = sum(
+        confusion_matrix(t.label, t.prediction) / len(seeds[fold]) for (i, fold, _), t in tables.items() if i == "volta"
+    )
+    folds = [[tables["volta", fold, seed] for seed in numbers] for fold, numbers in seeds.items()]
+    assert confusion(folds) == pytest.approx(counts) and counts.sum() == 60
+    assert "each counted once (the mean over seeds)" in confusion_figure(study, tmp_path).caption
+
+
+def test_seeds_of_a_scan_are_averaged_in_table_iii(writer):
+    writer.segmentation(seed=0)
+    writer.segmentation(seed=1000)
+    study = only_study(writer)
+    made = SegmentationTables(study, {}, samples=100)
+    main, sides = made.main(), made.sides().frame.set_index("init")
+    numbers = main.frame.set_index(["init", "metric"])
+    for init in ("volta", "unet_scratch"):
+        both = [run.table.set_index("subject_id").sort_index() for run in study.runs if run.variant == init]
+        assert len(both) == 2 and (both[0].dice != both[1].dice).any()
+        for metric in ("dice", "hd95"):
+            subjects = pd.concat(both)[metric].groupby(level=0).mean()
+            row = numbers.loc[(init, metric)]
+            assert row["mean"] == pytest.approx(subjects.mean())
+            assert row["sd"] == pytest.approx(subjects.std(ddof=1))
+            assert row["patients"] == 6 and row["count"] <= 6
+    assert sides.loc["unet_scratch", "failures"] == 1  # the same mask is empty with either seed
+    assert "averaged for each scan first" in main.note
+    compared = made.comparisons().frame.iloc[0]
+    assert compared.patients == 6
+
+
+def test_a_store_without_seeds_says_nothing_of_them(writer, run):
+    for init in QUALITY:
+        run(init, 0)
+    study = only_study(writer)
+    assert not study.several_seeds and "seeds" not in ClassificationTables(study, samples=100).main().note
