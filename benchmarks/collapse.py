@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which settings keep the global branch alive: short pretrainings on phantoms that differ in one thing each.
 
-Every row is the bundle's own ``train.json`` with ``tiny.json`` and a smaller network, changed as its name says. What is
-printed are means over the last epoch: the teacher's entropy as a share of ln K (1: uniform, 0: a point), what its
-targets say beyond their running mean (information, drift of the teacher included), and what the student tells of them
-beyond what it says of the volume before (predicted; 0: views of a volume agree on nothing).
+Every row is the bundle's own ``train.json`` with ``tiny.json``, a smaller network and six local crops, changed as its
+name says. What is printed are means over the last epoch: the teacher's entropy as a share of ln K (1: uniform, 0: a
+point), what its targets say beyond their running mean (information, drift of the teacher included), and what the
+student tells of them beyond what it says of the volume before (predicted; 0: views of a volume agree on nothing).
 
     python benchmarks/collapse.py [--epochs 6] [--rows "one local crop,KoLeo"] [--output benchmarks/results/collapse.md]
 
@@ -27,7 +27,8 @@ from volta_components.data.phantom import phantom
 from volta_components.data.prepare import prepare
 
 CONFIGS = Path(__file__).resolve().parents[1] / "bundles" / "pretrain" / "configs"
-SMALL = {"num_layers": 3, "hidden_size": 128, "mlp_dim": 256, "num_heads": 4}
+# A smaller network, and more local crops than the quick start affords.
+BASE = {"num_layers": 3, "hidden_size": 128, "mlp_dim": 256, "num_heads": 4, "num_local": 6}
 FREE = {"target_entropy": None, "patch_target_entropy": None}
 # name: overlay, ids
 ROWS: dict[str, tuple[str | None, dict[str, Any]]] = {
@@ -55,7 +56,7 @@ def pretrain(data: Path, folder: Path, overlay: str | None, ids: dict[str, Any],
     parser.read_config([str(CONFIGS / f"{name}.json") for name in names])
     places = {"dataset_dir": str(data), "output_dir": str(folder), "ckpt_dir": str(folder)}
     fixed = {"device": "$torch.device('cpu')", "epochs": epochs, "collapse_grace_epochs": epochs, "deep_check": False}
-    for key, value in {**SMALL, **places, **fixed, **ids}.items():
+    for key, value in {**BASE, **places, **fixed, **ids}.items():
         parser[key] = value
     set_determinism(parser["seed"])
     trainer = parser.get_parsed_content("train#trainer")
