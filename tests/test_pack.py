@@ -167,7 +167,14 @@ def test_the_model_card_tells_where_the_weights_come_from(packed: Path, tmp_path
     folder = unpack(packed / "ixi_sex_phantom_tiny_v0.1.0.zip", tmp_path)
     card = (folder / "docs" / "README.md").read_text()
     weights = card[card.index("## These weights") :]
-    for fact in ("6 volumes of 6 subjects (phantom)", "d" * 64, "e" * 64, "| seed | 5 |", "| overlays | `tiny` |"):
+    for fact in (
+        "6 volumes of 6 subjects (phantom)",
+        "d" * 64,
+        "e" * 64,
+        "| seed | 5 |",
+        "| overlays | `tiny` |",
+        "| pretrained on | 1 subjects |",
+    ):
         assert fact in weights, fact
     assert "4 training, 2 validation, 2 scored, 0 unused" in weights
     # A setting that is not what the packed config would train with.

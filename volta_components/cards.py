@@ -270,6 +270,8 @@ class Card:
         if tags := record.get("tags", {}):
             yield f"| init, fold, fraction | {tags.get('init')}, {tags.get('fold')}, {tags.get('fraction')} |"
             yield f"| encoder | `{tags.get('encoder_sha256') or 'none (from scratch)'}` |"
+            if (keys := (record.get("pretraining") or {}).get("patient_ids")) is not None:
+                yield f"| pretrained on | {len(keys)} subjects |"
             leak = "no" if tags.get("leak") == "none" else "yes, or not known"
             yield f"| pretrained on any scored patient | {leak} |"
         if started := record.get("started_from"):
