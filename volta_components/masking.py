@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -85,14 +85,28 @@ class GroupMask:
             for side, cell, big in zip(shape, self.cell, largest, strict=True)
         ]
         labels = np.zeros(counts, dtype=np.uint8)
-        covered, wanted = 0, self.coverage * float(np.prod(shape))
-        while covered < wanted:
-            sides = [int(rng.integers(low, high + 1)) for low, high in zip(smallest, largest)]
-            starts = [int(rng.integers(0, count - side + 1)) for count, side in zip(counts, sides)]
-            box = tuple(slice(start, start + side) for start, side in zip(starts, sides))
-            covered += int(weights[box][labels[box] == VISIBLE].sum())
-            labels[box] = NOISE if rng.random() < self.noise_share else ZEROS
-        return labels
+        wanted, largest_cell = self.coverage * float(np.prod(shape)), int(np.prod(self.cell))
+        # Boxes may overlap: what is covered is counted anew only when their volumes could add up to what is wanted.
+        at_most = 0
+        while True:
+            for sides, starts, is_noise in self._draw_boxes(smallest, largest, counts, rng):
+                box = tuple(slice(start, start + side) for start, side in zip(starts, sides))
+                labels[box] = NOISE if is_noise else ZEROS
+                at_most += sides[0] * sides[1] * sides[2] * largest_cell
+                if at_most >= wanted:
+                    at_most = int(weights[labels != VISIBLE].sum())
+                    if at_most >= wanted:
+                        return labels
+
+    def _draw_boxes(
+        self, smallest: Sequence[int], largest: Sequence[int], counts: Sequence[int], rng: np.random.Generator
+    ) -> Iterator[tuple[list[int], list[int], bool]]:
+        """Sides and starts in cells, and the filling, of many boxes: one by one, drawing would take most of the time."""
+        many = 256
+        sides = rng.integers(smallest, np.asarray(largest) + 1, size=(many, 3))
+        starts = rng.integers(0, np.asarray(counts) - sides + 1)
+        is_noise = rng.random(many) < self.noise_share
+        return zip(sides.tolist(), starts.tolist(), is_noise.tolist())
 
     def enlarge(self, labels: np.ndarray, shape: Sequence[int], device: torch.device) -> Tensor:
         """Labels of voxels ``[D, H, W]`` (uint8) on ``device`` from labels of cells."""
