@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run every benchmark and print their tables; ``--full`` takes the paper's sizes (minutes, 12 GiB)."""
+"""Run the benchmarks and print their tables; ``--full`` takes the paper's sizes (12 GiB) and the long ones (two hours)."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = {
+# script, arguments for a quick look (None: only with --full), arguments with --full
+BENCHMARKS: dict[str, tuple[str, list[str] | None, list[str]]] = {
     "Cost of a pretraining step": ("step_cost.py", ["--small"], []),
     "Time to import": ("import_time.py", [], []),
     "Throughput of preparation": ("prepare_throughput.py", [], []),
+    "How hard the phantoms' labels are": ("phantom_effects.py", None, []),
+    "What keeps the global branch alive": ("collapse.py", None, []),
 }
 
 
 def main() -> None:
     """Run the benchmarks, each in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="the paper's sizes")
+    parser.add_argument("--full", action="store_true", help="the paper's sizes, and the long ones")
     options = parser.parse_args()
     for title, (script, small, full) in BENCHMARKS.items():
+        arguments = full if options.full else small
+        if arguments is None:
+            continue
         print(f"\n## {title}\n", flush=True)
-        subprocess.run([sys.executable, str(HERE / script), *(full if options.full else small)], check=True)
+        subprocess.run([sys.executable, str(HERE / script), *arguments], check=True)
 
 
 if __name__ == "__main__":
