@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the benchmarks and print their tables; ``--full`` takes the paper's sizes (12 GiB) and the long ones (two hours)."""
+"""Run the benchmarks and print their tables; ``--full`` takes the paper's sizes (12 GiB) and the long ones (hours)."""
 
 from __future__ import annotations
 
