@@ -101,7 +101,7 @@ class GroupMask:
     def _draw_boxes(
         self, smallest: Sequence[int], largest: Sequence[int], counts: Sequence[int], rng: np.random.Generator
     ) -> Iterator[tuple[list[int], list[int], bool]]:
-        """Sides and starts in cells, and the filling, of many boxes: one by one, drawing would take most of the time."""
+        """Sides and starts in cells, and the filling, of many boxes at once: one by one is slow."""
         many = 256
         sides = rng.integers(smallest, np.asarray(largest) + 1, size=(many, 3))
         starts = rng.integers(0, np.asarray(counts) - sides + 1)
