@@ -357,12 +357,11 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     small = "--spacing 3 --workers 1"
-    run(f"volta3d phantom --output data/raw/phantom --subjects 10 --seed 2 {small}", folder)
-    run(
-        f"volta3d prepare --layout bids --source data/raw/phantom --output data/phantom --shape 48,64,64 {small}",
-        folder,
-    )
-    shutil.copytree(folder / "data" / "phantom", folder / "data" / "phantom_pretrain")
+    # Nobody is in both: a page's pretraining must not have seen whom another page scores.
+    for name, options in {"phantom_pretrain": "--seed 1 --prefix PT", "phantom": "--seed 2"}.items():
+        run(f"volta3d phantom --output data/raw/{name} --subjects 10 {options} {small}", folder)
+        prepare = f"volta3d prepare --layout bids --source data/raw/{name} --output data/{name}"
+        run(f"{prepare} --shape 48,64,64 {small}", folder)
     (folder / "scans").mkdir()
     scan = next((folder / "data" / "raw" / "phantom").glob("sub-*/*/anat/*_T1w.nii.gz"))
     shutil.copy(scan, folder / "scans" / "sub-01_T1w.nii.gz")

@@ -134,11 +134,11 @@ class ResumableCheckpoint:
             raise InputError(
                 f"{self.path}: not a checkpoint of this project ({type(error).__name__}); remove it to start anew"
             ) from error
-        names = sorted(settings.keys() | self.settings.keys())
+        there, here = _leaves(settings), _leaves(self.settings)
         rows = [
-            (name, str(settings.get(name)), str(self.settings.get(name)))
-            for name in names
-            if settings.get(name) != self.settings.get(name)
+            (name, str(there.get(name)), str(here.get(name)))
+            for name in sorted(there.keys() | here.keys())
+            if there.get(name) != here.get(name)
         ]
         if rows:
             raise InputError.many(
@@ -150,6 +150,14 @@ class ResumableCheckpoint:
             item.load_state_dict(state[name])
         engine.load_state_dict(progress)
         logger.info("resumed %s at mini-batch %d", self.path, engine.state.iteration)
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted names, so that of a block only what differs is shown."""
+    result: dict[str, Any] = {}
+    for name, value in settings.items():
+        result |= _leaves(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return result
 
 
 def _plain(value: Any) -> Any:
@@ -175,7 +183,7 @@ class TrainingRecord:
     """
 
     def __init__(self, settings: Mapping[str, Any], interval: int = 8, tags: Mapping[str, Any] | None = None) -> None:
-        self.settings = _plain(dict(settings))
+        self.settings = _leaves(_plain(dict(settings)))
         self.tags = {"code_version": code_version(), **_plain(dict(tags or {}))}
         self.interval = interval
         self._described = False

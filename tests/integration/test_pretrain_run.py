@@ -273,12 +273,13 @@ def test_mlflow_has_the_whole_run(workplace: Workplace, unbroken: str) -> None:
         "datalist_hash": datalist.hash,
         "student_temperature": "0.1",
         "teacher_momentum": "[0.996, 1.0]",
-        "global_targets": "CentredTargets",
+        "global_targets.class": "CentredTargets",
+        "student_intensity.gamma": "1.15",
     }
     assert {name: run.data.params[name] for name in settings} == settings
     state = workplace.checkpoint(unbroken)
     assert state is not None
-    assert state["settings"].keys() <= run.data.params.keys()
+    assert state["settings"].keys() <= {name.split(".")[0] for name in run.data.params}
     assert run.data.tags["seed"] == "0"
     assert run.data.tags["datalist_hash"] == datalist.hash
     assert run.data.tags["bundle"] == "pretrain"
@@ -499,7 +500,12 @@ def test_a_run_is_not_resumed_with_other_settings(workplace: Workplace, unbroken
     error = fails(workplace.start(*options))
     assert "runs/resumed/checkpoint.pt belongs to a run with other settings" in error
     rows = [line.split() for line in error.splitlines()[1:-1]]
-    assert rows == [["head_out_dim", "32", "16"], ["learning_rate", "0.0005", "0.001"]]
+    assert rows == [
+        ["global_targets.out_dim", "32", "16"],
+        ["head_out_dim", "32", "16"],
+        ["learning_rate", "0.0005", "0.001"],
+        ["patch_targets.out_dim", "32", "16"],
+    ]
     assert "--run_name" in error.splitlines()[-1]
     assert sha256_file(workplace.folder / "runs" / "resumed" / "checkpoint.pt") == before
 
