@@ -441,8 +441,13 @@ class StubNetwork:
         return tokens if self.constant is None else torch.full_like(tokens, self.constant)
 
 
-@pytest.mark.parametrize(("constant", "expected"), [(0.5, (0.1**2 + 0.3**2) / 2), (None, (0.4**2 + 0.8**2) / 2)])
-def test_held_out_errors_over_masked_voxels(tmp_path: Path, constant: float | None, expected: float) -> None:
+# Errors of the mean volume are 0 and 0.4 squared: a constant 0.5 is better on the second volume only.
+@pytest.mark.parametrize(
+    ("constant", "expected", "better"), [(0.5, (0.1**2 + 0.3**2) / 2, 0.5), (None, (0.4**2 + 0.8**2) / 2, 0.0)]
+)
+def test_held_out_errors_over_masked_voxels(
+    tmp_path: Path, constant: float | None, expected: float, better: float
+) -> None:
     def items(*values: float) -> list[dict[str, torch.Tensor]]:
         return [{"image": torch.full((1, *IMAGE), value)} for value in values]
 
@@ -466,6 +471,7 @@ def test_held_out_errors_over_masked_voxels(tmp_path: Path, constant: float | No
     assert content["epoch"] == 3
     assert content["volumes"] == 2
     assert content["reconstruction"] == pytest.approx(expected, rel=1e-5)
+    assert content["share_better"] == engine.state.metrics["validation_share_better"] == better
 
 
 def test_the_export_at_the_end_of_a_run(tmp_path: Path) -> None:

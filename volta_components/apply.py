@@ -32,7 +32,7 @@ from volta_components.data.layouts.dicom import read as read_dicom
 from volta_components.data.preprocess import UnusableVoxels, survey
 from volta_components.data.volumes import UnusableVolume, read_volume, volume_suffix
 from volta_components.errors import InputError
-from volta_components.files import read_json
+from volta_components.files import partial_prefix, read_json, remove_partials
 
 # File, what is wrong with it, and what to do.
 Row = tuple[str, str, str]
@@ -391,7 +391,8 @@ def _scans(parts: Sequence[Path], target: Path, skip_bad: bool) -> list[Path]:
 def _convert(root: Path, target: Path) -> tuple[list[Path], list[Row]]:
     """Convert the T1 series below a folder to NIfTI in ``target/converted``, as ``volta3d prepare`` chooses them."""
     files: list[Path] = []
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=target) as name:
+    remove_partials(target)
+    with tempfile.TemporaryDirectory(prefix=partial_prefix(), dir=target) as name:
         temporary = Path(name)
         options = LayoutOptions(root, ("all",), "none", temporary=temporary, workers=os.cpu_count() or 1)
         listing = read_dicom(options)

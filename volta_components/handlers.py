@@ -425,7 +425,8 @@ class ReconstructionCheck:
     """Masked reconstruction error on held-out volumes, beside that of predicting the mean training volume.
 
     Held-out volumes are masked as they lie, with the same masks every time. Their errors, ``validation_reconstruction``
-    and ``validation_mean_view``, go to ``engine.state.metrics`` every ``interval`` epochs and, at the end, to a JSON.
+    and ``validation_mean_view``, and the share of volumes where the first is lower, ``validation_share_better``, go to
+    ``engine.state.metrics`` every ``interval`` epochs and, at the end, to a JSON.
 
     Args:
         path: the JSON file.
@@ -460,7 +461,7 @@ class ReconstructionCheck:
 
     @torch.no_grad()
     def errors(self, engine: Any) -> dict[str, float]:
-        """Mean squared errors over masked voxels, averaged over volumes: ``reconstruction`` and ``mean_view``."""
+        """Mean squared errors over masked voxels, averaged over volumes, and the share that is restored better."""
         device, network, mask = engine.state.device, engine.plain_student.network, engine.views.mask
         if self._mean is None:
             count = min(self.limit, len(self.training))
@@ -478,7 +479,10 @@ class ReconstructionCheck:
             hidden = labels != VISIBLE
             errors["reconstruction"].append(float((restored - image)[hidden].square().mean()))
             errors["mean_view"].append(float((mean - image)[hidden].square().mean()))
-        return {name: float(np.mean(values)) for name, values in errors.items()}
+        better = np.less(errors["reconstruction"], errors["mean_view"])
+        return {name: float(np.mean(values)) for name, values in errors.items()} | {
+            "share_better": float(better.mean())
+        }
 
 
 class EncoderExport:

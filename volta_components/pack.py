@@ -22,7 +22,14 @@ from typing import Any
 
 from volta_components.cards import Card, is_phantom, voxel_mm
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, read_json, sha256_file, write_json
+from volta_components.files import (
+    atomic_path,
+    partial_prefix,
+    read_json,
+    remove_partials,
+    sha256_file,
+    write_json,
+)
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -139,7 +146,8 @@ def pack_bundle(
     """Pack one bundle; see ``pack``."""
     _checked_metadata(bundle)
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".partial-") as temporary:
+    remove_partials(output)
+    with tempfile.TemporaryDirectory(dir=output, prefix=partial_prefix()) as temporary:
         top = Path(temporary) / (name or default_name(bundle, overlays, model))
         assemble(bundle, top, overlays, model, metrics)
         version = read_json(top / "configs" / "metadata.json")["version"]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, read_json, sha256_file, write_json
+from volta_components.files import atomic_path, read_json, remove_partials, sha256_file, write_json
 from volta_components.networks import VoltaViT, fit_cross_attention, resample_position_embedding
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ def write_weights(
         record: what else the record holds.
     """
     path = Path(path)
+    remove_partials(path.parent)
     with _signals_wait(), atomic_path(path) as weights, atomic_path(path.with_suffix(".json")) as beside:
         save(weights)
         content = {

@@ -249,7 +249,7 @@ CURVES = {
     *("gradient_norm", "volumes_per_second", "effective_rank"),
     *("global_teacher_entropy", "patch_teacher_entropy", "global_divergence", "patch_divergence"),
     *("global_centre_alignment", "patch_centre_alignment", "global_information", "patch_information"),
-    *("validation_reconstruction", "validation_mean_view"),
+    *("validation_reconstruction", "validation_mean_view", "validation_share_better"),
 }
 
 
