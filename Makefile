@@ -11,7 +11,7 @@ LABEL_PYTHON := $(abspath $(LABEL_VENV))/bin/python
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test label test-label lint bench clean
+.PHONY: help setup demo test label test-label test-gpu lint bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,9 @@ label: $(LABEL_READY)  ## MONAI Label server: make label STUDIES=DIR [PORT=8000]
 
 test-label: $(READY) $(LABEL_READY)  ## tests with a real MONAI Label server
 	LABEL_TESTS=required OMP_NUM_THREADS=1 python -m pytest -q -m label_server
+
+test-gpu: $(READY)  ## each training and inference once on the GPU
+	VOLTA_TEST_GPU=1 python -m pytest -q tests/integration/test_gpu.py
 
 lint: $(READY)  ## ruff and mypy
 	ruff check .

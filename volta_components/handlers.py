@@ -174,7 +174,8 @@ class TrainingRecord:
 
     MONAI's MLflow handler records one loss and the learning rate; this one gives it every number that the trainer
     returns, averaged over ``interval`` mini-batches and all processes, and puts the epoch's means into
-    ``engine.state.metrics``, where all of MONAI's handlers look for them.
+    ``engine.state.metrics``, where all of MONAI's handlers look for them. In an epoch that a broken run goes on with,
+    means are of the mini-batches since.
 
     Args:
         settings: recorded as parameters.
@@ -209,7 +210,7 @@ class TrainingRecord:
                 mlflow_handler.client.set_tag(run_id, name, str(value))
         self._described = True
         if engine.state.iteration % self.interval == 0:
-            means = _means(self._recent)
+            means = _means(self._recent, engine.state.device)
             if mlflow_handler is not None:
                 mlflow_handler._log_metrics(means, step=engine.state.iteration)
 
@@ -222,14 +223,17 @@ class TrainingRecord:
             # Nothing was left to train, and MONAI's handler has opened a new run beside the finished one.
             mlflow_handler.client.set_tag(run_id, "superseded", "true")
 
-    def _epoch_completed(self, engine: Engine) -> None:
-        engine.state.metrics |= _means(self._epoch)
+    def _epoch_completed(self, engine: Any) -> None:
+        engine.state.metrics |= _means(self._epoch, engine.state.device)
 
 
-def _means(numbers: dict[str, list[float]]) -> dict[str, float]:
-    """Means of the numbers, over all processes; the lists are emptied."""
+def _means(numbers: dict[str, list[float]], device: torch.device) -> dict[str, float]:
+    """Means of the numbers, over all processes; the lists are emptied.
+
+    Computed on the training's device: NCCL reduces nothing that lies on the CPU.
+    """
     names = sorted(numbers)
-    means = torch.tensor([float(np.mean(numbers[name])) for name in names], dtype=torch.float64)
+    means = torch.tensor([float(np.mean(numbers[name])) for name in names], dtype=torch.float64, device=device)
     numbers.clear()
     return dict(zip(names, mean_over_processes(means).tolist(), strict=True))
 

@@ -82,9 +82,10 @@ def write_weights(
     save: Callable[[Path], None],
     record: Mapping[str, Any],
 ) -> None:
-    """Write weights and, beside them, their record with the file's hash: both, or neither.
+    """Write weights and, beside them, their record with the file's hash.
 
-    Both are written under other names first and moved into place one right after the other, while Ctrl-C waits.
+    Both are written under other names first and moved into place one right after the other, while Ctrl-C waits. What a
+    process leaves that is killed right between the two does not pass as whole: the hash is of other weights.
 
     Args:
         path: the file of weights; the record has the same name with the suffix ``.json``.

@@ -300,11 +300,12 @@ def test_merged_volumes_stay_where_they_are_and_keep_fold_and_cohort(tmp_path, c
     check_volumes(both, deep=True)
     assert both.content["training"][0]["image"] == "../d/adni/images/0.nii"
     assert {entry["patient_id"]: entry["fold"] for entry in both.items}["002_S_0003"] == 3
-    weights = cohort_weights(both, {"adni": 1, "brats": 3})
-    by_cohort = Counter()
-    for entry, weight in zip(both.items, weights, strict=True):
-        by_cohort[entry["cohort"]] += weight
-    assert by_cohort == pytest.approx({"adni": 0.25, "brats": 0.75}) and sum(weights) == pytest.approx(1)
+    for drawn in (both.items, both.split(0)[0]):
+        weights = cohort_weights(both, drawn, {"adni": 1, "brats": 3})
+        by_cohort = Counter()
+        for entry, weight in zip(drawn, weights, strict=True):
+            by_cohort[entry["cohort"]] += weight
+        assert by_cohort == pytest.approx({"adni": 0.25, "brats": 0.75}) and sum(weights) == pytest.approx(1)
 
 
 def test_merging_refuses_what_would_leak(tmp_path):
@@ -346,7 +347,8 @@ def test_merging_keeps_different_people_of_one_plain_id_apart(tmp_path):
 def test_bad_cohort_weights(tmp_path, weights, message):
     path = write(tmp_path, [item(0, cohort="adni"), item(1, cohort="brats")])
     with pytest.raises(InputError, match=message):
-        cohort_weights(load_datalist(path), weights)
+        datalist = load_datalist(path)
+        cohort_weights(datalist, datalist.items, weights)
 
 
 def test_overlaps_of_nothing(tmp_path):

@@ -356,20 +356,21 @@ def _check_volume(path: Path, kind: str, item: Mapping[str, Any], datalist: Data
         raise UnusableVolume(path, "its content is not what was prepared (another hash)", remedy)
 
 
-def cohort_weights(datalist: Datalist, weights: Mapping[str, float]) -> list[float]:
+def cohort_weights(datalist: Datalist, items: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> list[float]:
     """Sampling weight of each item so that the cohorts are drawn in the given proportion, whatever their sizes.
 
     Args:
         datalist: usually a merged one.
+        items: those of it that are drawn from, such as the training part of a fold.
         weights: share of each cohort, any positive scale; 0 leaves a cohort out. All cohorts must be named.
 
     Returns:
-        One weight an item, in the order of ``datalist.items``; they sum to 1.
+        One weight an item, in the order of ``items``; they sum to 1.
 
     Raises:
         InputError: if a cohort is missing or unknown, or a weight is negative, or all are 0.
     """
-    cohorts = [str(item.get("cohort", datalist.name)) for item in datalist.content["training"]]
+    cohorts = [str(item.get("cohort", datalist.name)) for item in items]
     sizes = Counter(cohorts)
     unknown, missing = sorted(set(weights) - set(sizes)), sorted(set(sizes) - set(weights))
     if unknown or missing:
