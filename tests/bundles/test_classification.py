@@ -203,9 +203,10 @@ def test_every_overlay_is_instantiated_with_the_quick_starts(
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
-def test_the_quick_start_serves_inference_too(bundle, tiny_data, tmp_path):
+@pytest.mark.parametrize("overlay", [None, "vit_scratch", "swin_scratch"])
+def test_the_quick_start_serves_inference_too(bundle, overlay, tiny_data, tmp_path):
     made = ConfigWorkflow(
-        config_file=configs(bundle, "inference", "tiny"),
+        config_file=configs(bundle, "inference", *([overlay] if overlay else []), "tiny"),
         meta_file=configs(bundle, "metadata")[0],
         logging_file=False,
         workflow_type="inference",
@@ -216,7 +217,10 @@ def test_the_quick_start_serves_inference_too(bundle, tiny_data, tmp_path):
     made.initialize()
     image = made.parser.get_parsed_content("dataset")[0]["image"]
     network = made.parser.get_parsed_content("network")
-    assert tuple(image.shape[1:]) == tuple(network.encoder.config["img_size"])
+    if overlay != "swin_scratch":
+        assert tuple(image.shape[1:]) == tuple(network.encoder.config["img_size"])
+    with torch.no_grad():
+        assert network.eval()(image[None]).shape == (1, 2)
     assert str(made.parser.get_parsed_content("model_path")).endswith("models/model_phantom_tiny.pt")
 
 
