@@ -29,7 +29,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 demo: $(READY)  ## phantoms, preparation, a tiny pretraining, what it has learnt
 	bash benchmarks/demo.sh
 
-test: $(READY)  ## all tests
+test: $(READY)  ## all tests but the MONAI Label server's and the GPU's
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile -m "not label_server"
 
 # MONAI Label needs releases that do not go with .venv's; see label/requirements.txt.
@@ -67,5 +67,5 @@ lint: $(READY)  ## ruff and mypy
 bench: $(READY)  ## benchmarks, printed as a table of ratios
 	python benchmarks/run.py
 
-clean:  ## remove environment and build output, keep data and runs
-	rm -rf $(VENV) $(LABEL_VENV) build dist *.egg-info
+clean:  ## remove environments and build output; data, runs and packed bundles stay
+	rm -rf $(VENV) $(LABEL_VENV) build *.egg-info

@@ -227,6 +227,22 @@ class TrainingRecord:
         engine.state.metrics |= _means(self._epoch, engine.state.device)
 
 
+def log_epoch(engine: Engine) -> None:
+    """One line for an epoch, with what one looks at first; for MONAI's ``StatsHandler``, whose own lists everything."""
+    numbers = engine.state.metrics
+    parts = [
+        f"loss {numbers['loss']:.3f} (global {numbers['loss_global']:.3f}, patch {numbers['loss_patch']:.3f}, "
+        f"reconstruction {numbers['loss_reconstruction']:.4f})",
+        *(
+            f"{branch}: entropy {numbers[f'{branch}_teacher_entropy']:.2f}, "
+            f"predicted {numbers[f'{branch}_predicted']:.3f} of ln K"
+            for branch in ("global", "patch")
+        ),
+        f"{numbers['volumes_per_second']:.2f} volumes/s",
+    ]
+    logger.info("epoch %d of %s: %s", engine.state.epoch, engine.state.max_epochs, "; ".join(parts))
+
+
 def _means(numbers: dict[str, list[float]], device: torch.device) -> dict[str, float]:
     """Means of the numbers, over all processes; the lists are emptied.
 

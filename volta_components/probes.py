@@ -297,6 +297,9 @@ def probe_report(
             f"{row['label']:<10} {row['encoder']:<8} {row['embedding']:<13} {row['probe']:<7} "
             f"{row['auroc']:.3f} ({row['auroc_low']:.3f} to {row['auroc_high']:.3f})"
         )
+    if leak != "none":
+        print("Scored patients were, or may have been, pretrained on: these numbers flatter.")
+    print(f"{path}")
     return rows
 
 

@@ -147,7 +147,8 @@ def find_encoder(path: str | os.PathLike[str], suffix: str = "", required: bool 
         return (path if path.name == "models" else path / "models") / names[0]
     raise InputError(
         f"{path}: no encoder in it ({' or '.join(names)}); run the pretraining first (python -m monai.bundle run "
-        "--config_file bundles/pretrain/configs/train.json), download the bundle, or give another path"
+        "--config_file bundles/pretrain/configs/train.json), download the bundle, or give another path; the quick "
+        "start's encoder is found with its overlay, tiny"
     )
 
 

@@ -24,7 +24,7 @@ from sklearn.metrics import roc_auc_score
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from volta_components.classification import LoadScand, find_volumes, labelled_items
+from volta_components.classification import LoadScand, find_volumes, labelled_items, scans_below
 from volta_components.classifier import SwinClassifier, VoltaClassifier
 from volta_components.data.datalist import load_datalist
 from volta_components.errors import InputError
@@ -735,6 +735,26 @@ def test_aibl_takes_a_patients_first_session_unless_told_otherwise(prepared, tmp
     assert len(labelled_items(datalist, "diagnosis", ["CN", "AD"], "all").items) == 13
     with pytest.raises(InputError, match="nobody with diagnosis CN"):
         labelled_items(datalist, "diagnosis", ["CN", "AD"], "ses-M018")
+
+
+def test_of_a_bids_folder_the_t1_scans_are_found(tmp_path):
+    anat = tmp_path / "bids/sub-01/ses-M000/anat"
+    scans = [anat / "sub-01_ses-M000_T1w.nii.gz", tmp_path / "bids/sub-02/anat/sub-02_run-1_T1w.nii"]
+    others = [
+        anat / "sub-01_ses-M000_T2w.nii.gz",
+        anat / "sub-01_ses-M000_desc-brain_mask.nii.gz",
+        tmp_path / "bids/derivatives/tool/sub-01/sub-01_T1w.nii.gz",
+        tmp_path / "bids/derivatives/tool/sub-01/norm.mgz",
+    ]
+    plain = [
+        tmp_path / "plain" / name for name in ("IXI002-Guys-0828-T1.nii.gz", "my_mask_study.nii", "sub-1_ses-2.nii")
+    ]
+    for path in [*scans, *others, *plain]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert scans_below(tmp_path / "bids") == (sorted(scans), sorted(others))
+    assert scans_below(tmp_path / "plain") == (sorted(plain), [])
+    assert [item["image"] for item in find_volumes(tmp_path / "bids")] == [str(path) for path in sorted(scans)]
 
 
 def test_volumes_are_found_and_named_as_in_bids(tmp_path):
