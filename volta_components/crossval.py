@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from volta_components.cores import cores
 from volta_components.data.datalist import load_datalist
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, read_json, sha256_file, sha256_json, write_json
@@ -621,7 +622,7 @@ def _run_here(runs: Sequence[Run], jobs: int, gpus_per_run: int) -> Generator[Ou
     for job in range(jobs):
         dealt = [gpus[(job * gpus_per_run + place) % len(gpus)] for place in range(gpus_per_run)]
         slots.put(",".join(dealt) if gpus else None)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
 
     def work(run: Run) -> Outcome:
         slot = slots.get()

@@ -28,6 +28,7 @@ from monai.transforms.traits import RandomizableTrait
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from volta_components.cores import cores
 from volta_components.data.datalist import Datalist
 from volta_components.data.identity import canonical_patient_id
 from volta_components.distributed import process_rank
@@ -499,7 +500,7 @@ class KeyedCacheDataset(KeyedDataset):
         missing = [index for index in range(len(self.data)) if index not in self._cache]
         if not self.cache or not missing:
             return
-        with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(workers or min(8, cores())) as pool:
             self._cache.update(zip(missing, pool.map(self._deterministic, missing)))
 
     def _deterministic(self, index: int) -> Any:

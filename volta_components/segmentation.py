@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from volta_components.classification import find_volumes, meta_tensor
+from volta_components.cores import cores
 from volta_components.data.datalist import Datalist, load_datalist, make_content
 from volta_components.data.labels import read_labels
 from volta_components.data.layouts.common import LEFT, RIGHT, LabelFile
@@ -258,7 +259,7 @@ def check_label_maps(items: Iterable[Mapping[str, Any]], workers: int | None = N
         return (name, str(path), f"no voxels of {' and '.join(empty)}") if empty else None
 
     items = list(items)
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or cores()) as pool:
         rows = [row for row in pool.map(examine, items) if row is not None]
     if rows:
         raise InputError.many(
