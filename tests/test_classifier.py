@@ -8,6 +8,7 @@ import torch
 
 from volta_components.classifier import SwinClassifier, VoltaClassifier
 from volta_components.errors import InputError
+from volta_components.finetune import freeze_encoder
 from volta_components.networks import VoltaViT
 from volta_components.weights import load_pretrained, save_encoder
 
@@ -32,6 +33,17 @@ def test_every_trainable_parameter_gets_a_gradient(pool):
     network(torch.rand(2, 1, 32, 32, 32)).square().sum().backward()
     # DDP waits for ever for a parameter without gradient.
     assert [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("pool", ["summary", "mean"])
+@pytest.mark.parametrize("unfrozen", [0, 1, 2])
+def test_every_parameter_that_trains_after_freezing_gets_a_gradient(pool, unfrozen):
+    network = VoltaClassifier(img_size=(32, 32, 32), pool=pool, **SIZES)
+    freeze_encoder(network.encoder, unfrozen)
+    network(torch.rand(2, 1, 32, 32, 32)).square().sum().backward()
+    assert [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None] == []
+    summarised = any(p.requires_grad for p in network.encoder.summariser.parameters())
+    assert summarised == (pool == "summary" and unfrozen > 0)
 
 
 def test_an_exported_encoder_of_another_grid_loads_with_nothing_left_but_the_head(tmp_path):

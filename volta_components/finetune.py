@@ -394,7 +394,8 @@ def freeze_encoder(encoder: nn.Module, unfrozen_blocks: int) -> None:
     """Let only the last blocks of a ViT train.
 
     With 0, the whole encoder (and its summariser) is frozen; with ``n``, the last ``n`` blocks train, and the final
-    norm and the summariser after them; with all blocks, the patch and position embeddings train as well.
+    norm and the summariser after them; with all blocks, the patch and position embeddings train as well. What did not
+    train before stays as it is: DDP would wait for the gradient of a summariser that a classifier does not use.
 
     Args:
         encoder: ``VoltaViT``, or MONAI's ``ViT`` or ``ViTAutoEnc``.
@@ -409,12 +410,13 @@ def freeze_encoder(encoder: nn.Module, unfrozen_blocks: int) -> None:
         raise InputError(f"unfrozen_blocks {unfrozen_blocks}: the encoder has {len(blocks)} blocks")
     if unfrozen_blocks == len(blocks):
         return
+    trained = {id(parameter) for parameter in encoder.parameters() if parameter.requires_grad}
     encoder.requires_grad_(False)
     if unfrozen_blocks == 0:
         return
     for module in [*blocks[len(blocks) - unfrozen_blocks :], encoder.norm, getattr(encoder, "summariser", None)]:
-        if module is not None:
-            module.requires_grad_(True)
+        for parameter in () if module is None else module.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
     freeze_cross_attention(encoder)
 
 
