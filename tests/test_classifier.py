@@ -78,6 +78,23 @@ def test_swin_defaults_are_those_of_the_method():
     )
 
 
+@pytest.mark.parametrize("pool", ["summary", "mean", None])
+def test_scores_are_not_rounded_in_mixed_precision(pool):
+    torch.manual_seed(0)
+    network = (
+        VoltaClassifier(img_size=(32, 32, 32), pool=pool, **SIZES)
+        if pool
+        else SwinClassifier(embed_dim=12, window_size=(2, 2, 2), depths=(1, 1, 1, 1), num_heads=(3, 3, 6, 6))
+    ).eval()
+    images = torch.rand(8, 1, 32, 32, 32) * torch.linspace(0.9, 1, 8)[:, None, None, None, None]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        features, logits = network.features(images), network(images)
+    assert logits.dtype == torch.float32
+    weight, bias = network.head.weight.detach().double(), network.head.bias.detach().double()
+    torch.testing.assert_close(logits.double(), features.double() @ weight.T + bias, atol=1e-6, rtol=0)
+    assert (logits != logits.bfloat16().float()).any()
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

@@ -15,6 +15,7 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from labelled_scans import SIDE, centred_affine, head, make_labelled, write_scan
+from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import UNETR, UNet
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from scipy import ndimage
@@ -28,6 +29,7 @@ from volta_components.files import read_json, write_json
 from volta_components.finetune import start_from
 from volta_components.networks import VoltaViT, resample_position_embedding
 from volta_components.segmentation import (
+    FloatWindowInferer,
     KeepBest,
     RestoreMaskd,
     VoltaUNETR,
@@ -415,6 +417,24 @@ def test_all_of_a_few_scans_are_shown_and_of_many_the_worst_median_and_best() ->
     dices = [0.5 + 0.01 * ((8 * place) % 21) for place in range(21)]
     worst, median, best = (dices.index(value) for value in (min(dices), sorted(dices)[10], max(dices)))
     assert shown_scans(dices, 21) == {worst, median, best}
+
+
+# --- windows ---
+
+
+def test_windows_are_added_up_in_float32_in_mixed_precision() -> None:
+    """Windows that agree on every voxel: their weighted mean is what each of them says."""
+
+    def network(image: torch.Tensor) -> torch.Tensor:
+        return torch.cat([image, 2 * image - 1.003], dim=1).bfloat16()
+
+    image = torch.rand(1, 1, 20, 24, 16, generator=torch.Generator().manual_seed(0))
+    sizes: dict[str, Any] = {"roi_size": (16, 16, 16), "sw_batch_size": 3, "overlap": 0.5, "mode": "gaussian"}
+    logits = FloatWindowInferer(**sizes)(image, network)
+    assert isinstance(logits, torch.Tensor) and logits.dtype == torch.float32
+    torch.testing.assert_close(logits, network(image).float(), atol=1e-6, rtol=1e-6)
+    rounded = SlidingWindowInferer(**sizes)(image, network)
+    assert (rounded - network(image).float()).abs().max() > 1e-3  # type: ignore[operator]
 
 
 # --- the best epoch ---

@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.config import KeysCollection
+from monai.inferers import SlidingWindowInferer
 from monai.metrics import compute_dice, compute_hausdorff_distance
 from monai.networks.nets import UNETR
 from monai.networks.nets.vit import ViT
@@ -154,6 +155,22 @@ class VoltaUNETR(UNETR):
         features = self.decoder4(features, quarter)
         features = self.decoder3(features, half)
         return self.out(self.decoder2(features, full))
+
+
+class FloatWindowInferer(SlidingWindowInferer):
+    """``SlidingWindowInferer`` that weights and adds up the windows' logits in float32, in mixed precision as well.
+
+    MONAI's multiplies each window by its weights in the network's own type: rounded to bfloat16, the logits of two
+    classes are often equal, and the background wins.
+    """
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Logits of whole volumes ``[B, C, D, H, W]``; see ``SlidingWindowInferer``."""
+
+        def in_float32(*arguments: Any, **keywords: Any) -> Tensor:
+            return network(*arguments, **keywords).float()
+
+        return super().__call__(inputs, in_float32, *args, **kwargs)
 
 
 def describe_network(network: nn.Module) -> dict[str, Any]:
