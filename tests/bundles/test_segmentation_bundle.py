@@ -575,7 +575,7 @@ def test_an_annotation_server_gives_its_own_scans(tmp_path: Path) -> None:
 # --- inference ---------------------------------------------------------------------------------------------------
 
 
-def infer(finished: Path, source: Path, output: Path) -> list[dict[str, str]]:
+def infer(finished: Path, source: Path, output: Path, **changes: Any) -> list[dict[str, str]]:
     made = ConfigWorkflow(
         config_file=configs("inference"),
         meta_file=configs("metadata")[0],
@@ -585,7 +585,7 @@ def infer(finished: Path, source: Path, output: Path) -> list[dict[str, str]]:
         source=str(source),
         output_dir=str(output),
         model_path=str(finished / "models" / "model.pt"),
-        **NETWORK,
+        **{**NETWORK, **changes},
     )
     made.parser["handlers"] = made.parser["handlers"][:1]
     made.initialize()
@@ -629,6 +629,20 @@ def test_a_prepared_scan_gets_the_mask_that_was_scored(finished: Path, labelled:
     scored = nib.load(finished / "predictions" / "masks" / "sub-0005_ses-M000.nii.gz")
     mask = nib.load(tmp_path / "sub-0005_ses-M000_hippocampus.nii.gz")
     assert np.array_equal(np.asarray(mask.dataobj), np.asarray(scored.dataobj))
+
+
+def test_workers_load_in_memory_and_leave_the_device_alone(finished: Path, labelled: Path, tmp_path: Path) -> None:
+    """A forked process cannot use CUDA; the evaluator moves each batch."""
+    parser = ConfigParser()
+    parser.read_config(configs("inference"))
+    parser.update({**NETWORK, "device": "$torch.device('meta')"})
+    item = {"image": str(labelled / "images" / "sub-0000_ses-M000.nii")}
+    image = parser.get_parsed_content("preprocessing")(item)["image"]
+    assert image.device.type == "cpu"
+    for workers in (0, 2):
+        infer(finished, labelled / "images", tmp_path / str(workers), num_workers=workers)
+    alone, helped = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("0", "2"))
+    assert len(alone) == 11 and alone == helped
 
 
 def test_scans_of_the_same_file_name_get_masks_of_their_own(finished: Path, tmp_path: Path) -> None:
