@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from volta_components.cores import cores
 from volta_components.data.datalist import Datalist
 from volta_components.data.identity import canonical_patient_id
-from volta_components.distributed import process_rank
+from volta_components.distributed import mean_over_processes, process_rank
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file, write_json
 from volta_components.handlers import find_mlflow_handler
@@ -621,8 +621,9 @@ class TrainingPlan:
 class RunRecord:
     """Settings, tags and epoch means of a fine-tuning run, for MLflow, the log and ``history``.
 
-    MONAI's MLflow handler records a loss at every mini-batch, by iteration; here ``train_loss`` is the epoch's mean, at
-    the epoch, as the validation's numbers are, and tags are set.
+    MONAI's MLflow handler records a loss at every mini-batch, by iteration; here ``train_loss`` is the epoch's mean
+    over all processes, at the epoch, as the validation's numbers are, and tags are set. A fine-tuning run has
+    checkpoints at ends of epochs only, so that no epoch's mean misses its beginning.
 
     Args:
         settings: recorded as parameters.
@@ -635,7 +636,7 @@ class RunRecord:
         self.tags = {name: str(value) for name, value in tags.items()}
         self.evaluator = evaluator
         self.history: list[dict[str, float]] = []
-        self._losses: list[float] = []
+        self._losses: list[Tensor] = []
         self._recorded = False
         self._engine: Engine | None = None
 
@@ -672,12 +673,12 @@ class RunRecord:
 
     def _iteration_completed(self, engine: Engine) -> None:
         output: Any = engine.state.output
-        self._losses.append(float((output[0] if isinstance(output, list) else output)["loss"]))
+        self._losses.append((output[0] if isinstance(output, list) else output)["loss"].detach())
 
     def _epoch_completed(self, engine: Any) -> None:
         row = {
             "epoch": engine.state.epoch,
-            "train_loss": float(np.mean(self._losses)) if self._losses else float("nan"),
+            "train_loss": float(mean_over_processes(torch.stack(self._losses).double().mean())),
             "learning_rate": float(engine.optimizer.param_groups[0]["lr"]),
         }
         self._losses.clear()

@@ -468,6 +468,10 @@ def test_two_processes_train_and_score_every_subject_once(prepared, encoder, tmp
     labels, scores = [int(row["label"]) for row in rows], [float(row["score"]) for row in rows]
     assert result["metrics"]["auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
     assert result["settings"]["processes"] == 2
+    # One process with batches of four sees the same samples; the classes' weights are 1.
+    alone = run("aibl_ad", ("train",), prepared, encoder, tmp_path / "alone", batch_size=4, validation_fraction=0.5)
+    losses, expected = ([row["train_loss"] for row in record["history"]] for record in (result, alone))
+    assert losses == pytest.approx(expected, rel=1e-4)
 
 
 # --- trained models ----------------------------------------------------------------------------------------------
