@@ -59,7 +59,8 @@ class ResumableCheckpoint:
 
     MONAI's ``CheckpointSaver`` writes in place, so that a run killed while saving loses its only checkpoint; it also
     knows nothing of accumulation windows. This handler writes beside and renames, saves only where no gradient is
-    pending, and refuses a checkpoint of a run with other settings. Loading is ``weights_only``.
+    pending, and refuses a checkpoint of a run with other settings. Loading is ``weights_only``. The trainer's gradient
+    scaler, which MONAI makes when the run starts, is saved with the rest.
 
     Args:
         path: the checkpoint file.
@@ -112,6 +113,9 @@ class ResumableCheckpoint:
         if process_rank():
             return
         state = {name: item.state_dict() for name, item in self.objects.items()}
+        scaler = getattr(engine, "scaler", None)
+        if scaler is not None:
+            state["scaler"] = scaler.state_dict()
         state["engine"] = {
             "iteration": engine.state.iteration,
             "epoch_length": engine.state.epoch_length,
@@ -148,6 +152,8 @@ class ResumableCheckpoint:
             )
         for name, item in self.objects.items():
             item.load_state_dict(state[name])
+        if state.get("scaler"):
+            engine.scaler.load_state_dict(state["scaler"])  # type: ignore[attr-defined]
         engine.load_state_dict(progress)
         logger.info("resumed %s at mini-batch %d", self.path, engine.state.iteration)
 
