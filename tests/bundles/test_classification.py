@@ -269,6 +269,17 @@ def test_the_method_is_in_the_config():
     assert read_json(configs("aibl_ad", "train")[0])["threshold"] == "youden"
 
 
+@pytest.mark.parametrize(("amp", "recorded"), [(True, "torch.float16"), (False, False)])
+def test_the_type_of_mixed_precision_can_be_chosen(amp, recorded, prepared, encoder, tmp_path):
+    for bundle in BUNDLES:
+        made = workflow(bundle, ("train",), prepared, encoder, tmp_path, amp=amp, amp_dtype="$torch.float16")
+        for name in ("train#trainer", "validate#evaluator", "score#evaluator"):
+            engine = made.parser.get_parsed_content(name)
+            assert (engine.amp, engine.amp_kwargs) == (amp, {"dtype": torch.float16})
+        assert made.parser.get_parsed_content("settings")["amp"] == recorded
+        assert read_json(configs(bundle, "train")[0])["amp_dtype"] == "$torch.bfloat16"
+
+
 def test_input_is_the_padded_volume_averaged_over_blocks(tmp_path):
     rng = np.random.default_rng(0)
     volume = rng.random((12, 16, 16), dtype=np.float32)

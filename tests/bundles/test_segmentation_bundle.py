@@ -178,7 +178,6 @@ def test_the_method_is_in_the_config() -> None:
     expected = {
         "init": "volta",
         "fold": 0,
-        "num_folds": 5,
         "validation_fraction": 0.2,
         "epochs": 500,
         "batch_size": 2,
@@ -204,6 +203,19 @@ def test_the_method_is_in_the_config() -> None:
     )
     assert train["loss"]["_target_"] == "DiceCELoss" and train["loss"]["include_background"] is False
     assert train["validate"]["inferer"]["mode"] == "gaussian"
+
+
+def test_the_type_of_mixed_precision_can_be_chosen(labelled: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"amp": True, "amp_dtype": "$torch.float16"}
+    made = workflow(("train", "unetr_scratch"), labelled, tmp_path, **changes)
+    for name in ("train#trainer", "validate#evaluator", "score#evaluator"):
+        assert made.parser.get_parsed_content(name).amp_kwargs == {"dtype": torch.float16}
+    assert made.parser.get_parsed_content("settings")["amp"] == "torch.float16"
+    parser = ConfigParser()
+    parser.read_config(configs("inference"))
+    parser.update({**NETWORK, **changes, "data": [{"image": "scan.nii"}], "handlers": []})
+    assert parser.get_parsed_content("evaluator").amp_kwargs == {"dtype": torch.float16}
+    assert {read_json(path)["amp_dtype"] for path in configs("train", "inference")} == {"$torch.bfloat16"}
 
 
 @pytest.fixture
@@ -523,6 +535,7 @@ def test_of_many_scans_every_label_map_and_three_images_reach_mlflow(tmp_path: P
     )
     client = MlflowClient(store)
     (record,) = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.finished = 'true'")
+
 
     def names(folder: str) -> set[str]:
         found = client.list_artifacts(record.info.run_id, f"predictions/{folder}")
