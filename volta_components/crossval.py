@@ -281,8 +281,6 @@ def plan(
         if encoder is not None and "encoder_path" in merged:
             suffix = str({**merged, **changes}.get("suffix") or "")
             changes["encoder_path"] = str(find_encoder(encoder.resolve(), suffix, required=False))
-        if "num_folds" in merged:
-            changes.setdefault("num_folds", len(available))
         identity = {
             "config": merged,
             "changes": {key: value for key, value in changes.items() if key != "encoder_path"},

@@ -328,6 +328,7 @@ def test_a_run_scores_the_fold_writes_everything_and_repeats_itself(prepared, en
     assert (first["metrics"]["sensitivity"], first["metrics"]["specificity"]) == expected
     assert [row["epoch"] for row in first["history"]] == [1, 2]
     assert {"train_loss", "val_loss", "val_auroc"} <= set(first["history"][-1])
+    assert first["settings"]["num_folds"] == 3
     assert first["subjects"] == {"training": 6, "validation": 2, "scored": 4, "unused": 0}
     assert "loaded  encoder.summariser.cls_token" in (tmp_path / "a" / "pretrained.txt").read_text()
 

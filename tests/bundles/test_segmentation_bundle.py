@@ -536,6 +536,7 @@ def test_of_many_scans_every_label_map_and_three_images_reach_mlflow(tmp_path: P
     client = MlflowClient(store)
     (record,) = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.finished = 'true'")
 
+    assert record.data.params["num_folds"] == "2"
 
     def names(folder: str) -> set[str]:
         found = client.list_artifacts(record.info.run_id, f"predictions/{folder}")
