@@ -67,6 +67,16 @@ def test_every_cell_once_and_comparable_cells_share_their_seed(place):
     assert [path.name for path in runs[0].configs] == ["train.json", "tiny.json", "run.json"]
 
 
+def test_more_processes_than_scans_of_a_part_are_refused_while_planning(place):
+    path = place / "fake/configs/train.json"
+    train = json.loads(path.read_text())
+    train["imports"].append("$from volta_components.finetune import Parts")
+    path.write_text(json.dumps({**train, "parts": "$Parts([{}] * 9, [{}] * 2, [{}] * 4)"}))
+    assert planned(place, processes=2)
+    with pytest.raises(InputError, match=r"volta_fold0_frac0\.5_seed3000: 3 processes(?s:.)*validation  2 scans"):
+        planned(place, processes=3)
+
+
 def test_settings_hash_follows_what_decides_the_result_and_nothing_else(place):
     def hashes(**changes):
         return {run.variant: run.settings for run in planned(place, folds=1, fractions=1.0, **changes)}

@@ -335,16 +335,22 @@ def _check_parts(run: Run) -> None:
     """Let the bundle itself say what is wrong with a run's subjects, as it would when the run starts.
 
     Raises:
-        InputError: with the run's name, if labels or classes are missing, a fraction is too small, or there is a leak.
+        InputError: with the run's name, if labels or classes are missing, a fraction is too small (also for as many
+            processes), or there is a leak.
     """
     from monai.bundle import ConfigParser
+
+    from volta_components.finetune import Parts, check_shares
 
     parser = ConfigParser()
     parser.read_config([str(path) for path in run.configs])
     try:
         for name in CHECKS:
             if name in parser:
-                parser.get_parsed_content(name)
+                found = parser.get_parsed_content(name)
+                # Here is one process; the run has its own number of them.
+                if isinstance(found, Parts):
+                    check_shares(found.in_use, run.processes)
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, InputError):

@@ -87,6 +87,11 @@ class Parts:
     scored: list[Item]
     unused: list[Item] = field(default_factory=list)
 
+    @property
+    def in_use(self) -> dict[str, list[Item]]:
+        """The parts that a run goes through, by name."""
+        return {"training": self.training, "inner validation": self.validation, "scored": self.scored}
+
 
 def patients_of(items: Iterable[Mapping[str, Any]]) -> set[str]:
     """Patient ids of items."""
@@ -173,6 +178,29 @@ def check_disjoint(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
             f"{len(rows)} patients are in two parts of the split",
             rows,
             "Give each patient one fold: prepare the data set again, or volta3d merge --refold.",
+        )
+
+
+def check_shares(parts: Mapping[str, Sequence[Any]], processes: int) -> None:
+    """Make sure that every process has scans of every part, where a part has any.
+
+    MONAI's evaluators skip a process without scans, and the others would wait for it for ever.
+
+    Args:
+        parts: scans by name of the part.
+        processes: how many train together.
+
+    Raises:
+        InputError: naming the parts, their scans, and the number of processes.
+    """
+    rows = [(name, f"{len(items)} scans") for name, items in parts.items() if 0 < len(items) < processes]
+    if rows:
+        most = min(len(items) for items in parts.values() if items)
+        raise InputError.many(
+            f"{processes} processes cannot share a part of fewer scans",
+            rows,
+            f"Start no more than {most} (torchrun --nproc_per_node, crossval --gpus-per-run), or make the part larger: "
+            "a larger fraction or validation_fraction, fewer folds (volta3d prepare --folds), more subjects.",
         )
 
 

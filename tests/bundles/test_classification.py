@@ -486,6 +486,17 @@ def test_two_processes_train_and_score_every_subject_once(prepared, encoder, tmp
     assert losses == pytest.approx(expected, rel=1e-4)
 
 
+def test_more_processes_than_scans_of_a_part_end_before_training(prepared, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("volta_components.distributed.process_count", lambda: 3)
+    made = workflow("ixi_sex", ("train",), prepared, encoder, tmp_path / "run")
+    with pytest.raises(RuntimeError) as caught:
+        made.parser.get_parsed_content("checks")
+    assert "@checks" in made.parser["initialize"]
+    assert "3 processes cannot share" in str(caught.value.__cause__)
+    assert "inner validation  2 scans" in str(caught.value.__cause__)
+    assert not (tmp_path / "run").exists()
+
+
 # --- trained models ----------------------------------------------------------------------------------------------
 
 

@@ -722,6 +722,22 @@ def test_bad_input_ends_a_run_before_training(labelled: Path, small_encoder: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_more_processes_than_scans_of_a_part_end_before_training(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("volta_components.distributed.process_count", lambda: 3)
+    made = workflow(("train", "unetr_scratch"), labelled, tmp_path / "run")
+    with input_error("3 processes cannot share", "inner validation  2 scans", "scored            2 scans"):
+        made.parser.get_parsed_content("checks")
+    assert "@checks" in made.parser["initialize"]
+    # Without a datalist, the validation scans are those that an annotation server gives.
+    own = {"train#dataset#data": [{"image": "a", "label": "a"}] * 3, "validate#dataset#data": [{"image": "b"}]}
+    made = workflow(("train", "unetr_scratch"), tmp_path / "none", tmp_path / "run", **own)
+    with input_error("inner validation  1 scans"):
+        made.parser.get_parsed_content("checks")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_train_and_score_together(labelled: Path, tmp_path: Path) -> None:
     """The command line, as a user types it, from the repository root."""
