@@ -203,6 +203,34 @@ def save_settings(path: Path, settings: dict[str, Any]) -> None:
     parts.checkpoint.save(parts.trainer)
 
 
+def test_ends_of_epochs_have_a_checkpoint_after_so_many_minutes_and_the_last_always(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Epochs of four minutes; a run that goes on waits anew."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(handlers, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    saved: list[int] = []
+
+    def run(stop_after: int, minutes: float, name: str) -> list[int]:
+        saved.clear()
+
+        def save(state: Any, target: Path) -> None:
+            saved.append(state["engine"]["iteration"])
+            torch.serialization.save(state, target)
+
+        monkeypatch.setattr(handlers.torch, "save", save)
+        engine = Engine(lambda *_: setattr(clock, "now", clock.now + 240))
+        ResumableCheckpoint(tmp_path / name, {}, {}, minutes=minutes).attach(engine)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(once=stop_after), lambda e: e.terminate())
+        engine.run([0], max_epochs=9)
+        return list(saved)
+
+    assert run(9, 0, "each.pt") == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert run(5, 10, "some.pt") == [3]
+    clock.now += 1e6
+    assert run(9, 10, "some.pt") == [6, 9]
+
+
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     save_settings(path, {"seed": 0, "hidden_size": 32, "sizes": (8, 12), "old": True})

@@ -501,6 +501,23 @@ def test_a_kill_before_the_checkpoint_leaves_the_weights_that_the_checkpoint_bef
     assert kept(again) == ["best-2"]
 
 
+def test_between_checkpoints_only_what_can_still_be_needed_is_kept(tmp_path: Path) -> None:
+    network, evaluator = torch.nn.Linear(1, 1, bias=False), Engine(lambda *_: None)
+    keep = KeepBest(network, evaluator, "dice", tmp_path / "best.pt")
+    keep._completed = lambda: None  # type: ignore[method-assign]
+    inner = keep._epoch_completed
+
+    def with_a_checkpoint_of_the_first_epoch(engine: Engine) -> None:
+        inner(engine)
+        if engine.state.epoch == 1:
+            keep.state_dict()
+
+    keep._epoch_completed = with_a_checkpoint_of_the_first_epoch  # type: ignore[method-assign]
+    seen = run_epochs(keep, network, evaluator, [0.1, 0.2, 0.3, None])
+    files = [names for _, names in seen]
+    assert files == [["best-1"], ["best-1", "best-2"], ["best-1", "best-2", "best-3"], ["best-1", "best-3"]]
+
+
 def test_its_weights_come_back_and_it_goes_on(tmp_path: Path) -> None:
     network, evaluator = torch.nn.Linear(1, 1, bias=False), Engine(lambda *_: None)
     keep = KeepBest(network, evaluator, "dice", tmp_path / "best.pt")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,6 +69,8 @@ class ResumableCheckpoint:
         settings: the run's settings by name; they must be the same when it is resumed.
         interval: mini-batches between two checkpoints; a multiple of the accumulation window. 0: ends of epochs only.
         window: mini-batches of an accumulation window.
+        minutes: least time between two checkpoints at ends of epochs; 0: at the end of every epoch. The last epoch
+            always has one, as scoring begins after it.
 
     Raises:
         InputError: if the interval is not a multiple of the window, or at the start of a run when the checkpoint
@@ -81,6 +84,7 @@ class ResumableCheckpoint:
         settings: Mapping[str, Any],
         interval: int = 0,
         window: int = 1,
+        minutes: float = 0.0,
     ) -> None:
         if interval % window:
             raise InputError(
@@ -93,19 +97,26 @@ class ResumableCheckpoint:
         self.settings = _plain(dict(settings))
         self.interval = interval
         self.window = window
+        self.minutes = minutes
+        self._last_save = time.monotonic()
 
     def attach(self, engine: Engine) -> None:
-        """Load at the start; save at intervals and at the end of every epoch."""
+        """Load at the start; save at intervals and at ends of epochs."""
         engine.add_event_handler(Events.STARTED, self.load)
         if self.interval:
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._interval_completed)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
 
     def _interval_completed(self, engine: Engine) -> None:
         length = engine.state.epoch_length
         place = engine.state.iteration % length if length else 0
         # The end of an epoch has its own checkpoint, after what other handlers do there.
         if place and place % self.interval == 0:
+            self.save(engine)
+
+    def _epoch_completed(self, engine: Engine) -> None:
+        waited = time.monotonic() - self._last_save
+        if waited >= 60 * self.minutes or engine.state.epoch == engine.state.max_epochs:
             self.save(engine)
 
     def save(self, engine: Engine) -> None:
@@ -124,9 +135,11 @@ class ResumableCheckpoint:
         state["settings"] = self.settings
         with atomic_path(self.path) as temporary:
             torch.save(state, temporary)
+        self._last_save = time.monotonic()
 
     def load(self, engine: Engine) -> None:
         """Restore a run if there is a checkpoint; what a killed run left half written is removed."""
+        self._last_save = time.monotonic()
         if not process_rank():
             remove_partials(self.path.parent)
         if not self.path.exists():

@@ -504,9 +504,8 @@ class KeepBest:
     def _epoch_started(self, engine: Engine) -> None:
         if self.report_as is not None:
             engine.state.metrics.pop(self.report_as, None)
-        # Until a checkpoint knows of the new best epoch, a run that is killed goes on with the one before.
-        if self._in_checkpoint in (None, self.epoch):
-            self._remove(but=self.epoch)
+        # Until a checkpoint knows of the new best epoch, a run that is killed goes on with the one that it does know.
+        self._remove(but=(self.epoch, self._in_checkpoint))
 
     def _epoch_completed(self, engine: Engine) -> None:
         if self.interval and engine.state.epoch % self.interval == 0:
@@ -525,11 +524,12 @@ class KeepBest:
     def _completed(self) -> None:
         self._remove()
 
-    def _remove(self, but: int | None = None) -> None:
-        """Remove kept weights of all epochs but one."""
+    def _remove(self, but: Iterable[int | None] = ()) -> None:
+        """Remove kept weights of all epochs but some."""
         if process_rank() == 0:
+            kept = {self._file(epoch) for epoch in but if epoch is not None}
             for path in self.path.parent.glob(f"{self.path.stem}-*{self.path.suffix}"):
-                if but is None or path != self._file(but):
+                if path not in kept:
                     path.unlink(missing_ok=True)
 
     def restore(self) -> bool:

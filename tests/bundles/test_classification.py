@@ -53,6 +53,7 @@ SIZES: dict[str, Any] = {
     "warmup_epochs": 1,
     "batch_size": 4,
     "learning_rate": 0.01,
+    "checkpoint_minutes": 0,
 }
 INFERENCE_ONLY = {key: SIZES[key] for key in list(SIZES)[:8]}
 
@@ -264,6 +265,7 @@ def test_the_method_is_in_the_config():
         "input_extent_mm": [192] * 3,
         "pool": "summary",
         "threshold": 0.5,
+        "checkpoint_minutes": 10,
     }
     assert {key: config[key] for key in expected} == expected
     assert read_json(configs("aibl_ad", "train")[0])["threshold"] == "youden"

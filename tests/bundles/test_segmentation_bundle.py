@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -61,6 +62,7 @@ SIZES: dict[str, Any] = {
     "val_interval": 1,
     "crops_per_volume": 1,
     "learning_rate": 0.01,
+    "checkpoint_minutes": 0,
 }
 
 
@@ -194,6 +196,7 @@ def test_the_method_is_in_the_config() -> None:
         "hidden_size": 768,
         "num_layers": 12,
         "cross_entropy_weights": None,
+        "checkpoint_minutes": 10,
     }
     assert {key: train[key] for key in expected} == expected
     assert (unet["unet_channels"], unet["unet_strides"], unet["unet_res_units"]) == (
@@ -450,14 +453,28 @@ def input_error(*words: str) -> Iterator[None]:
     assert [word for word in words if word not in str(error)] == []
 
 
+@pytest.mark.parametrize(("minutes", "last"), [(0, 2), (10, 1)])
 def test_a_broken_run_goes_on_to_the_same_weights_and_is_not_done_again(
-    finished: Path, labelled: Path, small_encoder: Path, tmp_path: Path
+    minutes: int,
+    last: int,
+    finished: Path,
+    labelled: Path,
+    small_encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Broken in the third epoch, with a checkpoint of the second or, as the second took five minutes, of the first."""
     output = tmp_path / "run"
-    changes: dict[str, Any] = {"encoder_path": str(small_encoder), "run_name": "volta_fold0_frac1_seed0"}
+    changes: dict[str, Any] = {
+        "encoder_path": str(small_encoder),
+        "run_name": "volta_fold0_frac1_seed0",
+        "checkpoint_minutes": minutes,
+    }
     made = workflow(("train",), labelled, output, **changes)
     made.initialize()
     trainer = made.parser.get_parsed_content("train#trainer")
+    clock = SimpleNamespace(monotonic=lambda: 60 * (0, 11, 16, 21)[trainer.state.epoch])
+    monkeypatch.setattr("volta_components.handlers.time", clock)
 
     def break_off(engine: Any) -> None:
         if engine.state.epoch == 3:
@@ -467,7 +484,9 @@ def test_a_broken_run_goes_on_to_the_same_weights_and_is_not_done_again(
     with pytest.raises(RuntimeError) as caught:
         made.run()
     assert isinstance(caught.value.__cause__, Broken)
-    assert (output / "checkpoint.pt").is_file() and not (output / "result.json").exists()
+    assert not (output / "result.json").exists()
+    progress = torch.load(output / "checkpoint.pt", weights_only=True)["engine"]
+    assert progress["iteration"] == last * progress["epoch_length"]
 
     run(("train",), labelled, output, **changes)
     ours, theirs = (read_json(folder / "result.json") for folder in (output, finished))
