@@ -498,7 +498,7 @@ class KeyedCacheDataset(KeyedDataset):
     """``KeyedDataset`` that computes what comes before the first random transform only once.
 
     MONAI's ``CacheDataset`` seeds random transforms once for each worker and fills its cache when it is built, even
-    for a run that turns out to be finished; this one fills it at the first epoch (``TrainingPlan``) or as it is used.
+    for a run that turns out to be finished; this one is filled by ``FillCache``, or as it is used.
 
     Args:
         data: items.
@@ -525,9 +525,15 @@ class KeyedCacheDataset(KeyedDataset):
         assert isinstance(self.transform, Compose)
         return self.transform
 
-    def fill(self, workers: int | None = None) -> None:
-        """Fill the cache with threads, before workers are forked off."""
-        missing = [index for index in range(len(self.data)) if index not in self._cache]
+    def fill(self, indices: Iterable[int] | None = None, workers: int | None = None) -> None:
+        """Fill the cache with threads, before workers are forked off.
+
+        Args:
+            indices: items that are wanted; all by default.
+            workers: threads; the number of cores, up to 8, by default.
+        """
+        wanted = range(len(self.data)) if indices is None else indices
+        missing = [index for index in wanted if index not in self._cache]
         if not self.cache or not missing:
             return
         with ThreadPoolExecutor(workers or min(8, cores())) as pool:
@@ -609,6 +615,23 @@ def load_model(network: nn.Module, path: str | os.PathLike[str]) -> dict[str, An
 # --- handlers ----------------------------------------------------------------------------------------------------
 
 
+class FillCache:
+    """Fills a data set's cache before an engine's first epoch: what a loader's workers cache dies with them.
+
+    Args:
+        dataset: of the engine's loader.
+        indices: items that this process needs, where it never sees the others; all by default.
+    """
+
+    def __init__(self, dataset: KeyedCacheDataset, indices: Iterable[int] | None = None) -> None:
+        self.dataset = dataset
+        self.indices = indices
+
+    def attach(self, engine: Engine) -> None:
+        """Fill as late as can be: a run that is finished already has no epoch."""
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda: self.dataset.fill(self.indices))
+
+
 class TrainingPlan:
     """Order and learning rate of a ``SupervisedTrainer``, as functions of epoch and mini-batch: nothing to restore.
 
@@ -617,18 +640,11 @@ class TrainingPlan:
     Args:
         sampler: told where each epoch begins.
         learning_rate: of an optimiser step, counted from 0.
-        dataset: a ``KeyedCacheDataset`` to fill before the first epoch.
     """
 
-    def __init__(
-        self,
-        sampler: ResumableSampler,
-        learning_rate: Callable[[int], float],
-        dataset: KeyedCacheDataset | None = None,
-    ) -> None:
+    def __init__(self, sampler: ResumableSampler, learning_rate: Callable[[int], float]) -> None:
         self.sampler = sampler
         self.learning_rate = learning_rate
-        self.dataset = dataset
 
     def attach(self, engine: Engine) -> None:
         """Follow epochs and mini-batches."""
@@ -637,8 +653,6 @@ class TrainingPlan:
 
     def _epoch_started(self, engine: Engine) -> None:
         self.sampler.set_position(engine.state.epoch)
-        if self.dataset is not None:
-            self.dataset.fill()
 
     def _iteration_started(self, engine: Any) -> None:
         rate = self.learning_rate(engine.state.iteration - 1)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata
+from monai.transforms import LoadImage
 from prepared import ROOT, make_prepared
 from sklearn.metrics import roc_auc_score
 from torch import distributed as dist
@@ -344,6 +346,20 @@ def test_a_run_scores_the_fold_writes_everything_and_repeats_itself(prepared, en
     states = [torch.load(tmp_path / name / "models" / "model.pt", weights_only=True) for name in "ab"]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert (tmp_path / "a" / "predictions.csv").read_text() == (tmp_path / "b" / "predictions.csv").read_text()
+
+
+def test_every_volume_is_loaded_once_whatever_the_epochs_and_workers(prepared, encoder, tmp_path, monkeypatch):
+    inner = LoadImage.__call__
+
+    def counted(self, filename, *args, **kwargs):
+        with (tmp_path / "loads.txt").open("a") as stream:
+            stream.write(f"{Path(filename).name}\n")
+        return inner(self, filename, *args, **kwargs)
+
+    monkeypatch.setattr(LoadImage, "__call__", counted)
+    run("ixi_sex", ("train",), prepared, encoder, tmp_path / "run", epochs=3, num_workers=2)
+    loads = Counter((tmp_path / "loads.txt").read_text().splitlines())
+    assert loads == {path.name: 1 for path in (prepared / "images").iterdir()}
 
 
 def test_all_inits_see_the_same_subjects_and_scratch_trains_whole(prepared, encoder, tmp_path):

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from prepared import ROOT
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from volta_components.classification import LoadScand
 from volta_components.data.datalist import load_datalist, make_content
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
@@ -385,6 +387,22 @@ def test_the_epoch_is_chosen_by_inner_validation_and_the_optimistic_one_is_named
     assert result["hd95_penalty_mm"] == pytest.approx(math.sqrt(3) * SIDE)
     assert result["subjects"] == {"training": 6, "validation": 2, "scored": 2, "unused": 0}
     assert not list(finished.glob("*.pt"))
+
+
+def test_every_scan_is_loaded_once_whatever_the_epochs_and_workers(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = LoadScand._load
+
+    def counted(self: LoadScand, path: Path, label_path: Path | None) -> Any:
+        with (tmp_path / "loads.txt").open("a") as stream:
+            stream.write(f"{path.name}\n")
+        return inner(self, path, label_path)
+
+    monkeypatch.setattr(LoadScand, "_load", counted)
+    run(("train", "unet_scratch"), labelled, tmp_path / "run", epochs=2, num_workers=2)
+    loads = Counter((tmp_path / "loads.txt").read_text().splitlines())
+    assert loads == {path.name: 1 for path in (labelled / "images").iterdir()}
 
 
 def test_it_learns(labelled: Path, tmp_path: Path) -> None:
