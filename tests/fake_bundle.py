@@ -135,7 +135,6 @@ def write_bundle(folder: Path) -> Path:
         "init": "volta",
         "seed": 0,
         "fold": 0,
-        "num_folds": 5,
         "fraction": 1.0,
         "epochs": 3,
         "hidden": [4, 4],

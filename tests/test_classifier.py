@@ -8,6 +8,7 @@ import torch
 
 from volta_components.classifier import SwinClassifier, VoltaClassifier
 from volta_components.errors import InputError
+from volta_components.finetune import freeze_encoder
 from volta_components.networks import VoltaViT
 from volta_components.weights import load_pretrained, save_encoder
 
@@ -32,6 +33,17 @@ def test_every_trainable_parameter_gets_a_gradient(pool):
     network(torch.rand(2, 1, 32, 32, 32)).square().sum().backward()
     # DDP waits for ever for a parameter without gradient.
     assert [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("pool", ["summary", "mean"])
+@pytest.mark.parametrize("unfrozen", [0, 1, 2])
+def test_every_parameter_that_trains_after_freezing_gets_a_gradient(pool, unfrozen):
+    network = VoltaClassifier(img_size=(32, 32, 32), pool=pool, **SIZES)
+    freeze_encoder(network.encoder, unfrozen)
+    network(torch.rand(2, 1, 32, 32, 32)).square().sum().backward()
+    assert [name for name, p in network.named_parameters() if p.requires_grad and p.grad is None] == []
+    summarised = any(p.requires_grad for p in network.encoder.summariser.parameters())
+    assert summarised == (pool == "summary" and unfrozen > 0)
 
 
 def test_an_exported_encoder_of_another_grid_loads_with_nothing_left_but_the_head(tmp_path):
@@ -64,6 +76,23 @@ def test_swin_defaults_are_those_of_the_method():
         [2, 2, 2, 2],
         [3, 6, 12, 24],
     )
+
+
+@pytest.mark.parametrize("pool", ["summary", "mean", None])
+def test_scores_are_not_rounded_in_mixed_precision(pool):
+    torch.manual_seed(0)
+    network = (
+        VoltaClassifier(img_size=(32, 32, 32), pool=pool, **SIZES)
+        if pool
+        else SwinClassifier(embed_dim=12, window_size=(2, 2, 2), depths=(1, 1, 1, 1), num_heads=(3, 3, 6, 6))
+    ).eval()
+    images = torch.rand(8, 1, 32, 32, 32) * torch.linspace(0.9, 1, 8)[:, None, None, None, None]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        features, logits = network.features(images), network(images)
+    assert logits.dtype == torch.float32
+    weight, bias = network.head.weight.detach().double(), network.head.bias.detach().double()
+    torch.testing.assert_close(logits.double(), features.double() @ weight.T + bias, atol=1e-6, rtol=0)
+    assert (logits != logits.bfloat16().float()).any()
 
 
 @pytest.mark.parametrize(

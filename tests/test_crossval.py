@@ -62,9 +62,19 @@ def test_every_cell_once_and_comparable_cells_share_their_seed(place):
     for run in runs:
         ids = json.loads(run.configs[-1].read_text())
         assert ids["seed"] == 3000 + run.fold
-        assert (ids["fold"], ids["fraction"], ids["num_folds"]) == (run.fold, run.fraction, 2)
+        assert (ids["fold"], ids["fraction"]) == (run.fold, run.fraction)
     assert [path.name for path in runs[1].configs] == ["train.json", "linear_scratch.json", "tiny.json", "run.json"]
     assert [path.name for path in runs[0].configs] == ["train.json", "tiny.json", "run.json"]
+
+
+def test_more_processes_than_scans_of_a_part_are_refused_while_planning(place):
+    path = place / "fake/configs/train.json"
+    train = json.loads(path.read_text())
+    train["imports"].append("$from volta_components.finetune import Parts")
+    path.write_text(json.dumps({**train, "parts": "$Parts([{}] * 9, [{}] * 2, [{}] * 4)"}))
+    assert planned(place, processes=2)
+    with pytest.raises(InputError, match=r"volta_fold0_frac0\.5_seed3000: 3 processes(?s:.)*validation  2 scans"):
+        planned(place, processes=3)
 
 
 def test_settings_hash_follows_what_decides_the_result_and_nothing_else(place):

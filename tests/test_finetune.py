@@ -31,6 +31,7 @@ from volta_components.finetune import (
     check_disjoint,
     check_model,
     check_origin,
+    check_shares,
     class_weights,
     freeze_encoder,
     load_model,
@@ -165,6 +166,17 @@ def test_a_missing_class_is_named_with_the_subjects_that_are_there():
     with pytest.raises(InputError, match="nobody of AD for inner validation"):
         check_classes(parts(validation=healthy), names)
     check_classes(parts(validation=[]), names, validation=False)
+
+
+def test_a_part_that_is_smaller_than_the_number_of_processes_is_named():
+    items = cohort(12)
+    parts = Parts(training=items[:6], validation=items[6:8], scored=items[8:11], unused=items[11:])
+    check_shares(parts.in_use, 2)
+    with pytest.raises(
+        InputError, match=r"4 processes(?s:.)*validation +2 scans\n +scored +3 scans\nStart no more than 2"
+    ):
+        check_shares(parts.in_use, 4)
+    check_shares(Parts(items, [], items).in_use, 12)  # nobody waits in a part that is not gone through
 
 
 def test_class_weights_balance_the_classes():
@@ -387,7 +399,7 @@ def test_cached_samples_equal_fresh_ones_and_depend_on_epoch_and_index_alone():
     torch.testing.assert_close(samples[0], samples[3], rtol=0, atol=0)
     assert not torch.equal(samples[0], samples[1])
     assert cached[(2, 1)]["key"].tolist() == [2, 1]
-    cached.fill(2)
+    cached.fill(workers=2)
     before = len(calls)
     assert [int(cached[index]["label"]) for index in range(4)] == [0, 1, 2, 3]
     assert len(calls) == before

@@ -139,6 +139,33 @@ def test_a_broken_run_ends_as_an_unbroken_one_bit_for_bit(
                 assert value == whole.outputs[iteration][name], (iteration, name)
 
 
+def test_the_scale_of_float16_gradients_goes_on(tmp_path: Path) -> None:
+    """The scale doubles after three good steps and halves after a gradient that is not finite, here the fourth."""
+
+    def run(epochs: int) -> list[float]:
+        weight = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        scales: list[float] = []
+
+        def step(engine: Any, factor: float) -> None:
+            optimizer.zero_grad()
+            engine.scaler.scale((weight * factor).sum()).backward()
+            engine.scaler.step(optimizer)
+            engine.scaler.update()
+            scales.append(engine.scaler.get_scale())
+
+        engine: Any = Engine(step)
+        engine.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+        ResumableCheckpoint(tmp_path / "c.pt", {"optimizer": optimizer}, {"epochs": 2}).attach(engine)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(once=epochs), lambda e: e.terminate())
+        engine.run([1.0, 1.0, 1.0, float("inf"), 1.0], max_epochs=2)
+        return scales
+
+    assert run(1) == [8.0, 8.0, 16.0, 8.0, 8.0]
+    # One good step is remembered, so that the second of the new epoch is the third.
+    assert run(2) == [8.0, 16.0, 16.0, 8.0, 8.0]
+
+
 def test_a_finished_run_does_nothing_more(tmp_path: Path, whole: SimpleNamespace) -> None:
     path = shutil.copy(whole.checkpoint.path, tmp_path / "c.pt")
     again = run_with_checkpoint(path)
@@ -174,6 +201,34 @@ def save_settings(path: Path, settings: dict[str, Any]) -> None:
     parts = run_with_checkpoint(path, settings, run=False)
     parts.trainer.state.iteration = 2
     parts.checkpoint.save(parts.trainer)
+
+
+def test_ends_of_epochs_have_a_checkpoint_after_so_many_minutes_and_the_last_always(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Epochs of four minutes; a run that goes on waits anew."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(handlers, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    saved: list[int] = []
+
+    def run(stop_after: int, minutes: float, name: str) -> list[int]:
+        saved.clear()
+
+        def save(state: Any, target: Path) -> None:
+            saved.append(state["engine"]["iteration"])
+            torch.serialization.save(state, target)
+
+        monkeypatch.setattr(handlers.torch, "save", save)
+        engine = Engine(lambda *_: setattr(clock, "now", clock.now + 240))
+        ResumableCheckpoint(tmp_path / name, {}, {}, minutes=minutes).attach(engine)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(once=stop_after), lambda e: e.terminate())
+        engine.run([0], max_epochs=9)
+        return list(saved)
+
+    assert run(9, 0, "each.pt") == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert run(5, 10, "some.pt") == [3]
+    clock.now += 1e6
+    assert run(9, 10, "some.pt") == [6, 9]
 
 
 def test_another_configuration_is_refused(tmp_path: Path) -> None:

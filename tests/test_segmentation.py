@@ -15,6 +15,7 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from labelled_scans import SIDE, centred_affine, head, make_labelled, write_scan
+from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import UNETR, UNet
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from scipy import ndimage
@@ -28,6 +29,7 @@ from volta_components.files import read_json, write_json
 from volta_components.finetune import start_from
 from volta_components.networks import VoltaViT, resample_position_embedding
 from volta_components.segmentation import (
+    FloatWindowInferer,
     KeepBest,
     RestoreMaskd,
     VoltaUNETR,
@@ -417,6 +419,24 @@ def test_all_of_a_few_scans_are_shown_and_of_many_the_worst_median_and_best() ->
     assert shown_scans(dices, 21) == {worst, median, best}
 
 
+# --- windows ---
+
+
+def test_windows_are_added_up_in_float32_in_mixed_precision() -> None:
+    """Windows that agree on every voxel: their weighted mean is what each of them says."""
+
+    def network(image: torch.Tensor) -> torch.Tensor:
+        return torch.cat([image, 2 * image - 1.003], dim=1).bfloat16()
+
+    image = torch.rand(1, 1, 20, 24, 16, generator=torch.Generator().manual_seed(0))
+    sizes: dict[str, Any] = {"roi_size": (16, 16, 16), "sw_batch_size": 3, "overlap": 0.5, "mode": "gaussian"}
+    logits = FloatWindowInferer(**sizes)(image, network)
+    assert isinstance(logits, torch.Tensor) and logits.dtype == torch.float32
+    torch.testing.assert_close(logits, network(image).float(), atol=1e-6, rtol=1e-6)
+    rounded = SlidingWindowInferer(**sizes)(image, network)
+    assert (rounded - network(image).float()).abs().max() > 1e-3  # type: ignore[operator]
+
+
 # --- the best epoch ---
 
 
@@ -479,6 +499,23 @@ def test_a_kill_before_the_checkpoint_leaves_the_weights_that_the_checkpoint_bef
     run_epochs(again, network, evaluator, [0.1, 0.3, 0.2, 0.1])  # this time, none is better
     assert again.epoch == 2 and again.restore() and network.weight.item() == 2
     assert kept(again) == ["best-2"]
+
+
+def test_between_checkpoints_only_what_can_still_be_needed_is_kept(tmp_path: Path) -> None:
+    network, evaluator = torch.nn.Linear(1, 1, bias=False), Engine(lambda *_: None)
+    keep = KeepBest(network, evaluator, "dice", tmp_path / "best.pt")
+    keep._completed = lambda: None  # type: ignore[method-assign]
+    inner = keep._epoch_completed
+
+    def with_a_checkpoint_of_the_first_epoch(engine: Engine) -> None:
+        inner(engine)
+        if engine.state.epoch == 1:
+            keep.state_dict()
+
+    keep._epoch_completed = with_a_checkpoint_of_the_first_epoch  # type: ignore[method-assign]
+    seen = run_epochs(keep, network, evaluator, [0.1, 0.2, 0.3, None])
+    files = [names for _, names in seen]
+    assert files == [["best-1"], ["best-1", "best-2"], ["best-1", "best-2", "best-3"], ["best-1", "best-3"]]
 
 
 def test_its_weights_come_back_and_it_goes_on(tmp_path: Path) -> None:

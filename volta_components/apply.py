@@ -25,6 +25,7 @@ from monai.bundle import ConfigWorkflow
 from tqdm import tqdm
 
 from volta_components.classification import find_volumes, scans_below
+from volta_components.cores import cores
 from volta_components.data.datalist import check_volumes, load_datalist
 from volta_components.data.layouts.common import LayoutOptions
 from volta_components.data.layouts.dicom import _dicom_folders, convert_series
@@ -194,7 +195,7 @@ def unusable_scans(files: Sequence[Path], workers: int | None = None) -> list[Ro
             return str(path), "does not fit in memory", "check the file's dimensions"
         return None
 
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or cores()) as pool:
         rows = list(tqdm(pool.map(examine, files), total=len(files), unit="scan", desc="reading", disable=not files))
     return [row for row in rows if row is not None]
 
@@ -411,7 +412,7 @@ def _convert(root: Path, target: Path) -> tuple[list[Path], list[Row]]:
     remove_partials(target)
     with tempfile.TemporaryDirectory(prefix=partial_prefix(), dir=target) as name:
         temporary = Path(name)
-        options = LayoutOptions(root, ("all",), "none", temporary=temporary, workers=os.cpu_count() or 1)
+        options = LayoutOptions(root, ("all",), "none", temporary=temporary, workers=cores())
         listing = read_dicom(options)
         rows = [
             (str(root / f.file), f.reason, f.remedy) for f in listing.findings if f.kind == "problem" and f.left_out

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from monai.networks.nets.swin_unetr import SwinTransformer
 from torch import Tensor, nn
 
@@ -13,6 +14,17 @@ from volta_components.errors import InputError
 from volta_components.networks import VoltaViT
 
 POOLS = ("summary", "mean")
+
+
+def _logits(head: nn.Module, features: Tensor) -> Tensor:
+    """The head's output in float32, in mixed precision as well: rounded to bfloat16, many subjects would share a score.
+
+    Args:
+        head: the last layer.
+        features: ``[B, features]``.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        return head(features.float())
 
 
 class VoltaClassifier(nn.Module):
@@ -81,7 +93,7 @@ class VoltaClassifier(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of an image ``[B, in_channels, D, H, W]``."""
-        return self.head(self.features(image))
+        return _logits(self.head, self.features(image))
 
 
 class SwinClassifier(nn.Module):
@@ -144,4 +156,4 @@ class SwinClassifier(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of an image ``[B, in_channels, D, H, W]``."""
-        return self.head(self.features(image))
+        return _logits(self.head, self.features(image))

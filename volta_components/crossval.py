@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from volta_components.cores import cores
 from volta_components.data.datalist import load_datalist
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, read_json, sha256_file, sha256_json, write_json
@@ -286,8 +287,6 @@ def plan(
         if encoder is not None and "encoder_path" in merged:
             suffix = str({**merged, **changes}.get("suffix") or "")
             changes["encoder_path"] = str(find_encoder(encoder.resolve(), suffix, required=False))
-        if "num_folds" in merged:
-            changes.setdefault("num_folds", len(available))
         identity = {
             "config": merged,
             "changes": {key: value for key, value in changes.items() if key != "encoder_path"},
@@ -342,16 +341,22 @@ def _check_parts(run: Run) -> None:
     """Let the bundle itself say what is wrong with a run's subjects, as it would when the run starts.
 
     Raises:
-        InputError: with the run's name, if labels or classes are missing, a fraction is too small, or there is a leak.
+        InputError: with the run's name, if labels or classes are missing, a fraction is too small (also for as many
+            processes), or there is a leak.
     """
     from monai.bundle import ConfigParser
+
+    from volta_components.finetune import Parts, check_shares
 
     parser = ConfigParser()
     parser.read_config([str(path) for path in run.configs])
     try:
         for name in CHECKS:
             if name in parser:
-                parser.get_parsed_content(name)
+                found = parser.get_parsed_content(name)
+                # Here is one process; the run has its own number of them.
+                if isinstance(found, Parts):
+                    check_shares(found.in_use, run.processes)
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, InputError):
@@ -628,7 +633,7 @@ def _run_here(runs: Sequence[Run], jobs: int, gpus_per_run: int) -> Generator[Ou
     for job in range(jobs):
         dealt = [gpus[(job * gpus_per_run + place) % len(gpus)] for place in range(gpus_per_run)]
         slots.put(",".join(dealt) if gpus else None)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
 
     def work(run: Run) -> Outcome:
         slot = slots.get()

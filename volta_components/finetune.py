@@ -28,9 +28,10 @@ from monai.transforms.traits import RandomizableTrait
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from volta_components.cores import cores
 from volta_components.data.datalist import Datalist
 from volta_components.data.identity import canonical_patient_id
-from volta_components.distributed import process_rank
+from volta_components.distributed import mean_over_processes, process_rank
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file, write_json
 from volta_components.handlers import find_mlflow_handler
@@ -85,6 +86,11 @@ class Parts:
     validation: list[Item]
     scored: list[Item]
     unused: list[Item] = field(default_factory=list)
+
+    @property
+    def in_use(self) -> dict[str, list[Item]]:
+        """The parts that a run goes through, by name."""
+        return {"training": self.training, "inner validation": self.validation, "scored": self.scored}
 
 
 def patients_of(items: Iterable[Mapping[str, Any]]) -> set[str]:
@@ -172,6 +178,29 @@ def check_disjoint(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
             f"{len(rows)} patients are in two parts of the split",
             rows,
             "Give each patient one fold: prepare the data set again, or volta3d merge --refold.",
+        )
+
+
+def check_shares(parts: Mapping[str, Sequence[Any]], processes: int) -> None:
+    """Make sure that every process has scans of every part, where a part has any.
+
+    MONAI's evaluators skip a process without scans, and the others would wait for it for ever.
+
+    Args:
+        parts: scans by name of the part.
+        processes: how many train together.
+
+    Raises:
+        InputError: naming the parts, their scans, and the number of processes.
+    """
+    rows = [(name, f"{len(items)} scans") for name, items in parts.items() if 0 < len(items) < processes]
+    if rows:
+        most = min(len(items) for items in parts.values() if items)
+        raise InputError.many(
+            f"{processes} processes cannot share a part of fewer scans",
+            rows,
+            f"Start no more than {most} (torchrun --nproc_per_node, crossval --gpus-per-run), or make the part larger: "
+            "a larger fraction or validation_fraction, fewer folds (volta3d prepare --folds), more subjects.",
         )
 
 
@@ -393,7 +422,8 @@ def freeze_encoder(encoder: nn.Module, unfrozen_blocks: int) -> None:
     """Let only the last blocks of a ViT train.
 
     With 0, the whole encoder (and its summariser) is frozen; with ``n``, the last ``n`` blocks train, and the final
-    norm and the summariser after them; with all blocks, the patch and position embeddings train as well.
+    norm and the summariser after them; with all blocks, the patch and position embeddings train as well. What did not
+    train before stays as it is: DDP would wait for the gradient of a summariser that a classifier does not use.
 
     Args:
         encoder: ``VoltaViT``, or MONAI's ``ViT`` or ``ViTAutoEnc``.
@@ -408,12 +438,13 @@ def freeze_encoder(encoder: nn.Module, unfrozen_blocks: int) -> None:
         raise InputError(f"unfrozen_blocks {unfrozen_blocks}: the encoder has {len(blocks)} blocks")
     if unfrozen_blocks == len(blocks):
         return
+    trained = {id(parameter) for parameter in encoder.parameters() if parameter.requires_grad}
     encoder.requires_grad_(False)
     if unfrozen_blocks == 0:
         return
     for module in [*blocks[len(blocks) - unfrozen_blocks :], encoder.norm, getattr(encoder, "summariser", None)]:
-        if module is not None:
-            module.requires_grad_(True)
+        for parameter in () if module is None else module.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
     freeze_cross_attention(encoder)
 
 
@@ -467,7 +498,7 @@ class KeyedCacheDataset(KeyedDataset):
     """``KeyedDataset`` that computes what comes before the first random transform only once.
 
     MONAI's ``CacheDataset`` seeds random transforms once for each worker and fills its cache when it is built, even
-    for a run that turns out to be finished; this one fills it at the first epoch (``TrainingPlan``) or as it is used.
+    for a run that turns out to be finished; this one is filled by ``FillCache``, or as it is used.
 
     Args:
         data: items.
@@ -494,12 +525,18 @@ class KeyedCacheDataset(KeyedDataset):
         assert isinstance(self.transform, Compose)
         return self.transform
 
-    def fill(self, workers: int | None = None) -> None:
-        """Fill the cache with threads, before workers are forked off."""
-        missing = [index for index in range(len(self.data)) if index not in self._cache]
+    def fill(self, indices: Iterable[int] | None = None, workers: int | None = None) -> None:
+        """Fill the cache with threads, before workers are forked off.
+
+        Args:
+            indices: items that are wanted; all by default.
+            workers: threads; the number of cores, up to 8, by default.
+        """
+        wanted = range(len(self.data)) if indices is None else indices
+        missing = [index for index in wanted if index not in self._cache]
         if not self.cache or not missing:
             return
-        with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(workers or min(8, cores())) as pool:
             self._cache.update(zip(missing, pool.map(self._deterministic, missing)))
 
     def _deterministic(self, index: int) -> Any:
@@ -578,6 +615,23 @@ def load_model(network: nn.Module, path: str | os.PathLike[str]) -> dict[str, An
 # --- handlers ----------------------------------------------------------------------------------------------------
 
 
+class FillCache:
+    """Fills a data set's cache before an engine's first epoch: what a loader's workers cache dies with them.
+
+    Args:
+        dataset: of the engine's loader.
+        indices: items that this process needs, where it never sees the others; all by default.
+    """
+
+    def __init__(self, dataset: KeyedCacheDataset, indices: Iterable[int] | None = None) -> None:
+        self.dataset = dataset
+        self.indices = indices
+
+    def attach(self, engine: Engine) -> None:
+        """Fill as late as can be: a run that is finished already has no epoch."""
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda: self.dataset.fill(self.indices))
+
+
 class TrainingPlan:
     """Order and learning rate of a ``SupervisedTrainer``, as functions of epoch and mini-batch: nothing to restore.
 
@@ -586,18 +640,11 @@ class TrainingPlan:
     Args:
         sampler: told where each epoch begins.
         learning_rate: of an optimiser step, counted from 0.
-        dataset: a ``KeyedCacheDataset`` to fill before the first epoch.
     """
 
-    def __init__(
-        self,
-        sampler: ResumableSampler,
-        learning_rate: Callable[[int], float],
-        dataset: KeyedCacheDataset | None = None,
-    ) -> None:
+    def __init__(self, sampler: ResumableSampler, learning_rate: Callable[[int], float]) -> None:
         self.sampler = sampler
         self.learning_rate = learning_rate
-        self.dataset = dataset
 
     def attach(self, engine: Engine) -> None:
         """Follow epochs and mini-batches."""
@@ -606,8 +653,6 @@ class TrainingPlan:
 
     def _epoch_started(self, engine: Engine) -> None:
         self.sampler.set_position(engine.state.epoch)
-        if self.dataset is not None:
-            self.dataset.fill()
 
     def _iteration_started(self, engine: Any) -> None:
         rate = self.learning_rate(engine.state.iteration - 1)
@@ -618,8 +663,9 @@ class TrainingPlan:
 class RunRecord:
     """Settings, tags and epoch means of a fine-tuning run, for MLflow, the log and ``history``.
 
-    MONAI's MLflow handler records a loss at every mini-batch, by iteration; here ``train_loss`` is the epoch's mean, at
-    the epoch, as the validation's numbers are, and tags are set.
+    MONAI's MLflow handler records a loss at every mini-batch, by iteration; here ``train_loss`` is the epoch's mean
+    over all processes, at the epoch, as the validation's numbers are, and tags are set. A fine-tuning run has
+    checkpoints at ends of epochs only, so that no epoch's mean misses its beginning.
 
     Args:
         settings: recorded as parameters.
@@ -632,7 +678,7 @@ class RunRecord:
         self.tags = {name: str(value) for name, value in tags.items()}
         self.evaluator = evaluator
         self.history: list[dict[str, float]] = []
-        self._losses: list[float] = []
+        self._losses: list[Tensor] = []
         self._recorded = False
         self._engine: Engine | None = None
 
@@ -669,12 +715,12 @@ class RunRecord:
 
     def _iteration_completed(self, engine: Engine) -> None:
         output: Any = engine.state.output
-        self._losses.append(float((output[0] if isinstance(output, list) else output)["loss"]))
+        self._losses.append((output[0] if isinstance(output, list) else output)["loss"].detach())
 
     def _epoch_completed(self, engine: Any) -> None:
         row = {
             "epoch": engine.state.epoch,
-            "train_loss": float(np.mean(self._losses)) if self._losses else float("nan"),
+            "train_loss": float(mean_over_processes(torch.stack(self._losses).double().mean())),
             "learning_rate": float(engine.optimizer.param_groups[0]["lr"]),
         }
         self._losses.clear()

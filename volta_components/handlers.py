@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,7 +60,8 @@ class ResumableCheckpoint:
 
     MONAI's ``CheckpointSaver`` writes in place, so that a run killed while saving loses its only checkpoint; it also
     knows nothing of accumulation windows. This handler writes beside and renames, saves only where no gradient is
-    pending, and refuses a checkpoint of a run with other settings. Loading is ``weights_only``.
+    pending, and refuses a checkpoint of a run with other settings. Loading is ``weights_only``. The trainer's gradient
+    scaler, which MONAI makes when the run starts, is saved with the rest.
 
     Args:
         path: the checkpoint file.
@@ -67,6 +69,8 @@ class ResumableCheckpoint:
         settings: the run's settings by name; they must be the same when it is resumed.
         interval: mini-batches between two checkpoints; a multiple of the accumulation window. 0: ends of epochs only.
         window: mini-batches of an accumulation window.
+        minutes: least time between two checkpoints at ends of epochs; 0: at the end of every epoch. The last epoch
+            always has one, as scoring begins after it.
 
     Raises:
         InputError: if the interval is not a multiple of the window, or at the start of a run when the checkpoint
@@ -80,6 +84,7 @@ class ResumableCheckpoint:
         settings: Mapping[str, Any],
         interval: int = 0,
         window: int = 1,
+        minutes: float = 0.0,
     ) -> None:
         if interval % window:
             raise InputError(
@@ -92,13 +97,15 @@ class ResumableCheckpoint:
         self.settings = _plain(dict(settings))
         self.interval = interval
         self.window = window
+        self.minutes = minutes
+        self._last_save = time.monotonic()
 
     def attach(self, engine: Engine) -> None:
-        """Load at the start; save at intervals and at the end of every epoch."""
+        """Load at the start; save at intervals and at ends of epochs."""
         engine.add_event_handler(Events.STARTED, self.load)
         if self.interval:
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._interval_completed)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
 
     def _interval_completed(self, engine: Engine) -> None:
         length = engine.state.epoch_length
@@ -107,11 +114,19 @@ class ResumableCheckpoint:
         if place and place % self.interval == 0:
             self.save(engine)
 
+    def _epoch_completed(self, engine: Engine) -> None:
+        waited = time.monotonic() - self._last_save
+        if waited >= 60 * self.minutes or engine.state.epoch == engine.state.max_epochs:
+            self.save(engine)
+
     def save(self, engine: Engine) -> None:
         """Write the checkpoint, atomically, from the first process."""
         if process_rank():
             return
         state = {name: item.state_dict() for name, item in self.objects.items()}
+        scaler = getattr(engine, "scaler", None)
+        if scaler is not None:
+            state["scaler"] = scaler.state_dict()
         state["engine"] = {
             "iteration": engine.state.iteration,
             "epoch_length": engine.state.epoch_length,
@@ -120,9 +135,11 @@ class ResumableCheckpoint:
         state["settings"] = self.settings
         with atomic_path(self.path) as temporary:
             torch.save(state, temporary)
+        self._last_save = time.monotonic()
 
     def load(self, engine: Engine) -> None:
         """Restore a run if there is a checkpoint; what a killed run left half written is removed."""
+        self._last_save = time.monotonic()
         if not process_rank():
             remove_partials(self.path.parent)
         if not self.path.exists():
@@ -148,6 +165,8 @@ class ResumableCheckpoint:
             )
         for name, item in self.objects.items():
             item.load_state_dict(state[name])
+        if state.get("scaler"):
+            engine.scaler.load_state_dict(state["scaler"])  # type: ignore[attr-defined]
         engine.load_state_dict(progress)
         logger.info("resumed %s at mini-batch %d", self.path, engine.state.iteration)
 

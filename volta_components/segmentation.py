@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.config import KeysCollection
+from monai.inferers import SlidingWindowInferer
 from monai.metrics import compute_dice, compute_hausdorff_distance
 from monai.networks.nets import UNETR
 from monai.networks.nets.vit import ViT
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from volta_components.classification import find_volumes, meta_tensor
+from volta_components.cores import cores
 from volta_components.data.datalist import Datalist, load_datalist, make_content
 from volta_components.data.labels import read_labels
 from volta_components.data.layouts.common import LEFT, RIGHT, LabelFile
@@ -155,6 +157,22 @@ class VoltaUNETR(UNETR):
         return self.out(self.decoder2(features, full))
 
 
+class FloatWindowInferer(SlidingWindowInferer):
+    """``SlidingWindowInferer`` that weights and adds up the windows' logits in float32, in mixed precision as well.
+
+    MONAI's multiplies each window by its weights in the network's own type: rounded to bfloat16, the logits of two
+    classes are often equal, and the background wins.
+    """
+
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Logits of whole volumes ``[B, C, D, H, W]``; see ``SlidingWindowInferer``."""
+
+        def in_float32(*arguments: Any, **keywords: Any) -> Tensor:
+            return network(*arguments, **keywords).float()
+
+        return super().__call__(inputs, in_float32, *args, **kwargs)
+
+
 def describe_network(network: nn.Module) -> dict[str, Any]:
     """Sizes of a network, for the run's settings: its ``config``, or what MONAI's ``UNet`` tells of itself."""
     names = ("in_channels", "out_channels", "channels", "strides", "num_res_units")
@@ -258,7 +276,7 @@ def check_label_maps(items: Iterable[Mapping[str, Any]], workers: int | None = N
         return (name, str(path), f"no voxels of {' and '.join(empty)}") if empty else None
 
     items = list(items)
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or cores()) as pool:
         rows = [row for row in pool.map(examine, items) if row is not None]
     if rows:
         raise InputError.many(
@@ -486,9 +504,8 @@ class KeepBest:
     def _epoch_started(self, engine: Engine) -> None:
         if self.report_as is not None:
             engine.state.metrics.pop(self.report_as, None)
-        # Until a checkpoint knows of the new best epoch, a run that is killed goes on with the one before.
-        if self._in_checkpoint in (None, self.epoch):
-            self._remove(but=self.epoch)
+        # Until a checkpoint knows of the new best epoch, a run that is killed goes on with the one that it does know.
+        self._remove(but=(self.epoch, self._in_checkpoint))
 
     def _epoch_completed(self, engine: Engine) -> None:
         if self.interval and engine.state.epoch % self.interval == 0:
@@ -507,11 +524,12 @@ class KeepBest:
     def _completed(self) -> None:
         self._remove()
 
-    def _remove(self, but: int | None = None) -> None:
-        """Remove kept weights of all epochs but one."""
+    def _remove(self, but: Iterable[int | None] = ()) -> None:
+        """Remove kept weights of all epochs but some."""
         if process_rank() == 0:
+            kept = {self._file(epoch) for epoch in but if epoch is not None}
             for path in self.path.parent.glob(f"{self.path.stem}-*{self.path.suffix}"):
-                if but is None or path != self._file(but):
+                if path not in kept:
                     path.unlink(missing_ok=True)
 
     def restore(self) -> bool:

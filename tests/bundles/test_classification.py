@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata
+from monai.transforms import LoadImage
 from prepared import ROOT, make_prepared
 from sklearn.metrics import roc_auc_score
 from torch import distributed as dist
@@ -53,6 +55,7 @@ SIZES: dict[str, Any] = {
     "warmup_epochs": 1,
     "batch_size": 4,
     "learning_rate": 0.01,
+    "checkpoint_minutes": 0,
 }
 INFERENCE_ONLY = {key: SIZES[key] for key in list(SIZES)[:8]}
 
@@ -268,9 +271,21 @@ def test_the_method_is_in_the_config():
         "input_extent_mm": [192] * 3,
         "pool": "summary",
         "threshold": 0.5,
+        "checkpoint_minutes": 10,
     }
     assert {key: config[key] for key in expected} == expected
     assert read_json(configs("aibl_ad", "train")[0])["threshold"] == "youden"
+
+
+@pytest.mark.parametrize(("amp", "recorded"), [(True, "torch.float16"), (False, False)])
+def test_the_type_of_mixed_precision_can_be_chosen(amp, recorded, prepared, encoder, tmp_path):
+    for bundle in BUNDLES:
+        made = workflow(bundle, ("train",), prepared, encoder, tmp_path, amp=amp, amp_dtype="$torch.float16")
+        for name in ("train#trainer", "validate#evaluator", "score#evaluator"):
+            engine = made.parser.get_parsed_content(name)
+            assert (engine.amp, engine.amp_kwargs) == (amp, {"dtype": torch.float16})
+        assert made.parser.get_parsed_content("settings")["amp"] == recorded
+        assert read_json(configs(bundle, "train")[0])["amp_dtype"] == "$torch.bfloat16"
 
 
 def test_input_is_the_padded_volume_averaged_over_blocks(tmp_path):
@@ -321,6 +336,7 @@ def test_a_run_scores_the_fold_writes_everything_and_repeats_itself(prepared, en
     assert (first["metrics"]["sensitivity"], first["metrics"]["specificity"]) == expected
     assert [row["epoch"] for row in first["history"]] == [1, 2]
     assert {"train_loss", "val_loss", "val_auroc"} <= set(first["history"][-1])
+    assert first["settings"]["num_folds"] == 3
     assert first["subjects"] == {"training": 6, "validation": 2, "scored": 4, "unused": 0}
     assert "loaded  encoder.summariser.cls_token" in (tmp_path / "a" / "pretrained.txt").read_text()
 
@@ -334,6 +350,20 @@ def test_a_run_scores_the_fold_writes_everything_and_repeats_itself(prepared, en
     states = [torch.load(tmp_path / name / "models" / "model.pt", weights_only=True) for name in "ab"]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert (tmp_path / "a" / "predictions.csv").read_text() == (tmp_path / "b" / "predictions.csv").read_text()
+
+
+def test_every_volume_is_loaded_once_whatever_the_epochs_and_workers(prepared, encoder, tmp_path, monkeypatch):
+    inner = LoadImage.__call__
+
+    def counted(self, filename, *args, **kwargs):
+        with (tmp_path / "loads.txt").open("a") as stream:
+            stream.write(f"{Path(filename).name}\n")
+        return inner(self, filename, *args, **kwargs)
+
+    monkeypatch.setattr(LoadImage, "__call__", counted)
+    run("ixi_sex", ("train",), prepared, encoder, tmp_path / "run", epochs=3, num_workers=2)
+    loads = Counter((tmp_path / "loads.txt").read_text().splitlines())
+    assert loads == {path.name: 1 for path in (prepared / "images").iterdir()}
 
 
 def test_all_inits_see_the_same_subjects_and_scratch_trains_whole(prepared, encoder, tmp_path):
@@ -472,6 +502,21 @@ def test_two_processes_train_and_score_every_subject_once(prepared, encoder, tmp
     labels, scores = [int(row["label"]) for row in rows], [float(row["score"]) for row in rows]
     assert result["metrics"]["auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
     assert result["settings"]["processes"] == 2
+    # One process with batches of four sees the same samples; the classes' weights are 1.
+    alone = run("aibl_ad", ("train",), prepared, encoder, tmp_path / "alone", batch_size=4, validation_fraction=0.5)
+    losses, expected = ([row["train_loss"] for row in record["history"]] for record in (result, alone))
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
+def test_more_processes_than_scans_of_a_part_end_before_training(prepared, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("volta_components.distributed.process_count", lambda: 3)
+    made = workflow("ixi_sex", ("train",), prepared, encoder, tmp_path / "run")
+    with pytest.raises(RuntimeError) as caught:
+        made.parser.get_parsed_content("checks")
+    assert "@checks" in made.parser["initialize"]
+    assert "3 processes cannot share" in str(caught.value.__cause__)
+    assert "inner validation  2 scans" in str(caught.value.__cause__)
+    assert not (tmp_path / "run").exists()
 
 
 # --- trained models ----------------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -30,6 +32,7 @@ from prepared import ROOT
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from volta_components.classification import LoadScand
 from volta_components.data.datalist import load_datalist, make_content
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
@@ -61,6 +64,7 @@ SIZES: dict[str, Any] = {
     "val_interval": 1,
     "crops_per_volume": 1,
     "learning_rate": 0.01,
+    "checkpoint_minutes": 0,
 }
 
 
@@ -178,7 +182,6 @@ def test_the_method_is_in_the_config() -> None:
     expected = {
         "init": "volta",
         "fold": 0,
-        "num_folds": 5,
         "validation_fraction": 0.2,
         "epochs": 500,
         "batch_size": 2,
@@ -195,6 +198,7 @@ def test_the_method_is_in_the_config() -> None:
         "hidden_size": 768,
         "num_layers": 12,
         "cross_entropy_weights": None,
+        "checkpoint_minutes": 10,
     }
     assert {key: train[key] for key in expected} == expected
     assert (unet["unet_channels"], unet["unet_strides"], unet["unet_res_units"]) == (
@@ -204,6 +208,19 @@ def test_the_method_is_in_the_config() -> None:
     )
     assert train["loss"]["_target_"] == "DiceCELoss" and train["loss"]["include_background"] is False
     assert train["validate"]["inferer"]["mode"] == "gaussian"
+
+
+def test_the_type_of_mixed_precision_can_be_chosen(labelled: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"amp": True, "amp_dtype": "$torch.float16"}
+    made = workflow(("train", "unetr_scratch"), labelled, tmp_path, **changes)
+    for name in ("train#trainer", "validate#evaluator", "score#evaluator"):
+        assert made.parser.get_parsed_content(name).amp_kwargs == {"dtype": torch.float16}
+    assert made.parser.get_parsed_content("settings")["amp"] == "torch.float16"
+    parser = ConfigParser()
+    parser.read_config(configs("inference"))
+    parser.update({**NETWORK, **changes, "data": [{"image": "scan.nii"}], "handlers": []})
+    assert parser.get_parsed_content("evaluator").amp_kwargs == {"dtype": torch.float16}
+    assert {read_json(path)["amp_dtype"] for path in configs("train", "inference")} == {"$torch.bfloat16"}
 
 
 @pytest.fixture
@@ -372,6 +389,22 @@ def test_the_epoch_is_chosen_by_inner_validation_and_the_optimistic_one_is_named
     assert not list(finished.glob("*.pt"))
 
 
+def test_every_scan_is_loaded_once_whatever_the_epochs_and_workers(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = LoadScand._load
+
+    def counted(self: LoadScand, path: Path, label_path: Path | None) -> Any:
+        with (tmp_path / "loads.txt").open("a") as stream:
+            stream.write(f"{path.name}\n")
+        return inner(self, path, label_path)
+
+    monkeypatch.setattr(LoadScand, "_load", counted)
+    run(("train", "unet_scratch"), labelled, tmp_path / "run", epochs=2, num_workers=2)
+    loads = Counter((tmp_path / "loads.txt").read_text().splitlines())
+    assert loads == {path.name: 1 for path in (labelled / "images").iterdir()}
+
+
 def test_it_learns(labelled: Path, tmp_path: Path) -> None:
     """Bright ellipsoids, told apart by the side they are on."""
     run(
@@ -438,14 +471,28 @@ def input_error(*words: str) -> Iterator[None]:
     assert [word for word in words if word not in str(error)] == []
 
 
+@pytest.mark.parametrize(("minutes", "last"), [(0, 2), (10, 1)])
 def test_a_broken_run_goes_on_to_the_same_weights_and_is_not_done_again(
-    finished: Path, labelled: Path, small_encoder: Path, tmp_path: Path
+    minutes: int,
+    last: int,
+    finished: Path,
+    labelled: Path,
+    small_encoder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Broken in the third epoch, with a checkpoint of the second or, as the second took five minutes, of the first."""
     output = tmp_path / "run"
-    changes: dict[str, Any] = {"encoder_path": str(small_encoder), "run_name": "volta_fold0_frac1_seed0"}
+    changes: dict[str, Any] = {
+        "encoder_path": str(small_encoder),
+        "run_name": "volta_fold0_frac1_seed0",
+        "checkpoint_minutes": minutes,
+    }
     made = workflow(("train",), labelled, output, **changes)
     made.initialize()
     trainer = made.parser.get_parsed_content("train#trainer")
+    clock = SimpleNamespace(monotonic=lambda: 60 * (0, 11, 16, 21)[trainer.state.epoch])
+    monkeypatch.setattr("volta_components.handlers.time", clock)
 
     def break_off(engine: Any) -> None:
         if engine.state.epoch == 3:
@@ -455,7 +502,9 @@ def test_a_broken_run_goes_on_to_the_same_weights_and_is_not_done_again(
     with pytest.raises(RuntimeError) as caught:
         made.run()
     assert isinstance(caught.value.__cause__, Broken)
-    assert (output / "checkpoint.pt").is_file() and not (output / "result.json").exists()
+    assert not (output / "result.json").exists()
+    progress = torch.load(output / "checkpoint.pt", weights_only=True)["engine"]
+    assert progress["iteration"] == last * progress["epoch_length"]
 
     run(("train",), labelled, output, **changes)
     ours, theirs = (read_json(folder / "result.json") for folder in (output, finished))
@@ -524,6 +573,8 @@ def test_of_many_scans_every_label_map_and_three_images_reach_mlflow(tmp_path: P
     client = MlflowClient(store)
     (record,) = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.finished = 'true'")
 
+    assert record.data.params["num_folds"] == "2"
+
     def names(folder: str) -> set[str]:
         found = client.list_artifacts(record.info.run_id, f"predictions/{folder}")
         return {Path(item.path).name.removesuffix(".nii.gz") for item in found}
@@ -575,7 +626,7 @@ def test_an_annotation_server_gives_its_own_scans(tmp_path: Path) -> None:
 # --- inference ---------------------------------------------------------------------------------------------------
 
 
-def infer(finished: Path, source: Path, output: Path) -> list[dict[str, str]]:
+def infer(finished: Path, source: Path, output: Path, **changes: Any) -> list[dict[str, str]]:
     made = ConfigWorkflow(
         config_file=configs("inference"),
         meta_file=configs("metadata")[0],
@@ -585,7 +636,7 @@ def infer(finished: Path, source: Path, output: Path) -> list[dict[str, str]]:
         source=str(source),
         output_dir=str(output),
         model_path=str(finished / "models" / "model.pt"),
-        **NETWORK,
+        **{**NETWORK, **changes},
     )
     made.parser["handlers"] = made.parser["handlers"][:1]
     made.initialize()
@@ -629,6 +680,20 @@ def test_a_prepared_scan_gets_the_mask_that_was_scored(finished: Path, labelled:
     scored = nib.load(finished / "predictions" / "masks" / "sub-0005_ses-M000.nii.gz")
     mask = nib.load(tmp_path / "sub-0005_ses-M000_hippocampus.nii.gz")
     assert np.array_equal(np.asarray(mask.dataobj), np.asarray(scored.dataobj))
+
+
+def test_workers_load_in_memory_and_leave_the_device_alone(finished: Path, labelled: Path, tmp_path: Path) -> None:
+    """A forked process cannot use CUDA; the evaluator moves each batch."""
+    parser = ConfigParser()
+    parser.read_config(configs("inference"))
+    parser.update({**NETWORK, "device": "$torch.device('meta')"})
+    item = {"image": str(labelled / "images" / "sub-0000_ses-M000.nii")}
+    image = parser.get_parsed_content("preprocessing")(item)["image"]
+    assert image.device.type == "cpu"
+    for workers in (0, 2):
+        infer(finished, labelled / "images", tmp_path / str(workers), num_workers=workers)
+    alone, helped = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("0", "2"))
+    assert len(alone) == 11 and alone == helped
 
 
 def test_scans_of_the_same_file_name_get_masks_of_their_own(finished: Path, tmp_path: Path) -> None:
@@ -691,6 +756,22 @@ def test_bad_input_ends_a_run_before_training(labelled: Path, small_encoder: Pat
     write_json(leaky.with_suffix(".json"), record)
     with input_error("pretrained on 1 of the 2 scored patients", "sub-0005"):
         workflow(("train",), labelled, tmp_path / "run", encoder_path=str(leaky)).initialize()
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_scans_of_a_part_end_before_training(
+    labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("volta_components.distributed.process_count", lambda: 3)
+    made = workflow(("train", "unetr_scratch"), labelled, tmp_path / "run")
+    with input_error("3 processes cannot share", "inner validation  2 scans", "scored            2 scans"):
+        made.parser.get_parsed_content("checks")
+    assert "@checks" in made.parser["initialize"]
+    # Without a datalist, the validation scans are those that an annotation server gives.
+    own = {"train#dataset#data": [{"image": "a", "label": "a"}] * 3, "validate#dataset#data": [{"image": "b"}]}
+    made = workflow(("train", "unetr_scratch"), tmp_path / "none", tmp_path / "run", **own)
+    with input_error("inner validation  1 scans"):
+        made.parser.get_parsed_content("checks")
     assert not (tmp_path / "run").exists()
 
 

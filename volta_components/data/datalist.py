@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from volta_components.cores import cores
 from volta_components.data.identity import canonical_patient_id, is_worldwide
 from volta_components.data.volumes import UnusableVolume, read_header, read_volume
 from volta_components.errors import InputError
@@ -312,7 +313,7 @@ def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = 
 
     items = datalist.items
     share = items[process_rank() :: process_count()]
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(workers or cores()) as pool:
         checked = tqdm(
             pool.map(examine, share),
             total=len(share),

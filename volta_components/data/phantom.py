@@ -60,6 +60,7 @@ from scipy import fft, ndimage
 from tqdm import tqdm
 
 from volta_components._version import __version__
+from volta_components.cores import cores
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, read_json, remove_partials, write_json
 
@@ -739,10 +740,6 @@ def _start_worker() -> None:
     )  # Ctrl-C reaches all processes; the parent winds up, its workers finish
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _run(output: Path, settings: Settings, numbers: list[int], workers: int) -> None:
     """Make subjects, in this process or in several."""
     bar = tqdm(total=len(numbers), desc="phantoms", unit="subject")
@@ -940,7 +937,7 @@ def phantom(
     missing = [number for number in numbers if not _finished(folder, settings.subject_id(number))]
     subject_folders = {path.parent for n in missing for path in _paths(folder, settings.subject_id(n))}
     remove_partials(folder, folder / LABELS_FOLDER, *subject_folders)
-    _run(folder, settings, missing, _cores() if workers is None else workers)
+    _run(folder, settings, missing, cores() if workers is None else workers)
     pattern = re.compile(rf"sub-{settings.prefix}(\d{{4,}})")
     there = sorted(int(found[1]) for path in folder.iterdir() if (found := pattern.fullmatch(path.name)))
     whole = [draw_subject(settings, number) for number in there if _finished(folder, settings.subject_id(number))]

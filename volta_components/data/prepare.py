@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -21,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from volta_components.cores import cores
 from volta_components.data import quality
 from volta_components.data.datalist import _check_folds, assign_folds, check_phantom_name, load_datalist, make_content
 from volta_components.data.identity import canonical_patient_id
@@ -221,7 +221,7 @@ def _shard(shard: str | None) -> tuple[int, int]:
 
 def _workers(workers: int | None) -> int:
     if workers is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cores()
     if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
         raise InputError(f"--workers {workers}: a number of processes, at least 1")
     return workers
