@@ -5,6 +5,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export TQDM_MININTERVAL="${TQDM_MININTERVAL:-2}"
+# One thread a process: networks this small gain little from more, wait long for one that another program holds up, and
+# give the same numbers whatever the number of cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 started=$SECONDS
 
 step() {
@@ -19,14 +22,14 @@ run=(python -m monai.bundle run --config_file)
 pretrain=bundles/pretrain/configs
 encoder=bundles/pretrain/models/encoder_phantom_tiny.safetensors
 
-step "Phantoms to pretrain on, and others to be scored on" \
+step "Phantoms to pretrain on" \
     volta3d phantom --output data/raw/phantom_pretrain --subjects 240 --seed 1 --spacing 3 --prefix PT
-step "" volta3d phantom --output data/raw/phantom --subjects 120 --seed 2 --spacing 3 --prefix PL
+step "Those to be scored on" volta3d phantom --output data/raw/phantom --subjects 120 --seed 2 --spacing 3 --prefix PL
 
 step "Preparation: RAS, window of 144 x 192 x 192 mm, [0, 1]" \
     volta3d prepare --layout bids --source data/raw/phantom_pretrain --output data/phantom_pretrain \
     --spacing 3 --shape 48,64,64
-step "" volta3d prepare --layout bids --source data/raw/phantom --output data/phantom \
+step "Preparation of those to be scored on" volta3d prepare --layout bids --source data/raw/phantom --output data/phantom \
     --spacing 3 --shape 48,64,64
 step "No subject is in both" volta3d check data/phantom_pretrain/datalist.json data/phantom/datalist.json
 
@@ -38,7 +41,6 @@ step "What the frozen encoder knows, beside the same network with random weights
 
 # The three tasks with their baselines, two runs at a time: small settings, fewer folds than the paper. The model of
 # fold 0 becomes the bundle's own, for segment, pack and make label.
-export OMP_NUM_THREADS=1
 cohort=data/phantom/datalist.json
 step "Sex: VolTA init and scratch baselines, two folds, two fractions of the training part" \
     volta3d crossval --bundle bundles/ixi_sex --datalist "$cohort" --inits volta,vit_scratch,swin_scratch \

@@ -34,7 +34,7 @@ class InputError(ValueError):
 
 
 def explain_input_errors() -> None:
-    """From now on, an uncaught error that stems from bad input ends the process with that message alone.
+    """From now on, bad input and Ctrl-C end the process with a message alone.
 
     ``monai.bundle`` wraps whatever goes wrong in a configuration into errors of its own, a hundred lines deep; what a
     user needs to read would stand in the middle of them.
@@ -45,7 +45,10 @@ def explain_input_errors() -> None:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, InputError):
             cause = cause.__cause__ or cause.__context__
-        if cause is None:
+        if isinstance(error, KeyboardInterrupt):
+            left = str(error) or "a training that is started again goes on from its last checkpoint"
+            print(f"\ninterrupted: {left}", file=sys.stderr)
+        elif cause is None:
             default(kind, error, traceback)
         else:
             print(f"\nerror: {cause}", file=sys.stderr)

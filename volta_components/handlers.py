@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
+import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Mapping
@@ -18,7 +21,7 @@ from monai.handlers import MLFlowHandler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from volta_components.distributed import mean_over_processes, process_rank
+from volta_components.distributed import mean_over_processes, process_count, process_rank
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, remove_partials, write_json
 from volta_components.masking import VISIBLE
@@ -63,6 +66,10 @@ class ResumableCheckpoint:
     pending, and refuses a checkpoint of a run with other settings. Loading is ``weights_only``. The trainer's gradient
     scaler, which MONAI makes when the run starts, is saved with the rest.
 
+    With an ``interval``, Ctrl-C and a scheduler's SIGTERM lose nothing: the accumulation window is finished and saved
+    before the run ends; a second Ctrl-C ends it at once. The loader's workers get these signals with it and have to
+    wait, too: see ``volta_components.sampling.signals_wait``.
+
     Args:
         path: the checkpoint file.
         objects: what to save, by name: anything with ``state_dict`` and ``load_state_dict``.
@@ -99,25 +106,71 @@ class ResumableCheckpoint:
         self.window = window
         self.minutes = minutes
         self._last_save = time.monotonic()
+        self._signal: int | None = None
+        self._before: dict[signal.Signals, Any] = {}
 
     def attach(self, engine: Engine) -> None:
         """Load at the start; save at intervals and at ends of epochs."""
         engine.add_event_handler(Events.STARTED, self.load)
         if self.interval:
+            engine.add_event_handler(Events.STARTED, self._listen)
+            engine.add_event_handler(Events.COMPLETED, self._restore_signals)
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._interval_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+
+    def _listen(self) -> None:
+        self._signal = None
+        if threading.current_thread() is not threading.main_thread():
+            return
+
+        def ask(number: int, _: Any) -> None:
+            # torchrun passes a terminal's Ctrl-C on to processes that have had it already.
+            if number == signal.SIGINT and process_count() == 1:
+                signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+            if self._signal is None and not process_rank():
+                print("\nstopping once the accumulation window is finished and saved", file=sys.stderr, flush=True)
+            self._signal = number
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell does for what it starts in the background
+                self._before[number] = signal.signal(number, ask)
+
+    def _restore_signals(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _is_asked_to_stop(self, engine: Any) -> bool:
+        """Whether any of the processes was: they stop together, or would wait for each other."""
+        asked = torch.tensor(float(self._signal is not None), device=engine.state.device)
+        return bool(mean_over_processes(asked) > 0)
+
+    def _stop(self, engine: Engine) -> None:
+        self._restore_signals()
+        message = f"saved at mini-batch {engine.state.iteration}; the same command goes on from there"
+        if self._signal == signal.SIGTERM:
+            print(message, file=sys.stderr)
+            raise SystemExit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt(message)
 
     def _interval_completed(self, engine: Engine) -> None:
         length = engine.state.epoch_length
         place = engine.state.iteration % length if length else 0
         # The end of an epoch has its own checkpoint, after what other handlers do there.
-        if place and place % self.interval == 0:
+        if not place or place % self.window:
+            return
+        stop = self._is_asked_to_stop(engine)
+        if stop or place % self.interval == 0:
             self.save(engine)
+        if stop:
+            self._stop(engine)
 
     def _epoch_completed(self, engine: Engine) -> None:
         waited = time.monotonic() - self._last_save
         if waited >= 60 * self.minutes or engine.state.epoch == engine.state.max_epochs:
             self.save(engine)
+        if self.interval and engine.state.epoch != engine.state.max_epochs and self._is_asked_to_stop(engine):
+            self._stop(engine)
 
     def save(self, engine: Engine) -> None:
         """Write the checkpoint, atomically, from the first process."""
@@ -212,6 +265,8 @@ class TrainingRecord:
 
     def attach(self, engine: Engine) -> None:
         """Follow every mini-batch and epoch."""
+        # Before StatsHandler's, which prints a traceback that Python prints once more.
+        engine.add_event_handler(Events.EXCEPTION_RAISED, _raise)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
         engine.add_event_handler(Events.COMPLETED, self._completed)
@@ -244,6 +299,10 @@ class TrainingRecord:
 
     def _epoch_completed(self, engine: Any) -> None:
         engine.state.metrics |= _means(self._epoch, engine.state.device)
+
+
+def _raise(engine: Engine, error: BaseException) -> None:
+    raise error
 
 
 def log_epoch(engine: Engine) -> None:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -108,6 +110,29 @@ class ResumableSampler(Sampler[tuple[int, ...]]):
         for iteration in range(self.first_iteration, self.iterations):
             start = iteration * step + self.rank * self.batch_size
             yield from keys[start : start + self.batch_size]
+
+
+WORKER_GRACE = 30  # seconds; as long as SLURM waits between SIGTERM and SIGKILL
+
+
+def signals_wait(worker_id: int) -> None:
+    """A ``worker_init_fn``: workers that are signalled together with the trainer serve the rest of its window.
+
+    A terminal's Ctrl-C and a scheduler's SIGTERM reach every process of a job. Without this the workers would end at
+    once, and the trainer with an error. Since a SIGTERM may as well be the trainer's own, which then waits for the
+    worker, a first one ends it after ``WORKER_GRACE``, a second one at once. It takes the place of MONAI's, which seeds
+    random transforms: ``KeyedDataset`` does that for each sample.
+
+    Args:
+        worker_id: as ``DataLoader`` numbers them.
+    """
+
+    def terminate(number: int, _: Any) -> None:
+        if signal.alarm(WORKER_GRACE):
+            os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, terminate)
 
 
 class KeyedDataset(Dataset[Any]):

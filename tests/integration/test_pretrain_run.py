@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -200,6 +201,39 @@ def test_a_killed_run_ends_as_one_that_was_never_broken(workplace: Workplace, un
     assert len(runs) > 1
     assert run.info.status == "FINISHED"
     assert {point.step for point in client.get_metric_history(run.info.run_id, "loss_global")} >= set(range(4, 25, 4))
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "message"),
+    [(signal.SIGINT, -signal.SIGINT, "\ninterrupted: saved"), (signal.SIGTERM, 143, "saved")],
+)
+def test_ctrl_c_and_sigterm_lose_nothing(
+    workplace: Workplace, unbroken: str, number: int, status: int, message: str
+) -> None:
+    """In a process group with a loading worker, as a terminal or a scheduler signals it."""
+    name = f"stopped{number}"
+    words = workplace.arguments("--run_name", name, "--num_workers", "1", "--checkpoint_interval", "6")
+    log = workplace.folder / f"{name}.txt"
+    with log.open("w") as stream:
+        command = [sys.executable, "-m", "monai.bundle", *words]
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdout=stream, stderr=stream, start_new_session=True
+        )
+    while not workplace.iteration(name):
+        assert process.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    assert process.wait(timeout=120) == status
+    output = log.read_text()
+    assert "stopping once the accumulation window is finished and saved" in output
+    place = workplace.iteration(name)
+    assert f"{message} at mini-batch {place}; the same command goes on from there" in output
+    assert "Traceback" not in output
+    assert not workplace.encoder(name).exists()
+    assert 6 <= place < EPOCHS * LENGTH
+    assert place % LENGTH % 3 == 0
+    workplace.run("--run_name", name, "--checkpoint_interval", "6")
+    assert_equal_runs(workplace, unbroken, name)
 
 
 # Two processes ------------------------------------------------------------------------------------------------------
