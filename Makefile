@@ -11,7 +11,7 @@ LABEL_PYTHON := $(abspath $(LABEL_VENV))/bin/python
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test label test-label lint bench clean
+.PHONY: help setup demo test label test-label test-gpu lint bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,7 +29,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 demo: $(READY)  ## phantoms, preparation, a tiny pretraining, what it has learnt
 	bash benchmarks/demo.sh
 
-test: $(READY)  ## all tests
+test: $(READY)  ## all tests but the MONAI Label server's and the GPU's
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile -m "not label_server"
 
 # MONAI Label needs releases that do not go with .venv's; see label/requirements.txt.
@@ -56,6 +56,9 @@ label: $(LABEL_READY)  ## MONAI Label server: make label STUDIES=DIR [PORT=8000]
 test-label: $(READY) $(LABEL_READY)  ## tests with a real MONAI Label server
 	LABEL_TESTS=required OMP_NUM_THREADS=1 python -m pytest -q -m label_server
 
+test-gpu: $(READY)  ## each training and inference once on the GPU
+	VOLTA_TEST_GPU=1 python -m pytest -q tests/integration/test_gpu.py
+
 lint: $(READY)  ## ruff and mypy
 	ruff check .
 	ruff format --check .
@@ -64,5 +67,5 @@ lint: $(READY)  ## ruff and mypy
 bench: $(READY)  ## benchmarks, printed as a table of ratios
 	python benchmarks/run.py
 
-clean:  ## remove environment and build output, keep data and runs
-	rm -rf $(VENV) $(LABEL_VENV) build dist *.egg-info
+clean:  ## remove environments and build output; data, runs and packed bundles stay
+	rm -rf $(VENV) $(LABEL_VENV) build *.egg-info

@@ -13,6 +13,9 @@ import torch
 
 # Test processes run side by side (pytest-xdist); more threads than cores only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What is expected here is computed on the CPU, also where there is a GPU; ``make test-gpu`` is for that.
+if "VOLTA_TEST_GPU" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 torch.set_num_threads(1)
 # A shell starts what runs in the background with Ctrl-C ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from volta_components import cli
+from volta_components import __version__, cli
 from volta_components.errors import InputError
 
 
@@ -77,14 +77,31 @@ def test_ctrl_c_ends_a_command_with_one_line(
     assert (out, err) == ("half", "\nvolta3d greet: interrupted\n")
 
 
-@pytest.mark.parametrize("words", [["greet"], ["greet", "--nam", "Ada"], ["greet", "--name", "Ada", "--colour", "red"]])
-def test_wrong_options_exit_with_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("words", [["greet"], ["greet", "Ada", "2", "no", "no", "red"]])
+def test_too_few_or_many_words_exit_with_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(words)
     assert caught.value.code == 2
     out, err = capsys.readouterr()
     assert "hello" not in out  # a long command must not run before its options are known to be right
     assert "greet" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--colour", "volta3d greet: no option --colour; volta3d greet --help lists them\n"),
+        ("--left-ou=1", "volta3d greet: no option --left-ou; did you mean --left-out?\n"),
+    ],
+)
+def test_an_unknown_option(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["greet", "--name", "Ada", option, "red"]) == 2
+    assert capsys.readouterr() == ("", message)
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"volta3d {__version__}\n"
 
 
 def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +125,8 @@ def test_help_of_a_command(words: list[str], capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as caught:
         cli.main(["greet", *words])
     assert caught.value.code == 0
-    out, _ = capsys.readouterr()  # where a pager or grep would look for it
+    out, err = capsys.readouterr()  # where a pager or grep would look for it
+    assert err == ""
     assert "how often" in out
     assert "hello" not in out
 

@@ -442,6 +442,7 @@ def test_the_record_averages_over_mini_batches_and_epochs(monkeypatch: pytest.Mo
     fake = FakeMLFlow({"seed": "3"})
     monkeypatch.setattr(handlers, "find_mlflow_handler", lambda engine: fake)
     engine = Engine(lambda e, b: [{"loss": float(b**2), **({"learning_rate": float(b)} if b % 2 == 0 else {})}])
+    engine.state.device = torch.device("cpu")
     TrainingRecord({"seed": 3, "size": (8, 12)}, interval=3, tags={"datalist_hash": "abc"}).attach(engine)
     engine.run(range(1, 6), max_epochs=2)
     assert engine.state.metrics == {"loss": 55 / 5, "learning_rate": 3.0}
@@ -451,6 +452,17 @@ def test_the_record_averages_over_mini_batches_and_epochs(monkeypatch: pytest.Mo
     assert fake.metrics[9] == pytest.approx({"loss": (4 + 9 + 16) / 3, "learning_rate": 3.0})
     assert fake.params == [{"size": [8, 12]}]  # once; not what a resumed run has already
     assert fake.client.tags == {"code_version": code_version(), "datalist_hash": "abc"}
+
+
+def test_means_over_processes_are_taken_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL, unlike gloo, reduces nothing that lies on the CPU."""
+    seen: list[str] = []
+    monkeypatch.setattr(handlers, "mean_over_processes", lambda x: seen.append(x.device.type) or torch.zeros(x.shape))
+    engine: Any = Engine(lambda e, b: [{"loss": 1.0}])
+    engine.state.device = torch.device("meta")
+    TrainingRecord({}, interval=1).attach(engine)
+    engine.run([0])
+    assert seen == ["meta", "meta"]  # the mini-batch's, and the epoch's
 
 
 def test_the_mlflow_handler_is_found_once_it_has_a_run() -> None:

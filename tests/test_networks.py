@@ -219,6 +219,11 @@ def test_every_trainable_parameter_gets_a_gradient_from_the_losses() -> None:
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_the_teacher_is_made_where_the_student_is() -> None:
+    student = tiny_student().to("meta")
+    assert {p.device.type for p in make_teacher(student).parameters()} == {"meta"}
+
+
 def test_student_output() -> None:
     student = tiny_student().eval()
     crops, local = torch.rand(4, 1, *IMAGE), torch.rand(3, 1, 8, 4, 8)

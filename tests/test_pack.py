@@ -260,11 +260,14 @@ def test_metrics_of_a_later_evaluation_come_into_the_card(weights: dict[str, Pat
         {"label": "sex", "encoder": "volta", "embedding": "summary", "probe": "linear", "subjects": 30}
         | {"auroc": 0.81234, "auroc_low": 0.7, "auroc_high": 0.9}
     ]
-    write_json(tmp_path / "probes.json", probes)
-    folder = assemble(
-        ROOT / "bundles" / "pretrain", tmp_path / "a_phantom", ["tiny"], weights["pretrain"], tmp_path / "probes.json"
-    )
-    card = (folder / "docs" / "README.md").read_text()
+    warning = "out of fold; **patients whom it was pretrained on may be among them**:"
+    for leak in ("none", "allowed"):
+        write_json(tmp_path / "probes.json", [{**row, "leak": leak} for row in probes])
+        target = tmp_path / f"{leak}_phantom"
+        source = ROOT / "bundles" / "pretrain"
+        folder = assemble(source, target, ["tiny"], weights["pretrain"], tmp_path / "probes.json")
+        card = (folder / "docs" / "README.md").read_text()
+        assert (warning in card) == (leak == "allowed")
     assert "| sex | volta | summary | linear | 30 | 0.812 | 0.700 to 0.900 |" in card and "Not scored" not in card
     numbers = {"mean_dice": 0.5, "mean_dice_low": 0.4, "mean_dice_high": 0.6, "hd95_failures": 1.0}
     write_json(tmp_path / "metrics.json", {"metrics": numbers, "leak": "allowed", "scored": 7})

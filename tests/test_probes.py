@@ -244,14 +244,14 @@ def test_the_report_has_a_row_for_each_combination(
 ) -> None:
     tables, items = cohort
     targets = {"sex": ["M", "F"], "diagnosis": ["CN", "AD"], "age": ["young", "old"]}
-    rows = probe_report(tables, items, targets, tmp_path / "new" / "probes.json", neighbours=5)
+    rows = probe_report(tables, items, targets, tmp_path / "new" / "probes.json", neighbours=5, leak="allowed")
     assert json.loads((tmp_path / "new" / "probes.json").read_text()) == rows
     assert len(rows) == 2 * 2 * 3 * 2
     assert len({(r["label"], r["encoder"], r["embedding"], r["probe"]) for r in rows}) == len(rows)
     assert {r["label"] for r in rows} == {"sex", "diagnosis"}  # nobody's age is "old"
     for row in rows:
         expected = (40, 20) if row["label"] == "sex" else (20, 8)
-        assert (row["subjects"], row["positive"]) == expected
+        assert (row["subjects"], row["positive"], row["leak"]) == (*expected, "allowed")
     best = next(r for r in rows if (r["label"], r["encoder"], r["embedding"]) == ("sex", "volta", "summary"))
     assert best["auroc"] > 0.9
     chance = [r["auroc"] for r in rows if r["encoder"] == "random" and r["label"] == "sex"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from method_helpers import tiny_student
 
+from volta_components.errors import InputError
 from volta_components.networks import make_teacher
 from volta_components.schedules import CosineSchedule, LinearSchedule
 
@@ -48,7 +49,9 @@ def test_warm_up_may_start_above_zero() -> None:
 
 def test_degenerate_lengths() -> None:
     assert CosineSchedule(3.0, 1.0, 1)(0) == 1.0
-    assert CosineSchedule(3.0, 1.0, 5, 10)(4) == pytest.approx(1.2)  # a run shorter than its warm-up
+    assert CosineSchedule(3.0, 1.0, 5, 5)(4) == pytest.approx(2.4)  # nothing but warm-up
+    with pytest.raises(InputError, match="warm-up of 10 steps in a run of 5 never reaches 3: choose fewer warmup_epo"):
+        CosineSchedule(3.0, 1.0, 5, 10)
     assert LinearSchedule(0.04, 0.07, 0)(0) == 0.07
 
 

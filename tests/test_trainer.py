@@ -297,6 +297,8 @@ def test_no_local_crops() -> None:
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(InputError, match="accumulation_steps 0 is not a positive number"):
         tiny_run(accumulation_steps=0)
+    with pytest.raises(InputError, match="amp_dtype float16: its gradients would need scaling"):
+        tiny_run(amp=True, amp_dtype=torch.float16)
     with pytest.raises(InputError, match=r"local_size: image size \(8, 8, 6\) cannot be cut"):
         tiny_run(views=tiny_views(local_geometry=CropGeometry((8, 8, 6))))
     with pytest.raises(InputError, match="set a smaller mask_cell"):

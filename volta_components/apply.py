@@ -24,7 +24,7 @@ import torch
 from monai.bundle import ConfigWorkflow
 from tqdm import tqdm
 
-from volta_components.classification import find_volumes
+from volta_components.classification import find_volumes, scans_below
 from volta_components.cores import cores
 from volta_components.data.datalist import check_volumes, load_datalist
 from volta_components.data.layouts.common import LayoutOptions
@@ -48,6 +48,7 @@ def embed(
     *,
     bundle: str | None = None,
     overlays: str | Sequence[str] | None = None,
+    weights: str | None = None,
     attention: bool = False,
     device: str | None = None,
     skip_bad: bool = False,
@@ -57,18 +58,20 @@ def embed(
     Scans may have any orientation and spacing. Exit status: 0 done, 2 nothing could be done.
 
     Args:
-        source: a folder (scans or DICOM series), a scan, a datalist, a pattern such as 'bids/sub-*/anat/*_T1w.nii.gz'
-            (in quotes), or several of these separated by commas.
+        source: a folder (scans or DICOM series), a scan, a datalist, a pattern in quotes such as
+            'bids/**/*_acq-iso_T1w.nii.gz', or several of these separated by commas. Of a BIDS folder, its T1w scans.
         output: folder of the results.
         bundle: folder of the pretrained bundle, as downloaded; bundles/pretrain by default.
         overlays: further configuration files, separated by commas, merged last: names in the bundle's configs, or
             paths; tiny for the quick start's models.
+        weights: an exported encoder instead of the bundle's own.
         attention: also write where the summary looks, as NIfTI on the scan's own grid, mean 1.
         device: cuda:0, cpu, ...; by default the first GPU, or the CPU.
         skip_bad: leave out scans that cannot be used instead of ending there.
     """
     root = _bundle(bundle, "bundles/pretrain", ("type", "feature"))
-    target, items = _apply(root, source, output, overlays, device, skip_bad, {"save_attention": bool(attention)})
+    settings = {"save_attention": bool(attention), **_weights("encoder_path", weights)}
+    target, items = _apply(root, source, output, overlays, device, skip_bad, settings)
     print(f"{len(items)} embeddings in {target / 'embeddings.csv'} and .npz")
     return 0
 
@@ -79,6 +82,7 @@ def segment(
     *,
     bundle: str | None = None,
     overlays: str | Sequence[str] | None = None,
+    weights: str | None = None,
     device: str | None = None,
     skip_bad: bool = False,
 ) -> int:
@@ -87,18 +91,29 @@ def segment(
     Scans may have any orientation and spacing. Exit status: 0 done, 2 nothing could be done.
 
     Args:
-        source: a folder (scans or DICOM series), a scan, a datalist, a pattern such as 'bids/sub-*/anat/*_T1w.nii.gz'
-            (in quotes), or several of these separated by commas.
+        source: a folder (scans or DICOM series), a scan, a datalist, a pattern in quotes such as
+            'bids/**/*_acq-iso_T1w.nii.gz', or several of these separated by commas. Of a BIDS folder, its T1w scans.
         output: folder of the results.
         bundle: folder of the segmentation bundle, as downloaded; bundles/harp_hippocampus by default.
         overlays: further configuration files, separated by commas, merged last: names in the bundle's configs, or
             paths; tiny for the quick start's models.
+        weights: a trained model instead of the bundle's own.
         device: cuda:0, cpu, ...; by default the first GPU, or the CPU.
         skip_bad: leave out scans that cannot be used instead of ending there.
     """
     root = _bundle(bundle, "bundles/harp_hippocampus", ("format", "segmentation"))
-    _apply(root, source, output, overlays, device, skip_bad, {})
+    _apply(root, source, output, overlays, device, skip_bad, _weights("model_path", weights))
     return 0
+
+
+def _weights(name: str, given: str | None) -> dict[str, str]:
+    """The id of a config that names weights, if they are given."""
+    if given is None:
+        return {}
+    path = Path(str(given)).expanduser()
+    if not path.is_file():
+        raise InputError(f"--weights {path}: no such file")
+    return {name: str(path.absolute())}
 
 
 def check_source(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], deep: bool = True) -> None:
@@ -362,7 +377,9 @@ def _scans(parts: Sequence[Path], target: Path, skip_bad: bool) -> list[Path]:
         if part.is_file():
             files.append(part)
             continue
-        volumes = sorted(path for path in part.rglob("*") if volume_suffix(path) and path.is_file())
+        volumes, others = scans_below(part)
+        if others:
+            print(f"{part}: {len(others)} volumes that are no T1w scans are left aside, such as {others[0]}")
         if series := _dicom_folders(part):
             converted, bad = _convert(part, target)
             files += converted

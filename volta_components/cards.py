@@ -211,7 +211,9 @@ class Card:
             yield from _metric_table(*_with_intervals(self.more.get("metrics", {})))
         elif isinstance(self.more, list):
             yield ""
-            yield "Probes of the frozen encoder, out of fold:"
+            honest = all(row.get("leak") == "none" for row in self.more)
+            leak = "" if honest else "; **patients whom it was pretrained on may be among them**"
+            yield f"Probes of the frozen encoder, out of fold{leak}:"
             yield ""
             yield "| label | encoder | embedding | probe | subjects | AUROC | 95 % interval |"
             yield "|---|---|---|---|---|---|---|"

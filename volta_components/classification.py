@@ -332,8 +332,8 @@ def find_volumes(
     """Volumes to predict: of a folder, a datalist, a single file or a list of files.
 
     Args:
-        source: a folder (its ``datalist.json``, or else every volume below it), a ``datalist.json``, a volume, or a
-            list of volumes.
+        source: a folder (its ``datalist.json``, or else every scan below it, see ``scans_below``), a
+            ``datalist.json``, a volume, or a list of volumes.
         output: where results go; it must not lie in a folder that is searched for volumes.
 
     Returns:
@@ -356,7 +356,7 @@ def find_volumes(
                 f"--output_dir {output} lies in --source {path}, where the next start would take results for scans; "
                 "choose a folder outside of it"
             )
-        files = sorted(file for file in path.rglob("*") if volume_suffix(file) and file.is_file())
+        files = scans_below(path)[0]
     elif path.is_file():
         files = [path]
     else:
@@ -373,6 +373,31 @@ def find_volumes(
         subject = words[0] if words[0].startswith("sub-") else "_".join(words)
         items.append({"image": str(file), "subject_id": subject, "session": session})
     return items
+
+
+def scans_below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Volumes below a folder, and apart from them those that are no T1 scans by the rules of BIDS.
+
+    Set apart are volumes in ``derivatives``, ``sourcedata`` and ``code`` beside folders ``sub-*``, and those whose name
+    begins with ``sub-`` and ends in another word than ``T1w`` (``sub-01_dseg.nii.gz``). Any other name is a scan's.
+
+    Args:
+        folder: a BIDS data set, a part of one, or a folder of anything else.
+
+    Returns:
+        Scans, and the volumes set apart, in order of their paths.
+    """
+    scans: list[Path] = []
+    others: list[Path] = []
+    aside = ("derivatives", "sourcedata", "code") if any(folder.glob("sub-*/")) else ()
+    for path in sorted(folder.rglob("*")):
+        suffix = volume_suffix(path)
+        if suffix is None or not path.is_file():
+            continue
+        words = path.name[: -len(suffix)].split("_")
+        is_other = words[0].startswith("sub-") and "-" not in words[-1] and words[-1] != "T1w"
+        (others if is_other or path.relative_to(folder).parts[0] in aside else scans).append(path)
+    return scans, others
 
 
 def result_root(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> str:

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import functools
 import importlib
+import inspect
+import io
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from volta_components._version import __version__
 from volta_components.errors import InputError
 
 COMMANDS = {
@@ -59,6 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         Exit status: 0 done, 1 done but something was left out, 2 bad input, 130 interrupted (Ctrl-C).
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if words == ["--version"]:
+        print(f"volta3d {__version__}")
+        return 0
     if not words or words[0] in {"-h", "--help", "help"}:
         print(_usage())
         return 0
@@ -70,20 +78,32 @@ def main(argv: list[str] | None = None) -> int:
         # fire would take the last one and forget the others.
         print(f"volta3d {words[0]}: {', '.join(twice)} is given twice; separate values by commas", file=sys.stderr)
         return 2
-    module, function = COMMANDS[words[0]][0].split(":")
+    module, name = COMMANDS[words[0]][0].split(":")
+    function = getattr(importlib.import_module(module), name)
+    asks_help = bool({"-h", "--help"} & set(words[1:]))
+    known = [option.replace("_", "-") for option in inspect.signature(function).parameters]
+    accepted = {"", *known, *(f"no{option}" for option in known)}
+    if not asks_help and (unknown := [flag for flag in flags if flag.removeprefix("--") not in accepted]):
+        near = difflib.get_close_matches(unknown[0].removeprefix("--"), known, n=1)
+        guess = f"; did you mean --{near[0]}?" if near else f"; volta3d {words[0]} --help lists them"
+        print(f"volta3d {words[0]}: no option {unknown[0]}{guess}", file=sys.stderr)
+        return 2
     # Help goes to a pager where there is a terminal; plain output is what users of other commands expect.
     import fire
     import fire.core
 
-    asks_help = bool({"-h", "--help"} & set(words[1:]))
-    fire.core.Display = lambda lines, out: print("\n".join(lines), file=sys.stdout if asks_help else out)
+    shown = sys.stdout if asks_help else sys.stderr
+    fire.core.Display = lambda lines, out: print("\n".join(lines).replace("``", ""), file=shown)
+    # What fire says of its own way to show help goes nowhere.
+    quiet = contextlib.redirect_stderr(io.StringIO()) if asks_help else contextlib.nullcontext()
     try:
-        call = fire.Fire(
-            _deferred(getattr(importlib.import_module(module), function)),
-            command=["--help"] if asks_help else words[1:],
-            name=f"volta3d {words[0]}",
-            serialize=lambda _: None,
-        )
+        with quiet:
+            call = fire.Fire(
+                _deferred(function),
+                command=["--help"] if asks_help else words[1:],
+                name=f"volta3d {words[0]}",
+                serialize=lambda _: None,
+            )
         result = call.run()
     except InputError as error:
         print(f"volta3d {words[0]}: {error}", file=sys.stderr)

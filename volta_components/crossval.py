@@ -186,7 +186,8 @@ def crossval(
     )
     chosen = max((run for run in runs if run.fold == adopt), key=lambda run: run.fraction, default=runs[0])
     if adopt not in (None, chosen.fold):
-        raise InputError(f"--adopt {adopt}: not one of the folds that are run")
+        folds_run = ", ".join(map(str, sorted({run.fold for run in runs})))
+        raise InputError(f"--adopt {adopt}: not one of the folds that are run ({folds_run})")
     done = _finished(store, runs[0].experiment)
     todo = [run for run in runs if (run.name, run.settings) not in done]
     if dry_run:
@@ -196,6 +197,8 @@ def crossval(
         return 0
     for run in todo:
         run.folder.mkdir(parents=True, exist_ok=True)
+    if todo:
+        print(f"Each run's log: {runs[0].folder.parent}/RUN/{runs[0].log.name}")
     if executor == "local":
         outcomes = _run_here(todo, jobs, gpus_per_run)
     else:
@@ -214,6 +217,8 @@ def crossval(
     status = _follow(outcomes, len(runs), len(runs) - len(todo))
     if adopt is not None and status == 0:
         _adopt(chosen, Path(bundle))
+    if status == 0:
+        print(f"Tables and figures: volta3d report --tracking_uri {store} --output {root / 'report'}")
     return status
 
 
@@ -222,10 +227,11 @@ def _adopt(run: Run, bundle: Path) -> None:
     models = sorted((run.folder / "models").glob("*.pt"))
     if len(models) != 1:
         raise InputError(f"{run.folder / 'models'}: {len(models)} models instead of one; --adopt cannot tell which")
+    is_there = (bundle / "models" / models[0].name).exists()
     for path in (models[0], models[0].with_suffix(".json")):
         with atomic_path(bundle / "models" / path.name) as temporary:
             shutil.copyfile(path, temporary)
-    print(f"{bundle / 'models' / models[0].name}: the model of {run.name}")
+    print(f"{bundle / 'models' / models[0].name}: the model of {run.name}{', in place of another' * is_there}")
 
 
 def plan(
@@ -452,7 +458,8 @@ def _overlay(name: str, configs: Path) -> Path:
     for path in (configs / stem, Path(stem)):
         if path.is_file():
             return path.resolve()
-    known = sorted(path.stem for path in configs.glob("*.json") if path.name not in {"train.json", "metadata.json"})
+    others = {"train", "evaluate", "inference", "metadata"}
+    known = sorted(path.stem for path in configs.glob("*.json") if path.stem not in others)
     raise InputError(
         f"{configs / stem}: no such overlay; this bundle has {', '.join(known) or 'none'} (and {BASE_INIT})"
     )

@@ -193,7 +193,8 @@ class TrainingRecord:
 
     MONAI's MLflow handler records one loss and the learning rate; this one gives it every number that the trainer
     returns, averaged over ``interval`` mini-batches and all processes, and puts the epoch's means into
-    ``engine.state.metrics``, where all of MONAI's handlers look for them.
+    ``engine.state.metrics``, where all of MONAI's handlers look for them. In an epoch that a broken run goes on with,
+    means are of the mini-batches since.
 
     Args:
         settings: recorded as parameters.
@@ -228,7 +229,7 @@ class TrainingRecord:
                 mlflow_handler.client.set_tag(run_id, name, str(value))
         self._described = True
         if engine.state.iteration % self.interval == 0:
-            means = _means(self._recent)
+            means = _means(self._recent, engine.state.device)
             if mlflow_handler is not None:
                 mlflow_handler._log_metrics(means, step=engine.state.iteration)
 
@@ -241,14 +242,33 @@ class TrainingRecord:
             # Nothing was left to train, and MONAI's handler has opened a new run beside the finished one.
             mlflow_handler.client.set_tag(run_id, "superseded", "true")
 
-    def _epoch_completed(self, engine: Engine) -> None:
-        engine.state.metrics |= _means(self._epoch)
+    def _epoch_completed(self, engine: Any) -> None:
+        engine.state.metrics |= _means(self._epoch, engine.state.device)
 
 
-def _means(numbers: dict[str, list[float]]) -> dict[str, float]:
-    """Means of the numbers, over all processes; the lists are emptied."""
+def log_epoch(engine: Engine) -> None:
+    """One line for an epoch, with what one looks at first; for MONAI's ``StatsHandler``, whose own lists everything."""
+    numbers = engine.state.metrics
+    parts = [
+        f"loss {numbers['loss']:.3f} (global {numbers['loss_global']:.3f}, patch {numbers['loss_patch']:.3f}, "
+        f"reconstruction {numbers['loss_reconstruction']:.4f})",
+        *(
+            f"{branch}: entropy {numbers[f'{branch}_teacher_entropy']:.2f}, "
+            f"predicted {numbers[f'{branch}_predicted']:.3f} of ln K"
+            for branch in ("global", "patch")
+        ),
+        f"{numbers['volumes_per_second']:.2f} volumes/s",
+    ]
+    logger.info("epoch %d of %s: %s", engine.state.epoch, engine.state.max_epochs, "; ".join(parts))
+
+
+def _means(numbers: dict[str, list[float]], device: torch.device) -> dict[str, float]:
+    """Means of the numbers, over all processes; the lists are emptied.
+
+    Computed on the training's device: NCCL reduces nothing that lies on the CPU.
+    """
     names = sorted(numbers)
-    means = torch.tensor([float(np.mean(numbers[name])) for name in names], dtype=torch.float64)
+    means = torch.tensor([float(np.mean(numbers[name])) for name in names], dtype=torch.float64, device=device)
     numbers.clear()
     return dict(zip(names, mean_over_processes(means).tolist(), strict=True))
 

@@ -220,7 +220,8 @@ class GlobalAlignmentLoss(nn.Module):
                 different.sum(dim=1, keepdim=True) * student.shape[1]
             )
             other = -(targets.mean(dim=1) * self.previous).sum(dim=-1).mean()
-            predicted = other - loss.detach() if self.previous.any() else torch.zeros_like(loss)
+            # No ``if``: it would make a GPU wait.
+            predicted = torch.where(self.previous.any(), other - loss.detach(), 0.0)
             self.statistics["predicted"] = predicted / math.log(targets.shape[-1])
             self.previous.copy_(mean_over_processes(mean))
         return loss
@@ -277,8 +278,7 @@ def _statistics(
     share = entropy_share(targets).mean()
     nats = math.log(targets.shape[-1])
     mean_target = mean_over_processes(targets.flatten(0, -2).mean(dim=0))
-    if not marginal.any():
-        marginal.copy_(mean_target)
+    marginal.copy_(torch.where(marginal.any(), marginal, mean_target))
     # The mean of earlier targets only: in one that holds these as well, less would look like information.
     unconditional = -(mean_target * marginal.clamp_min(1e-12).log()).sum()
     statistics = {

@@ -485,8 +485,9 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def make_teacher(student: VoltaStudent) -> VoltaTeacher:
-    """A teacher with the student's architecture and weights, without decoder."""
+    """A teacher with the student's architecture and weights, without decoder, where the student is."""
     network = VoltaViT(**student.network.config, decoder=False)  # type: ignore[arg-type]
-    teacher = VoltaTeacher(network, copy.deepcopy(student.head))
+    device = next(student.parameters()).device
+    teacher = VoltaTeacher(network, copy.deepcopy(student.head)).to(device)
     teacher.copy_from(student)
     return teacher

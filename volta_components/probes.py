@@ -235,6 +235,7 @@ def probe_report(
     path: str | os.PathLike[str],
     neighbours: int = 20,
     seed: int = 0,
+    leak: str = "none",
 ) -> list[dict[str, Any]]:
     """Probe several encoders on the same subjects, print the comparison and write it as JSON.
 
@@ -246,6 +247,8 @@ def probe_report(
         path: the JSON file.
         neighbours: of the nearest-neighbour probe.
         seed: of probes and bootstrap.
+        leak: of ``check_origin``; ``allowed`` when scored patients were, or may have been, pretrained on. It stands in
+            every row.
 
     Returns:
         A row for each label, encoder, kind of embedding and probe.
@@ -282,6 +285,7 @@ def probe_report(
                             "auroc": auroc,
                             "auroc_low": low,
                             "auroc_high": high,
+                            "leak": leak,
                         }
                     )
     if not rows:
@@ -293,6 +297,9 @@ def probe_report(
             f"{row['label']:<10} {row['encoder']:<8} {row['embedding']:<13} {row['probe']:<7} "
             f"{row['auroc']:.3f} ({row['auroc_low']:.3f} to {row['auroc_high']:.3f})"
         )
+    if leak != "none":
+        print("Scored patients were, or may have been, pretrained on: these numbers flatter.")
+    print(f"{path}")
     return rows
 
 

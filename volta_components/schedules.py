@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from volta_components.errors import InputError
+
 
 @dataclass(frozen=True)
 class CosineSchedule:
@@ -22,6 +24,9 @@ class CosineSchedule:
         total_steps: steps of the whole run, ``T``.
         warmup_steps: steps of warm-up, ``w``.
         warmup_start: value at step 0 when there is a warm-up.
+
+    Raises:
+        InputError: if the warm-up is longer than the run.
     """
 
     start: float
@@ -29,6 +34,13 @@ class CosineSchedule:
     total_steps: int
     warmup_steps: int = 0
     warmup_start: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps > self.total_steps:
+            raise InputError(
+                f"a warm-up of {self.warmup_steps} steps in a run of {self.total_steps} never reaches {self.start:g}: "
+                "choose fewer warmup_epochs or more epochs"
+            )
 
     def __call__(self, step: int) -> float:
         """Value at ``step``, counted from 0; steps beyond the run have the end value."""

@@ -102,6 +102,11 @@ class VoltaTrainer(Trainer):
     ) -> None:
         if accumulation_steps < 1:
             raise InputError(f"accumulation_steps {accumulation_steps} is not a positive number")
+        if amp and amp_dtype is torch.float16:
+            raise InputError(
+                "amp_dtype float16: its gradients would need scaling, which pretraining does not have; use bfloat16 "
+                "(--amp_dtype '$torch.bfloat16'), or --amp False on a GPU without it"
+            )
         self.sampler = sampler
         self.student = student
         self.teacher = teacher
@@ -212,7 +217,11 @@ class VoltaTrainer(Trainer):
             output["gradient_norm"] = self._step()
         momentum = self.teacher_momentum(iteration)
         self.teacher.update(self.plain_student, momentum)
-        numbers = {name: float(torch.as_tensor(value).detach()) for name, value in output.items()}
+        # One transfer from the device for all of them.
+        values = torch.stack(
+            [torch.as_tensor(value, dtype=torch.float32, device=image.device) for value in output.values()]
+        )
+        numbers = dict(zip(output, values.tolist(), strict=True))
         numbers["teacher_momentum"] = momentum
         numbers["teacher_temperature"] = temperature
         numbers["patch_teacher_temperature"] = patch_temperature

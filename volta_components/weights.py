@@ -82,9 +82,10 @@ def write_weights(
     save: Callable[[Path], None],
     record: Mapping[str, Any],
 ) -> None:
-    """Write weights and, beside them, their record with the file's hash: both, or neither.
+    """Write weights and, beside them, their record with the file's hash.
 
-    Both are written under other names first and moved into place one right after the other, while Ctrl-C waits.
+    Both are written under other names first and moved into place one right after the other, while Ctrl-C waits. What a
+    process leaves that is killed right between the two does not pass as whole: the hash is of other weights.
 
     Args:
         path: the file of weights; the record has the same name with the suffix ``.json``.
@@ -146,7 +147,8 @@ def find_encoder(path: str | os.PathLike[str], suffix: str = "", required: bool 
         return (path if path.name == "models" else path / "models") / names[0]
     raise InputError(
         f"{path}: no encoder in it ({' or '.join(names)}); run the pretraining first (python -m monai.bundle run "
-        "--config_file bundles/pretrain/configs/train.json), download the bundle, or give another path"
+        "--config_file bundles/pretrain/configs/train.json), download the bundle, or give another path; the quick "
+        "start's encoder is found with its overlay, tiny"
     )
 
 

@@ -26,7 +26,7 @@ from sklearn.metrics import roc_auc_score
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from volta_components.classification import LoadScand, find_volumes, labelled_items
+from volta_components.classification import LoadScand, find_volumes, labelled_items, scans_below
 from volta_components.classifier import SwinClassifier, VoltaClassifier
 from volta_components.data.datalist import load_datalist
 from volta_components.errors import InputError
@@ -206,9 +206,10 @@ def test_every_overlay_is_instantiated_with_the_quick_starts(
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
-def test_the_quick_start_serves_inference_too(bundle, tiny_data, tmp_path):
+@pytest.mark.parametrize("overlay", [None, "vit_scratch", "swin_scratch"])
+def test_the_quick_start_serves_inference_too(bundle, overlay, tiny_data, tmp_path):
     made = ConfigWorkflow(
-        config_file=configs(bundle, "inference", "tiny"),
+        config_file=configs(bundle, "inference", *([overlay] if overlay else []), "tiny"),
         meta_file=configs(bundle, "metadata")[0],
         logging_file=False,
         workflow_type="inference",
@@ -219,7 +220,10 @@ def test_the_quick_start_serves_inference_too(bundle, tiny_data, tmp_path):
     made.initialize()
     image = made.parser.get_parsed_content("dataset")[0]["image"]
     network = made.parser.get_parsed_content("network")
-    assert tuple(image.shape[1:]) == tuple(network.encoder.config["img_size"])
+    if overlay != "swin_scratch":
+        assert tuple(image.shape[1:]) == tuple(network.encoder.config["img_size"])
+    with torch.no_grad():
+        assert network.eval()(image[None]).shape == (1, 2)
     assert str(made.parser.get_parsed_content("model_path")).endswith("models/model_phantom_tiny.pt")
 
 
@@ -776,6 +780,26 @@ def test_aibl_takes_a_patients_first_session_unless_told_otherwise(prepared, tmp
     assert len(labelled_items(datalist, "diagnosis", ["CN", "AD"], "all").items) == 13
     with pytest.raises(InputError, match="nobody with diagnosis CN"):
         labelled_items(datalist, "diagnosis", ["CN", "AD"], "ses-M018")
+
+
+def test_of_a_bids_folder_the_t1_scans_are_found(tmp_path):
+    anat = tmp_path / "bids/sub-01/ses-M000/anat"
+    scans = [anat / "sub-01_ses-M000_T1w.nii.gz", tmp_path / "bids/sub-02/anat/sub-02_run-1_T1w.nii"]
+    others = [
+        anat / "sub-01_ses-M000_T2w.nii.gz",
+        anat / "sub-01_ses-M000_desc-brain_mask.nii.gz",
+        tmp_path / "bids/derivatives/tool/sub-01/sub-01_T1w.nii.gz",
+        tmp_path / "bids/derivatives/tool/sub-01/norm.mgz",
+    ]
+    plain = [
+        tmp_path / "plain" / name for name in ("IXI002-Guys-0828-T1.nii.gz", "my_mask_study.nii", "sub-1_ses-2.nii")
+    ]
+    for path in [*scans, *others, *plain]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert scans_below(tmp_path / "bids") == (sorted(scans), sorted(others))
+    assert scans_below(tmp_path / "plain") == (sorted(plain), [])
+    assert [item["image"] for item in find_volumes(tmp_path / "bids")] == [str(path) for path in sorted(scans)]
 
 
 def test_volumes_are_found_and_named_as_in_bids(tmp_path):

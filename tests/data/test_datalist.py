@@ -300,11 +300,38 @@ def test_merged_volumes_stay_where_they_are_and_keep_fold_and_cohort(tmp_path, c
     check_volumes(both, deep=True)
     assert both.content["training"][0]["image"] == "../d/adni/images/0.nii"
     assert {entry["patient_id"]: entry["fold"] for entry in both.items}["002_S_0003"] == 3
-    weights = cohort_weights(both, {"adni": 1, "brats": 3})
-    by_cohort = Counter()
-    for entry, weight in zip(both.items, weights, strict=True):
-        by_cohort[entry["cohort"]] += weight
-    assert by_cohort == pytest.approx({"adni": 0.25, "brats": 0.75}) and sum(weights) == pytest.approx(1)
+    for drawn in (both.items, both.split(0)[0]):
+        weights = cohort_weights(both, drawn, {"adni": 1, "brats": 3})
+        by_cohort = Counter()
+        for entry, weight in zip(drawn, weights, strict=True):
+            by_cohort[entry["cohort"]] += weight
+        assert by_cohort == pytest.approx({"adni": 0.25, "brats": 0.75}) and sum(weights) == pytest.approx(1)
+
+
+def test_merging_spares_its_inputs_and_keeps_the_mark_of_phantoms(tmp_path):
+    one = write(tmp_path / "a", [item(0, cohort="phantom")], "phantom")
+    two = write(tmp_path / "b", [item(1, cohort="phantom_2")], "phantom_2")
+    for output in (two, two.parent):
+        with pytest.raises(InputError, match="is one of the datalists to merge"):
+            merge(str(one), str(two), output=str(output), name="phantom_both")
+    (tmp_path / "c/.prepare").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds a prepared data set"):
+        merge(str(one), str(two), output=str(tmp_path / "c"), name="phantom_both")
+    with pytest.raises(InputError, match=r"--name both: these are phantoms.* try phantom_both"):
+        merge(str(one), str(two), output=str(tmp_path / "d"), name="both")
+    merge(str(one), str(two), output=str(tmp_path / "d"), name="phantom_both")
+    real = write(tmp_path / "e", [item(2, cohort="ixi")], "ixi")
+    merge(str(one), str(real), output=str(tmp_path / "f"), name="both")
+
+
+def test_what_was_left_out_is_no_part_of_the_hash(tmp_path):
+    first, second = (
+        make_content("x", [1.0] * 3, [8] * 3, 0, 1, [{"subject_id": "a", "fold": 0}], excluded)
+        for excluded in ([], [{"subject_id": "b", "reason": "broken"}])
+    )
+    assert first["hash"] == second["hash"]
+    third = make_content("x", [1.0] * 3, [8] * 3, 0, 2, [{"subject_id": "a", "fold": 1}], [])
+    assert third["hash"] != first["hash"]
 
 
 def test_merging_refuses_what_would_leak(tmp_path):
@@ -346,7 +373,8 @@ def test_merging_keeps_different_people_of_one_plain_id_apart(tmp_path):
 def test_bad_cohort_weights(tmp_path, weights, message):
     path = write(tmp_path, [item(0, cohort="adni"), item(1, cohort="brats")])
     with pytest.raises(InputError, match=message):
-        cohort_weights(load_datalist(path), weights)
+        datalist = load_datalist(path)
+        cohort_weights(datalist, datalist.items, weights)
 
 
 def test_overlaps_of_nothing(tmp_path):

@@ -369,7 +369,7 @@ def test_too_little_space_is_told_before_work(tmp_path, monkeypatch):
         ({"require": "weight"}, "choose one of sex, age"),
         ({"assume_orientation": "RRS"}, "three axis codes"),
         ({"exclude_patients_of": "nowhere.json"}, "no such datalist"),
-        ({"diagnoses": "XX"}, "no scan is left"),
+        ({"diagnoses": "XX"}, "no scan is left to prepare; 1 times: diagnosis .* is not asked for. .*--diagnoses"),
         ({"table": "nowhere.csv"}, "no such file"),
     ],
 )
@@ -392,6 +392,24 @@ def test_an_output_of_other_settings_is_refused(tmp_path):
     prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
     with pytest.raises(InputError, match=r"prepared with spacing \[1.0, 1.0, 1.0\] instead of \[2.0, 2.0, 2.0\]"):
         prepare("bids", str(root), str(tmp_path / "out"), **{**OPTIONS, "spacing": 2})
+
+
+def test_a_wrong_start_leaves_the_folder_free(tmp_path):
+    root = tiny.make_bids(tmp_path / "source", subjects=1, labels=False)
+    for wrong in ({"layout": "ixi"}, {"layout": "bids", "spacing": 2, "diagnoses": "XX"}):
+        with pytest.raises(InputError):
+            prepare(**{"source": str(root), "output": str(tmp_path / "out"), **OPTIONS, **wrong})
+    assert prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS) == 0
+
+
+def test_a_scan_of_another_name_is_named(tmp_path):
+    root = tiny.make_bids(tmp_path / "source", subjects=2, labels=False)
+    scan = sorted(root.rglob("anat/*.nii*"))[0]
+    scan.rename(scan.with_name("head (final).nii.gz"))
+    prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS, skip_bad=True)
+    (row,) = [row for row in load_datalist(tmp_path / "out").excluded if "no T1w" in row["reason"]]
+    assert row["reason"] == "has no T1w image, but head (final).nii.gz"
+    assert row["remedy"].endswith("_T1w.nii.gz if it is one")
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

@@ -342,9 +342,18 @@ def embeddings_of(workplace: Workplace, unbroken: str) -> np.ndarray:
 
 def test_evaluation_probes_the_encoder(workplace: Workplace, unbroken: str) -> None:
     folder = workplace.folder / "evaluation"
-    process = use(workplace, "evaluate", unbroken, "--output_dir", str(folder), "--neighbours", "3")
+    options = ["--output_dir", str(folder), "--neighbours", "3"]
+    process = use(workplace, "evaluate", unbroken, *options)
+    assert process.wait() != 0
+    # Twelve patients, of whom those of fold 0 were held out of the pretraining.
+    held_out = sum(item["fold"] == 0 for item in load_datalist(workplace.data).items)
+    assert 0 < held_out < 12
+    assert f"was pretrained on {12 - held_out} of the 12 scored patients" in process.output
+    assert not folder.exists()
+    process = use(workplace, "evaluate", unbroken, *options, "--allow_leak", "True")
     assert process.wait() == 0, process.output[-5000:]
     rows = read_json(folder / "probes.json")
+    assert {row["leak"] for row in rows} == {"allowed"}
     assert {(row["label"], row["encoder"], row["probe"]) for row in rows} == {
         (label, encoder, probe)
         for label in ("sex", "diagnosis")

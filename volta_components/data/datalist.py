@@ -104,8 +104,8 @@ class Datalist:
 
 
 def datalist_hash(content: Mapping[str, Any]) -> str:
-    """SHA-256 over canonical JSON of everything but ``hash``."""
-    return sha256_json({key: value for key, value in content.items() if key != "hash"})
+    """SHA-256 over canonical JSON of the items, their folds and grid: what was left out changes no result."""
+    return sha256_json({key: value for key, value in content.items() if key not in {"hash", "excluded"}})
 
 
 def load_datalist(
@@ -357,20 +357,21 @@ def _check_volume(path: Path, kind: str, item: Mapping[str, Any], datalist: Data
         raise UnusableVolume(path, "its content is not what was prepared (another hash)", remedy)
 
 
-def cohort_weights(datalist: Datalist, weights: Mapping[str, float]) -> list[float]:
+def cohort_weights(datalist: Datalist, items: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> list[float]:
     """Sampling weight of each item so that the cohorts are drawn in the given proportion, whatever their sizes.
 
     Args:
         datalist: usually a merged one.
+        items: those of it that are drawn from, such as the training part of a fold.
         weights: share of each cohort, any positive scale; 0 leaves a cohort out. All cohorts must be named.
 
     Returns:
-        One weight an item, in the order of ``datalist.items``; they sum to 1.
+        One weight an item, in the order of ``items``; they sum to 1.
 
     Raises:
         InputError: if a cohort is missing or unknown, or a weight is negative, or all are 0.
     """
-    cohorts = [str(item.get("cohort", datalist.name)) for item in datalist.content["training"]]
+    cohorts = [str(item.get("cohort", datalist.name)) for item in items]
     sizes = Counter(cohorts)
     unknown, missing = sorted(set(weights) - set(sizes)), sorted(set(sizes) - set(weights))
     if unknown or missing:
@@ -458,7 +459,13 @@ def check(*datalists: str, strict: bool = False, volumes: bool = False, deep: bo
             f"(--strict counts them): {ids}"
         )
     if certain:
-        print(InputError.many(f"{len(certain)} overlaps", certain, "Leave them out with --exclude-patients-of."))
+        print(
+            InputError.many(
+                f"{len(certain)} overlaps",
+                certain,
+                "Prepare one of them again without: volta3d prepare ... --exclude-patients-of OTHER.",
+            )
+        )
         return 1
     print("no overlap")
     return 0
@@ -492,10 +499,21 @@ def merge(
                 )
     target = Path(output)
     target = target / "datalist.json" if target.suffix != ".json" else target
+    inputs = [datalist.path.resolve() for datalist in loaded]
+    if target.resolve() in inputs:
+        raise InputError(f"--output {target} is one of the datalists to merge; choose another")
+    if target.name == "datalist.json" and (target.parent / ".prepare").is_dir():
+        raise InputError(
+            f"--output {target}: the folder holds a prepared data set, whose own datalist would be lost; choose another"
+        )
     certain, uncertain = find_overlaps(loaded)
     doubles = [row for row in certain if row[0] == "voxels"]
     if doubles:
-        raise InputError.many(f"{len(doubles)} volumes are there twice", doubles, "Leave one of each out.")
+        raise InputError.many(
+            f"{len(doubles)} volumes are there twice",
+            doubles,
+            "Remove one of each from its source and prepare that one again.",
+        )
     clashing = {row[1] for row in uncertain}
     items, excluded = [], []
     for datalist in loaded:
@@ -526,6 +544,7 @@ def merge(
         n_folds, used_seed = folds, seed
         new = assign_folds(items, folds, seed)
         items = [{**item, "fold": new[item["patient_id"]]} for item in items]
+    check_phantom_name(name, all("phantom" in str(item["cohort"]).lower() for item in items))
     content = make_content(name, first.spacing, first.shape, used_seed, n_folds, items, excluded)
     _check_content(target, content)
     write_json(target, content)
@@ -534,6 +553,16 @@ def merge(
     if clashing:
         print(f"{len(clashing)} ids stood in two cohorts and got their cohort's name in front")
     return 0
+
+
+def check_phantom_name(name: str, is_phantom: bool) -> None:
+    """The name of a data set of phantoms says so: by it, runs, reports and packed weights are marked.
+
+    Raises:
+        InputError: if it does not.
+    """
+    if is_phantom and "phantom" not in name.lower():
+        raise InputError(f"--name {name}: these are phantoms, which their name has to tell; try phantom_{name}")
 
 
 def _check_folds(folds: int) -> None:

@@ -41,20 +41,19 @@ def _canonical(volume: Volume) -> Volume:
     return replace(volume, voxels=apply_orientation(volume.voxels, orientation), affine=affine)
 
 
+ONE_GRID = "give them on one grid, or leave labels alone (--labels none)"
+
+
 def _same_grid(path: Path, label: Volume, scan: Volume, scan_path: Path) -> None:
     """Raise unless two volumes in RAS order lie on one grid (MINC and NIfTI store different axis orders)."""
     if label.voxels.shape != scan.voxels.shape:
         sizes = ["x".join(map(str, v.voxels.shape)) for v in (label, scan)]
-        raise UnusableVolume(
-            path, f"label of {sizes[0]} voxels, scan of {sizes[1]} ({scan_path.name})", "give them on one grid"
-        )
+        raise UnusableVolume(path, f"label of {sizes[0]} voxels, scan of {sizes[1]} ({scan_path.name})", ONE_GRID)
     corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(scan.voxels.shape) - 1)
     ends = [nib.affines.apply_affine(v.affine, corners) for v in (label, scan)]
     distance = float(np.linalg.norm(ends[0] - ends[1], axis=1).max())
     if distance > 0.25 * float(np.linalg.norm(scan.affine[:3, :3], axis=0).min()):
-        raise UnusableVolume(
-            path, f"label and scan do not share one grid: up to {distance:.1f} mm apart", "give them on one grid"
-        )
+        raise UnusableVolume(path, f"label and scan do not share one grid: up to {distance:.1f} mm apart", ONE_GRID)
 
 
 def _centre_x(mask: np.ndarray, affine: np.ndarray) -> float:

@@ -22,7 +22,7 @@ import numpy as np
 
 from volta_components.cores import cores
 from volta_components.data import quality
-from volta_components.data.datalist import _check_folds, assign_folds, load_datalist, make_content
+from volta_components.data.datalist import _check_folds, assign_folds, check_phantom_name, load_datalist, make_content
 from volta_components.data.identity import canonical_patient_id
 from volta_components.data.layouts import Finding, LayoutOptions, Listing, Scan, reader
 from volta_components.data.preprocess import Settings
@@ -110,7 +110,7 @@ def prepare(
     _make_folder(target)
     state = target / STATE
     with _lock(state, index, n_shards) as temporary:
-        _same_settings(state, temporary, layout, settings, wanted_labels)
+        _same_settings(state, layout, settings, wanted_labels)
         listing = find(
             LayoutOptions(
                 source=root,
@@ -124,10 +124,17 @@ def prepare(
             )
         )
         cohort = str(name) if name else listing.cohort
+        check_phantom_name(cohort, "phantom" in listing.cohort.lower())
         scans = _select(listing, wanted_labels, needed, _words(diagnoses), excluded_patients)
         if not scans:
             _print_findings(listing.findings)
-            raise InputError(f"{root}: no scan is left to prepare; see the findings above, or choose another --layout")
+            reasons = Counter(finding.reason for finding in listing.findings if finding.left_out)
+            common = "".join(f"; {count} times: {reason}" for reason, count in reasons.most_common(3))
+            raise InputError(
+                f"{root}: no scan is left to prepare{common}. See the findings above; other filters (--sessions, "
+                "--diagnoses, --require, --labels), or another --layout?"
+            )
+        _keep_settings(state, temporary, layout, settings, wanted_labels)
         tasks = [Task(scan, settings, wanted_labels != "none", root, target, temporary) for scan in scans]
         mine = [task for i, task in enumerate(tasks) if i % n_shards == index]
         _check_space(target, settings, [task for task in mine if finished(task) is None], wanted_labels)
@@ -235,21 +242,29 @@ def _make_folder(target: Path) -> None:
         raise InputError(f"{target}: cannot write there ({error.strerror}); choose another --output") from error
 
 
-def _same_settings(state: Path, temporary: Path, layout: str, settings: Settings, labels: str) -> None:
+def _settings_content(layout: str, settings: Settings, labels: str) -> dict[str, Any]:
+    return json.loads(json.dumps({"version": 1, "layout": layout, "labels": labels, **asdict(settings)}))
+
+
+def _same_settings(state: Path, layout: str, settings: Settings, labels: str) -> None:
     """Refuse to mix volumes of different settings in one folder."""
-    wanted = json.loads(json.dumps({"version": 1, "layout": layout, "labels": labels, **asdict(settings)}))
     path = state / "settings.json"
-    if path.exists():
-        found = read_json(path)
-        changed = [key for key in wanted if found.get(key) != wanted[key]]
-        if changed:
-            was = ", ".join(f"{key} {found.get(key)} instead of {wanted[key]}" for key in changed)
-            raise InputError(
-                f"{state.parent}: holds a data set prepared with {was}; choose another --output, or delete that folder"
-            )
-    else:
-        write_json(temporary / "settings.json", wanted)
-        (temporary / "settings.json").replace(path)
+    if not path.exists():
+        return
+    wanted, found = _settings_content(layout, settings, labels), read_json(path)
+    changed = [key for key in wanted if found.get(key) != wanted[key]]
+    if changed:
+        was = ", ".join(f"{key} {found.get(key)} instead of {wanted[key]}" for key in changed)
+        raise InputError(
+            f"{state.parent}: holds a data set prepared with {was}; choose another --output, or delete that folder"
+        )
+
+
+def _keep_settings(state: Path, temporary: Path, layout: str, settings: Settings, labels: str) -> None:
+    """Write the settings once there is something to prepare with them: a wrong start leaves a folder free."""
+    if not (state / "settings.json").exists():
+        write_json(temporary / "settings.json", _settings_content(layout, settings, labels))
+        (temporary / "settings.json").replace(state / "settings.json")
 
 
 @contextlib.contextmanager

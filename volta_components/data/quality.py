@@ -184,6 +184,7 @@ h1{font-size:22px}h2{font-size:17px;margin-top:28px}table{border-collapse:collap
 th,td{border-bottom:1px solid #ddd;padding:3px 8px;text-align:left;vertical-align:top}
 th{position:sticky;top:0;background:#f3f3f3}
 th button{font:inherit;font-weight:600;border:0;background:none;cursor:pointer;padding:0}
+div{max-height:50vh;overflow:auto}
 tr.marked td{background:#fff0ec}img{display:block;width:288px;height:96px}.n{text-align:right}
 """
 _SCRIPT = """
@@ -232,7 +233,10 @@ def write_page(
         rows: item, measures, ``marks`` and ``key`` of each volume.
         findings: kind, subject, file, reason, remedy and left_out of each.
     """
-    columns = [column for column in _COLUMNS if any(row.get(column) not in (None, "", []) for row in rows)]
+    # What one looks for stands beside the picture; the rest may need scrolling.
+    first = ("subject_id", "session", "marks", *(name for name in _COLUMNS if name.startswith("cut_")), "snr")
+    order = [*first, *(name for name in _COLUMNS if name not in first)]
+    columns = [column for column in order if any(row.get(column) not in (None, "", []) for row in rows)]
 
     def cell(value: Any) -> str:
         if value is None:
@@ -259,7 +263,21 @@ def write_page(
         f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>",
         *(f"<p>{html.escape(line)}</p>" for line in summary),
         f"<p>{_explain_marks()}</p>",
+    ]
+    names = ("kind", "subject", "file", "reason", "remedy", "left_out")
+    if findings:
+        lines += [
+            f"<h2>Findings ({len(findings)})</h2>",
+            "<p>A problem is broken or missing; a quirk is known of the data set and was handled; a choice follows "
+            "from an option or the layout.</p>",
+            f'<div><table class="sortable"><thead><tr>{header(names)}</tr></thead><tbody>',
+            *("<tr>" + "".join(cell(finding[name]) for name in names) + "</tr>" for finding in findings),
+            "</tbody></table></div>",
+        ]
+    lines += [
         f"<h2>Volumes ({len(rows)})</h2>",
+        "<p>Slices: sagittal (front at the right), coronal and axial (the subject's left at the left). Where there "
+        "are labels: left hippocampus red, right one blue.</p>",
         f'<table class="sortable"><thead><tr><th scope="col">slices</th>{header(columns)}</tr></thead><tbody>',
     ]
     for row in rows:
@@ -268,15 +286,6 @@ def write_page(
             f'<tr{" class=marked" if row["marks"] else ""}><td><img loading="lazy" alt="three slices of '
             f'{html.escape(row["key"])}" src="{picture}"></td>' + "".join(cell(row.get(c)) for c in columns) + "</tr>"
         )
-    names = ("kind", "subject", "file", "reason", "remedy", "left_out")
-    lines += [
-        "</tbody></table>",
-        f"<h2>Findings ({len(findings)})</h2>",
-        "<p>A problem is broken or missing; a quirk is known of the data set and was handled; a choice follows from an "
-        "option or the layout.</p>",
-        f'<table class="sortable"><thead><tr>{header(names)}</tr></thead><tbody>',
-        *("<tr>" + "".join(cell(finding[name]) for name in names) + "</tr>" for finding in findings),
-        f"</tbody></table><script>{_SCRIPT}</script></body></html>",
-    ]
+    lines.append(f"</tbody></table><script>{_SCRIPT}</script></body></html>")
     with atomic_path(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -214,10 +214,9 @@ def training_figure(study: Study, store: Store, folder: Path) -> Picture | None:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         panels[0].legend(loc="best")
     line = "each fold and seed" if study.several_seeds else "each fold"
-    caption = (
-        f"One line for {line}, on {study.fractions[-1]:.0%} of the training part; validation is the inner part, never "
-        "the scored one."
-    )
+    caption = f"One line for {line}, on {study.fractions[-1]:.0%} of the training part."
+    if any("validation" in CURVES[metric] for metric in shown):
+        caption += " Validation is on the inner part, never the scored one."
     return write(figure, folder, f"{study.bundle}_training", "Training curves", caption)
 
 

@@ -77,12 +77,15 @@ def find_case(store: Store, study: Study, name: str, fold: int, scores: dict[str
     """Image, truth and every init's mask of one scan."""
     runs = {v: [run for run in study.select_one_seed(v) if run.fold == fold] for v in study.variants}
     everything = [run for found in runs.values() for run in found]
+    found = {variant: _first(store, runs[variant], "masks", name) for variant in study.variants}
+    masks = {variant: mask for variant, mask in found.items() if mask is not None}
+    image, truth = (_first(store, everything, folder, name) for folder in ("images", "labels"))
+    return Case(name, image, truth, masks, scores)
 
-    def first(folder: str, among: Sequence[FinishedRun]) -> nib.Nifti1Image | None:
-        return next((item for run in among if (item := load_artifact(store, run, folder, name)) is not None), None)
 
-    masks = {variant: mask for variant in study.variants if (mask := first("masks", runs[variant])) is not None}
-    return Case(name, first("images", everything), first("labels", everything), masks, scores)
+def _first(store: Store, runs: Sequence[FinishedRun], folder: str, name: str) -> nib.Nifti1Image | None:
+    """A scan's volume from the first of the runs that has it."""
+    return next((item for run in runs if (item := load_artifact(store, run, folder, name)) is not None), None)
 
 
 def score_masks(store: Store, study: Study, tool: str, folder: Path) -> tuple[pd.DataFrame, dict[str, Path], list[str]]:
@@ -112,13 +115,14 @@ def score_masks(store: Store, study: Study, tool: str, folder: Path) -> tuple[pd
     bad: list[tuple[str, str, str]] = []
     files: dict[str, Path] = {}
     for run in study.select_one_seed(study.reference):
+        beside = [other for v in study.variants for other in study.select_one_seed(v) if other.fold == run.fold]
         for row in run.table.itertuples():
             name = scan_name(row)
             path = _find(folder, name, str(row.subject_id))
             if path is None:
                 absent.append(name)
                 continue
-            truth = find_case(store, study, name, run.fold, {}).truth
+            truth = _first(store, beside, "labels", name)
             if truth is None:
                 no_truth.append(name)
                 continue

@@ -476,16 +476,15 @@ def optimistic(study: Study) -> Table | None:
         "classification": ("threshold", "Shown because the paper does not say on whom it chose Youden's J."),
         "segmentation": ("epoch", "Shown because the paper took the epoch that has the best Dice on its hold-out."),
     }[study.kind]
-    shown = [name for name in names if name.removeprefix("optimistic_") in SHOWN_OPTIMISTIC]
+    shown = [f"optimistic_{name}" for name in SHOWN_OPTIMISTIC if f"optimistic_{name}" in names]
     numbers, rows = [], []
     for variant in study.variants:
-        row = [name_of(variant)]
+        texts = {}
         for name in names:
             value = statistics.estimate([run.metrics.get(name, math.nan) for run in study.select(variant)])
             numbers.append({"init": variant, "metric": name, "mean": value.mean, "sd": value.sd, "runs": value.count})
-            if name in shown:
-                row.append(plus_minus(value.mean, value.sd, 0 if name == "optimistic_epoch" else 2))
-        rows.append(row)
+            texts[name] = plus_minus(value.mean, value.sd, 0 if name == "optimistic_epoch" else 2)
+        rows.append([name_of(variant), *(texts[name] for name in shown)])
     return Table(
         name=f"{study.bundle}_optimistic",
         title=f"Optimistic: the {what} chosen on the scored part itself",

@@ -127,7 +127,10 @@ def _subject(listing: Listing, options: LayoutOptions, folder: Path, person: dic
         listing.note("problem", name, file, "permission denied", "make it readable (chmod u+rx)")
         return []
     if not scans:
-        listing.note("problem", name, relative(folder, root), "has no T1w image", "fetch it, or remove the folder")
+        others = sorted(path for path in folder.rglob("anat/*") if volume_suffix(path) and path.is_file())
+        reason = f"has no T1w image, but {others[0].name}" if others else "has no T1w image"
+        remedy = f"name it {name}_T1w.nii.gz if it is one" if others else "fetch it, or remove the folder"
+        listing.note("problem", name, relative(folder, root), reason, remedy)
     elif person is None:
         listing.note("problem", name, "participants.tsv", "has no row", "kept without sex and site", False)
     return scans

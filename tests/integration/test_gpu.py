@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each training and inference on a GPU, with the quick start's sizes: ``make test-gpu``.
+
+Everywhere else the tests compute on the CPU, where tensors on two devices, NCCL and half precision cannot go wrong.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from prepared import ROOT
+
+from volta_components.weights import load_encoder
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: make test-gpu"),
+]
+
+TASKS = {
+    "ixi_sex": ("vit_scratch", "swin_scratch"),
+    "aibl_ad": ("vit_scratch", "swin_scratch"),
+    "harp_hippocampus": ("unetr_scratch", "unet_scratch"),
+}
+
+
+def run(*arguments: str) -> str:
+    """``python ARGUMENTS`` in the repository's root; what it printed."""
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def configs(bundle: str, *names: str) -> str:
+    """Config files as MONAI takes a list of them."""
+    return str([f"bundles/{bundle}/configs/{name}.json" for name in names])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two prepared cohorts of phantoms, and an encoder that was pretrained on one of them, on the GPU."""
+    folder = tmp_path_factory.mktemp("gpu")
+    for name, prefix, subjects, seed in (("pretrain", "PT", "12", "1"), ("labelled", "PL", "20", "2")):
+        cohort = ("--subjects", subjects, "--seed", seed, "--prefix", prefix, "--spacing", "3")
+        run("-m", "volta_components.cli", "phantom", "--output", str(folder / "raw" / name), *cohort)
+        source = ("--layout", "bids", "--source", str(folder / "raw" / name))
+        size = ("--spacing", "3", "--shape", "48,64,64")
+        run("-m", "volta_components.cli", "prepare", *source, "--output", str(folder / name), *size)
+    pretrain(folder, "one")
+    return folder
+
+
+def pretrain(folder: Path, name: str, *overlays: str, launcher: tuple[str, ...] = ()) -> None:
+    files = configs("pretrain", "train", *overlays, "tiny")
+    places = ("--dataset_dir", str(folder / "pretrain"), "--output_dir", str(folder / "runs" / name))
+    places += ("--encoder_path", str(folder / f"{name}.safetensors"))
+    options = ("--epochs", "2", "--num_workers", "2", "--log_interval", "2", "--checkpoint_interval", "2")
+    run("-m", *launcher, "monai.bundle", "run", "--config_file", files, *places, *options)
+
+
+def test_the_encoder_loads_on_the_cpu(folder: Path) -> None:
+    tokens = load_encoder(folder / "one.safetensors").encode(torch.rand(1, 1, 48, 64, 64))
+    assert torch.isfinite(tokens).all()
+
+
+@pytest.mark.parametrize("overlay", ["koleo", "sinkhorn", "dino_gaps"])
+def test_variants_of_pretraining(folder: Path, overlay: str) -> None:
+    pretrain(folder, overlay, overlay)
+
+
+def test_distributed_pretraining(folder: Path) -> None:
+    """A process for each GPU, joined by NCCL."""
+    count = str(min(torch.cuda.device_count(), 4))
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node", count, "-m")
+    pretrain(folder, "distributed", "multi_gpu_train", launcher=launcher)
+
+
+def test_probes(folder: Path) -> None:
+    places = ("--dataset_dir", str(folder / "labelled"), "--output_dir", str(folder / "probes"))
+    arguments = ("--encoder_path", str(folder / "one.safetensors"), "--neighbours", "3")
+    config = "bundles/pretrain/configs/evaluate.json"
+    output = run("-m", "monai.bundle", "run", "--config_file", config, *places, *arguments)
+    assert "AUROC (95 % interval), out of fold" in output
+
+
+@pytest.mark.parametrize(("bundle", "overlay"), [(b, o) for b, names in TASKS.items() for o in ("", *names)])
+def test_fine_tuning_and_inference(folder: Path, bundle: str, overlay: str) -> None:
+    names = [name for name in (overlay, "tiny") if name]
+    target = folder / bundle / (overlay or "volta")
+    model = ("--model_path", str(target / "model.pt"), "--num_workers", "2")
+    places = ("--dataset_dir", str(folder / "labelled"), "--output_dir", str(target / "run"))
+    options = ("--epochs", "1", "--warmup_epochs", "0", "--encoder_path", str(folder / "one.safetensors"))
+    files = configs(bundle, "train", *names)
+    run("-m", "monai.bundle", "run", "--config_file", files, *places, *model, *options)
+    places = ("--source", str(folder / "raw" / "labelled" / "sub-PL0001"), "--output_dir", str(target / "out"))
+    run("-m", "monai.bundle", "run", "--config_file", configs(bundle, "inference", *names), *places, *model)
+    assert len(list((target / "out").rglob("*.csv"))) == 1
