@@ -272,8 +272,10 @@ def test_the_report_has_a_row_for_each_combination(
     assert row["auroc"] == pytest.approx(roc_auc_score(truth, scores))
 
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 1 + len(rows)
-    line = next(line for line in printed if line.split()[:4] == ["sex", "volta", "summary", "knn"])
+    table = printed[: 1 + len(rows)]
+    assert table[0].startswith("label")
+    assert any(str(tmp_path / "new" / "probes.json") in line for line in printed[len(table) :])
+    line = next(line for line in table if line.split()[:4] == ["sex", "volta", "summary", "knn"])
     assert f"{best['auroc']:.3f} ({best['auroc_low']:.3f} to {best['auroc_high']:.3f})" in line
 
 

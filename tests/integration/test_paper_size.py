@@ -27,12 +27,25 @@ sys.exit(status)
 
 @pytest.mark.slow
 def test_a_step_of_the_papers_recipe_fits_into_24_gib(tmp_path: Path) -> None:
-    """One volume and one epoch; everything else is ``train.json`` as it is, run from the repository's root."""
+    """One volume, one epoch, no warm-up; everything else is ``train.json`` as it is, run from the root."""
     shutil.copytree(PRETRAIN, tmp_path / "bundles" / "pretrain" / "configs")
     make_prepared(tmp_path / "data" / "pretrain", 1, 1, (144, 192, 192))
     config = "bundles/pretrain/configs/train.json"
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, "run", "--config_file", config, "--epochs", "1", "--num_workers", "1"],
+        [
+            sys.executable,
+            "-c",
+            MEASURED,
+            "run",
+            "--config_file",
+            config,
+            "--epochs",
+            "1",
+            "--warmup_epochs",
+            "0",
+            "--num_workers",
+            "1",
+        ],
         cwd=tmp_path,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
