@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from volta_components.errors import InputError, explain_input_errors
+from volta_components.errors import InputError, check_counts, explain_input_errors
 
 
 def test_many_bad_inputs_in_columns() -> None:
@@ -25,6 +25,14 @@ def test_many_bad_inputs_in_columns() -> None:
 def test_a_long_list_is_cut_and_counted() -> None:
     lines = str(InputError.many("bad", [(str(i), "x") for i in range(120)], "Remedy.", limit=3)).splitlines()
     assert lines == ["bad:", "  0  x", "  1  x", "  2  x", "  ... and 117 more", "Remedy."]
+
+
+def test_counts_are_whole_and_at_least_one() -> None:
+    check_counts(epochs=1, batch_size=10_000)
+    with pytest.raises(InputError) as caught:
+        check_counts(epochs=0, batch_size="abc", window=True, steps=1.5, fine=2)
+    rows = [line.split()[0] for line in str(caught.value).splitlines()[1:-1]]
+    assert rows == ["--epochs", "--batch_size", "--window", "--steps"]
 
 
 def test_no_rows() -> None:

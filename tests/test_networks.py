@@ -290,6 +290,13 @@ def test_errors_name_size_and_remedy() -> None:
         tiny_network(summary_heads=5)
 
 
+def test_sizes_that_cannot_be_shared_are_refused() -> None:
+    with pytest.raises(InputError, match="hidden_size 64 is not divisible by num_heads 5"):
+        VoltaViT(img_size=(32, 32, 32), hidden_size=64, mlp_dim=64, num_layers=1, num_heads=5)
+    with pytest.raises(InputError, match="patch_size 5: three numbers"):
+        VoltaViT(img_size=(32, 32, 32), patch_size=5)  # type: ignore[arg-type]
+
+
 def test_decoder_can_be_left_out() -> None:
     small, whole = tiny_network(decoder=False), tiny_network()
     assert set(whole.state_dict()) - set(small.state_dict()) == {

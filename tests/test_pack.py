@@ -183,6 +183,23 @@ def test_the_model_card_tells_where_the_weights_come_from(packed: Path, tmp_path
     assert "Not a medical device" in weights
 
 
+def test_an_overlay_that_is_not_named_is_missed(
+    weights: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / weights["pretrain"].name
+    shutil.copy(weights["pretrain"], model)
+    record = read_json(weights["pretrain"].with_suffix(".json"))
+    record["provenance"]["settings"] |= {"epochs": 15, "koleo": {"class": "KoLeoLoss", "queue_size": 256}}
+    write_json(model.with_suffix(".json"), record)
+    said = {}
+    for overlays in ("tiny", "koleo,tiny"):
+        arguments = ["pack", "--bundle", str(ROOT / "bundles" / "pretrain"), "--output", str(tmp_path / "packed")]
+        assert main([*arguments, "--overlays", overlays, "--model", str(model)]) == 0
+        said[overlays] = re.search(r"other values of ([\w, ]+) than", capsys.readouterr().out)
+    assert said["tiny"] is not None and "koleo" in said["tiny"][1] and "epochs" not in said["tiny"][1]
+    assert said["koleo,tiny"] is None or "koleo" not in said["koleo,tiny"][1]
+
+
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_the_packed_card_speaks_of_the_packed_folder(packed: Path, tmp_path: Path, bundle: str) -> None:
     """Its own sizes, its own files; nothing of the repository's sizes, overlays and places."""

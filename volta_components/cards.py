@@ -280,21 +280,44 @@ class Card:
             yield f"| started from | `{started.get('sha256', '?')}` |"
         yield f"| parameters | {record['parameters']:,} |"
         yield ""
-        train = read_json(self.folder / "configs" / "train.json")
         yield "Settings, and what the packed `configs/train.json` has in their place where it differs:"
         yield ""
         yield "| id | trained with | `train.json` |"
         yield "|---|---|---|"
+        others = other_settings(self.folder, record)
         for name, value in settings.items():
-            packed = train.get(name, value)
-            is_other = packed != value and not isinstance(packed, Mapping) and not str(packed).startswith(("$", "@"))
-            if not isinstance(value, Mapping):
-                yield f"| `{name}` | {_code(value)} | {_code(packed) if is_other else ''} |"
+            yield f"| `{name}` | {_code(value)} | {_code(others[name]) if name in others else ''} |"
         yield ""
         yield "The same and hashed ids of the subjects are in `models/model.json`, so that a later user can make sure"
         yield "to score nobody whom the weights were trained on (SHA-256 of the id; who knows an id can look it up)."
         yield ""
         yield f"Intended use: {self.metadata.get('intended_use', '-')}"
+
+
+def other_settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a training that a packed ``train.json`` has otherwise, as it has them.
+
+    Told from what needs no data: plain ids, and losses and intensity changes, which settings describe.
+
+    Args:
+        folder: the packed bundle.
+        record: of the weights.
+    """
+    from monai.bundle import ConfigParser
+
+    parser = ConfigParser()
+    parser.read_config(str(folder / "configs" / "train.json"))
+    config = parser.get()
+    own = config.get("settings", {})
+    found = {}
+    for name, value in record["provenance"]["settings"].items():
+        packed = config.get(name, value)
+        if "describe(" in str(own.get(name)):
+            packed = json.loads(json.dumps(parser.get_parsed_content(f"settings#{name}")))
+        is_plain = not isinstance(packed, str) or not packed.startswith(("$", "@"))
+        if is_plain and packed != value:
+            found[name] = packed
+    return found
 
 
 def is_phantom(record: Mapping[str, Any]) -> bool:

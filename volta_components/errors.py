@@ -33,6 +33,24 @@ class InputError(ValueError):
         return cls("\n".join([f"{headline}:", *lines, remedy]))
 
 
+def check_counts(**counts: object) -> None:
+    """Refuse ids of a config that count something and are no whole number of at least 1.
+
+    Args:
+        counts: values by id.
+
+    Raises:
+        InputError: naming all that are not.
+    """
+    rows = [
+        (f"--{name}", repr(value))
+        for name, value in counts.items()
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1
+    ]
+    if rows:
+        raise InputError.many("ids that must be whole numbers of at least 1", rows, "Give another number.")
+
+
 def explain_input_errors() -> None:
     """From now on, bad input and Ctrl-C end the process with a message alone.
 

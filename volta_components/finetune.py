@@ -857,6 +857,8 @@ class FinishRun:
             }
             if process_rank() == 0:
                 write_json(self.path, content)
+                numbers = ", ".join(f"{name} {value:.4g}" for name, value in content["metrics"].items())
+                logger.info("finished: %s; all of it is in %s", numbers, self.path)
         elif handler is not None and content["mlflow_run_id"] not in (None, run_id):
             known = handler.client.search_runs(
                 [handler.cur_run.info.experiment_id], f"attributes.run_id = '{content['mlflow_run_id']}'"

@@ -187,7 +187,7 @@ class VoltaViT(ViTAutoEnc):
         decoder: keep the convolutional decoder; encoders for downstream tasks and the teacher need none.
 
     Raises:
-        InputError: if the patch size does not divide the image size.
+        InputError: if the patch does not divide the image, or the heads do not share ``hidden_size``.
     """
 
     def __init__(
@@ -203,6 +203,7 @@ class VoltaViT(ViTAutoEnc):
         decoder: bool = True,
     ) -> None:
         _check_divides(img_size, patch_size)
+        check_heads(hidden_size, num_heads)
         if any(math.isqrt(side) ** 2 != side for side in patch_size):
             raise InputError(f"patch_size {tuple(patch_size)}: ViTAutoEnc's decoder needs square numbers (4, 9, 16)")
         super().__init__(
@@ -286,7 +287,19 @@ class VoltaViT(ViTAutoEnc):
         return self.summarise(self.encode(x))
 
 
+def check_heads(hidden_size: int, num_heads: int) -> None:
+    """Refuse a token size that the attention heads cannot share.
+
+    Raises:
+        InputError: if ``num_heads`` does not divide ``hidden_size``.
+    """
+    if num_heads < 1 or hidden_size % num_heads:
+        raise InputError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}")
+
+
 def _check_divides(size: Sequence[int], patch_size: Sequence[int]) -> None:
+    if isinstance(patch_size, int):
+        raise InputError(f"patch_size {patch_size}: three numbers are wanted, such as [16,16,16]")
     if len(size) != len(patch_size) or any(side % patch or side < patch for side, patch in zip(size, patch_size)):
         raise InputError(
             f"image size {tuple(int(side) for side in size)} cannot be cut into patches of {tuple(patch_size)}; "

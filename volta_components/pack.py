@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from volta_components.cards import Card, is_phantom, voxel_mm
+from volta_components.cards import Card, is_phantom, other_settings, voxel_mm
 from volta_components.errors import InputError
 from volta_components.files import (
     atomic_path,
@@ -59,11 +59,13 @@ class Packed:
         path: the zip.
         sha256: its hash.
         hosted: weights to host beside it, which ``large_files.yml`` in the zip points to.
+        other_settings: ids whose values in the packed ``train.json`` are not those that the weights were trained with.
     """
 
     path: Path
     sha256: str
     hosted: tuple[Path, ...] = ()
+    other_settings: tuple[str, ...] = ()
 
 
 def pack(
@@ -131,6 +133,11 @@ def _report(packed: Packed) -> None:
     print(f"{packed.path}: {size:.1f} MB, SHA-256 {packed.sha256}")
     for path in packed.hosted:
         print(f"  host beside it: {path}")
+    if packed.other_settings:
+        print(
+            f"  trained with other values of {', '.join(packed.other_settings)} than the packed train.json has (the "
+            "card names both); if they are an overlay's, name it as well: --overlays FIRST,SECOND"
+        )
 
 
 def pack_bundle(
@@ -151,6 +158,7 @@ def pack_bundle(
         top = Path(temporary) / (name or default_name(bundle, overlays, model))
         assemble(bundle, top, overlays, model, metrics)
         version = read_json(top / "configs" / "metadata.json")["version"]
+        others = tuple(other_settings(top, read_json(top / "models" / "model.json")))
         stem = f"{top.name}_v{version}"
         hosted = _set_aside(top, output, stem, large_files) if large_files else ()
         check_paths(top)
@@ -165,7 +173,7 @@ def pack_bundle(
     info[stem] = {"checksum": sha1, "source": address, "sha256": digest}
     write_json(info_path, dict(sorted(info.items())))
     _write_sums(output, [path, *hosted])
-    return Packed(path, digest, hosted)
+    return Packed(path, digest, hosted, others)
 
 
 def default_name(bundle: Path, overlays: Sequence[str] = (), model: str | os.PathLike[str] | None = None) -> str:

@@ -50,7 +50,7 @@ from volta_components.finetune import (
     split_items,
 )
 from volta_components.handlers import refer as refer  # the configs say segmentation.refer
-from volta_components.networks import fit_cross_attention, settle_cross_attention
+from volta_components.networks import check_heads, fit_cross_attention, settle_cross_attention
 from volta_components.record import patient_key
 from volta_components.weights import read_record, read_weights
 
@@ -87,7 +87,8 @@ class VoltaUNETR(UNETR):
         ``[B, in_channels, D, H, W]`` to logits ``[B, out_channels, D, H, W]``.
 
     Raises:
-        InputError: if the patch does not divide ``img_size``, or there are fewer than 4 blocks.
+        InputError: if the patch does not divide ``img_size``, the heads do not share ``hidden_size``, or there are
+            fewer than 4 blocks.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class VoltaUNETR(UNETR):
             raise InputError(f"image size {tuple(img_size)}: UNETR's patch is 16; give multiples of it")
         if num_layers < 4:
             raise InputError(f"num_layers {num_layers}: UNETR needs 4 blocks or more for its skip connections")
+        check_heads(hidden_size, num_heads)
         super().__init__(
             in_channels=in_channels,
             out_channels=out_channels,

@@ -237,7 +237,7 @@ def read_header(path: str | os.PathLike[str], assume_orientation: str | None = N
             raise UnusableVolume(
                 path,
                 "no orientation: neither sform nor qform is set, so left and right cannot be told",
-                "convert it from its source again, or say what it is with --assume-orientation RAS",
+                "convert it from its source again, or say what it is to volta3d prepare: --assume-orientation RAS",
             )
         affine = _assumed_affine(assume_orientation, ((*full_shape, 1, 1, 1))[:3], pixdim)
         code = 1
