@@ -204,7 +204,7 @@ def test_attention_lies_on_the_scans_grid(encoder_bundle: Path, raw: Path, tmp_p
 def test_one_head_has_one_embedding_however_it_is_stored(encoder_bundle: Path, raw: Path, tmp_path: Path) -> None:
     pattern = str(raw / "scans" / "sub-isotropic*")
     assert embed(pattern, str(tmp_path), bundle=str(encoder_bundle)) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["embeddings.csv", "embeddings.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["embeddings.csv", "embeddings.jsonl", "embeddings.npz"]
     rows = rows_of(tmp_path / "embeddings.csv")
     assert [row["subject_id"] for row in rows] == [f"sub-isotropic{number:02d}" for number in range(48)]
     assert [Path(row["file"]).parent for row in rows] == [raw / "scans"] * 48
@@ -462,6 +462,60 @@ def test_ctrl_c_ends_a_real_process_with_one_line(encoder_bundle: Path, raw: Pat
     assert output.count("volta3d embed: interrupted") == 1
     assert "Traceback" not in output and "exception" not in output
     assert not list((tmp_path / "out").rglob(".partial-*"))
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(
+    encoder_bundle: Path, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert embed(str(raw / "scans"), str(tmp_path / "whole"), bundle=str(encoder_bundle), attention=True) == 0
+    words = ["embed", "--source", str(raw / "scans"), "--output", str(tmp_path / "broken"), "--attention"]
+    command = [str(Path(sys.executable).with_name("volta3d")), *words, "--bundle", str(encoder_bundle)]
+    journal = tmp_path / "broken" / "embeddings.jsonl"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not journal.is_file() or len(journal.read_text().splitlines()) < 5:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "broken" / "embeddings.csv").is_file()
+    done = len(journal.read_text().splitlines())
+    first = sorted((tmp_path / "broken" / "attention").glob("*.nii.gz"))[0]
+    written = first.stat().st_mtime_ns
+    capsys.readouterr()
+    assert embed(str(raw / "scans"), str(tmp_path / "broken"), bundle=str(encoder_bundle), attention=True) == 0
+    assert f"{done} of 144 volumes are done already" in capsys.readouterr().out
+    assert first.stat().st_mtime_ns == written
+    for name in ("embeddings.csv", "embeddings.npz"):
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert len(list((tmp_path / "broken" / "attention").glob("*.nii.gz"))) == 144
+
+
+def test_only_what_is_missing_is_segmented(
+    sides_bundle: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+
+    def run() -> tuple[str, list[dict[str, str]], dict[str, int]]:
+        assert segment(str(scans), str(output), bundle=str(sides_bundle)) == 0
+        masks = {path.name: path.stat().st_mtime_ns for path in output.glob("*.nii.gz")}
+        return capsys.readouterr().out, rows_of(output / "volumes.csv"), masks
+
+    said, rows, before = run()
+    assert "done already" not in said and len(rows) == len(before) == 2
+    said, again, after = run()
+    assert "2 of 2 volumes are done already" in said and again == rows and after == before
+    # A mask that is gone and a scan that is new are made; the table has all, in the scans' order.
+    missing = sorted(before)[0]
+    (output / missing).unlink()
+    new = scans / "sub-a_T1w.nii"
+    shutil.copy(sorted(scans.iterdir())[0], new)
+    said, rows, after = run()
+    assert "1 of 3 volumes are done already" in said
+    assert [Path(row["file"]) for row in rows] == sorted(scans.iterdir())
+    assert len(after) == 3
+    assert [name for name in before if after[name] == before[name]] == sorted(before)[1:]
 
 
 @pytest.fixture(autouse=True)

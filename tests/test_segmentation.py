@@ -390,7 +390,7 @@ def test_volumes_are_in_cubic_millimetres_of_the_scan(tmp_path: Path) -> None:
     mask[0] = torch.from_numpy(label)
     table = VolumeTable(tmp_path / "volumes.csv")
     table._iteration_completed(SimpleNamespace(state=SimpleNamespace(batch=[item], output=[{"pred": mask}])))
-    table._completed()
+    table.write()
     with (tmp_path / "volumes.csv").open() as stream:
         (row,) = csv.DictReader(stream)
     left, right = ((label == value).sum() * 0.8 * 1.0 * 1.8 for value in (1, 2))

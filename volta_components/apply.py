@@ -7,6 +7,7 @@ converted and every file is read once, so that all bad ones are named together b
 
 from __future__ import annotations
 
+import filecmp
 import glob
 import logging
 import os
@@ -55,7 +56,8 @@ def embed(
 ) -> int:
     """Turn scans into embeddings: embeddings.csv and embeddings.npz, a row for each scan.
 
-    Scans may have any orientation and spacing. Exit status: 0 done, 2 nothing could be done.
+    Scans may have any orientation and spacing. Started again, with scans added or after a break, it goes on with those
+    that are not done. Exit status: 0 done, 2 nothing could be done.
 
     Args:
         source: a folder (scans or DICOM series), a scan, a datalist, a pattern in quotes such as
@@ -88,7 +90,8 @@ def segment(
 ) -> int:
     """Outline both hippocampi: NAME_hippocampus.nii.gz on each scan's own grid (1 left, 2 right), and volumes.csv.
 
-    Scans may have any orientation and spacing. Exit status: 0 done, 2 nothing could be done.
+    Scans may have any orientation and spacing. Started again, with scans added or after a break, it goes on with those
+    that are not done. Exit status: 0 done, 2 nothing could be done.
 
     Args:
         source: a folder (scans or DICOM series), a scan, a datalist, a pattern in quotes such as
@@ -432,7 +435,9 @@ def _convert(root: Path, target: Path) -> tuple[list[Path], list[Row]]:
                 tqdm.write(f"{scan.key}: {warning}", file=sys.stderr)
             place = target / CONVERTED / f"{scan.key}.nii"
             place.parent.mkdir(exist_ok=True)
-            path.replace(place)
+            # The same volume as before stays, and with it what was made of it.
+            if not place.is_file() or not filecmp.cmp(path, place, shallow=False):
+                path.replace(place)
             files.append(place)
     print(f"{root}: {len(files)} T1 series converted to {target / CONVERTED}, {len(skipped)} other series skipped")
     for finding in skipped[:20]:

@@ -30,6 +30,7 @@ from volta_components.distributed import process_count, process_rank
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, write_json
 from volta_components.finetune import Item, Parts, Results, check_model, item_name, save_model
+from volta_components.journal import Journal
 from volta_components.metrics import auroc_interval, sensitivity_specificity, youden_threshold
 
 logger = logging.getLogger(__name__)
@@ -528,10 +529,18 @@ class ProbabilityTable:
         path: the table.
         classes: names of the classes.
         threshold: the positive class is called from this probability on; with None nothing is called.
+        journal: keeps rows as they are made; the table has its rows then, of this start and earlier ones.
     """
 
-    def __init__(self, path: str | os.PathLike[str], classes: Sequence[str], threshold: float | None = 0.5) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        classes: Sequence[str],
+        threshold: float | None = 0.5,
+        journal: Journal | None = None,
+    ) -> None:
         self.path = Path(path)
+        self.journal = journal
         self.classes = list(classes)
         self.threshold = threshold
         self.rows: list[list[Any]] = []
@@ -540,7 +549,7 @@ class ProbabilityTable:
         """Follow every mini-batch of the evaluator."""
         engine.add_event_handler(Events.STARTED, self._started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
-        engine.add_event_handler(Events.COMPLETED, self._completed)
+        engine.add_event_handler(Events.COMPLETED, self.write)
 
     def _started(self) -> None:
         self.rows.clear()
@@ -553,14 +562,18 @@ class ProbabilityTable:
             called = "" if self.threshold is None else self.classes[int(probabilities[POSITIVE] >= self.threshold)]
             names = [item.get("subject_id") or "", item.get("session") or ""]
             self.rows.append([*names, source, *(f"{value:.6f}" for value in probabilities), called])
+            if self.journal is not None and self.journal.has_begun:
+                self.journal.add(source, self.rows[-1])
 
-    def _completed(self) -> None:
+    def write(self) -> None:
+        """Write the table."""
+        rows = self.journal.rows() if self.journal is not None and self.journal.has_begun else self.rows
         with atomic_path(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.writer(stream)
             writer.writerow(["subject_id", "session", "file", *self.classes, "prediction"])
-            writer.writerows(self.rows)
+            writer.writerows(rows)
         if self.threshold is None:
             logger.warning(
                 "the JSON beside the model has no threshold: probabilities only; give one (--threshold NUMBER)"
             )
-        print(f"{len(self.rows)} predictions in {self.path}")
+        print(f"{len(rows)} predictions in {self.path}")

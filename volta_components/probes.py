@@ -25,6 +25,7 @@ from torch import Tensor
 from volta_components.data.volumes import volume_suffix
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, write_json
+from volta_components.journal import Journal
 from volta_components.metrics import auroc_interval
 from volta_components.networks import VoltaViT
 
@@ -93,6 +94,7 @@ class EmbeddingTable:
         attention_dir: folder for attention maps; ``None`` for none.
         keys: columns taken from the items.
         root: give attention maps the folders that their volumes have below this one.
+        journal: keeps rows as they are made; the table has its rows then, of this start and earlier ones.
     """
 
     def __init__(
@@ -101,8 +103,10 @@ class EmbeddingTable:
         attention_dir: str | os.PathLike[str] | None = None,
         keys: Sequence[str] = ("subject_id", "session"),
         root: str | os.PathLike[str] | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.path = None if path is None else Path(path)
+        self.journal = journal
         self.attention_dir = None if attention_dir is None else Path(attention_dir)
         self.keys = tuple(keys)
         self.root = root
@@ -113,7 +117,7 @@ class EmbeddingTable:
         """Follow every mini-batch of the evaluator."""
         engine.add_event_handler(Events.STARTED, self._started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
-        engine.add_event_handler(Events.COMPLETED, self._completed)
+        engine.add_event_handler(Events.COMPLETED, self.write)
 
     def _started(self) -> None:
         self.rows.clear()
@@ -124,13 +128,22 @@ class EmbeddingTable:
         for item, output in zip(engine.state.batch, engine.state.output, strict=True):
             meta = item["image"].meta if isinstance(item["image"], MetaTensor) else {}
             row = {**{key: item.get(key) for key in self.keys}, "file": str(meta.get("filename_or_obj") or "")}
-            self.rows.append(row)
-            for name in FEATURES:
-                self.features[name].append(output["pred"][name].cpu().numpy())
+            features = {name: output["pred"][name].cpu().numpy() for name in FEATURES}
+            self._append(row, features)
+            made = []
             if self.attention_dir is not None:
-                self._write_attention(self.attention_dir, row, item["image"], output["pred"]["attention"])
+                made.append(self._write_attention(self.attention_dir, row, item["image"], output["pred"]["attention"]))
+            if self.journal is not None and self.journal.has_begun:
+                # A float32 as JSON's decimal number comes back as it was.
+                content = {name: values.astype(np.float32).tolist() for name, values in features.items()}
+                self.journal.add(row["file"], {"row": row, **content}, made)
 
-    def _write_attention(self, folder: Path, row: Mapping[str, Any], image: Tensor, attention: Tensor) -> None:
+    def _append(self, row: dict[str, Any], features: Mapping[str, np.ndarray]) -> None:
+        self.rows.append(row)
+        for name in FEATURES:
+            self.features[name].append(features[name])
+
+    def _write_attention(self, folder: Path, row: Mapping[str, Any], image: Tensor, attention: Tensor) -> Path:
         values = attention[0].float().cpu().numpy()
         affine, meta = np.eye(4), {}
         if isinstance(image, MetaTensor):
@@ -146,14 +159,21 @@ class EmbeddingTable:
             folder = folder / os.path.relpath(file.parent, self.root)
         map_ = nib.Nifti1Image(restore_map(values, affine, own, shape), own)
         map_.header.set_xyzt_units("mm")
-        with atomic_path(folder / f"{name}_attention.nii.gz") as temporary:
+        path = folder / f"{name}_attention.nii.gz"
+        with atomic_path(path) as temporary:
             nib.save(map_, temporary)
+        return path
 
     def matrix(self, feature: str) -> np.ndarray:
         """All embeddings of one kind, ``[volumes, D]``, in order of the rows; ``summary+mean`` has both."""
         return np.concatenate([np.stack(self.features[part]) for part in feature.split("+")], axis=1)
 
-    def _completed(self) -> None:
+    def write(self) -> None:
+        """Write the tables."""
+        if self.journal is not None and self.journal.has_begun:
+            self._started()
+            for content in self.journal.rows():
+                self._append(content["row"], {name: np.array(content[name], np.float32) for name in FEATURES})
         if self.path is None or not self.rows:
             return
         matrices = {name: self.matrix(name) for name in FEATURES}

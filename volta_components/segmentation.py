@@ -50,6 +50,7 @@ from volta_components.finetune import (
     split_items,
 )
 from volta_components.handlers import refer as refer  # the configs say segmentation.refer
+from volta_components.journal import Journal
 from volta_components.networks import check_heads, fit_cross_attention, settle_cross_attention
 from volta_components.record import patient_key
 from volta_components.weights import read_record, read_weights
@@ -954,17 +955,19 @@ class VolumeTable:
 
     Args:
         path: the table.
+        journal: keeps rows as they are made; the table has its rows then, of this start and earlier ones.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], journal: Journal | None = None) -> None:
         self.path = Path(path)
+        self.journal = journal
         self.rows: list[list[Any]] = []
 
     def attach(self, engine: Engine) -> None:
         """Follow every mini-batch of the evaluator."""
         engine.add_event_handler(Events.STARTED, self._started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
-        engine.add_event_handler(Events.COMPLETED, self._completed)
+        engine.add_event_handler(Events.COMPLETED, self.write)
 
     def _started(self) -> None:
         self.rows.clear()
@@ -976,9 +979,13 @@ class VolumeTable:
             volumes = [int((mask == value).sum()) * voxel for value in SIDES.values()]
             names = [item.get("subject_id") or "", item.get("session") or "", mask.meta["filename_or_obj"]]
             self.rows.append([*names, *(f"{volume:.1f}" for volume in (*volumes, sum(volumes)))])
+            if self.journal is not None and self.journal.has_begun:
+                self.journal.add(names[-1], self.rows[-1], [mask.meta["saved_to"]])
             if not all(volumes):
                 logger.warning("%s: no voxels of a hippocampus were found", names[-1])
 
-    def _completed(self) -> None:
-        _write_csv(self.path, ["subject_id", "session", "file", "left_mm3", "right_mm3", "both_mm3"], self.rows)
-        print(f"{len(self.rows)} masks; volumes in {self.path}")
+    def write(self) -> None:
+        """Write the table."""
+        rows = self.journal.rows() if self.journal is not None and self.journal.has_begun else self.rows
+        _write_csv(self.path, ["subject_id", "session", "file", "left_mm3", "right_mm3", "both_mm3"], rows)
+        print(f"{len(rows)} masks; volumes in {self.path}")

@@ -692,7 +692,10 @@ def test_workers_load_in_memory_and_leave_the_device_alone(finished: Path, label
     assert image.device.type == "cpu"
     for workers in (0, 2):
         infer(finished, labelled / "images", tmp_path / str(workers), num_workers=workers)
-    alone, helped = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("0", "2"))
+    alone, helped = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.suffix != ".jsonl"}
+        for name in ("0", "2")
+    )
     assert len(alone) == 11 and alone == helped
 
 

@@ -402,14 +402,14 @@ def test_a_wrong_start_leaves_the_folder_free(tmp_path):
     assert prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS) == 0
 
 
-def test_a_scan_of_another_name_is_named(tmp_path):
+def test_a_scan_of_another_name_is_named(tmp_path, capsys):
     root = tiny.make_bids(tmp_path / "source", subjects=2, labels=False)
     scan = sorted(root.rglob("anat/*.nii*"))[0]
     scan.rename(scan.with_name("head (final).nii.gz"))
     prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS, skip_bad=True)
     (row,) = [row for row in load_datalist(tmp_path / "out").excluded if "no T1w" in row["reason"]]
     assert row["reason"] == "has no T1w image, but head (final).nii.gz"
-    assert row["remedy"].endswith("_T1w.nii.gz if it is one")
+    assert f"; name it {row['subject_id']}_T1w.nii.gz if it is one" in capsys.readouterr().out
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

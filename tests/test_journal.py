@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which rows of an inference hold, and which are made again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.data import Dataset
+
+from volta_components.journal import Journal
+
+SETTINGS = {"spacing": 1.0, "dtype": torch.bfloat16}
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> list[dict[str, Any]]:
+    """Three files with ids."""
+    found = []
+    for name in "abc":
+        path = tmp_path / f"{name}.nii"
+        path.write_bytes(name.encode())
+        found.append({"image": str(path), "subject_id": name, "session": None})
+    return found
+
+
+def unfinished(path: Path, items: list[dict[str, Any]], **changes: Any) -> tuple[Journal, list[dict[str, Any]]]:
+    """A journal that has begun, and what it leaves to be done."""
+    weights = path.with_name("weights.pt")
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    weights.write_bytes(changes.pop("weights", b"weights"))
+    dataset = Dataset(list(items))
+    journal = Journal(path, SETTINGS | changes)
+    assert not journal.has_begun
+    journal.begin(dataset, weights)
+    assert journal.has_begun
+    return journal, dataset.data
+
+
+def filled(folder: Path, items: list[dict[str, Any]]) -> Path:
+    """A journal in which the first two items are done, the first with a file."""
+    path = folder / "out" / "rows.jsonl"
+    path.unlink(missing_ok=True)
+    journal, rest = unfinished(path, items)
+    assert rest == items
+    output = folder / "mask.nii"
+    output.write_bytes(b"mask")
+    journal.add(items[1]["image"], [0.1, "b"])
+    journal.add(items[0]["image"], [1e-7, "a"], [output])
+    assert journal.rows() == [[1e-7, "a"], [0.1, "b"]]  # in order of the items
+    return path
+
+
+def test_the_rest_is_left(tmp_path: Path, items: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = filled(tmp_path, items)
+    journal, rest = unfinished(path, items)
+    assert rest == items[2:]
+    assert journal.rows() == [[1e-7, "a"], [0.1, "b"]]
+    # The same file by another way of writing its path.
+    monkeypatch.chdir(tmp_path)
+    assert unfinished(path, [{**items[0], "image": "a.nii"}])[1] == []
+
+
+def test_what_a_row_depends_on(tmp_path: Path, items: list[dict[str, Any]]) -> None:
+    path = filled(tmp_path, items)
+    assert unfinished(path, items, spacing=2.0)[1] == items
+    path = filled(tmp_path, items)
+    assert unfinished(path, items, weights=b"others")[1] == items
+    path = filled(tmp_path, items)
+    renamed = [{**items[0], "subject_id": "other"}, *items[1:]]
+    assert unfinished(path, renamed)[1] == [renamed[0], items[2]]
+    path = filled(tmp_path, items)
+    (tmp_path / "mask.nii").unlink()
+    assert unfinished(path, items)[1] == [items[0], items[2]]
+    path = filled(tmp_path, items)
+    os.utime(items[1]["image"], ns=(1, 1))
+    assert unfinished(path, items)[1] == items[1:]
+    path = filled(tmp_path, items)
+    Path(items[0]["image"]).write_bytes(b"longer")
+    assert unfinished(path, items)[1] == [items[0], items[2]]
+    path = filled(tmp_path, items)
+    Path(items[1]["image"]).unlink()
+    assert unfinished(path, items)[1] == items[1:]
+
+
+def test_rows_of_other_items_stay(tmp_path: Path, items: list[dict[str, Any]]) -> None:
+    path = filled(tmp_path, items)
+    journal, rest = unfinished(path, items[1:])
+    assert rest == items[2:]
+    assert journal.rows() == [[0.1, "b"]]
+    assert unfinished(path, items)[1] == items[2:]
+
+
+@pytest.mark.parametrize("cut", [2, 30, 120])
+def test_a_torn_line_is_left_out(tmp_path: Path, items: list[dict[str, Any]], cut: int) -> None:
+    path = filled(tmp_path, items)
+    path.write_bytes(path.read_bytes()[:-cut])
+    journal, rest = unfinished(path, items)
+    assert rest == [items[0], items[2]]
+    journal.add(items[2]["image"], ["c"])
+    assert unfinished(path, items)[1] == items[:1]
+    path.write_bytes(b"\xff not a journal\n")
+    journal, rest = unfinished(path, items)
+    assert rest == items
+    journal.add(items[2]["image"], ["c"])
+    assert unfinished(path, items)[1] == items[:2]
