@@ -22,6 +22,8 @@ run=(python -m monai.bundle run --config_file)
 pretrain=bundles/pretrain/configs
 encoder=bundles/pretrain/models/encoder_phantom_tiny.safetensors
 
+cohort=data/phantom/datalist.json
+
 step "Phantoms to pretrain on" \
     volta3d phantom --output data/raw/phantom_pretrain --subjects 240 --seed 1 --spacing 3 --prefix PT
 step "Those to be scored on" volta3d phantom --output data/raw/phantom --subjects 120 --seed 2 --spacing 3 --prefix PL
@@ -33,15 +35,35 @@ step "Preparation of those to be scored on" volta3d prepare --layout bids --sour
     --spacing 3 --shape 48,64,64
 step "No subject is in both" volta3d check data/phantom_pretrain/datalist.json data/phantom/datalist.json
 
-step "Tiny pretraining" "${run[@]}" "['$pretrain/train.json','$pretrain/koleo.json','$pretrain/tiny.json']" \
+# Baselines need no encoder: a second core trains them while it is trained. What is not done when it is, the
+# comparisons below go on with.
+baselines() {
+    volta3d crossval --bundle bundles/ixi_sex --datalist "$cohort" --inits vit_scratch,swin_scratch \
+        --folds 2 --fractions 0.4,1.0 --overlays tiny --output runs/demo
+    volta3d crossval --bundle bundles/aibl_ad --datalist "$cohort" --inits vit_scratch,swin_scratch \
+        --folds 2 --overlays tiny --output runs/demo
+}
+mkdir -p runs/demo
+set -m # in a process group of its own, to be ended as one
+baselines >runs/demo/baselines.log 2>&1 &
+beside=$!
+set +m
+end_baselines() {
+    kill -- "-$beside" 2>/dev/null || true
+    wait "$beside" 2>/dev/null || true
+}
+trap end_baselines EXIT
+
+step "Tiny pretraining (and on another core, scratch baselines: runs/demo/baselines.log)" \
+    "${run[@]}" "['$pretrain/train.json','$pretrain/koleo.json','$pretrain/tiny.json']" \
     --tracking "$pretrain/tracking.json"
 step "What the frozen encoder knows, beside the same network with random weights" \
     "${run[@]}" "$pretrain/evaluate.json" --run_name phantom_tiny --encoder_path "$encoder" \
     --dataset_dir data/phantom --num_workers 0
+end_baselines
 
 # The three tasks with their baselines, two runs at a time: small settings, fewer folds than the paper. The model of
 # fold 0 becomes the bundle's own, for segment, pack and make label.
-cohort=data/phantom/datalist.json
 step "Sex: VolTA init and scratch baselines, two folds, two fractions of the training part" \
     volta3d crossval --bundle bundles/ixi_sex --datalist "$cohort" --inits volta,vit_scratch,swin_scratch \
     --folds 2 --fractions 0.4,1.0 --overlays tiny --jobs 2 --output runs/demo --adopt 0
