@@ -42,6 +42,8 @@ baselines() {
         --folds 2 --fractions 0.4,1.0 --overlays tiny --output runs/demo
     volta3d crossval --bundle bundles/aibl_ad --datalist "$cohort" --inits vit_scratch,swin_scratch \
         --folds 2 --overlays tiny --output runs/demo
+    volta3d crossval --bundle bundles/harp_hippocampus --datalist "$cohort" --inits unetr_scratch,unet_scratch \
+        --folds 1 --overlays tiny --output runs/demo
 }
 mkdir -p runs/demo
 set -m # in a process group of its own, to be ended as one
