@@ -189,7 +189,8 @@ def test_an_overlay_that_is_not_named_is_missed(
     model = tmp_path / weights["pretrain"].name
     shutil.copy(weights["pretrain"], model)
     record = read_json(weights["pretrain"].with_suffix(".json"))
-    record["provenance"]["settings"] |= {"epochs": 15, "koleo": {"class": "KoLeoLoss", "queue_size": 256}}
+    tiny = read_json(ROOT / "bundles" / "pretrain" / "configs" / "tiny.json")
+    record["provenance"]["settings"] |= {"epochs": tiny["epochs"], "koleo": {"class": "KoLeoLoss", "queue_size": 256}}
     write_json(model.with_suffix(".json"), record)
     said = {}
     for overlays in ("tiny", "koleo,tiny"):
