@@ -27,8 +27,15 @@ from volta_components.data.phantom import phantom
 from volta_components.data.prepare import prepare
 
 CONFIGS = Path(__file__).resolve().parents[1] / "bundles" / "pretrain" / "configs"
-# A smaller network, and more local crops than the quick start affords.
-BASE = {"num_layers": 3, "hidden_size": 128, "mlp_dim": 256, "num_heads": 4, "num_local": 6}
+# A smaller network, more local crops than the quick start affords, and the paper's momentum of the teacher.
+BASE = {
+    "num_layers": 3,
+    "hidden_size": 128,
+    "mlp_dim": 256,
+    "num_heads": 4,
+    "num_local": 6,
+    "teacher_momentum": [0.996, 1.0],
+}
 FREE = {"target_entropy": None, "patch_target_entropy": None}
 # name: overlay, ids
 ROWS: dict[str, tuple[str | None, dict[str, Any]]] = {
@@ -39,6 +46,7 @@ ROWS: dict[str, tuple[str | None, dict[str, Any]]] = {
         None,
         {"rotation_degrees": 10, "translation_mm": 8, "global_zoom": [0.9, 1.1]},
     ),
+    "faster teacher, momentum from 0.99": (None, {"teacher_momentum": [0.99, 1.0]}),
     "KoLeo": ("koleo", {}),
     "Sinkhorn-Knopp over a queue": ("sinkhorn", {}),
     "DINO's gaps: centre 0.9, no entropy control": ("dino_gaps", {}),
