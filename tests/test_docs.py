@@ -537,7 +537,7 @@ def test_config_ids_in_the_running_text_exist() -> None:
 
     for name in ("run", "download", "download_large_files"):
         known |= set(inspect.signature(getattr(entry, name)).parameters)
-    known |= {"help", "standalone", "nproc_per_node", "tracking_uri", "shm_size", "ipc", "check", "label"}
+    known |= {"help", "standalone", "nproc_per_node", "tracking_uri", "shm_size", "ipc", "check", "label", "signal"}
     for page in ("variants", "scaling", "tracking", "sharing", "troubleshooting"):
         text = without_blocks((ROOT / "docs" / f"{page}.md").read_text())
         for option in re.findall(r"`[^`]*?--([A-Za-z][\w-]*)", text):
