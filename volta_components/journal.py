@@ -11,8 +11,8 @@ from typing import Any
 
 from monai.data import Dataset
 
-from volta_components._version import __version__
 from volta_components.files import atomic_path, sha256_file, sha256_json
+from volta_components.record import code_version
 
 Item = dict[str, Any]
 Line = dict[str, Any]
@@ -53,7 +53,7 @@ class Journal:
             weights: file of the network's weights.
         """
         items: Sequence[Item] = dataset.data
-        facts = {"settings": self.settings, "weights": sha256_file(weights), "code_version": __version__}
+        facts = {"settings": self.settings, "weights": sha256_file(weights), "code_version": code_version()}
         self.run = sha256_json(facts)
         self._items = {_key(item["image"]): item for item in items}
         marks = {key: self._mark(item) for key, item in self._items.items()}
