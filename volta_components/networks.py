@@ -121,8 +121,7 @@ class ClsSummariser(nn.Module):
 
     def __init__(self, hidden_size: int = 768, num_heads: int = 8, mlp_dim: int = 3072) -> None:
         super().__init__()
-        if hidden_size % num_heads:
-            raise InputError(f"hidden_size {hidden_size} is not divisible by summary_heads {num_heads}")
+        check_heads(hidden_size, num_heads, "summary_heads")
         self.num_heads = num_heads
         self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -287,14 +286,19 @@ class VoltaViT(ViTAutoEnc):
         return self.summarise(self.encode(x))
 
 
-def check_heads(hidden_size: int, num_heads: int) -> None:
+def check_heads(hidden_size: int, num_heads: int, name: str = "num_heads") -> None:
     """Refuse a token size that the attention heads cannot share.
+
+    Args:
+        hidden_size: token size.
+        num_heads: attention heads.
+        name: what a config calls their number.
 
     Raises:
         InputError: if ``num_heads`` does not divide ``hidden_size``.
     """
     if num_heads < 1 or hidden_size % num_heads:
-        raise InputError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}")
+        raise InputError(f"hidden_size {hidden_size} is not divisible by {name} {num_heads}")
 
 
 def _check_divides(size: Sequence[int], patch_size: Sequence[int]) -> None:
