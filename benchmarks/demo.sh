@@ -21,7 +21,6 @@ step() {
 run=(python -m monai.bundle run --config_file)
 pretrain=bundles/pretrain/configs
 encoder=bundles/pretrain/models/encoder_phantom_tiny.safetensors
-
 cohort=data/phantom/datalist.json
 
 step "Phantoms to pretrain on" \
@@ -33,7 +32,7 @@ step "Preparation: RAS, window of 144 x 192 x 192 mm, [0, 1]" \
     --spacing 3 --shape 48,64,64
 step "Preparation of those to be scored on" volta3d prepare --layout bids --source data/raw/phantom --output data/phantom \
     --spacing 3 --shape 48,64,64
-step "No subject is in both" volta3d check data/phantom_pretrain/datalist.json data/phantom/datalist.json
+step "No subject is in both" volta3d check data/phantom_pretrain/datalist.json "$cohort"
 
 # Baselines need no encoder: a second core trains them while it is trained. What is not done when it is, the
 # comparisons below go on with.

@@ -33,18 +33,8 @@ def test_a_step_of_the_papers_recipe_fits_into_24_gib(tmp_path: Path) -> None:
     config = "bundles/pretrain/configs/train.json"
     done = subprocess.run(
         [
-            sys.executable,
-            "-c",
-            MEASURED,
-            "run",
-            "--config_file",
-            config,
-            "--epochs",
-            "1",
-            "--warmup_epochs",
-            "0",
-            "--num_workers",
-            "1",
+            *(sys.executable, "-c", MEASURED, "run", "--config_file", config),
+            *("--epochs", "1", "--warmup_epochs", "0", "--num_workers", "1"),
         ],
         cwd=tmp_path,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
