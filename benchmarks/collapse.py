@@ -23,7 +23,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 
-from volta_components.data.phantom import phantom
+from volta_components.data.phantom.dataset import phantom
 from volta_components.data.prepare import prepare
 
 CONFIGS = Path(__file__).resolve().parents[1] / "bundles" / "pretrain" / "configs"

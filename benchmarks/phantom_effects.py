@@ -37,10 +37,10 @@ from sklearn.decomposition import PCA
 from sklearn.model_selection import StratifiedKFold
 from tqdm import tqdm
 
-from volta_components.data.phantom import phantom
-from volta_components.metrics import auroc_interval
-from volta_components.networks import VoltaViT
-from volta_components.probes import out_of_fold_scores
+from volta_components.data.phantom.dataset import phantom
+from volta_components.downstream.metrics import auroc_interval
+from volta_components.inference.probes import out_of_fold_scores
+from volta_components.method.networks import VoltaViT
 
 BANDS = {
     ("voxel PCA-100", "diagnosis"): (0.85, 0.97),

@@ -20,8 +20,9 @@ import torch
 from monai.networks.nets import ViTAutoEnc
 from torch import Tensor, nn
 
-from volta_components.losses import CentredTargets, GlobalAlignmentLoss, PatchAlignmentLoss, ReconstructionLoss
-from volta_components.networks import ProjectionHead, VoltaStudent, VoltaViT, make_teacher, parameter_groups
+from volta_components.method.losses import CentredTargets, GlobalAlignmentLoss, PatchAlignmentLoss, ReconstructionLoss
+from volta_components.method.networks import VoltaStudent, VoltaViT, make_teacher, parameter_groups
+from volta_components.method.projection import ProjectionHead
 
 
 def volta_step(

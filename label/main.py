@@ -29,7 +29,7 @@ from monailabel.tasks.train.bundle import BundleTrainTask
 
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file
-from volta_components.weights import read_record, read_weights
+from volta_components.method.weights import read_record, read_weights
 
 
 def find_bundles(app_dir: Path, conf: Mapping[str, str]) -> dict[str, Path]:

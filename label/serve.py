@@ -25,8 +25,8 @@ from typing import Any
 
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file
-from volta_components.pack import assemble, default_name
-from volta_components.weights import read_record
+from volta_components.method.weights import read_record
+from volta_components.sharing.pack import assemble, default_name
 
 SEGMENTATION = "harp_hippocampus"
 CLASSIFICATION = ("ixi_sex", "aibl_ad")

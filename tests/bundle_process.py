@@ -28,10 +28,10 @@ _CONTEXT.set_forkserver_preload(
         "monai.engines",
         "monai.handlers",
         "monai.transforms",
-        "volta_components.handlers",
-        "volta_components.probes",
-        "volta_components.trainer",
-        "volta_components.views",
+        "volta_components.method.monitoring",
+        "volta_components.inference.probes",
+        "volta_components.method.trainer",
+        "volta_components.method.views",
     ]
 )
 

@@ -18,7 +18,7 @@ from ignite.engine import Engine, Events
 
 from volta_components.errors import InputError
 from volta_components.files import sha256_json, write_json
-from volta_components.handlers import find_mlflow_handler
+from volta_components.training.tracking import find_mlflow_handler
 
 SUBJECTS = 24
 
@@ -148,7 +148,7 @@ def write_bundle(folder: Path) -> Path:
             "dataloader": {"_target_": "DataLoader", "dataset": "$@loaded[0]", "batch_size": 4},
             "handlers": [
                 {
-                    "_target_": "volta_components.handlers.ResumableCheckpoint",
+                    "_target_": "volta_components.training.checkpoint.ResumableCheckpoint",
                     "path": "$@output_dir + '/checkpoint.pt'",
                     "objects": {"network": "@network", "optimizer": "@optimizer"},
                     "settings": "@settings",

@@ -12,13 +12,14 @@ from monai.transforms import Compose
 from torch import nn
 from torch.utils.data import DataLoader
 
-from volta_components.losses import CentredTargets, GlobalAlignmentLoss, PatchAlignmentLoss, ReconstructionLoss
-from volta_components.masking import GroupMask
-from volta_components.networks import ProjectionHead, VoltaStudent, VoltaViT, make_teacher, parameter_groups
-from volta_components.sampling import KeyedDataset, ResumableSampler
-from volta_components.schedules import CosineSchedule, LinearSchedule
-from volta_components.trainer import VoltaTrainer
-from volta_components.views import CropGeometry, IntensityAugment, ViewGenerator
+from volta_components.method.losses import CentredTargets, GlobalAlignmentLoss, PatchAlignmentLoss, ReconstructionLoss
+from volta_components.method.masking import GroupMask
+from volta_components.method.networks import VoltaStudent, VoltaViT, make_teacher, parameter_groups
+from volta_components.method.projection import ProjectionHead
+from volta_components.method.trainer import VoltaTrainer
+from volta_components.method.views import CropGeometry, IntensityAugment, ViewGenerator
+from volta_components.training.sampling import KeyedDataset, ResumableSampler
+from volta_components.training.schedules import CosineSchedule, LinearSchedule
 
 IMAGE = (8, 12, 12)
 PATCH = (4, 4, 4)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
-from volta_components.finetune import save_model
-from volta_components.networks import VoltaViT
-from volta_components.record import provenance
-from volta_components.weights import save_encoder
+from volta_components.downstream.start import save_model
+from volta_components.method.networks import VoltaViT
+from volta_components.method.weights import save_encoder
+from volta_components.training.record import provenance
 
 ROOT = Path(__file__).parents[1]
 BUNDLES = ("pretrain", "ixi_sex", "aibl_ad", "harp_hippocampus")

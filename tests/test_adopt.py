@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from fake_bundle import empty_store, write_bundle, write_datalist
 
-from volta_components import crossval as module
 from volta_components.cli import main
-from volta_components.crossval import Outcome, Run
+from volta_components.crossval import command as module
+from volta_components.crossval.execute import Outcome
+from volta_components.crossval.plan import Run
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 (run.folder / "models" / "model_tiny.json").write_text(json.dumps({"of": run.name}))
             yield Outcome(run, "failed" if failed else "finished")
 
-    monkeypatch.setattr(module, "_run_here", run_here)
+    monkeypatch.setattr(module, "run_here", run_here)
     return tmp_path
 
 

@@ -26,15 +26,16 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
-from volta_components.apply import check_source, embed, prepared_grid, segment
-from volta_components.classification import LoadScand
 from volta_components.cli import main
+from volta_components.data.load import LoadScand
 from volta_components.data.preprocess import Settings, prepare_volume
 from volta_components.data.volumes import read_volume
+from volta_components.downstream.start import save_model
 from volta_components.errors import InputError
-from volta_components.finetune import save_model
-from volta_components.networks import VoltaViT
-from volta_components.weights import load_encoder, save_encoder
+from volta_components.inference.commands import embed, segment
+from volta_components.inference.scans import check_source, prepared_grid
+from volta_components.method.networks import VoltaViT
+from volta_components.method.weights import load_encoder, save_encoder
 
 sys.path.append(str(Path(__file__).parent / "data"))
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from volta_components.classifier import SwinClassifier, VoltaClassifier
+from volta_components.downstream.networks import SwinClassifier, VoltaClassifier
+from volta_components.downstream.start import freeze_encoder
 from volta_components.errors import InputError
-from volta_components.finetune import freeze_encoder
-from volta_components.networks import VoltaViT
-from volta_components.weights import load_pretrained, save_encoder
+from volta_components.method.networks import VoltaViT
+from volta_components.method.weights import load_pretrained, save_encoder
 
 SIZES = {"hidden_size": 32, "mlp_dim": 48, "num_layers": 2, "num_heads": 4, "summary_heads": 4}
 

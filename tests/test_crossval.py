@@ -14,9 +14,12 @@ import pytest
 from fake_bundle import empty_store, write_bundle, write_datalist
 from mlflow import MlflowClient
 
-from volta_components import crossval as module
 from volta_components.cli import main
-from volta_components.crossval import Outcome, Run, _assignments, _claim, _lock, _tail, crossval, execute, plan
+from volta_components.crossval import execute as module
+from volta_components.crossval.command import crossval
+from volta_components.crossval.execute import Outcome, _tail, execute
+from volta_components.crossval.plan import Run, plan, read_assignments
+from volta_components.crossval.store import claim, run_lock
 from volta_components.errors import InputError
 
 
@@ -70,7 +73,7 @@ def test_every_cell_once_and_comparable_cells_share_their_seed(place):
 def test_more_processes_than_scans_of_a_part_are_refused_while_planning(place):
     path = place / "fake/configs/train.json"
     train = json.loads(path.read_text())
-    train["imports"].append("$from volta_components.finetune import Parts")
+    train["imports"].append("$from volta_components.downstream.splits import Parts")
     path.write_text(json.dumps({**train, "parts": "$Parts([{}] * 9, [{}] * 2, [{}] * 4)"}))
     assert planned(place, processes=2)
     with pytest.raises(InputError, match=r"volta_fold0_frac0\.5_seed3000: 3 processes(?s:.)*validation  2 scans"):
@@ -106,7 +109,7 @@ def test_all_runs_of_an_init_share_a_recipe(place):
     assert recipes(seed=4, fractions=(0.3,), root=place / "elsewhere") == before
     assert recipes(overlays=[])["volta"] != before["volta"]
     run = planned(place)[0]
-    assert MlflowClient(run.tracking_uri).get_run(_claim(run)).data.tags["crossval_recipe"] == before["volta"]
+    assert MlflowClient(run.tracking_uri).get_run(claim(run)).data.tags["crossval_recipe"] == before["volta"]
 
 
 def test_several_processes_go_through_torchrun(place):
@@ -157,16 +160,16 @@ def test_nested_ids_can_be_set(place):
 
 
 def test_assignments():
-    assert _assignments("epochs=2,size=[96,96,96],name=a b,amp=false,path=/x=y", "--set") == {
+    assert read_assignments("epochs=2,size=[96,96,96],name=a b,amp=false,path=/x=y", "--set") == {
         "epochs": 2,
         "size": [96, 96, 96],
         "name": "a b",
         "amp": False,
         "path": "/x=y",
     }
-    assert _assignments((), "--set") == {}
+    assert read_assignments((), "--set") == {}
     with pytest.raises(InputError, match="NAME=VALUE"):
-        _assignments("epochs", "--set")
+        read_assignments("epochs", "--set")
 
 
 def test_the_cause_in_a_log_is_found(tmp_path):
@@ -185,11 +188,11 @@ def test_the_cause_in_a_log_is_found(tmp_path):
 
 def test_a_run_is_taken_as_long_as_its_child_lives(place):
     run = planned(place)[0]
-    with _lock(run.folder / "lock") as lock:
+    with run_lock(run.folder / "lock") as lock:
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
     assert execute(run).status == "busy"
     child.communicate(b"\n")
-    with _lock(run.folder / "lock") as lock:
+    with run_lock(run.folder / "lock") as lock:
         assert lock is not None
 
 
@@ -198,15 +201,15 @@ def test_a_claim_leaves_one_open_run_of_a_name(place):
     other = planned(place, settings={"epochs": 7})[0]
     assert first.name == other.name and first.folder != other.folder
     client = MlflowClient(first.tracking_uri)
-    one = _claim(first)
+    one = claim(first)
     client.set_terminated(one, "FINISHED")  # as MONAI's handler does before predictions are written
-    assert _claim(first) == one
+    assert claim(first) == one
     assert client.get_run(one).info.status == "RUNNING"
-    two = _claim(other)
+    two = claim(other)
     # MONAI's handler takes up any run of the name that is not FINISHED: the first must not be it.
     assert client.get_run(one).info.status == "FINISHED" and client.get_run(two).info.status == "RUNNING"
     client.set_tag(one, "finished", "true")
-    assert _claim(first) is None
+    assert claim(first) is None
 
 
 def test_jobs_and_executor_are_checked(place):

@@ -20,7 +20,13 @@ from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from volta_components.distributed import gather_objects, gather_rows, mean_over_processes, process_count, process_rank
-from volta_components.losses import CentredTargets, GlobalAlignmentLoss, KoLeoLoss, PatchAlignmentLoss, SinkhornTargets
+from volta_components.method.losses import (
+    CentredTargets,
+    GlobalAlignmentLoss,
+    KoLeoLoss,
+    PatchAlignmentLoss,
+    SinkhornTargets,
+)
 
 TARGETS = {
     "centred": lambda: CentredTargets(PROTOTYPES),

@@ -29,7 +29,8 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from packed import random_weights
 
 from volta_components.cli import COMMANDS
-from volta_components.crossval import Run, _adopt
+from volta_components.crossval.command import _adopt
+from volta_components.crossval.plan import Run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("bundles/*/docs/README.md"))]
@@ -515,8 +516,8 @@ def test_the_index_of_equations_names_what_exists() -> None:
             break
         _, code, ids = row
         for name in re.findall(r"`([^`]+)`", code):
-            module, *parts = name.split(".")
-            found: Any = importlib.import_module(f"volta_components.{module}")
+            wing, module, *parts = name.split(".")
+            found: Any = importlib.import_module(f"volta_components.{wing}.{module}")
             for part in parts:
                 found = getattr(found, part)
             assert callable(found), name

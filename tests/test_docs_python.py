@@ -21,10 +21,10 @@ from prepared import PRETRAIN, ROOT, make_prepared
 
 from volta_components.cli import main
 from volta_components.data.datalist import load_datalist
-from volta_components.finetune import save_model
-from volta_components.networks import VoltaViT
-from volta_components.record import provenance
-from volta_components.weights import save_encoder
+from volta_components.downstream.start import save_model
+from volta_components.method.networks import VoltaViT
+from volta_components.method.weights import save_encoder
+from volta_components.training.record import provenance
 
 GUIDE = ROOT / "docs" / "python.md"
 # Sizes that take no time; the encoder has twelve blocks, as MONAI's UNETR.

@@ -17,36 +17,28 @@ from monai.networks.nets import UNETR
 from monai.transforms import Compose, Lambdad, RandGaussianNoised
 from torch import nn
 
-from volta_components.errors import InputError
-from volta_components.files import read_json, write_json
-from volta_components.finetune import (
-    FinishRun,
-    KeyedCacheDataset,
-    Origin,
+from volta_components.downstream.finish import FinishRun
+from volta_components.downstream.leaks import Origin, check_model, check_origin
+from volta_components.downstream.networks import VoltaUNETR
+from volta_components.downstream.splits import (
     Parts,
-    Results,
-    RunRecord,
-    TrainingPlan,
     check_classes,
     check_disjoint,
-    check_model,
-    check_origin,
     check_shares,
     class_weights,
-    freeze_encoder,
-    load_model,
     patients_of,
-    run_tags,
-    save_model,
     split_items,
-    start_from,
 )
-from volta_components.networks import VoltaViT
-from volta_components.record import patient_key, provenance
-from volta_components.sampling import ResumableSampler
-from volta_components.schedules import CosineSchedule
-from volta_components.segmentation import VoltaUNETR
-from volta_components.weights import save_encoder
+from volta_components.downstream.start import freeze_encoder, load_model, save_model, start_from
+from volta_components.downstream.tracking import Results, RunRecord, TrainingPlan, run_tags
+from volta_components.errors import InputError
+from volta_components.files import read_json, write_json
+from volta_components.method.networks import VoltaViT
+from volta_components.method.weights import save_encoder
+from volta_components.training.cache import KeyedCacheDataset
+from volta_components.training.record import patient_key, provenance
+from volta_components.training.sampling import ResumableSampler
+from volta_components.training.schedules import CosineSchedule
 
 SIZES = {"hidden_size": 32, "mlp_dim": 48, "num_layers": 3, "num_heads": 4, "summary_heads": 4}
 

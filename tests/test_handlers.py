@@ -22,24 +22,20 @@ from method_helpers import HIDDEN, IMAGE, PROTOTYPES, flat, tiny_run
 from monai.handlers import MLFlowHandler
 from monai.transforms import Compose, RandGaussianNoised
 
-from volta_components import __version__, handlers
+from volta_components import __version__
 from volta_components.errors import InputError
 from volta_components.files import partial_prefix
-from volta_components.handlers import (
-    CollapseError,
-    CollapseMonitor,
-    EncoderExport,
-    ReconstructionCheck,
-    ReconstructionPicture,
-    ResumableCheckpoint,
-    TrainingRecord,
-    effective_rank,
-    find_mlflow_handler,
-)
-from volta_components.losses import GlobalAlignmentLoss, KoLeoLoss, SinkhornTargets
-from volta_components.masking import GroupMask
-from volta_components.record import code_version, patient_key, provenance
-from volta_components.weights import load_encoder
+from volta_components.method import monitoring
+from volta_components.method.collapse import CollapseError, CollapseMonitor, effective_rank
+from volta_components.method.export import EncoderExport
+from volta_components.method.losses import GlobalAlignmentLoss, KoLeoLoss, SinkhornTargets
+from volta_components.method.masking import GroupMask
+from volta_components.method.monitoring import ReconstructionCheck, ReconstructionPicture
+from volta_components.method.weights import load_encoder
+from volta_components.training import checkpoint, tracking
+from volta_components.training.checkpoint import ResumableCheckpoint
+from volta_components.training.record import code_version, patient_key, provenance
+from volta_components.training.tracking import TrainingRecord, find_mlflow_handler
 
 
 class Killed(BaseException):
@@ -208,7 +204,7 @@ def test_ends_of_epochs_have_a_checkpoint_after_so_many_minutes_and_the_last_alw
 ) -> None:
     """Epochs of four minutes; a run that goes on waits anew."""
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(handlers, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: clock.now))
     saved: list[int] = []
 
     def run(stop_after: int, minutes: float, name: str) -> list[int]:
@@ -218,7 +214,7 @@ def test_ends_of_epochs_have_a_checkpoint_after_so_many_minutes_and_the_last_alw
             saved.append(state["engine"]["iteration"])
             torch.serialization.save(state, target)
 
-        monkeypatch.setattr(handlers.torch, "save", save)
+        monkeypatch.setattr(torch, "save", save)
         engine = Engine(lambda *_: setattr(clock, "now", clock.now + 240))
         ResumableCheckpoint(tmp_path / name, {}, {}, minutes=minutes).attach(engine)
         engine.add_event_handler(Events.EPOCH_COMPLETED(once=stop_after), lambda e: e.terminate())
@@ -296,7 +292,7 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         Path(target).write_bytes(b"half of a checkpoint")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(handlers.torch, "save", broken_save)
+    monkeypatch.setattr(torch, "save", broken_save)
     with pytest.raises(OSError, match="no space"):
         parts.checkpoint.save(parts.trainer)
     assert path.read_bytes() == before
@@ -440,7 +436,7 @@ class FakeMLFlow:
 
 def test_the_record_averages_over_mini_batches_and_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeMLFlow({"seed": "3"})
-    monkeypatch.setattr(handlers, "find_mlflow_handler", lambda engine: fake)
+    monkeypatch.setattr(tracking, "find_mlflow_handler", lambda engine: fake)
     engine = Engine(lambda e, b: [{"loss": float(b**2), **({"learning_rate": float(b)} if b % 2 == 0 else {})}])
     engine.state.device = torch.device("cpu")
     TrainingRecord({"seed": 3, "size": (8, 12)}, interval=3, tags={"datalist_hash": "abc"}).attach(engine)
@@ -457,7 +453,7 @@ def test_the_record_averages_over_mini_batches_and_epochs(monkeypatch: pytest.Mo
 def test_means_over_processes_are_taken_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL, unlike gloo, reduces nothing that lies on the CPU."""
     seen: list[str] = []
-    monkeypatch.setattr(handlers, "mean_over_processes", lambda x: seen.append(x.device.type) or torch.zeros(x.shape))
+    monkeypatch.setattr(tracking, "mean_over_processes", lambda x: seen.append(x.device.type) or torch.zeros(x.shape))
     engine: Any = Engine(lambda e, b: [{"loss": 1.0}])
     engine.state.device = torch.device("meta")
     TrainingRecord({}, interval=1).attach(engine)
@@ -480,7 +476,7 @@ def test_pictures_are_drawn_and_change_nothing(tmp_path: Path, monkeypatch: pyte
     fake = FakeMLFlow({})
     plain, drawn = (tiny_run(count=2, epochs=5) for _ in range(2))
     plain.trainer.run()
-    monkeypatch.setattr(handlers, "find_mlflow_handler", lambda engine: fake)
+    monkeypatch.setattr(monitoring, "find_mlflow_handler", lambda engine: fake)
     ReconstructionPicture(tmp_path, drawn.loader.dataset[0], interval=3).attach(drawn.trainer)
     drawn.trainer.run()
     names = [f"reconstruction_{epoch:04d}.png" for epoch in (1, 3, 5)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import volta_components
-from volta_components import weights
+from volta_components.method import weights
 
 HEAVY = ("torch", "monai", "numpy", "nibabel", "sklearn", "safetensors", "mlflow")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from monai.data import Dataset
 
-from volta_components.journal import Journal
+from volta_components.inference.journal import Journal
 
 SETTINGS = {"spacing": 1.0, "dtype": torch.bfloat16}
 

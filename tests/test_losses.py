@@ -12,7 +12,7 @@ import torch
 from scipy.special import log_softmax, softmax
 
 from volta_components.errors import InputError
-from volta_components.losses import (
+from volta_components.method.losses import (
     CentredTargets,
     GlobalAlignmentLoss,
     KoLeoLoss,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from volta_components.errors import InputError
-from volta_components.masking import NOISE, VISIBLE, ZEROS, GroupMask
+from volta_components.method.masking import NOISE, VISIBLE, ZEROS, GroupMask
 
 CPU = torch.device("cpu")
 

@@ -9,14 +9,14 @@ import torch
 from monai.metrics import compute_roc_auc
 from sklearn.metrics import confusion_matrix, roc_auc_score, roc_curve
 
-from volta_components.errors import InputError
-from volta_components.metrics import (
+from volta_components.downstream.metrics import (
     auroc,
     auroc_interval,
     bootstrap_aurocs,
     sensitivity_specificity,
     youden_threshold,
 )
+from volta_components.errors import InputError
 
 
 def draw(rng: np.random.Generator, n: int = 80, ties: bool = False) -> tuple[np.ndarray, np.ndarray]:

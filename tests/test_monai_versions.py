@@ -18,13 +18,14 @@ from monai.networks.blocks import TransformerBlock
 from monai.networks.nets import UNETR
 from torch import Tensor, nn
 
-from volta_components.classifier import VoltaClassifier
+from volta_components.downstream.networks import VoltaClassifier, VoltaUNETR
+from volta_components.downstream.start import freeze_encoder, load_model, save_model
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file, write_json
-from volta_components.finetune import freeze_encoder, load_model, save_model
-from volta_components.networks import VoltaViT, fit_cross_attention, settle_cross_attention
-from volta_components.segmentation import SaveModel, VoltaUNETR, annotation_record, find_start
-from volta_components.weights import load_encoder, save_encoder
+from volta_components.method.cross_attention import fit_cross_attention, settle_cross_attention
+from volta_components.method.networks import VoltaViT
+from volta_components.method.weights import load_encoder, save_encoder
+from volta_components.sharing.annotation import SaveModel, annotation_record, find_start
 
 HIDDEN = 24
 SIZES: dict[str, Any] = {
@@ -192,7 +193,7 @@ def test_the_start_is_found_by_its_weights(tmp_path: Path) -> None:
 
 
 def test_the_record_tells_of_everybody_and_has_no_metrics(tmp_path: Path) -> None:
-    from volta_components.record import patient_key
+    from volta_components.training.record import patient_key
 
     items = [scan(tmp_path, f"sub-IXI{number:03d}_ses-1_T1w") for number in range(3)]
     before = {

@@ -15,16 +15,11 @@ from scipy import ndimage
 from torch import nn
 
 from volta_components.errors import InputError
-from volta_components.losses import CentredTargets, GlobalAlignmentLoss, PatchAlignmentLoss, ReconstructionLoss
-from volta_components.networks import (
-    ClsSummariser,
-    ProjectionHead,
-    VoltaViT,
-    count_parameters,
-    make_teacher,
-    parameter_groups,
-    resample_position_embedding,
-)
+from volta_components.method.losses import CentredTargets, GlobalAlignmentLoss, PatchAlignmentLoss, ReconstructionLoss
+from volta_components.method.networks import VoltaViT, count_parameters, make_teacher, parameter_groups
+from volta_components.method.positions import resample_position_embedding
+from volta_components.method.projection import ProjectionHead
+from volta_components.method.summariser import ClsSummariser
 
 
 def stock(network: VoltaViT) -> ViTAutoEnc:

@@ -23,8 +23,15 @@ from packed import BUNDLES, ROOT, random_weights, tiny_network
 from volta_components.cli import main
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
-from volta_components.pack import absolute_path, assemble, check_paths, pack_bundle, without_personal_paths, write_zip
-from volta_components.weights import read_weights
+from volta_components.method.weights import read_weights
+from volta_components.sharing.pack import (
+    absolute_path,
+    assemble,
+    check_paths,
+    pack_bundle,
+    without_personal_paths,
+    write_zip,
+)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +155,7 @@ def test_what_ids_of_an_overlay_are_not_the_inference_configs_stay_out(packed: P
 def test_a_baselines_weights_bring_their_network_along(tmp_path: Path) -> None:
     from monai.networks.nets import UNet
 
-    from volta_components.finetune import save_model
+    from volta_components.downstream.start import save_model
 
     torch.manual_seed(0)
     unet = UNet(3, 1, 3, (8, 16, 32, 64, 128), (2, 2, 2, 2), num_res_units=2)
@@ -426,7 +433,7 @@ def test_zip_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
     def broken(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("volta_components.pack.shutil.copyfileobj", broken)
+    monkeypatch.setattr("volta_components.sharing.pack.shutil.copyfileobj", broken)
     with pytest.raises(OSError, match="disk full"):
         write_zip(folder, tmp_path / "b.zip")
     assert (tmp_path / "b.zip").read_bytes() == before

@@ -20,15 +20,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
+from volta_components.downstream.metrics import auroc_interval
 from volta_components.errors import InputError
-from volta_components.metrics import auroc_interval
-from volta_components.probes import (
-    EmbeddingInferer,
-    EmbeddingTable,
-    embedding_picture,
-    out_of_fold_scores,
-    probe_report,
-)
+from volta_components.inference.embeddings import EmbeddingInferer, EmbeddingTable, embedding_picture
+from volta_components.inference.probes import out_of_fold_scores, probe_report
 
 Draw = tuple[np.ndarray, np.ndarray, np.ndarray]
 

@@ -12,7 +12,7 @@ from monai.transforms import Compose, RandGaussianNoised, RandScaleIntensityd
 from torch.utils.data import DataLoader
 
 from volta_components.errors import InputError
-from volta_components.sampling import KeyedDataset, ResumableSampler, derived_seed
+from volta_components.training.sampling import KeyedDataset, ResumableSampler, derived_seed
 
 
 def test_an_epoch_is_a_permutation_and_epochs_differ() -> None:

@@ -10,8 +10,8 @@ import torch
 from method_helpers import tiny_student
 
 from volta_components.errors import InputError
-from volta_components.networks import make_teacher
-from volta_components.schedules import CosineSchedule, LinearSchedule
+from volta_components.method.networks import make_teacher
+from volta_components.training.schedules import CosineSchedule, LinearSchedule
 
 
 def test_learning_rate_of_the_paper() -> None:

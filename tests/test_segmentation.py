@@ -20,32 +20,23 @@ from monai.networks.nets import UNETR, UNet
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from scipy import ndimage
 
-from volta_components.classification import LoadScand
 from volta_components.data.datalist import load_datalist, make_content
+from volta_components.data.load import LoadScand
+from volta_components.data.nifti import write_label_map
 from volta_components.data.preprocess import Settings, prepare_volume
 from volta_components.data.volumes import read_volume
+from volta_components.downstream.label_maps import check_label_maps, find_datalist, labelled_parts, training_items
+from volta_components.downstream.metrics import score_mask, summarise_scores
+from volta_components.downstream.networks import VoltaUNETR, describe_network
+from volta_components.downstream.segmentation import FloatWindowInferer, shown_scans
+from volta_components.downstream.start import start_from
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
-from volta_components.finetune import start_from
-from volta_components.networks import VoltaViT, resample_position_embedding
-from volta_components.segmentation import (
-    FloatWindowInferer,
-    KeepBest,
-    RestoreMaskd,
-    VoltaUNETR,
-    VolumeTable,
-    check_label_maps,
-    describe_network,
-    find_datalist,
-    labelled_parts,
-    restore_mask,
-    score_mask,
-    shown_scans,
-    summarise_scores,
-    training_items,
-    write_label_map,
-)
-from volta_components.weights import save_encoder
+from volta_components.inference.masks import RestoreMaskd, VolumeTable, restore_mask
+from volta_components.method.networks import VoltaViT
+from volta_components.method.positions import resample_position_embedding
+from volta_components.method.weights import save_encoder
+from volta_components.training.keep_best import KeepBest
 
 SMALL: dict[str, Any] = {"img_size": (32, 32, 16), "feature_size": 4, "hidden_size": 24, "mlp_dim": 32, "num_heads": 4}
 ORIENTATIONS = [

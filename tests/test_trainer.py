@@ -17,11 +17,11 @@ from monai.transforms import Compose, RandGaussianNoised
 from torch import nn
 
 from volta_components.errors import InputError
-from volta_components.losses import KoLeoLoss
-from volta_components.masking import GroupMask
-from volta_components.networks import make_teacher
-from volta_components.schedules import CosineSchedule
-from volta_components.views import CropGeometry
+from volta_components.method.losses import KoLeoLoss
+from volta_components.method.masking import GroupMask
+from volta_components.method.networks import make_teacher
+from volta_components.method.views import CropGeometry
+from volta_components.training.schedules import CosineSchedule
 
 
 def test_windows_of_an_epoch_that_the_window_does_not_divide() -> None:

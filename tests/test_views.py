@@ -14,8 +14,8 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from volta_components.errors import InputError
-from volta_components.masking import GroupMask
-from volta_components.views import CropGeometry, IntensityAugment, Views, sample_crops
+from volta_components.method.masking import GroupMask
+from volta_components.method.views import CropGeometry, IntensityAugment, Views, sample_crops
 
 
 def random_volume(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from scipy import ndimage
 from torch import nn
 
+from volta_components.downstream.start import save_model
 from volta_components.errors import InputError
 from volta_components.files import sha256_file
-from volta_components.finetune import save_model
-from volta_components.weights import (
+from volta_components.method.weights import (
     LoadReport,
     find_encoder,
     load_encoder,

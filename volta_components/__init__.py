@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from volta_components._version import __version__
 
 if TYPE_CHECKING:
-    from volta_components.weights import load_encoder, load_pretrained
+    from volta_components.method.weights import load_encoder, load_pretrained
 
 __all__ = ["__version__", "load_encoder", "load_pretrained"]
 
@@ -19,7 +19,7 @@ __all__ = ["__version__", "load_encoder", "load_pretrained"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from volta_components import weights
+    from volta_components.method import weights
 
     return getattr(weights, name)
 

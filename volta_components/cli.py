@@ -17,15 +17,15 @@ from volta_components._version import __version__
 from volta_components.errors import InputError
 
 COMMANDS = {
-    "phantom": ("volta_components.data.phantom:phantom", "grow a BIDS data set of brain phantoms"),
+    "phantom": ("volta_components.data.phantom.dataset:phantom", "grow a BIDS data set of brain phantoms"),
     "prepare": ("volta_components.data.prepare:prepare", "turn a data set into checked volumes and a datalist"),
-    "crossval": ("volta_components.crossval:crossval", "train a bundle over folds, inits and fractions"),
+    "crossval": ("volta_components.crossval.command:crossval", "train a bundle over folds, inits and fractions"),
     "report": ("volta_components.report.command:report", "tables and figures of finished cross-validations"),
-    "pack": ("volta_components.pack:pack", "make a bundle and its weights a zip that can be downloaded"),
-    "embed": ("volta_components.apply:embed", "turn scans into embeddings by a pretrained bundle"),
-    "segment": ("volta_components.apply:segment", "outline both hippocampi in scans by a trained bundle"),
-    "check": ("volta_components.data.datalist:check", "prove that datalists do not overlap"),
-    "merge": ("volta_components.data.datalist:merge", "join prepared data sets into one datalist"),
+    "pack": ("volta_components.sharing.pack:pack", "make a bundle and its weights a zip that can be downloaded"),
+    "embed": ("volta_components.inference.commands:embed", "turn scans into embeddings by a pretrained bundle"),
+    "segment": ("volta_components.inference.commands:segment", "outline both hippocampi in scans by a trained bundle"),
+    "check": ("volta_components.data.overlaps:check", "prove that datalists do not overlap"),
+    "merge": ("volta_components.data.overlaps:merge", "join prepared data sets into one datalist"),
 }
 
 

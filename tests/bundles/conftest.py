@@ -10,8 +10,8 @@ from labelled_scans import make_quick_start
 from monai.bundle import ConfigParser
 from prepared import PRETRAIN, make_prepared
 
-from volta_components.networks import VoltaViT
-from volta_components.weights import save_encoder
+from volta_components.method.networks import VoltaViT
+from volta_components.method.weights import save_encoder
 
 
 @pytest.fixture(scope="session")

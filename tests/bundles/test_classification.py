@@ -26,13 +26,15 @@ from sklearn.metrics import roc_auc_score
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from volta_components.classification import LoadScand, find_volumes, labelled_items, scans_below
-from volta_components.classifier import SwinClassifier, VoltaClassifier
 from volta_components.data.datalist import load_datalist
+from volta_components.data.load import LoadScand
+from volta_components.downstream.classification import labelled_items
+from volta_components.downstream.metrics import sensitivity_specificity, youden_threshold
+from volta_components.downstream.networks import SwinClassifier, VoltaClassifier
 from volta_components.errors import InputError
 from volta_components.files import read_json
-from volta_components.metrics import sensitivity_specificity, youden_threshold
-from volta_components.weights import save_encoder
+from volta_components.inference.scans import find_volumes, scans_below
+from volta_components.method.weights import save_encoder
 
 BUNDLES = ("ixi_sex", "aibl_ad")
 SIDE = 32
@@ -577,7 +579,7 @@ def evaluated(trained: Path, prepared: Path, encoder: Path, folder: Path, change
 
 
 def test_evaluation_refuses_those_whom_the_encoder_was_pretrained_on(trained, prepared, encoder, tmp_path):
-    from volta_components.record import patient_key
+    from volta_components.training.record import patient_key
 
     def leak(record: dict[str, Any]) -> None:
         record["pretraining"]["patient_ids"] = [patient_key("sub-0001", "fake")]
@@ -742,8 +744,8 @@ def test_a_fraction_that_is_too_small_is_an_error(prepared, encoder, tmp_path):
 
 
 def test_pretraining_on_scored_patients_is_an_error_unless_allowed_and_then_tagged(prepared, tmp_path, encoder):
-    from volta_components.record import patient_key
-    from volta_components.weights import load_encoder
+    from volta_components.method.weights import load_encoder
+    from volta_components.training.record import patient_key
 
     path = tmp_path / "leaky.safetensors"
     save_encoder(path, load_encoder(encoder), {"datalist_hash": "1", "patient_ids": [patient_key("sub-0001")]})

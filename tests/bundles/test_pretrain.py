@@ -20,10 +20,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from volta_components.data.datalist import load_datalist
 from volta_components.files import sha256_file
-from volta_components.losses import CentredTargets, KoLeoLoss, SinkhornTargets
-from volta_components.networks import VoltaTeacher, VoltaViT
-from volta_components.trainer import VoltaTrainer
-from volta_components.weights import load_encoder, read_weights
+from volta_components.method.losses import CentredTargets, KoLeoLoss, SinkhornTargets
+from volta_components.method.networks import VoltaTeacher, VoltaViT
+from volta_components.method.trainer import VoltaTrainer
+from volta_components.method.weights import load_encoder, read_weights
 
 TRAIN = json.loads((PRETRAIN / "train.json").read_text())
 OVERLAYS = ["tiny", "crops_96", "resized_crops", "dino_gaps", "sinkhorn", "koleo", "multi_gpu_train"]

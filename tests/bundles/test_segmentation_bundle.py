@@ -32,14 +32,14 @@ from prepared import ROOT
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from volta_components.classification import LoadScand
 from volta_components.data.datalist import load_datalist, make_content
+from volta_components.data.load import LoadScand
+from volta_components.downstream.networks import VoltaUNETR
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
-from volta_components.networks import VoltaViT
-from volta_components.record import patient_key
-from volta_components.segmentation import VoltaUNETR
-from volta_components.weights import save_encoder
+from volta_components.method.networks import VoltaViT
+from volta_components.method.weights import save_encoder
+from volta_components.training.record import patient_key
 
 BUNDLE = ROOT / "bundles" / "harp_hippocampus"
 OVERLAYS = ["unetr_scratch", "unet_scratch", "frozen", "full", "tiny", "multi_gpu_train"]
@@ -492,7 +492,7 @@ def test_a_broken_run_goes_on_to_the_same_weights_and_is_not_done_again(
     made.initialize()
     trainer = made.parser.get_parsed_content("train#trainer")
     clock = SimpleNamespace(monotonic=lambda: 60 * (0, 11, 16, 21)[trainer.state.epoch])
-    monkeypatch.setattr("volta_components.handlers.time", clock)
+    monkeypatch.setattr("volta_components.training.checkpoint.time", clock)
 
     def break_off(engine: Any) -> None:
         if engine.state.epoch == 3:

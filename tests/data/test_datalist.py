@@ -12,15 +12,13 @@ import pytest
 from volta_components.cli import main
 from volta_components.data.datalist import (
     assign_folds,
-    check,
     check_volumes,
     cohort_weights,
     datalist_hash,
-    find_overlaps,
     load_datalist,
     make_content,
-    merge,
 )
+from volta_components.data.overlaps import check, find_overlaps, merge
 from volta_components.errors import InputError
 from volta_components.files import sha256_file, write_json
 

@@ -17,20 +17,33 @@ import torch
 from scipy.linalg import expm
 
 from volta_components.cli import main
-from volta_components.data import phantom as ph
+from volta_components.data.phantom.anatomy import (
+    _BOX,
+    _RANDOM_SCALES,
+    draw_velocity,
+    exponential,
+    follow,
+    geometry,
+    image_affine,
+    load_atlas,
+    sample_field,
+)
+from volta_components.data.phantom.dataset import _finished, phantom
+from volta_components.data.phantom.render import render
+from volta_components.data.phantom.subjects import SITES, Settings, draw_subject
 from volta_components.errors import InputError
 from volta_components.files import partial_prefix, sha256_file
 
 
 @pytest.fixture(scope="module")
 def atlas():
-    return ph.load_atlas(3)
+    return load_atlas(3)
 
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
     folder = tmp_path_factory.mktemp("phantoms") / "cohort"
-    ph.phantom(str(folder), 4, seed=3, spacing=3, workers=1)
+    phantom(str(folder), 4, seed=3, spacing=3, workers=1)
     return folder
 
 
@@ -47,7 +60,7 @@ def rows(path):
 
 
 def test_labels_are_balanced_from_the_first_subjects_on():
-    subjects = [ph.draw_subject(ph.Settings(seed=5), number) for number in range(1, 401)]
+    subjects = [draw_subject(Settings(seed=5), number) for number in range(1, 401)]
     for start in range(0, 400, 4):
         kinds = {(s.diagnosis, s.sex) for s in subjects[start : start + 4]}
         assert kinds == {("AD", "M"), ("AD", "F"), ("CN", "M"), ("CN", "F")}
@@ -58,30 +71,30 @@ def test_labels_are_balanced_from_the_first_subjects_on():
 
 @pytest.mark.parametrize(("share", "patients"), [(0.0, 0), (0.25, 50), (0.174, 35), (1.0, 200)])
 def test_share_of_patients(share, patients):
-    subjects = [ph.draw_subject(ph.Settings(ad_share=share), number) for number in range(1, 201)]
+    subjects = [draw_subject(Settings(ad_share=share), number) for number in range(1, 201)]
     assert sum(s.diagnosis == "AD" for s in subjects) == patients
     assert all((s.severity > 0) == (s.diagnosis == "AD") for s in subjects)
 
 
 def test_effects_change_only_what_they_name():
-    none = ph.Settings(effect_sex=0, effect_age=0, effect_hippocampus=0, effect_ventricles=0)
+    none = Settings(effect_sex=0, effect_age=0, effect_hippocampus=0, effect_ventricles=0)
     for number in range(1, 9):
-        plain = ph.draw_subject(none, number)
-        ill = ph.draw_subject(replace(none, effect_hippocampus=0.3, effect_ventricles=0.5), number)
+        plain = draw_subject(none, number)
+        ill = draw_subject(replace(none, effect_hippocampus=0.3, effect_ventricles=0.5), number)
         assert ill.log_hippocampus_left - plain.log_hippocampus_left == pytest.approx(-0.3 * plain.severity)
         assert ill.log_hippocampus_right - plain.log_hippocampus_right == pytest.approx(-0.3 * plain.severity)
         assert ill.log_ventricles - plain.log_ventricles == pytest.approx(0.5 * plain.severity)
         changed = {"log_hippocampus_left", "log_hippocampus_right", "log_ventricles"}
         assert {k for k, v in asdict(ill).items() if v != asdict(plain)[k]} <= changed
-        grown = ph.draw_subject(replace(none, effect_sex=0.06), number)
+        grown = draw_subject(replace(none, effect_sex=0.06), number)
         factor = np.exp(0.03 if plain.sex == "M" else -0.03)
         assert np.array(grown.scale) / np.array(plain.scale) == pytest.approx([factor] * 3)
-        older = ph.draw_subject(replace(none, effect_age=0.2), number)
+        older = draw_subject(replace(none, effect_age=0.2), number)
         assert older.log_ventricles - plain.log_ventricles == pytest.approx(0.2 * (plain.age - 72) / 10)
 
 
 def test_numbers_and_seeds_give_different_subjects():
-    drawn = {ph.draw_subject(ph.Settings(seed=seed), number).scale for seed in range(3) for number in range(1, 40)}
+    drawn = {draw_subject(Settings(seed=seed), number).scale for seed in range(3) for number in range(1, 40)}
     assert len(drawn) == 3 * 39
 
 
@@ -94,7 +107,7 @@ def test_exponential_of_a_linear_field_is_the_matrix_exponential():
     places = np.stack(np.meshgrid(*axes, indexing="ij"))
     centre = np.array([0.0, -15.0, 6.0])
     velocity = np.einsum("ij,j...->i...", matrix, places - centre[:, None, None, None])
-    moved = ph.exponential(torch.from_numpy(velocity).float()).numpy()
+    moved = exponential(torch.from_numpy(velocity).float()).numpy()
     expected = np.einsum("ij,j...->i...", expm(matrix) - np.eye(3), places - centre[:, None, None, None])
     near = np.linalg.norm(places - centre[:, None, None, None], axis=0) < 40  # the flow stays within the box
     assert np.abs(moved - expected)[:, near].max() < 0.02
@@ -102,22 +115,22 @@ def test_exponential_of_a_linear_field_is_the_matrix_exponential():
 
 
 def test_following_the_reversed_field_undoes_the_exponential(atlas):
-    velocity = ph.draw_velocity(ph.draw_subject(ph.Settings(), 2), atlas)
-    displacement = ph.exponential(velocity)
+    velocity = draw_velocity(draw_subject(Settings(), 2), atlas)
+    displacement = exponential(velocity)
     nodes = torch.tensor([[20, 30, 30], [28, 20, 25], [35, 45, 40], [15, 35, 20]])
-    low, _ = ph._BOX.T
+    low, _ = _BOX.T
     start = torch.from_numpy(low).float() + 3.0 * nodes
     moved = start + displacement[:, nodes[:, 0], nodes[:, 1], nodes[:, 2]].T
     assert (moved - start).norm(dim=1).max() > 2
-    assert (ph.follow(-velocity, moved) - start).norm(dim=1).max() < 0.3
+    assert (follow(-velocity, moved) - start).norm(dim=1).max() < 0.3
 
 
 def test_random_velocity_has_the_amplitude_that_is_written(atlas):
     neutral = replace(
-        ph.draw_subject(ph.Settings(), 1), log_hippocampus_left=0.0, log_hippocampus_right=0.0, log_ventricles=0.0
+        draw_subject(Settings(), 1), log_hippocampus_left=0.0, log_hippocampus_right=0.0, log_ventricles=0.0
     )
-    fields = torch.stack([ph.draw_velocity(replace(neutral, number=number), atlas) for number in range(1, 9)])
-    expected = np.sqrt(sum(deviation**2 for _, deviation in ph._RANDOM_SCALES))
+    fields = torch.stack([draw_velocity(replace(neutral, number=number), atlas) for number in range(1, 9)])
+    expected = np.sqrt(sum(deviation**2 for _, deviation in _RANDOM_SCALES))
     assert fields.std().item() == pytest.approx(expected, rel=0.08)
 
 
@@ -136,10 +149,10 @@ def test_volume_fields_diverge_in_their_structure_and_move_nothing_far_away(atla
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_jacobian_is_positive_everywhere_even_with_the_strongest_effects(number):
-    settings = ph.Settings(effect_sex=0.1, effect_age=0.3, effect_hippocampus=0.8, effect_ventricles=1.0)
-    where = ph.geometry(ph.draw_subject(settings, number), ph.load_atlas(3))
-    places = where.template_positions(ph.image_affine(2), (72, 96, 96)).double().numpy()
-    places = places * (ph._BOX[:, 1] - ph._BOX[:, 0]) / 2  # mm
+    settings = Settings(effect_sex=0.1, effect_age=0.3, effect_hippocampus=0.8, effect_ventricles=1.0)
+    where = geometry(draw_subject(settings, number), load_atlas(3))
+    places = where.template_positions(image_affine(2), (72, 96, 96)).double().numpy()
+    places = places * (_BOX[:, 1] - _BOX[:, 0]) / 2  # mm
     for side in (slice(1, None), slice(None, -1)):  # differences to one neighbour: folds cannot average out
         edges = [
             np.diff(places, axis=axis)[tuple(side if a != axis else slice(None) for a in range(3))] for axis in range(3)
@@ -150,29 +163,29 @@ def test_jacobian_is_positive_everywhere_even_with_the_strongest_effects(number)
 
 
 def test_heads_fit_the_field_of_view():
-    atlas = ph.load_atlas(3)
-    settings = ph.Settings(effect_sex=0.1)
+    atlas = load_atlas(3)
+    settings = Settings(effect_sex=0.1)
     shrunk = 0
     for number in range(1, 7):
-        subject = ph.draw_subject(settings, number)
-        where = ph.geometry(subject, atlas)
+        subject = draw_subject(settings, number)
+        where = geometry(subject, atlas)
         shrunk += where.fit < 1
-        image = ph.render(subject, 3).image
+        image = render(subject, 3).image
         for axis in range(3):
             occupied = np.flatnonzero(image.any(axis=tuple({0, 1, 2} - {axis})))
             assert occupied[0] > 0
             assert occupied[-1] < image.shape[axis] - 1
-    giant = replace(ph.draw_subject(settings, 1), scale=(1.3, 1.3, 1.3))
-    made = ph.render(giant, 3)
-    assert ph.geometry(giant, atlas).fit < 1
+    giant = replace(draw_subject(settings, 1), scale=(1.3, 1.3, 1.3))
+    made = render(giant, 3)
+    assert geometry(giant, atlas).fit < 1
     assert made.truth["scale"][0] < 1.3
     assert not made.image[[0, -1]].any()
     assert made.image[1:3].any()  # no smaller than need be
 
 
 def test_mean_head_needs_no_fitting():
-    atlas = ph.load_atlas(3)
-    fits = [ph.geometry(ph.draw_subject(ph.Settings(), number), atlas).fit for number in range(1, 31)]
+    atlas = load_atlas(3)
+    fits = [geometry(draw_subject(Settings(), number), atlas).fit for number in range(1, 31)]
     assert np.mean(np.array(fits) == 1) > 0.8
 
 
@@ -181,25 +194,25 @@ def test_mean_head_needs_no_fitting():
 
 @pytest.mark.parametrize(("index", "side"), [(4, -1), (5, 1)])
 def test_hippocampi_of_the_template_lie_where_they_should(index, side):
-    share = ph.load_atlas(1).maps[index].numpy()
+    share = load_atlas(1).maps[index].numpy()
     where = np.argwhere(share > 0.5)
-    centre = where.mean(axis=0) + ph._BOX[:, 0]
+    centre = where.mean(axis=0) + _BOX[:, 0]
     assert centre == pytest.approx([26 * side, -20, -14], abs=3)
     assert 3000 < len(where) < 5000  # mm^3; adults have 3 to 4.5 ml a side
-    assert ph.load_atlas(1).maps[1].numpy()[share > 0.5].min() > 0.3  # grey matter
+    assert load_atlas(1).maps[1].numpy()[share > 0.5].min() > 0.3  # grey matter
 
 
 def test_ventricles_of_the_template():
-    share = ph.load_atlas(1).maps[6].numpy()
+    share = load_atlas(1).maps[6].numpy()
     assert 10_000 < share.sum() < 25_000
-    assert ph.load_atlas(1).maps[0].numpy()[share > 0.8].mean() < 0.4  # dark in T1
-    x = np.arange(share.shape[0]) + ph._BOX[0, 0]
+    assert load_atlas(1).maps[0].numpy()[share > 0.8].mean() < 0.4  # dark in T1
+    x = np.arange(share.shape[0]) + _BOX[0, 0]
     assert (share.sum(axis=(1, 2)) * x).sum() / share.sum() == pytest.approx(0, abs=0.5)
 
 
 def test_severity_shrinks_hippocampi_and_widens_ventricles():
-    effect = ph.Settings()
-    healthy = ph.draw_subject(effect, next(n for n in range(1, 9) if ph.draw_subject(effect, n).diagnosis == "CN"))
+    effect = Settings()
+    healthy = draw_subject(effect, next(n for n in range(1, 9) if draw_subject(effect, n).diagnosis == "CN"))
     volumes, counts = [], []
     for severity in (0.0, 0.5, 1.0, 1.5):
         ill = replace(
@@ -208,7 +221,7 @@ def test_severity_shrinks_hippocampi_and_widens_ventricles():
             log_hippocampus_right=healthy.log_hippocampus_right - effect.effect_hippocampus * severity,
             log_ventricles=healthy.log_ventricles + effect.effect_ventricles * severity,
         )
-        made = ph.render(ill, 2)
+        made = render(ill, 2)
         volumes.append(
             [made.truth[f"volume_{n}"] for n in ("hippocampus_left", "hippocampus_right", "ventricles", "brain")]
         )
@@ -226,7 +239,7 @@ def test_severity_shrinks_hippocampi_and_widens_ventricles():
 
 @pytest.mark.parametrize("spacing", [1, 2, 3])
 def test_image_and_labels_of_each_spacing(spacing):
-    made = ph.render(ph.draw_subject(ph.Settings(), 2), spacing)
+    made = render(draw_subject(Settings(), 2), spacing)
     assert made.image.shape == made.labels.shape == (144 // spacing, 192 // spacing, 192 // spacing)
     assert nib.aff2axcodes(made.affine) == ("R", "A", "S")
     assert set(np.unique(made.labels)) == {0, 1, 2}
@@ -239,19 +252,19 @@ def test_image_and_labels_of_each_spacing(spacing):
         centre = made.affine @ [*np.argwhere(made.labels == label).mean(axis=0), 1]
         assert centre[0] * (-1 if name == "left" else 1) > 12
     # The anatomy does not depend on the spacing.
-    other = ph.render(ph.draw_subject(ph.Settings(), 2), 3)
+    other = render(draw_subject(Settings(), 2), 3)
     for name in ("brain", "hippocampus_left", "ventricles"):
         assert made.truth[f"volume_{name}"] == pytest.approx(other.truth[f"volume_{name}"], rel=0.03)
 
 
 def test_ventricles_are_darker_than_tissue_at_every_site():
     for number in range(1, 7):
-        subject = ph.draw_subject(ph.Settings(), number)
-        for site, scanner in ph._SITES.items():
+        subject = draw_subject(Settings(), number)
+        for site, scanner in SITES.items():
             seen = replace(subject, site=site, **{k: scanner[k] for k in ("grey", "fluid", "gamma", "bias", "noise")})
-            made = ph.render(seen, 3)
-            where = ph.geometry(seen, ph.load_atlas(3)).template_positions(made.affine, made.image.shape)
-            maps = ph._sample(ph.load_atlas(3).maps, where).numpy()
+            made = render(seen, 3)
+            where = geometry(seen, load_atlas(3)).template_positions(made.affine, made.image.shape)
+            maps = sample_field(load_atlas(3).maps, where).numpy()
             fluid, grey = made.image[maps[6] > 0.6].mean(), made.image[maps[1] > 0.8].mean()
             assert fluid < 0.85 * grey
         if number == 2:
@@ -345,7 +358,7 @@ def test_started_again_it_makes_only_what_is_missing(cohort):
     kept = cohort / "sub-PH0001/ses-M000/anat/sub-PH0001_ses-M000_T1w.nii.gz"
     changed = kept.stat().st_mtime_ns
     image.unlink()
-    ph.phantom(str(cohort), 4, seed=3, spacing=3, workers=1)
+    phantom(str(cohort), 4, seed=3, spacing=3, workers=1)
     assert files(cohort) == before
     assert kept.stat().st_mtime_ns == changed
 
@@ -360,13 +373,13 @@ def test_an_interrupted_run_leaves_whole_files_only(tmp_path, monkeypatch):
             raise OSError("No space left on device")
         save(image, path)
 
-    monkeypatch.setattr(ph.nib, "save", fail)
+    monkeypatch.setattr(nib, "save", fail)
     with pytest.raises(OSError, match="No space"):
-        ph.phantom(str(tmp_path / "d"), 3, spacing=3, workers=1)
+        phantom(str(tmp_path / "d"), 3, spacing=3, workers=1)
     names = files(tmp_path / "d")
     assert not any("partial" in name for name in names)
-    assert not ph._finished(tmp_path / "d", "sub-PH0002")
-    ph.phantom(str(tmp_path / "d"), 3, spacing=3, workers=1)
+    assert not _finished(tmp_path / "d", "sub-PH0002")
+    phantom(str(tmp_path / "d"), 3, spacing=3, workers=1)
     assert [row["participant_id"] for row in rows(tmp_path / "d" / "participants.tsv")] == [
         "sub-PH0001",
         "sub-PH0002",
@@ -383,13 +396,13 @@ def test_what_a_killed_run_left_is_removed(cohort):
     for folder in (cohort, image.parent, cohort / "derivatives/hippocampus/sub-PH0002/ses-M000/anat"):
         (folder / name).write_bytes(b"half")
     image.unlink()  # killed before this subject was whole
-    ph.phantom(str(cohort), 4, seed=3, spacing=3, workers=1)
+    phantom(str(cohort), 4, seed=3, spacing=3, workers=1)
     assert files(cohort) == before
 
 
 @pytest.mark.slow
 def test_a_subject_is_the_same_in_any_cohort_and_with_any_number_of_workers(cohort, tmp_path):
-    ph.phantom(str(tmp_path / "d"), 3, seed=3, spacing=3, first=2, workers=2)
+    phantom(str(tmp_path / "d"), 3, seed=3, spacing=3, first=2, workers=2)
     whole, part = files(cohort), files(tmp_path / "d")
     shared = [name for name in part if "sub-PH" in name]
     assert {name.split("/")[0] for name in shared if name.startswith("sub")} == {
@@ -400,25 +413,25 @@ def test_a_subject_is_the_same_in_any_cohort_and_with_any_number_of_workers(coho
     assert len(shared) == 3 * 4
     assert all(part[name] == whole[name] for name in shared)
     # A second call extends it to the first subject; then it is the same data set.
-    ph.phantom(str(tmp_path / "d"), 1, seed=3, spacing=3, workers=1)
+    phantom(str(tmp_path / "d"), 1, seed=3, spacing=3, workers=1)
     assert files(tmp_path / "d") == whole
 
 
 def test_other_parameters_in_the_same_folder_are_refused(cohort):
     before = files(cohort)
     with pytest.raises(InputError, match=r"(?s)seed +there 3 +asked 4.*another --output"):
-        ph.phantom(str(cohort), 4, seed=4, spacing=3, workers=1)
+        phantom(str(cohort), 4, seed=4, spacing=3, workers=1)
     with pytest.raises(InputError, match=r"effect_hippocampus +there 0\.\d+ +asked 0\.11"):
-        ph.phantom(str(cohort), 4, seed=3, spacing=3, effect_hippocampus=0.11, workers=1)
+        phantom(str(cohort), 4, seed=3, spacing=3, effect_hippocampus=0.11, workers=1)
     assert files(cohort) == before
 
 
 def test_a_folder_with_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.docx").touch()
     with pytest.raises(InputError, match="not an empty folder"):
-        ph.phantom(str(tmp_path), 1, spacing=3)
+        phantom(str(tmp_path), 1, spacing=3)
     with pytest.raises(InputError, match="not an empty folder"):
-        ph.phantom(str(tmp_path / "thesis.docx"), 1, spacing=3)
+        phantom(str(tmp_path / "thesis.docx"), 1, spacing=3)
 
 
 @pytest.mark.parametrize(
@@ -442,7 +455,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
 def test_values_out_of_range_are_refused_before_anything_is_written(tmp_path, option, value, says):
     arguments = {"output": str(tmp_path / "d"), "subjects": 1, option: value}
     with pytest.raises(InputError, match=re.escape(says)) as caught:
-        ph.phantom(**arguments)
+        phantom(**arguments)
     assert f"--{option.replace('_', '-')}" in str(caught.value)
     assert not (tmp_path / "d").exists()
 

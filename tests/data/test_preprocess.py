@@ -18,11 +18,10 @@ from volta_components.data.preprocess import (
     otsu_threshold,
     place_window,
     prepare_volume,
-    resample,
-    resample_label,
     snr_like,
     survey,
 )
+from volta_components.data.resample import resample, resample_label
 from volta_components.data.volumes import Volume
 
 SMALL = Settings(shape=(28, 30, 32))

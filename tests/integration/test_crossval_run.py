@@ -20,8 +20,8 @@ from mlflow import MlflowClient
 
 from volta_components.data.datalist import make_content
 from volta_components.files import sha256_file, write_json
-from volta_components.networks import VoltaViT
-from volta_components.weights import save_encoder
+from volta_components.method.networks import VoltaViT
+from volta_components.method.weights import save_encoder
 
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "bundles" / "ixi_sex"

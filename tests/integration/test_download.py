@@ -25,7 +25,7 @@ from packed import BUNDLES, ROOT, random_weights
 from web import free_port, serving
 
 from volta_components.files import read_json, sha256_file
-from volta_components.pack import pack_bundle
+from volta_components.sharing.pack import pack_bundle
 
 pytestmark = pytest.mark.slow
 

@@ -17,9 +17,9 @@ from monai.bundle import ConfigParser
 from packed import BUNDLES, ROOT, random_weights
 from torch import nn
 
-from volta_components.finetune import load_model
-from volta_components.pack import pack_bundle
-from volta_components.weights import load_encoder
+from volta_components.downstream.start import load_model
+from volta_components.method.weights import load_encoder
+from volta_components.sharing.pack import pack_bundle
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from prepared import ROOT
 
-from volta_components.weights import load_encoder
+from volta_components.method.weights import load_encoder
 
 pytestmark = [
     pytest.mark.slow,

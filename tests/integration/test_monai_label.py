@@ -31,12 +31,12 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from packed import random_weights
 from web import free_port
 
+from volta_components.data.labels import SIDES
+from volta_components.downstream.start import load_model
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file, write_json
-from volta_components.finetune import load_model
-from volta_components.pack import assemble
-from volta_components.record import patient_key
-from volta_components.segmentation import SIDES
+from volta_components.sharing.pack import assemble
+from volta_components.training.record import patient_key
 
 ROOT = Path(__file__).parents[2]
 LABEL = ROOT / ".venv-label"

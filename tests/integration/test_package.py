@@ -25,8 +25,8 @@ from packed import ROOT, random_weights
 from web import serving
 
 import volta_components
-from volta_components.apply import segment
-from volta_components.pack import pack_bundle
+from volta_components.inference.commands import segment
+from volta_components.sharing.pack import pack_bundle
 
 pytestmark = pytest.mark.slow
 

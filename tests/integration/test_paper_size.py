@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from prepared import PRETRAIN, make_prepared
 
-from volta_components.networks import VoltaViT
-from volta_components.weights import load_encoder
+from volta_components.method.networks import VoltaViT
+from volta_components.method.weights import load_encoder
 
 # Starts the command and prints the peak of resident memory, in GiB, of it and its workers.
 MEASURED = """

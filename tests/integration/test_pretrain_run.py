@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 
 from volta_components.data.datalist import load_datalist
 from volta_components.files import read_json, sha256_file, write_json
-from volta_components.networks import VoltaViT
-from volta_components.weights import load_encoder
+from volta_components.method.networks import VoltaViT
+from volta_components.method.weights import load_encoder
 
 pytestmark = pytest.mark.slow
 

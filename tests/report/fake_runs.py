@@ -179,7 +179,7 @@ class Writer:
     def segmentation(
         self, subjects: int = 6, fractions: tuple[float, ...] = (1.0,), seed: int = 0, **tags: Any
     ) -> None:
-        from volta_components.segmentation import score_mask, summarise_scores
+        from volta_components.downstream.metrics import score_mask, summarise_scores
 
         with tempfile.TemporaryDirectory() as name:
             for init, fraction in itertools.product(("volta", "unetr_scratch", "unet_scratch"), fractions):

@@ -22,10 +22,11 @@ from scipy.ndimage import binary_erosion, distance_transform_edt
 from sklearn.metrics import confusion_matrix, recall_score, roc_auc_score, roc_curve
 
 from volta_components.errors import InputError
+from volta_components.report.classification_tables import ClassificationTables
 from volta_components.report.command import report
 from volta_components.report.figures import confusion, learning_curves, step_at
 from volta_components.report.store import Store, read_studies
-from volta_components.report.tables import ClassificationTables, age_band
+from volta_components.report.tables import age_band
 
 BOOTSTRAP = 500  # samples of the report that ``made`` is
 

@@ -9,9 +9,9 @@ import pytest
 from fake_runs import brain
 from nibabel.processing import conform
 
+from volta_components.downstream.metrics import score_mask
 from volta_components.errors import InputError
 from volta_components.report.masks import read_mask
-from volta_components.segmentation import score_mask
 
 
 def score(mask, truth):

@@ -11,10 +11,11 @@ import pytest
 from fake_runs import QUALITY, Writer, predictions, write_rows
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
+from volta_components.report.classification_tables import ClassificationTables
 from volta_components.report.command import report
 from volta_components.report.figures import confusion, confusion_figure
+from volta_components.report.segmentation_tables import SegmentationTables
 from volta_components.report.store import Store, read_studies
-from volta_components.report.tables import ClassificationTables, SegmentationTables
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from volta_components.data.layouts.common import LEFT, RIGHT, LabelFile
 from volta_components.data.volumes import UnusableVolume, Volume, read_volume
 
+SIDES = {"left": LEFT, "right": RIGHT}
+
 
 def _integers(path: Path, volume: Volume) -> np.ndarray:
     """Voxels as integers.

@@ -22,9 +22,10 @@ import numpy as np
 
 from volta_components.cores import cores
 from volta_components.data import quality
-from volta_components.data.datalist import _check_folds, assign_folds, check_phantom_name, load_datalist, make_content
+from volta_components.data.datalist import assign_folds, load_datalist, make_content
 from volta_components.data.identity import canonical_patient_id
 from volta_components.data.layouts import Finding, LayoutOptions, Listing, Scan, reader
+from volta_components.data.overlaps import _check_folds, check_phantom_name
 from volta_components.data.preprocess import Settings
 from volta_components.data.worker import DTYPES, STATE, Task, finished, read_record, run
 from volta_components.errors import InputError

@@ -19,14 +19,18 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
-from scipy import ndimage, sparse
+from scipy import ndimage
 
+from volta_components.data.resample import orthogonal_axes, resample, resample_label
 from volta_components.data.volumes import Volume
 
 SIDES = ("left", "right", "back", "front", "bottom", "top")
+
+
 PERCENTILES = (0.5, 99.5)
+
+
 _COARSE_MM = 2.0
-_SNAP = 0.02  # voxels: less than this over the whole grid is rounding, not a shift
 
 
 @dataclass(frozen=True)
@@ -211,13 +215,6 @@ def _coarse_affine(seen: Survey) -> np.ndarray:
     return seen.affine @ scale
 
 
-def _orthogonal_axes(affine: np.ndarray) -> np.ndarray:
-    """The rotation nearest to the directions of an affine's axes (polar decomposition); takes out shear."""
-    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    u, _, vt = np.linalg.svd(directions)
-    return u @ vt
-
-
 def place_window(
     seen: Survey, settings: Settings, label_points: np.ndarray | None = None
 ) -> tuple[np.ndarray, dict[str, float]]:
@@ -242,7 +239,7 @@ def place_window(
     """
     if not seen.foreground.any():
         raise UnusableVoxels("nothing stands out from the background", "look at it; it may hold no head")
-    axes = _orthogonal_axes(seen.affine)
+    axes = orthogonal_axes(seen.affine)
     spacing, shape = np.asarray(settings.spacing, float), np.asarray(settings.shape)
     half = np.abs(np.linalg.inv(axes * spacing) @ _coarse_affine(seen)[:3, :3]).sum(axis=1) / 2
     # Foreground voxels in units of target voxels along the target's axes, from an arbitrary origin.
@@ -280,147 +277,6 @@ def place_window(
     cut = {side: float(np.mean(mask)) for side, mask in zip(SIDES, outside, strict=True)}
     cut["total"] = float(np.mean(np.any(outside, axis=0)))
     return affine, cut
-
-
-def _axis_weights(n_in: int, n_out: int, scale: float, offset: float) -> tuple[sparse.csr_array, np.ndarray]:
-    """Weights of source voxels in each target voxel along one axis.
-
-    Linear interpolation; where a target voxel is longer than 1.5 source voxels, the triangle is widened to its length,
-    so that fine structure does not alias (as Pillow and ``torch.nn.functional.interpolate(antialias=True)`` do).
-
-    Returns:
-        ``[n_out, n_in]`` sparse, rows sum to 1; ``[n_out]`` bool, which target voxels have their centre in the source.
-    """
-    centre = scale * np.arange(n_out) + offset
-    reach = abs(scale) if abs(scale) > 1.5 else 1.0
-    index = np.floor(centre - reach).astype(int)[:, None] + np.arange(int(np.ceil(2 * reach)) + 2)
-    weight = np.maximum(0, 1 - np.abs(index - centre[:, None]) / reach)
-    weight[(index < 0) | (index >= n_in)] = 0
-    inside = (centre > -0.5) & (centre < n_in - 0.5)
-    weight[~inside] = 0
-    weight /= np.maximum(weight.sum(axis=1, keepdims=True), 1e-12)
-    rows, columns = np.nonzero(weight)
-    entries = (weight[rows, columns].astype(np.float32), (rows, index[rows, columns]))
-    return sparse.csr_array(entries, shape=(n_out, n_in)), inside
-
-
-def _resample_straight(
-    voxels: np.ndarray, scale: np.ndarray, offset: np.ndarray, shape: tuple[int, ...], fill: float
-) -> np.ndarray:
-    """Resample along the axes, one plane of the source at a time; planes without weight are not even read."""
-    parts = [_axis_weights(voxels.shape[axis], shape[axis], scale[axis], offset[axis]) for axis in range(3)]
-    slow = int(np.argmax(np.abs(voxels.strides)))
-    first, second = (axis for axis in range(3) if axis != slow)
-    result = np.zeros(shape, np.float32)
-    planes, moved = np.moveaxis(voxels, slow, 0), np.moveaxis(result, slow, 0)
-    by_source = parts[slow][0].tocsc()
-    for i in range(planes.shape[0]):
-        span = slice(by_source.indptr[i], by_source.indptr[i + 1])
-        if span.start == span.stop:
-            continue
-        plane = parts[first][0] @ np.ascontiguousarray(planes[i], dtype=np.float32)
-        plane = (parts[second][0] @ np.ascontiguousarray(plane.T)).T
-        for target, weight in zip(by_source.indices[span], by_source.data[span], strict=True):
-            moved[target] += weight * plane
-    for axis, (_, inside) in enumerate(parts):
-        np.moveaxis(result, axis, 0)[~inside] = fill
-    return result
-
-
-def resample(
-    voxels: np.ndarray, affine: np.ndarray, target: np.ndarray, shape: tuple[int, ...], fill: float = 0.0
-) -> np.ndarray:
-    """Resample a scan onto another grid in one step; a mere crop or pad is copied, not interpolated.
-
-    Linear interpolation with protection against aliasing, see :func:`_axis_weights`. Grids whose axes are not parallel
-    (a sheared scan) go through ``scipy.ndimage.affine_transform``, each target voxel as the mean of samples within it.
-
-    Args:
-        voxels: ``[X, Y, Z]``, any real type.
-        affine: ``[4, 4]`` of the scan.
-        target: ``[4, 4]`` of the target grid.
-        shape: of the target grid.
-        fill: value outside the scan, in the scan's units.
-
-    Returns:
-        ``shape``, float32, in the scan's units.
-    """
-    to_source = np.linalg.inv(affine) @ target
-    matrix, offset = to_source[:3, :3], to_source[:3, 3]
-    extent = np.asarray(shape, float)
-    shift = np.round(offset)
-    if (np.abs(matrix - np.eye(3)) @ extent + np.abs(offset - shift) < _SNAP).all():
-        return _copy_window(voxels, shift.astype(int), shape, fill)
-    if (np.abs(matrix - np.diag(np.diag(matrix))) @ extent < _SNAP).all():
-        return _resample_straight(voxels, np.diag(matrix), offset, shape, fill)
-    steps = [int(np.ceil(ratio - 0.5)) if ratio > 1.5 else 1 for ratio in np.linalg.norm(matrix, axis=0)]
-    samples = [(np.arange(n) + 0.5) / n - 0.5 for n in steps]
-    shifts = np.stack(np.meshgrid(*samples, indexing="ij"), axis=-1).reshape(-1, 3)
-    result, part = np.zeros(shape, np.float32), np.empty(shape, np.float32)
-    for step in shifts:
-        ndimage.affine_transform(
-            voxels, matrix, offset + matrix @ step, output_shape=shape, output=part, order=1, mode="constant", cval=fill
-        )
-        result += part
-    result /= len(shifts)
-    return result
-
-
-def _copy_window(voxels: np.ndarray, start: np.ndarray, shape: tuple[int, ...], fill: float) -> np.ndarray:
-    """The window of ``shape`` that begins at voxel ``start``, filled where it leaves the source."""
-    result = np.full(shape, fill, np.float32)
-    low, high = np.maximum(start, 0), np.minimum(start + np.asarray(shape), voxels.shape)
-    if (high > low).all():
-        source = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-        inside = tuple(slice(a, b) for a, b in zip(low - start, high - start, strict=True))
-        result[inside] = voxels[source]
-    return result
-
-
-def resample_label(
-    label: np.ndarray, affine: np.ndarray, target: np.ndarray, shape: tuple[int, ...]
-) -> tuple[np.ndarray, dict[int, float]]:
-    """Resample a label map so that each structure keeps its volume.
-
-    Each label's share of every target voxel is computed by linear interpolation, and as many of the fullest voxels are
-    taken as make up the structure's volume in the source (a fixed threshold of a half shrinks thin structures; nearest
-    neighbour frays them).
-
-    Args:
-        label: ``[X, Y, Z]`` integers, 0 is background.
-        affine: ``[4, 4]`` of the label map.
-        target: ``[4, 4]`` of the target grid.
-        shape: of the target grid.
-
-    Returns:
-        ``shape``, uint8; and each label's volume after relative to before.
-    """
-    values = [int(v) for v in np.unique(label) if v != 0]
-    # Only the box around the labels matters, and a rim for interpolation.
-    rim = 2 + np.ceil(np.linalg.norm((np.linalg.inv(affine) @ target)[:3, :3], axis=0)).astype(int).max()
-    box = [
-        slice(max(0, int(index.min()) - rim), int(index.max()) + rim + 1) if len(index) else slice(0, 1)
-        for index in (np.flatnonzero(label.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3))
-    ]
-    label = label[tuple(box)]
-    affine = affine @ nib.affines.from_matvec(np.eye(3), [part.start for part in box])
-    source_mm3, target_mm3 = abs(np.linalg.det(affine[:3, :3])), abs(np.linalg.det(target[:3, :3]))
-    result = np.zeros(shape, np.uint8)
-    best = np.zeros(shape, np.float32)
-    ratios: dict[int, float] = {}
-    for value in values:
-        mask = label == value
-        share = resample(mask.astype(np.uint8), affine, target, shape)
-        wanted = round(int(mask.sum()) * source_mm3 / target_mm3)
-        candidates = np.flatnonzero((share > 1e-6) & (share > best))
-        order = np.argsort(-share.ravel()[candidates], kind="stable")[:wanted]
-        chosen = candidates[order]
-        result.ravel()[chosen] = value
-        best.ravel()[chosen] = share.ravel()[chosen]
-    for value in values:
-        before = int((label == value).sum()) * source_mm3
-        ratios[value] = float((result == value).sum() * target_mm3 / before)
-    return result, ratios
 
 
 def _percentile_range(seen: Survey, window: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float]:

@@ -13,15 +13,17 @@ from typing import Any
 
 import pandas as pd
 
-from volta_components.crossval import _assignments, _words
+from volta_components.crossval.plan import read_assignments, split_words
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, remove_partials
 from volta_components.report import figures, statistics
+from volta_components.report.classification_tables import ClassificationTables
 from volta_components.report.masks import Case, find_case, read_mask, scan_name, score_masks
 from volta_components.report.page import Section, Viewer, render
 from volta_components.report.paper import TASKS, name_of
+from volta_components.report.segmentation_tables import SegmentationTables
 from volta_components.report.store import Store, Study, read_studies
-from volta_components.report.tables import ClassificationTables, SegmentationTables, optimistic, run_table
+from volta_components.report.tables import optimistic, run_table
 from volta_components.report.viewer import share_blobs, slice_viewer
 
 
@@ -57,9 +59,9 @@ def report(
     if bootstrap < 100:
         raise InputError(f"--bootstrap {bootstrap}: at least 100 samples")
     uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs').resolve()}/mlruns.db"
-    tools = {name: Path(str(folder)) for name, folder in _assignments(masks, "--masks").items()}
+    tools = {name: Path(str(folder)) for name, folder in read_assignments(masks, "--masks").items()}
     store = Store(uri)
-    studies = read_studies(store, _words(experiments) or None)
+    studies = read_studies(store, split_words(experiments) or None)
     if tools and not any(study.kind == "segmentation" for study in studies):
         raise InputError(f"--masks: {uri} has no finished segmentation runs to compare them with")
     root = Path(output)

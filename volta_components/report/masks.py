@@ -14,10 +14,11 @@ import numpy as np
 import pandas as pd
 from nibabel.processing import resample_from_to
 
+from volta_components.data.labels import SIDES
 from volta_components.data.layouts.common import LEFT, RIGHT
+from volta_components.downstream.metrics import score_mask
 from volta_components.errors import InputError
 from volta_components.report.store import FinishedRun, Store, Study
-from volta_components.segmentation import SIDES, score_mask
 
 FREESURFER = {17: LEFT, 53: RIGHT}
 

@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which runs a cross-validation needs, checked before anything is trained."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from volta_components.data.datalist import load_datalist
+from volta_components.downstream.splits import BASE_INIT
+from volta_components.errors import InputError
+from volta_components.files import read_json, sha256_file, sha256_json, write_json
+from volta_components.method.weights import find_encoder
+
+OWN_IDS = ("fold", "fraction", "seed", "run_name", "output_dir", "datalist_path")
+
+
+# Ids of a bundle that say who is trained on and scored, and check it without reading a volume.
+CHECKS = ("parts", "origin", "checks")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: what ``execute`` needs to start it anywhere.
+
+    Attributes:
+        name: MLflow's run name.
+        variant: the init's overlay.
+        fold: which fold is scored.
+        fraction: share of the training part.
+        folder: log, checkpoints, ``run.json``.
+        configs: the configuration files, later ones win.
+        tracking_uri: MLflow's store.
+        experiment: MLflow's experiment.
+        settings: hash of everything that decides the result.
+        processes: above 1, torchrun starts so many, one for each GPU.
+        recipe: hash of the settings that all runs of an init share, whatever their fold, fraction and seed.
+    """
+
+    name: str
+    variant: str
+    fold: int
+    fraction: float
+    folder: Path
+    configs: tuple[Path, ...]
+    tracking_uri: str
+    experiment: str
+    settings: str
+    processes: int = 1
+    recipe: str = ""
+
+    @property
+    def log(self) -> Path:
+        """Everything that the run prints."""
+        return self.folder / "log.txt"
+
+    def command(self) -> list[str]:
+        """The command line, the same that a user would type."""
+        launcher = [sys.executable, "-m"]
+        if self.processes > 1:
+            launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}", "-m"]
+        files = repr([str(path) for path in self.configs])
+        return [*launcher, "monai.bundle", "run", "--config_file", files, "--tracking", "mlflow"]
+
+
+def plan(
+    bundle: Path,
+    datalist: Path,
+    inits: Sequence[str],
+    folds: int | Sequence[int],
+    fractions: float | Sequence[float],
+    overlays: Sequence[str],
+    settings: Mapping[str, Any],
+    encoder: Path | None,
+    seed: int,
+    root: Path,
+    tracking_uri: str,
+    experiment: str | None,
+    processes: int,
+) -> list[Run]:
+    """Check everything that can be checked before training, and write each run's ``run.json``.
+
+    Returns:
+        The runs: fold by fold, so that an unfinished cross-validation can already be compared.
+
+    Raises:
+        InputError: see ``crossval``.
+    """
+    bundle = bundle.resolve()
+    configs = bundle / "configs"
+    if not (configs / "train.json").is_file():
+        raise InputError(f"{bundle}: not a bundle: it has no configs/train.json")
+    content = load_datalist(datalist)
+    available = list(range(content.n_folds))
+    wanted = list(range(folds)) if isinstance(folds, int) else [int(fold) for fold in folds]
+    absent = [fold for fold in wanted if fold not in available]
+    if absent or not wanted:
+        raise InputError(f"{content.path} has the folds {available}, not {absent}; choose --folds among them")
+    shares = [float(share) for share in ([fractions] if isinstance(fractions, (int, float)) else fractions)]
+    wrong = [share for share in shares if not 0 < share <= 1]
+    if wrong or not shares:
+        raise InputError(f"--fractions {wrong}: shares of the training part in (0, 1], such as 0.2,1.0")
+    for name, values in {"--inits": inits, "--fractions": shares, "--folds": wanted}.items():
+        if len({*values}) < len(values) or not values:
+            raise InputError(f"{name} {','.join(map(str, values))}: name each one once")
+    if not re.fullmatch(r"[\w.-]+", experiment or "x"):
+        raise InputError(f"--experiment {experiment}: letters, digits, '_', '-' and '.' only")
+
+    last = [_overlay(name, configs) for name in [*overlays, *(["multi_gpu_train.json"] if processes > 1 else [])]]
+    runs = []
+    for init in inits:
+        files = [configs / "train.json", *([] if init == BASE_INIT else [_overlay(init, configs)]), *last]
+        merged = _merged(files)
+        _check_ids(merged, settings, shares, files[0])
+        changes = dict(settings)
+        if encoder is not None and "encoder_path" in merged:
+            suffix = str({**merged, **changes}.get("suffix") or "")
+            changes["encoder_path"] = str(find_encoder(encoder.resolve(), suffix, required=False))
+        identity = {
+            "config": merged,
+            "changes": {key: value for key, value in changes.items() if key != "encoder_path"},
+            "datalist": content.hash,
+            "encoder": _encoder_hash(merged, changes, bundle),
+        }
+        for fold, share in itertools.product(wanted, shares):
+            run_seed = 1000 * seed + fold
+            name = f"{init}_fold{fold}_frac{share:g}_seed{run_seed}"
+            fingerprint = sha256_json({**identity, "fold": fold, "fraction": share, "seed": run_seed})
+            # The settings are part of the folder's name: a checkpoint is only ever found by the run that it belongs to.
+            folder = root / bundle.name / f"{name}-{fingerprint[:8]}"
+            experiment_name = experiment or f"volta3d_{bundle.name}"
+            ids = {
+                **changes,
+                "bundle_root": str(bundle),
+                "fold": fold,
+                **({"fraction": share} if "fraction" in merged else {}),
+                "seed": run_seed,
+                "run_name": name,
+                # monai.bundle logs the configuration as an artifact only where output_dir is an expression.
+                "output_dir": f"${str(folder)!r}",
+                # Runs side by side must not write to one models folder.
+                **({"ckpt_dir": str(folder / "models")} if "ckpt_dir" in merged else {}),
+                "dataset_dir": str(content.path.resolve().parent),
+                "datalist_path": str(content.path.resolve()),
+                "experiment_name": experiment_name,
+                "tracking_uri": tracking_uri,
+            }
+            runs.append(
+                Run(
+                    name=name,
+                    variant=init,
+                    fold=fold,
+                    fraction=share,
+                    folder=folder,
+                    configs=(*files, _write_once(folder / "run.json", ids)),
+                    tracking_uri=tracking_uri,
+                    experiment=experiment_name,
+                    settings=fingerprint,
+                    processes=max(1, processes),
+                    recipe=sha256_json(identity),
+                )
+            )
+    runs.sort(key=lambda run: (wanted.index(run.fold), shares.index(run.fraction)))
+    for run in runs:
+        _check_parts(run)
+    return runs
+
+
+def _check_parts(run: Run) -> None:
+    """Let the bundle itself say what is wrong with a run's subjects, as it would when the run starts.
+
+    Raises:
+        InputError: with the run's name, if labels or classes are missing, a fraction is too small (also for as many
+            processes), or there is a leak.
+    """
+    from monai.bundle import ConfigParser
+
+    from volta_components.downstream.splits import Parts, check_shares
+
+    parser = ConfigParser()
+    parser.read_config([str(path) for path in run.configs])
+    try:
+        for name in CHECKS:
+            if name in parser:
+                found = parser.get_parsed_content(name)
+                # Here is one process; the run has its own number of them.
+                if isinstance(found, Parts):
+                    check_shares(found.in_use, run.processes)
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise InputError(f"{run.name}: {cause}") from error
+
+
+def split_words(value: Any) -> list[str]:
+    """Names separated by commas, as fire gives them: a string, or a tuple when it saw the comma itself."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (tuple, list)) else [value]
+    return [str(part).strip() for part in parts if str(part).strip()]
+
+
+def read_assignments(value: Any, option: str) -> dict[str, Any]:
+    """``"epochs=2,size=[96,96,96]"`` as a dictionary; values are Python or JSON literals, otherwise text."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    text = value if isinstance(value, str) else ",".join(map(str, value))
+    result = {}
+    # A comma ends an assignment only where NAME= follows: commas inside lists stay.
+    for part in filter(None, re.split(r",(?=\s*[A-Za-z_][\w#:.]*=)", text)):
+        name, sign, literal = part.partition("=")
+        if not sign or not name.strip():
+            raise InputError(f"{option} {part!r}: write NAME=VALUE, several of them separated by commas")
+        try:
+            result[name.strip()] = ast.literal_eval(literal)
+        except (ValueError, SyntaxError):
+            result[name.strip()] = {"true": True, "false": False, "null": None}.get(literal, literal)
+    return result
+
+
+def _overlay(name: str, configs: Path) -> Path:
+    """An overlay by path, or by its name in the bundle's ``configs``."""
+    stem = name if name.endswith(".json") else f"{name}.json"
+    for path in (configs / stem, Path(stem)):
+        if path.is_file():
+            return path.resolve()
+    others = {"train", "evaluate", "inference", "metadata"}
+    known = sorted(path.stem for path in configs.glob("*.json") if path.stem not in others)
+    raise InputError(
+        f"{configs / stem}: no such overlay; this bundle has {', '.join(known) or 'none'} (and {BASE_INIT})"
+    )
+
+
+def _merged(files: Sequence[Path]) -> dict[str, Any]:
+    """The configuration as ``monai.bundle`` merges it, without its comments."""
+    from monai.bundle import ConfigParser
+
+    for path in files:
+        read_json(path)
+    merged = ConfigParser.load_config_files([str(path) for path in files])
+    return {key: value for key, value in merged.items() if key != "_desc_"}
+
+
+def _check_ids(merged: Mapping[str, Any], settings: Mapping[str, Any], shares: Sequence[float], train: Path) -> None:
+    """A misspelt id would be accepted by ``monai.bundle`` and change nothing."""
+    own = [name for name in OWN_IDS if name in settings]
+    if own:
+        raise InputError(f"--set {own[0]}: crossval sets this id itself; see --folds, --fractions, --seed and --output")
+    needed = [name for name in OWN_IDS if name not in merged and not (name == "fraction" and {*shares} == {1.0})]
+    if needed:
+        raise InputError(f"{train} has no id {', '.join(needed)}, which a cross-validation changes from run to run")
+    for name in settings:
+        place: Any = merged
+        for part in re.split(r"#|::", name):
+            try:
+                place = place[int(part) if isinstance(place, list) else part]
+            except (LookupError, TypeError, ValueError) as error:
+                raise InputError(f"--set {name}: {train} has no such id") from error
+
+
+def _encoder_hash(merged: Mapping[str, Any], changes: Mapping[str, Any], bundle: Path) -> str:
+    """Hash of the weights that a run starts from; empty for inits that start from scratch.
+
+    Raises:
+        InputError: if the file is not there.
+    """
+    if "encoder_path" not in merged or str(changes.get("init", merged.get("init", ""))).endswith("_scratch"):
+        return ""
+    from monai.bundle import ConfigParser
+
+    ids = {**merged, **changes, "bundle_root": str(bundle)}
+    parser = ConfigParser({key: ids[key] for key in ids if isinstance(ids[key], (str, int, float)) or key == "imports"})
+    path = parser.get_parsed_content("encoder_path")
+    if not path:
+        return ""
+    path = find_encoder(path, str(ids.get("suffix") or ""), required=False)
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such encoder; pretrain one (python -m monai.bundle run --config_file "
+            "bundles/pretrain/configs/train.json), give another with --encoder, or leave out the inits that need it"
+        )
+    return sha256_file(path)
+
+
+def _write_once(path: Path, content: Mapping[str, Any]) -> Path:
+    """Write JSON unless the same is there."""
+    if not path.is_file() or read_json(path) != content:
+        write_json(path, content)
+    return path

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What MLflow knows of a cross-validation's runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from volta_components.crossval.plan import Run
+from volta_components.downstream.tracking import RECIPE_TAG, TAG
+from volta_components.errors import InputError
+
+
+def mlflow_client(tracking_uri: str) -> Any:
+    """MLflow's client for a store."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=tracking_uri)
+
+
+def _experiment_id(tracking_uri: str, name: str) -> str:
+    """The experiment's id; made, with its store, before the first run, so that parallel runs do not race to do it."""
+    from mlflow.exceptions import MlflowException
+
+    location = None
+    if tracking_uri.startswith("sqlite:///"):
+        database = Path(tracking_uri.removeprefix("sqlite:///"))
+        database.parent.mkdir(parents=True, exist_ok=True)
+        location = (database.parent.resolve() / "mlruns").as_uri()
+    try:
+        client = mlflow_client(tracking_uri)
+        found = client.get_experiment_by_name(name)
+        return found.experiment_id if found else client.create_experiment(name, artifact_location=location)
+    except MlflowException as error:
+        raise InputError(f"--tracking-uri {tracking_uri}: MLflow cannot use it ({error})") from error
+
+
+def _search(client: Any, experiment_id: str, query: str) -> Iterator[Any]:
+    token: str | None = None
+    while token != "":
+        page = client.search_runs([experiment_id], query, max_results=1000, page_token=token)
+        yield from page
+        token = page.token or ""
+
+
+def finished_runs(tracking_uri: str, experiment: str) -> set[tuple[str, str]]:
+    """Names and settings of the finished runs."""
+    runs = _search(mlflow_client(tracking_uri), _experiment_id(tracking_uri, experiment), "tags.finished = 'true'")
+    return {(run.info.run_name, run.data.tags.get(TAG, "")) for run in runs}
+
+
+def claim(run: Run) -> str | None:
+    """Make sure that MLflow holds exactly one open run of this name, which MONAI's handler then takes up.
+
+    Returns:
+        The run's id, or None if it is finished.
+    """
+    client = mlflow_client(run.tracking_uri)
+    experiment_id = _experiment_id(run.tracking_uri, run.experiment)
+    known = list(_search(client, experiment_id, f"tags.`mlflow.runName` = '{run.name}'"))
+    ours = [item for item in known if item.data.tags.get(TAG) == run.settings]
+    if any(item.data.tags.get("finished") == "true" for item in ours):
+        return None
+    for item in known:
+        # An open run of this name but of other settings would be taken up instead.
+        if item not in ours[:1] and item.info.status != "FINISHED":
+            client.set_tag(item.info.run_id, "superseded", "true")
+            client.set_terminated(item.info.run_id, "FINISHED")
+    if ours:
+        client.update_run(ours[0].info.run_id, status="RUNNING")
+        return str(ours[0].info.run_id)
+    tags = {TAG: run.settings, RECIPE_TAG: run.recipe, "variant": run.variant}
+    return str(client.create_run(experiment_id, run_name=run.name, tags=tags).info.run_id)
+
+
+@contextmanager
+def run_lock(path: Path) -> Iterator[int | None]:
+    """An exclusive lock that ends with the last process that holds it; None if somebody else has it."""
+    import fcntl
+
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        yield None
+        return
+    try:
+        yield handle
+    finally:
+        os.close(handle)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads scans for a network as they were prepared for training."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+
+from volta_components.data.labels import read_labels
+from volta_components.data.layouts.common import LabelFile
+from volta_components.data.preprocess import Settings, UnusableVoxels, on_grid, prepare_volume
+from volta_components.data.volumes import UnusableVolume, Volume, read_volume
+
+logger = logging.getLogger(__name__)
+
+
+class LoadScand(MapTransform):
+    """Loads a scan, and its label map if it has one, as the networks are trained on.
+
+    A volume that ``volta3d prepare`` wrote is taken as it is. Any other scan, of any orientation and spacing, goes
+    through the very function of ``volta3d prepare`` on the way, which MONAI's ``LoadImaged``, ``Orientationd``,
+    ``Spacingd`` and intensity scaling would only approximate: window around the head, percentiles of the foreground.
+
+    Args:
+        keys: where items have the scan's path; with a label map, the one that it belongs to.
+        spacing: of the prepared volume, mm; one number or three.
+        shape: of the prepared volume, voxels.
+        label_key: where items may have the label map's path; None where label maps are no business of this.
+
+    Shapes:
+        scan: ``MetaTensor`` ``[1, D, H, W]``, float32 in [0, 1], with its own grid in ``original_affine`` and
+        ``spatial_shape`` of its ``meta``; label map: ``MetaTensor`` ``[1, D, H, W]``, uint8.
+
+    Raises:
+        InputError: if a file cannot be used, naming it and the remedy.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        spacing: float | Sequence[float],
+        shape: Sequence[int],
+        label_key: str | None = None,
+    ) -> None:
+        super().__init__(keys)
+        mm = tuple(np.broadcast_to(np.asarray(spacing, float), 3).tolist())
+        self.settings = Settings(spacing=mm, shape=tuple(shape))  # type: ignore[arg-type]
+        self.label_key = label_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Replace paths by volumes."""
+        # None, of a session that is not known, cannot be collated; without a label map there is no such key.
+        result = {
+            key: "" if value is None else value
+            for key, value in data.items()
+            if value is not None or key != self.label_key
+        }
+        given = None if self.label_key is None else data.get(self.label_key)
+        label_path = Path(str(given)) if isinstance(given, (str, os.PathLike)) else None
+        for key in self.key_iterator(data):
+            result[key], label = self._load(Path(str(data[key])), label_path)
+            if label is not None:
+                result[self.label_key] = label
+        return result
+
+    def _load(self, path: Path, label_path: Path | None) -> tuple[MetaTensor, MetaTensor | None]:
+        volume = read_volume(path)
+        label: np.ndarray | None = None
+        label_affine: np.ndarray | None = None
+        if label_path is not None:
+            label, label_affine, _ = read_labels([LabelFile(label_path)], volume, path)
+        affine = volume.affine
+        image = self._already_prepared(volume)
+        if image is None:
+            try:
+                prepared = prepare_volume(volume, self.settings, label, label_affine)
+            except UnusableVoxels as error:
+                raise UnusableVolume(path, error.reason, error.remedy) from error
+            image, label, affine = prepared.image, prepared.label, prepared.affine
+            for warning in prepared.warnings:
+                logger.warning("%s: %s", path, warning)
+        meta = {
+            "filename_or_obj": str(path),
+            "original_affine": np.array(volume.affine, dtype=float),
+            "spatial_shape": np.array(volume.voxels.shape),
+            "original_channel_dim": float("nan"),
+        }
+        label_meta = {**meta, "filename_or_obj": str(label_path)}
+        return meta_tensor(image, affine, meta), None if label is None else meta_tensor(label, affine, label_meta)
+
+    def _already_prepared(self, volume: Volume) -> np.ndarray | None:
+        """The voxels of a volume that is on such a grid and in [0, 1]; otherwise None."""
+        if not on_grid(volume, self.settings):
+            return None
+        image = volume.voxels.astype(np.float32) * np.float32(volume.slope) + np.float32(volume.intercept)
+        is_unit = np.isfinite(image).all() and image.min() >= -1e-3 and image.max() <= 1 + 1e-3
+        return image if is_unit and image.min() < image.max() else None
+
+
+def meta_tensor(voxels: np.ndarray, affine: np.ndarray, meta: Mapping[str, Any]) -> MetaTensor:
+    """Voxels ``[D, H, W]`` as MONAI's ``[1, D, H, W]``, uint8 or otherwise float32."""
+    array = np.ascontiguousarray(voxels, dtype=np.uint8 if voxels.dtype == np.uint8 else np.float32)
+    return MetaTensor(
+        torch.from_numpy(array.copy())[None], affine=torch.from_numpy(np.array(affine, float)), meta=dict(meta)
+    )

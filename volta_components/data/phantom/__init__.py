@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Brain phantoms: synthetic heads with known effects."""

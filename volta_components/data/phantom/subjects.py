@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who the phantoms are: settings, sex, age, diagnosis and scanner of each subject."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from volta_components.errors import InputError
+
+FIELD_OF_VIEW = (144, 192, 192)
+
+
+FORMAT = 1
+
+
+SESSION = "ses-M000"
+
+
+_MEAN_SCALE = 0.88
+
+
+# Between scanners: shift of grey matter and fluid (white matter is about 0.87), gamma, bias field, blur (mm), noise.
+SITES: dict[str, dict[str, float]] = {
+    "A": {"grey": 0.0, "fluid": 0.0, "gamma": 1.0, "bias": 0.10, "blur": 0.3, "noise": 0.02},
+    "B": {"grey": -0.07, "fluid": -0.06, "gamma": 1.2, "bias": 0.18, "blur": 0.6, "noise": 0.03},
+    "C": {"grey": 0.05, "fluid": 0.06, "gamma": 0.85, "bias": 0.14, "blur": 0.5, "noise": 0.04},
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides how subject number ``i`` of a cohort looks, whatever the cohort's size.
+
+    Attributes:
+        seed: any integer from 0.
+        spacing: voxel size, mm: 1, 2 or 3.
+        sites: number of sites, 1 to 3.
+        ad_share: share of subjects with AD, in [0, 1].
+        prefix: what subject ids begin with, after ``sub-``.
+        effect_sex: mean difference of log linear head size between men and women.
+        effect_age: log volume that the ventricles gain in ten years; the hippocampi lose a third of it.
+        effect_hippocampus: log volume that the hippocampi lose at a severity of 1.
+        effect_ventricles: log volume that the ventricles gain at a severity of 1.
+
+    Raises:
+        InputError: if a value is out of its range.
+    """
+
+    seed: int = 0
+    spacing: int = 1
+    sites: int = 3
+    ad_share: float = 0.5
+    prefix: str = "PH"
+    effect_sex: float = 0.05
+    effect_age: float = 0.1
+    effect_hippocampus: float = 0.45
+    effect_ventricles: float = 0.75
+
+    def __post_init__(self) -> None:
+        def demand(good: bool, name: str, wanted: str) -> None:
+            if not good:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}; give {wanted}")
+
+        for name in ("seed", "spacing", "sites"):
+            demand(type(getattr(self, name)) is int, name, "a whole number")
+        demand(self.seed >= 0, "seed", "a whole number from 0")
+        demand(self.spacing in (1, 2, 3), "spacing", "1, 2 or 3 (mm)")
+        demand(1 <= self.sites <= len(SITES), "sites", f"a number of sites from 1 to {len(SITES)}")
+        demand(
+            isinstance(self.prefix, str) and re.fullmatch(r"[A-Za-z0-9]*[A-Za-z]", self.prefix) is not None,
+            "prefix",
+            "letters and digits that end in a letter, such as PH",
+        )
+        for name, low, high in (
+            ("ad_share", 0.0, 1.0),
+            ("effect_sex", 0.0, 0.1),
+            ("effect_age", 0.0, 0.3),
+            ("effect_hippocampus", 0.0, 0.8),
+            ("effect_ventricles", 0.0, 1.0),
+        ):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            demand(number and low <= value <= high, name, f"a number from {low} to {high}")
+            object.__setattr__(self, name, float(value))
+
+    def subject_id(self, number: int) -> str:
+        """BIDS id of a subject, such as ``sub-PH0001``."""
+        return f"sub-{self.prefix}{number:04d}"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Everything that is drawn for one phantom, but for the random fields (these come from ``seed`` and ``number``).
+
+    Lengths are in mm, angles in degrees; ``scale`` holds one factor for each axis; ``rotation`` is pitch, roll and yaw
+    about the x, y and z axis. ``log_*`` are changes of log volume against the template's structure.
+    """
+
+    seed: int
+    number: int
+    sex: str
+    age: float
+    diagnosis: str
+    severity: float
+    site: str
+    scale: tuple[float, float, float]
+    rotation: tuple[float, float, float]
+    translation: tuple[float, float, float]
+    log_hippocampus_left: float
+    log_hippocampus_right: float
+    log_ventricles: float
+    grey: float
+    fluid: float
+    gamma: float
+    bias: float
+    blur: float
+    noise: float
+    gain: float
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """One rendered subject.
+
+    Attributes:
+        image: ``[X, Y, Z]`` int16 T1-weighted intensities, 0 outside the brain.
+        labels: ``[X, Y, Z]`` uint8; 1 left, 2 right hippocampus.
+        affine: ``[4, 4]`` voxel to world, RAS, mm.
+        truth: parameters and true volumes, as JSON can hold them.
+    """
+
+    image: NDArray[np.int16]
+    labels: NDArray[np.uint8]
+    affine: NDArray[np.float64]
+    truth: dict[str, Any]
+
+
+def random_stream(seed: int, *stream: int) -> np.random.Generator:
+    """A random generator for a seed and a stream."""
+    return np.random.default_rng(np.random.SeedSequence([seed, *stream]))
+
+
+def _diagnosis(settings: Settings, number: int) -> tuple[bool, int]:
+    """Whether a subject has AD, and how many of the same diagnosis come before it.
+
+    Patients are spread evenly: a share of 0.5 has two in each group of four, in a random place.
+    """
+    index = number - 1
+    group, place = divmod(index, 4)
+    position = 4 * group + int(random_stream(settings.seed, 1, group).permutation(4)[place])
+    patients = math.floor(position * settings.ad_share + 0.5)
+    patient = math.floor((position + 1) * settings.ad_share + 0.5) > patients
+    return patient, patients if patient else position - patients
+
+
+def draw_subject(settings: Settings, number: int) -> Subject:
+    """Draw the person and the scanner of one phantom.
+
+    Sexes and sites are in turn within each diagnosis, in random order, so that even a few subjects have all of them and
+    none goes with another.
+
+    Args:
+        settings: the cohort's.
+        number: the subject's, from 1.
+    """
+    patient, rank = _diagnosis(settings, number)
+    pair, turn = divmod(rank, 2)
+    sex = "MF"[random_stream(settings.seed, 2, int(patient), pair).permutation(2)[turn]]
+    round_, turn = divmod(rank, settings.sites)
+    site = list(SITES)[random_stream(settings.seed, 3, int(patient), round_).permutation(settings.sites)[turn]]
+
+    rng = random_stream(settings.seed, 4, number)
+
+    def normal(mean: float, deviation: float, limit: float = 2.0) -> float:
+        """A normal deviate, drawn again while it is beyond ``limit`` deviations."""
+        while abs(value := rng.standard_normal()) > limit:
+            pass
+        return float(mean + deviation * value)
+
+    age = round(normal(72.0, 7.0), 1)
+    severity = float(rng.uniform(0.5, 1.5))  # drawn for everybody: the diagnosis changes nothing else of a subject
+    severity = round(severity, 3) if patient else 0.0
+    decades = (age - 72.0) / 10
+    size = normal(math.log(_MEAN_SCALE), 0.022) + settings.effect_sex * (0.5 if sex == "M" else -0.5)
+    scale = [math.exp(size + normal(0.0, 0.008)) for _ in range(3)]
+    rotation = [normal(0.0, 3.0) for _ in range(3)]
+    translation = [normal(0.0, deviation) for deviation in (1.5, 2.5, 2.5)]
+    hippocampus = normal(0.0, 0.08) - settings.effect_age / 3 * decades - settings.effect_hippocampus * severity
+    sides = [hippocampus + normal(0.0, 0.03) for _ in range(2)]
+    ventricles = normal(0.0, 0.2) + settings.effect_age * decades + settings.effect_ventricles * severity
+    scanner = SITES[site]
+    return Subject(
+        seed=settings.seed,
+        number=number,
+        sex=sex,
+        age=age,
+        diagnosis="AD" if patient else "CN",
+        severity=severity,
+        site=site,
+        scale=(scale[0], scale[1], scale[2]),
+        rotation=(rotation[0], rotation[1], rotation[2]),
+        translation=(translation[0], translation[1], translation[2]),
+        log_hippocampus_left=sides[0],
+        log_hippocampus_right=sides[1],
+        log_ventricles=ventricles,
+        grey=scanner["grey"] + normal(0.0, 0.02),
+        fluid=scanner["fluid"] + normal(0.0, 0.02),
+        gamma=scanner["gamma"] * math.exp(normal(0.0, 0.08)),
+        bias=scanner["bias"] * math.exp(normal(0.0, 0.2)),
+        blur=scanner["blur"] * math.exp(normal(0.0, 0.2)),
+        noise=scanner["noise"] * math.exp(normal(0.0, 0.2)),
+        gain=math.exp(normal(math.log(1200.0), 0.3)),
+    )

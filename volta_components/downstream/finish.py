@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a fine-tuning ends: scores, tables, finished run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import Engine, Events
+
+from volta_components.distributed import process_rank
+from volta_components.downstream.tracking import Results, RunRecord, log_results
+from volta_components.errors import InputError
+from volta_components.files import read_json, write_json
+from volta_components.training.tracking import find_mlflow_handler
+
+logger = logging.getLogger(__name__)
+
+
+class FinishRun:
+    """Scores a run once, when it is complete, and keeps a complete run from being done again.
+
+    At the end: ``results`` writes its files; ``result.json`` with settings, tags, numbers and history is written; the
+    checkpoint is removed, as it is no longer needed; MLflow gets everything, ``finished`` last. A run that was killed
+    in between goes on with what was left. Where ``result.json`` is already there, no epoch is trained.
+
+    Put it after ``ValidationHandler`` and before ``ResumableCheckpoint``. It attaches ``record`` as well: MONAI's
+    ``check_properties`` cannot read a list of handlers in which one is a reference.
+
+    Args:
+        output_dir: the run's folder.
+        settings: must be the same when the run is started again.
+        tags: see ``run_tags``.
+        results: called in every process with the trainer; writes files in the first one only.
+        record: settings, tags and the history of epochs.
+        checkpoint_path: the checkpoint to remove.
+
+    Raises:
+        InputError: at the start, if the folder holds a finished run of other settings.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        settings: Mapping[str, Any],
+        tags: Mapping[str, Any],
+        results: Callable[[Engine], Results],
+        record: RunRecord | None = None,
+        checkpoint_path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.folder = Path(output_dir)
+        # As JSON gives it back.
+        self.settings = json.loads(json.dumps(dict(settings), default=str))
+        self.tags = {name: str(value) for name, value in tags.items()}
+        self.results = results
+        self.record = record
+        self.checkpoint_path = None if checkpoint_path is None else Path(checkpoint_path)
+        self._before: dict[str, Any] | None = None
+
+    @property
+    def path(self) -> Path:
+        """The record of a finished run."""
+        return self.folder / "result.json"
+
+    def attach(self, engine: Engine) -> None:
+        """Look for a finished run at the start; finish at the end."""
+        if self.record is not None:
+            self.record.attach(engine)
+        engine.add_event_handler(Events.STARTED, self._started)
+        engine.add_event_handler(Events.COMPLETED, self._completed)
+
+    def _started(self, engine: Engine) -> None:
+        if not self.path.is_file():
+            return
+        before = read_json(self.path)
+        there = before.get("settings", {})
+        rows = [
+            (name, str(there.get(name)), str(self.settings.get(name)))
+            for name in sorted(there.keys() | self.settings.keys())
+            if there.get(name) != self.settings.get(name)
+        ]
+        if rows:
+            raise InputError.many(
+                f"{self.path} is of a finished run with other settings (name, there, here)",
+                rows,
+                "Choose another run_name (--run_name NAME), or remove the folder to start anew.",
+            )
+        self._before = before
+        logger.info("%s is of the same run, which is finished: nothing is trained", self.path)
+        length, epochs = engine.state.epoch_length, engine.state.max_epochs
+        assert length is not None and epochs is not None
+        engine.load_state_dict({"iteration": epochs * length, "epoch_length": length, "max_epochs": epochs})
+
+    def _completed(self, engine: Engine) -> None:
+        handler = find_mlflow_handler(engine)
+        run_id = None if handler is None else str(handler.cur_run.info.run_id)
+        content = self._before
+        if content is None:
+            results = self.results(engine)
+            content = {
+                "settings": self.settings,
+                "tags": self.tags,
+                "metrics": dict(results.metrics),
+                "artifacts": [list(artifact) for artifact in results.artifacts],
+                "history": [] if self.record is None else self.record.history,
+                "mlflow_run_id": run_id,
+                **results.record,
+            }
+            if process_rank() == 0:
+                write_json(self.path, content)
+                numbers = ", ".join(f"{name} {value:.4g}" for name, value in content["metrics"].items())
+                logger.info("finished: %s; all of it is in %s", numbers, self.path)
+        elif handler is not None and content["mlflow_run_id"] not in (None, run_id):
+            known = handler.client.search_runs(
+                [handler.cur_run.info.experiment_id], f"attributes.run_id = '{content['mlflow_run_id']}'"
+            )
+            if known and known[0].data.tags.get("finished") == "true":
+                # MONAI's handler opens a new run beside a finished one of the same name.
+                handler.client.set_tag(run_id, "superseded", "true")
+                return
+        if process_rank() == 0:
+            if self.checkpoint_path is not None:
+                self.checkpoint_path.unlink(missing_ok=True)
+            artifacts = [(self.folder / name, folder) for name, folder in content["artifacts"]]
+            log_results(engine, content["metrics"], [*artifacts, (self.path, "")])

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Label maps of the hippocampus bundle, checked before training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from volta_components.cores import cores
+from volta_components.data.datalist import Datalist, load_datalist, make_content
+from volta_components.data.labels import SIDES, read_labels
+from volta_components.data.layouts.common import LabelFile
+from volta_components.data.volumes import UnusableVolume, read_volume
+from volta_components.downstream.splits import Item, Parts, item_name, split_items
+from volta_components.errors import InputError
+
+
+def find_datalist(path: str | os.PathLike[str], shape: Sequence[int], spacing: Sequence[float]) -> Datalist:
+    """The datalist, or an empty one where there is no file.
+
+    An annotation server gives its own items to ``train#dataset#data`` and has no datalist; when nobody does,
+    ``training_items`` says what is missing.
+
+    Args:
+        path: of ``datalist.json``, or of the folder that holds it.
+        shape: of the volumes, voxels.
+        spacing: of the volumes, mm.
+
+    Raises:
+        InputError: see ``load_datalist``.
+    """
+    if Path(path).exists():
+        return load_datalist(path, shape=shape, spacing=spacing)
+    content = make_content("none", spacing, shape, 0, 1, [], [])
+    return Datalist(Path(path), content, str(content["hash"]))
+
+
+def labelled_parts(
+    datalist: Datalist, fold: int, fraction: float = 1.0, validation_fraction: float = 0.2, seed: int = 0
+) -> Parts:
+    """Split the datalist by patient; see ``split_items``.
+
+    Args:
+        datalist: the prepared data set; an empty one gives empty parts.
+        fold: the scored fold (the paper's hold-out).
+        fraction: share of the training part that is used.
+        validation_fraction: share of the used ones that is held out for inner validation.
+        seed: of the order.
+
+    Raises:
+        InputError: if items have no label map, naming them, or the fold cannot be scored.
+    """
+    if not len(datalist):
+        return Parts([], [], [])
+    items = datalist.items
+    without = [item for item in items if not item.get("label")]
+    if without:
+        raise InputError.many(
+            f"{datalist.path}: {len(without)} of {len(items)} items have no label map",
+            [(item_name(item), str(item["image"])) for item in without],
+            "This bundle needs a label map of both hippocampi for each scan: prepare the data set with "
+            "--labels require, which leaves out the others.",
+        )
+    return split_items(items, fold, fraction, validation_fraction, seed)
+
+
+def training_items(parts: Parts, datalist_path: str | os.PathLike[str]) -> list[Item]:
+    """Items to fit the weights on.
+
+    Raises:
+        InputError: if there is no datalist, or nobody to train on.
+    """
+    if not parts.training:
+        load_datalist(datalist_path)
+        raise InputError(f"{datalist_path}: nobody to train on; take a larger fraction, or prepare more subjects")
+    return parts.training
+
+
+def check_label_maps(items: Iterable[Mapping[str, Any]], workers: int | None = None) -> None:
+    """Check every label map before a training starts: there, on its scan's grid, 0/1/2, both sides, each on its side.
+
+    Sides are told from the centroids in world coordinates: the left hippocampus has the smaller x (NIfTI's x points to
+    the right), whatever the orientation of the file.
+
+    Args:
+        items: with ``image`` and ``label``, paths.
+        workers: threads; the number of cores by default.
+
+    Raises:
+        InputError: listing every item with its file and what is wrong.
+    """
+
+    def examine(item: Mapping[str, Any]) -> tuple[str, str, str] | None:
+        name = item_name(item) or Path(str(item["image"])).name
+        if not item.get("label"):
+            return name, "(none)", "has no label map"
+        path = Path(str(item["label"]))
+        try:
+            scan = read_volume(str(item["image"]))
+            label, _, quirks = read_labels([LabelFile(path)], scan, Path(str(item["image"])))
+        except UnusableVolume as error:
+            return name, error.path, error.reason
+        if quirks:
+            return name, str(path), f"left and right are swapped: {quirks[0][1]}"
+        empty = [f"{side} ({value})" for side, value in SIDES.items() if not (label == value).any()]
+        return (name, str(path), f"no voxels of {' and '.join(empty)}") if empty else None
+
+    items = list(items)
+    with ThreadPoolExecutor(workers or cores()) as pool:
+        rows = [row for row in pool.map(examine, items) if row is not None]
+    if rows:
+        raise InputError.many(
+            f"{len(rows)} of {len(items)} label maps cannot be used",
+            rows,
+            "A label map lies on its scan's grid and has 0 background, 1 left and 2 right hippocampus. Mend the files "
+            "and prepare the data set again, or leave these scans out.",
+        )

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classifiers of whole volumes: VolTA-3D's encoder with a linear head, and a Swin transformer to compare it with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from monai.networks.nets import UNETR
+from monai.networks.nets.swin_unetr import SwinTransformer
+from monai.networks.nets.vit import ViT
+from torch import Tensor, nn
+
+from volta_components.errors import InputError
+from volta_components.method.cross_attention import settle_cross_attention
+from volta_components.method.networks import VoltaViT
+from volta_components.method.summariser import check_heads
+
+POOLS = ("summary", "mean")
+
+
+def _logits(head: nn.Module, features: Tensor) -> Tensor:
+    """The head's output in float32, in mixed precision as well: rounded to bfloat16, many subjects would share a score.
+
+    Args:
+        head: the last layer.
+        features: ``[B, features]``.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        return head(features.float())
+
+
+class VoltaClassifier(nn.Module):
+    """The ViT encoder of VolTA-3D with a linear head on its summary token; one tensor out.
+
+    Keys are ``encoder.*`` (those of ``VoltaViT`` without decoder, so that an exported encoder loads under the prefix
+    ``encoder.``) and ``head.*``.
+
+    Args:
+        in_channels: image channels.
+        num_classes: size of the output.
+        img_size: size ``(D, H, W)`` in voxels for which position embeddings are learned.
+        patch_size: voxels of a patch along each axis.
+        hidden_size: token size.
+        mlp_dim: hidden size of each block's MLP.
+        num_layers: transformer blocks.
+        num_heads: attention heads of each block.
+        summary_heads: attention heads of the summariser.
+        pool: what the head sees: ``summary``, the CLS-style token, or ``mean``, the mean of the patch tokens.
+
+    Shapes:
+        ``[B, in_channels, D, H, W]`` to logits ``[B, num_classes]``.
+
+    Raises:
+        InputError: if the patch size does not divide the image size, or there is no such pool.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 2,
+        img_size: Sequence[int] = (96, 96, 96),
+        patch_size: Sequence[int] = (16, 16, 16),
+        hidden_size: int = 768,
+        mlp_dim: int = 3072,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        summary_heads: int = 8,
+        pool: str = "summary",
+    ) -> None:
+        super().__init__()
+        if pool not in POOLS:
+            raise InputError(f"pool {pool!r}: choose {' or '.join(POOLS)}")
+        self.encoder = VoltaViT(
+            in_channels=in_channels,
+            img_size=img_size,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            mlp_dim=mlp_dim,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            summary_heads=summary_heads,
+            decoder=False,
+        )
+        self.head = nn.Linear(hidden_size, num_classes)
+        self.pool = pool
+        if pool == "mean":
+            # Without gradient it must not be waited for by DDP.
+            self.encoder.summariser.requires_grad_(False)
+        self.config: dict[str, Any] = {**self.encoder.config, "num_classes": num_classes, "pool": pool}
+
+    def features(self, image: Tensor) -> Tensor:
+        """What the head sees: ``[B, hidden_size]``."""
+        tokens = self.encoder.encode(image)
+        return self.encoder.summarise(tokens) if self.pool == "summary" else tokens.mean(dim=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits ``[B, num_classes]`` of an image ``[B, in_channels, D, H, W]``."""
+        return _logits(self.head, self.features(image))
+
+
+class SwinClassifier(nn.Module):
+    """MONAI's ``SwinTransformer`` (the encoder of Swin UNETR), mean-pooled, with a linear head; one tensor out.
+
+    Args:
+        in_channels: image channels.
+        num_classes: size of the output.
+        embed_dim: channels after the patch embedding; each of the four stages doubles them.
+        window_size: voxels of an attention window along each axis, on the grid of patches.
+        patch_size: voxels of a patch along each axis.
+        depths: blocks of each stage.
+        num_heads: attention heads of each stage.
+
+    Shapes:
+        ``[B, in_channels, D, H, W]``, each side a multiple of ``16 * patch_size``, to logits ``[B, num_classes]``.
+
+    Raises:
+        InputError: if the numbers of stages, or channels and heads, do not fit each other.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 2,
+        embed_dim: int = 48,
+        window_size: Sequence[int] = (7, 7, 7),
+        patch_size: Sequence[int] = (2, 2, 2),
+        depths: Sequence[int] = (2, 2, 2, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+    ) -> None:
+        super().__init__()
+        if len(depths) != 4 or len(num_heads) != 4:
+            raise InputError(f"depths {list(depths)} and num_heads {list(num_heads)}: MONAI's Swin has four stages")
+        wrong = [heads for stage, heads in enumerate(num_heads) if (embed_dim * 2**stage) % heads]
+        if wrong:
+            raise InputError(f"num_heads {wrong} do not divide the channels of their stages (embed_dim {embed_dim})")
+        self.encoder = SwinTransformer(
+            in_chans=in_channels,
+            embed_dim=embed_dim,
+            window_size=tuple(window_size),
+            patch_size=tuple(patch_size),
+            depths=tuple(depths),
+            num_heads=tuple(num_heads),
+        )
+        self.head = nn.Linear(16 * embed_dim, num_classes)
+        self.config: dict[str, Any] = {
+            "in_channels": in_channels,
+            "num_classes": num_classes,
+            "embed_dim": embed_dim,
+            "window_size": list(window_size),
+            "patch_size": list(patch_size),
+            "depths": list(depths),
+            "num_heads": list(num_heads),
+        }
+
+    def features(self, image: Tensor) -> Tensor:
+        """What the head sees: the mean of the last stage's normalised map, ``[B, 16 * embed_dim]``."""
+        return self.encoder(image)[-1].mean(dim=(2, 3, 4))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits ``[B, num_classes]`` of an image ``[B, in_channels, D, H, W]``."""
+        return _logits(self.head, self.features(image))
+
+
+NUM_CLASSES = 3
+
+
+class VoltaUNETR(UNETR):
+    """MONAI's ``UNETR`` with a number of transformer blocks that can be chosen.
+
+    ``UNETR`` has 12 blocks and takes its skip connections after blocks 4, 7 and 10, whatever the encoder that is to be
+    loaded; here the skips lie at a quarter, a half and three quarters of the depth, which is the same at 12. With 12
+    blocks, state dict and output are MONAI's own. Its ``vit`` takes an exported encoder's weights as they are.
+
+    Args:
+        in_channels: image channels.
+        out_channels: classes: background, left, right.
+        img_size: size ``(D, H, W)`` in voxels of the crops; a multiple of the patch, which is 16.
+        feature_size: channels at full resolution.
+        hidden_size: token size.
+        mlp_dim: hidden size of each block's MLP.
+        num_layers: transformer blocks, at least 4.
+        num_heads: attention heads of each block.
+        norm_name: normalisation of the convolutions.
+
+    Shapes:
+        ``[B, in_channels, D, H, W]`` to logits ``[B, out_channels, D, H, W]``.
+
+    Raises:
+        InputError: if the patch does not divide ``img_size``, the heads do not share ``hidden_size``, or there are
+            fewer than 4 blocks.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = NUM_CLASSES,
+        img_size: Sequence[int] = (96, 96, 96),
+        feature_size: int = 16,
+        hidden_size: int = 768,
+        mlp_dim: int = 3072,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        norm_name: str = "instance",
+    ) -> None:
+        if any(side < 16 or side % 16 for side in img_size):
+            raise InputError(f"image size {tuple(img_size)}: UNETR's patch is 16; give multiples of it")
+        if num_layers < 4:
+            raise InputError(f"num_layers {num_layers}: UNETR needs 4 blocks or more for its skip connections")
+        check_heads(hidden_size, num_heads)
+        super().__init__(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            img_size=tuple(img_size),
+            feature_size=feature_size,
+            hidden_size=hidden_size,
+            mlp_dim=mlp_dim,
+            num_heads=num_heads,
+            proj_type="conv",
+            norm_name=norm_name,
+            res_block=True,
+        )
+        if num_layers != self.num_layers:
+            self.num_layers = num_layers
+            self.vit = ViT(
+                in_channels=in_channels,
+                img_size=tuple(img_size),
+                patch_size=self.patch_size,
+                hidden_size=hidden_size,
+                mlp_dim=mlp_dim,
+                num_layers=num_layers,
+                num_heads=num_heads,
+                proj_type="conv",
+            )
+        self.skips = tuple(num_layers * quarter // 4 for quarter in (1, 2, 3))
+        self.config: dict[str, Any] = {
+            "in_channels": in_channels,
+            "out_channels": out_channels,
+            "img_size": list(img_size),
+            "feature_size": feature_size,
+            "hidden_size": hidden_size,
+            "mlp_dim": mlp_dim,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "norm_name": norm_name,
+        }
+        settle_cross_attention(self)
+
+    def forward(self, x_in: Tensor) -> Tensor:
+        """Logits of an image."""
+        tokens, hidden = self.vit(x_in)
+        full = self.encoder1(x_in)
+        half = self.encoder2(self.proj_feat(hidden[self.skips[0]]))
+        quarter = self.encoder3(self.proj_feat(hidden[self.skips[1]]))
+        eighth = self.encoder4(self.proj_feat(hidden[self.skips[2]]))
+        features = self.decoder5(self.proj_feat(tokens), eighth)
+        features = self.decoder4(features, quarter)
+        features = self.decoder3(features, half)
+        return self.out(self.decoder2(features, full))
+
+
+def describe_network(network: nn.Module) -> dict[str, Any]:
+    """Sizes of a network, for the run's settings: its ``config``, or what MONAI's ``UNet`` tells of itself."""
+    names = ("in_channels", "out_channels", "channels", "strides", "num_res_units")
+    config = getattr(network, "config", None) or {
+        name: getattr(network, name) for name in names if isinstance(getattr(network, name, None), (int, Sequence))
+    }
+    return {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in config.items()}

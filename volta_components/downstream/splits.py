@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Splits by patient: who is trained on, who validates, who is scored."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from volta_components.data.identity import canonical_patient_id
+from volta_components.errors import InputError
+
+PRETRAINED = "volta"
+
+
+SCRATCH = "_scratch"
+
+
+Item = dict[str, Any]
+
+
+def is_pretrained(init: str) -> bool:
+    """Whether an init starts from pretrained weights (``volta``) or not (``..._scratch``).
+
+    Raises:
+        InputError: if it is neither.
+    """
+    if init == PRETRAINED:
+        return True
+    if init.endswith(SCRATCH):
+        return False
+    raise InputError(f"init {init!r}: choose {PRETRAINED!r}, or one that ends in {SCRATCH!r} through its overlay")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Items of one run; no patient is in two of the lists.
+
+    Attributes:
+        training: what the weights are fitted on.
+        validation: the inner validation part: thresholds, epochs and learning curves, never the fit.
+        scored: the fold that results are about; always whole.
+        unused: items of the training part that the fraction leaves out.
+    """
+
+    training: list[Item]
+    validation: list[Item]
+    scored: list[Item]
+    unused: list[Item] = field(default_factory=list)
+
+    @property
+    def in_use(self) -> dict[str, list[Item]]:
+        """The parts that a run goes through, by name."""
+        return {"training": self.training, "inner validation": self.validation, "scored": self.scored}
+
+
+def patients_of(items: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Patient ids of items."""
+    return {str(item["patient_id"]) for item in items}
+
+
+def item_name(item: Mapping[str, Any]) -> str:
+    """Subject and session, as files are named."""
+    return "_".join(str(item[key]) for key in ("subject_id", "session") if item.get(key))
+
+
+def split_items(
+    items: Sequence[Item],
+    fold: int,
+    fraction: float = 1.0,
+    validation_fraction: float = 0.2,
+    seed: int = 0,
+    stratify: str | None = None,
+) -> Parts:
+    """Split items into training, inner validation and scored part, by patient.
+
+    The scored part is the stored fold. The patients of the other folds are put in an order that a hash of seed, fold
+    and id decides, for each stratum alone; a fraction takes the first ones, so that a smaller fraction is a subset of
+    a larger one. Of those taken, evenly spread ones are the inner validation part, so that it is nested as well.
+
+    Args:
+        items: those that can be used, with ``patient_id`` and ``fold``.
+        fold: the scored fold.
+        fraction: share of the training part that is used, in (0, 1].
+        validation_fraction: share of the used ones that is held out for inner validation, in [0, 1).
+        seed: of the order.
+        stratify: a key of the items; both shares hold in each of its values (rounded, a half up). A patient with
+            several scans counts by the largest.
+
+    Raises:
+        InputError: if a share is out of range, the fold has no items, or a patient is in two folds.
+    """
+    if not 0 < fraction <= 1:
+        raise InputError(f"fraction {fraction}: a share of the training part in (0, 1] is wanted")
+    if not 0 <= validation_fraction < 1:
+        raise InputError(f"validation_fraction {validation_fraction}: a share in [0, 1) is wanted")
+    scored = [item for item in items if item["fold"] == fold]
+    rest = [item for item in items if item["fold"] != fold]
+    if not scored or not rest:
+        known = sorted({int(item["fold"]) for item in items})
+        raise InputError(
+            f"fold {fold} cannot be scored: the usable items are in fold{'s' * (len(known) != 1)} "
+            f"{', '.join(map(str, known)) or '(none)'}; choose another fold, or prepare more subjects"
+        )
+    check_disjoint({"scored fold": scored, "other folds": rest})
+    by_patient: dict[str, list[Item]] = defaultdict(list)
+    for item in rest:
+        by_patient[str(item["patient_id"])].append(item)
+    strata: dict[Any, list[str]] = defaultdict(list)
+    for patient, scans in by_patient.items():
+        values = [scan.get(stratify) for scan in scans] if stratify else [None]
+        strata[max(values, key=lambda value: (value is not None, str(value)))].append(patient)
+    place: dict[str, str] = {}
+    for patients in strata.values():
+        patients.sort(key=lambda patient: hashlib.sha256(f"{seed}:{fold}:{patient}".encode()).hexdigest())
+        taken = int(fraction * len(patients) + 0.5)
+        for number, patient in enumerate(patients):
+            before, after = (int(validation_fraction * count + 0.5) for count in (number, number + 1))
+            place[patient] = "unused" if number >= taken else "validation" if after > before else "training"
+    parts: dict[str, list[Item]] = {"training": [], "validation": [], "unused": []}
+    for item in rest:
+        parts[place[str(item["patient_id"])]].append(item)
+    return Parts(scored=scored, **parts)
+
+
+def check_disjoint(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Make sure that no patient is in two parts.
+
+    Raises:
+        InputError: with the ids.
+    """
+    where: dict[str, list[str]] = defaultdict(list)
+    for name, items in parts.items():
+        for patient in patients_of(items):
+            where[canonical_patient_id(patient)].append(name)
+    rows = [(patient, " and ".join(names)) for patient, names in sorted(where.items()) if len(names) > 1]
+    if rows:
+        raise InputError.many(
+            f"{len(rows)} patients are in two parts of the split",
+            rows,
+            "Give each patient one fold: prepare the data set again, or volta3d merge --refold.",
+        )
+
+
+def check_shares(parts: Mapping[str, Sequence[Any]], processes: int) -> None:
+    """Make sure that every process has scans of every part, where a part has any.
+
+    MONAI's evaluators skip a process without scans, and the others would wait for it for ever.
+
+    Args:
+        parts: scans by name of the part.
+        processes: how many train together.
+
+    Raises:
+        InputError: naming the parts, their scans, and the number of processes.
+    """
+    rows = [(name, f"{len(items)} scans") for name, items in parts.items() if 0 < len(items) < processes]
+    if rows:
+        most = min(len(items) for items in parts.values() if items)
+        raise InputError.many(
+            f"{processes} processes cannot share a part of fewer scans",
+            rows,
+            f"Start no more than {most} (torchrun --nproc_per_node, crossval --gpus-per-run), or make the part larger: "
+            "a larger fraction or validation_fraction, fewer folds (volta3d prepare --folds), more subjects.",
+        )
+
+
+def check_classes(
+    parts: Parts,
+    classes: Sequence[str],
+    fraction: float = 1.0,
+    validation: bool = True,
+    key: str = "label",
+) -> None:
+    """Make sure that every part has every class, before anything is trained.
+
+    Args:
+        parts: items with ``key``, the index of the class.
+        classes: names of the classes, by index.
+        fraction: named in the message.
+        validation: whether the inner validation part needs every class as well.
+        key: where items have their class.
+
+    Raises:
+        InputError: naming the part, the class, and the subjects that are there.
+    """
+
+    def lacking(items: Sequence[Item]) -> list[str]:
+        there = {int(item[key]) for item in items}
+        return [name for index, name in enumerate(classes) if index not in there]
+
+    def counted(items: Sequence[Item]) -> str:
+        counts = Counter(classes[int(item[key])] for item in items)
+        return ", ".join(f"{counts[name]} {name}" for name in classes)
+
+    def listed(items: Sequence[Item]) -> list[tuple[str, str]]:
+        return [(item_name(item), classes[int(item[key])]) for item in items]
+
+    if missing := lacking(parts.scored):
+        raise InputError.many(
+            f"the scored fold has nobody of {', '.join(missing)}; it has {counted(parts.scored)}",
+            listed(parts.scored),
+            "Prepare the data set with fewer folds (volta3d prepare --folds), or with more subjects.",
+        )
+    whole = [*parts.training, *parts.validation, *parts.unused]
+    if missing := lacking(whole):
+        raise InputError.many(
+            f"the training part has nobody of {', '.join(missing)}; it has {counted(whole)}",
+            listed(whole),
+            "Prepare the data set with more folds, or with more subjects.",
+        )
+    for name, items in (("training", parts.training), ("inner validation", parts.validation)):
+        if (name == "training" or validation) and (missing := lacking(items)):
+            raise InputError.many(
+                f"fraction {fraction:g} is too small: of {len(whole)} scans in the training part ({counted(whole)}) it "
+                f"leaves nobody of {', '.join(missing)} for {name}; there are {counted(items)}",
+                listed(items),
+                "Take a larger fraction, or prepare more subjects.",
+            )
+
+
+def class_weights(items: Sequence[Mapping[str, Any]], num_classes: int, key: str = "label") -> Tensor:
+    """Weights that balance the classes in a cross-entropy: ``n / (num_classes * n_class)``.
+
+    Args:
+        items: the training part, with ``key``, the index of the class.
+        num_classes: number of classes.
+        key: where items have their class.
+
+    Returns:
+        ``[num_classes]``; their mean over the items is 1.
+
+    Raises:
+        InputError: if a class has no items.
+    """
+    counts = np.bincount([int(item[key]) for item in items], minlength=num_classes)
+    if counts.min() == 0:
+        raise InputError(f"class {int(counts.argmin())} has no items to compute a weight from")
+    return torch.tensor(len(items) / (num_classes * counts), dtype=torch.float32)
+
+
+BASE_INIT = "volta"

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scans in, results out: embeddings, masks and probabilities of new scans."""

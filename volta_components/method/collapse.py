@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stops a pretraining whose teacher has collapsed."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+
+
+class CollapseError(RuntimeError):
+    """A branch of the self-distillation has died."""
+
+
+class CollapseMonitor:
+    """Stops a run whose teacher has collapsed, and says which branch died.
+
+    Watches, as running means: the teacher's entropy in both branches as a share of ``ln K`` (near 1: uniform, near 0:
+    a single prototype); what the student tells of the targets beyond their mean (at 0, views of a volume agree on
+    nothing: the teacher's sharpening makes targets of noise, which the entropy does not show); and the effective rank
+    of the last summaries (the exponential of the entropy of their covariance's eigenvalues; near 1: every volume has
+    the same embedding). Adds ``effective_rank`` to the trainer's numbers.
+
+    Args:
+        low: entropies under this share of ``ln K`` count as a collapse to a point.
+        high: entropies over this share count as a uniform collapse.
+        min_predicted: shares of ``ln K`` that the student tells of the targets; less counts as targets of noise.
+        min_rank: effective ranks under this count as a collapse of the embeddings.
+        patience: mini-batches that a collapse must last to stop the run.
+        grace: mini-batches at the start that never count.
+        smoothing: share of the old running mean kept at a mini-batch.
+        queue_size: summaries over which the rank is taken.
+        rank_interval: mini-batches between two computations of the rank.
+    """
+
+    REMEDIES = (
+        "Try more local crops or larger ones (num_local, local_side_mm), gentler geometry (rotation_degrees, "
+        "translation_mm, global_zoom), another centre_momentum or target_entropy, fewer prototypes (head_out_dim), a "
+        "larger batch, or an overlay against collapse: configs/sinkhorn.json or configs/koleo.json."
+    )
+
+    def __init__(
+        self,
+        low: float = 0.02,
+        high: float = 0.995,
+        min_predicted: float = 0.001,
+        min_rank: float = 1.05,
+        patience: int = 4000,
+        grace: int = 2000,
+        smoothing: float = 0.95,
+        queue_size: int = 256,
+        rank_interval: int = 16,
+    ) -> None:
+        self.low = low
+        self.high = high
+        self.min_predicted = min_predicted
+        self.min_rank = min_rank
+        self.patience = patience
+        self.grace = grace
+        self.smoothing = smoothing
+        self.rank_interval = rank_interval
+        self.means: dict[str, float] = {}
+        self.bad: dict[str, int] = defaultdict(int)
+        self.queue: deque[torch.Tensor] = deque(maxlen=queue_size)
+
+    def attach(self, engine: Engine) -> None:
+        """Follow every mini-batch."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Running means, counters and the queue."""
+        queue = torch.stack(list(self.queue)) if self.queue else torch.empty(0)
+        return {"means": dict(self.means), "bad": dict(self.bad), "queue": queue}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what ``state_dict`` gave."""
+        self.means = dict(state["means"])
+        self.bad = defaultdict(int, state["bad"])
+        self.queue.clear()
+        self.queue.extend(state["queue"].unbind(0) if len(state["queue"]) else ())
+
+    def _iteration_completed(self, engine: Any) -> None:
+        output = engine.state.output[0]
+        iteration = engine.state.iteration
+        self.queue.extend(engine.summaries.cpu().unbind(0))
+        checks = []
+        for branch in ("global", "patch"):
+            mean = self._smoothed(branch, output[f"{branch}_teacher_entropy"])
+            predicted = self._smoothed(f"{branch}_predicted", output[f"{branch}_predicted"])
+            checks += [
+                (f"{branch} branch: the teacher's output is uniform", mean > self.high, f"entropy {mean:.3f} of ln K"),
+                (f"{branch} branch: the teacher's output is a point", mean < self.low, f"entropy {mean:.3f} of ln K"),
+                (
+                    f"{branch} branch: the student tells nothing of the teacher's targets beyond their mean",
+                    predicted < self.min_predicted,
+                    f"predicted {predicted:.4f} of ln K",
+                ),
+            ]
+        if iteration % self.rank_interval == 0 and len(self.queue) >= 16:
+            self.means["rank"] = effective_rank(torch.stack(list(self.queue)))
+        if "rank" in self.means:
+            rank = self.means["rank"]
+            output["effective_rank"] = rank
+            checks.append(("summaries: every volume has the same", rank < self.min_rank, f"effective rank {rank:.2f}"))
+        for name, is_bad, figure in checks:
+            self.bad[name] = self.bad[name] + 1 if is_bad and iteration > self.grace else 0
+            if self.bad[name] >= self.patience:
+                raise CollapseError(
+                    f"collapsed for {self.bad[name]} mini-batches, at mini-batch {iteration}: {name} ({figure}). "
+                    + self.REMEDIES
+                )
+
+    def _smoothed(self, name: str, value: float) -> float:
+        self.means[name] = self.means.get(name, value) * self.smoothing + value * (1 - self.smoothing)
+        return self.means[name]
+
+
+def effective_rank(rows: torch.Tensor) -> float:
+    """Exponential of the entropy of the covariance's normalised eigenvalues.
+
+    Args:
+        rows: ``[n, D]``.
+
+    Returns:
+        Between 1 and ``min(n - 1, D)``; 1 when all rows are equal.
+
+    Source: Roy and Vetterli, 2007, on eigenvalues of the covariance.
+    """
+    values = torch.linalg.svdvals((rows - rows.mean(dim=0)).double()).square()
+    total = values.sum()
+    if total <= 1e-12 * rows.double().square().sum():
+        return 1.0
+    return float(torch.exp(torch.special.entr(values / total).sum()))

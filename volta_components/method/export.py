@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the encoder when a pretraining is complete."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import Engine, Events
+from torch import nn
+
+from volta_components.distributed import process_rank
+from volta_components.errors import InputError
+from volta_components.training.tracking import find_mlflow_handler
+
+logger = logging.getLogger(__name__)
+
+
+class EncoderExport:
+    """Writes the encoder and summariser of the teacher (or student) when the run is complete.
+
+    Args:
+        path: the ``.safetensors`` file; a JSON of the same name tells configuration and provenance.
+        networks: what can be exported, by name: ``teacher`` and ``student``.
+        export: the name of the one to export.
+        provenance: written into the JSON, see ``volta_components.training.record.provenance``.
+
+    Raises:
+        InputError: if there is no network of that name.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        networks: Mapping[str, nn.Module],
+        export: str,
+        provenance: Mapping[str, Any],
+    ) -> None:
+        if export not in networks:
+            raise InputError(f"export {export!r}: choose {' or '.join(networks)}")
+        self.path = Path(path)
+        self.network = networks[export]
+        self.provenance = {**provenance, "exported": export}
+
+    def attach(self, engine: Engine) -> None:
+        """Export when the run is complete."""
+        engine.add_event_handler(Events.COMPLETED, self._completed)
+
+    def _completed(self, engine: Engine) -> None:
+        from volta_components.method.weights import save_encoder
+
+        if process_rank():
+            return
+        progress = {"epochs": engine.state.epoch, "iterations": engine.state.iteration}
+        save_encoder(self.path, self.network, {**self.provenance, **progress})  # type: ignore[arg-type]
+        logger.info("encoder written to %s", self.path)
+        mlflow_handler = find_mlflow_handler(engine)
+        if mlflow_handler is not None:
+            run_id = mlflow_handler.cur_run.info.run_id
+            mlflow_handler.client.log_artifact(run_id, str(self.path.with_suffix(".json")), "encoder")

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures and checks of the reconstruction during pretraining."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+
+from volta_components.distributed import process_rank
+from volta_components.files import atomic_path, write_json
+from volta_components.method.masking import VISIBLE
+from volta_components.training.tracking import find_mlflow_handler
+
+
+class ReconstructionPicture:
+    """Every few epochs, a picture of original, masked and reconstructed slices of one volume.
+
+    The volume, its crops and its mask are the same every time, so that pictures can be compared.
+
+    Args:
+        folder: where PNG files are written.
+        volume: ``[1, D, H, W]`` in [0, 1], or an item of the data set that has it as ``image``.
+        interval: epochs between two pictures.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], volume: Any, interval: int = 10) -> None:
+        self.folder = Path(folder)
+        self.volume = volume["image"] if isinstance(volume, Mapping) else volume
+        self.interval = interval
+
+    def attach(self, engine: Engine) -> None:
+        """Draw after the first epoch, every ``interval`` epochs, and after the last."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+
+    def _epoch_completed(self, engine: Any) -> None:
+        epoch = engine.state.epoch
+        if process_rank() or not (epoch == 1 or epoch == engine.state.max_epochs or epoch % self.interval == 0):
+            return
+        path = self.folder / f"reconstruction_{epoch:04d}.png"
+        self.draw(engine, path)
+        mlflow_handler = find_mlflow_handler(engine)
+        if mlflow_handler is not None:
+            mlflow_handler.client.log_artifact(mlflow_handler.cur_run.info.run_id, str(path), "pictures")
+
+    @torch.no_grad()
+    def draw(self, engine: Any, path: Path) -> None:
+        """Write the picture of the engine's present student."""
+        from matplotlib.figure import Figure
+
+        student = engine.plain_student
+        volume = torch.as_tensor(self.volume).to(engine.state.device)[None]
+        views = engine.views(volume, [(0, 0)])
+        with engine.autocast():
+            tokens = student.network.encode(views.student[0])
+            restored = student.network.decode(tokens, student.network.token_grid(views.student[0])).float()
+        images = {
+            "original": views.image[0],
+            "teacher's view": views.teacher[0],
+            "student's view": views.student[0],
+            "reconstruction": restored,
+            "masked parts restored": torch.where(views.masked[0], restored, views.image[0]),
+        }
+        figure = Figure(figsize=(3 * len(images), 6.5), layout="constrained")
+        axes = figure.subplots(2, len(images))
+        for column, (title, image) in enumerate(images.items()):
+            array = image[0, 0].cpu().numpy()
+            axial, coronal = array[:, :, array.shape[2] // 2], array[:, array.shape[1] // 2]
+            for row, plane in enumerate((axial, coronal)):
+                axes[row, column].imshow(plane.T, origin="lower", cmap="gray", vmin=0, vmax=1)
+                axes[row, column].set_axis_off()
+            axes[0, column].set_title(title)
+        figure.suptitle(f"epoch {engine.state.epoch}")
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, dpi=80)
+
+
+class ReconstructionCheck:
+    """Masked reconstruction error on held-out volumes, beside that of predicting the mean training volume.
+
+    Held-out volumes are masked as they lie, with the same masks every time. Their errors, ``validation_reconstruction``
+    and ``validation_mean_view``, and the share of volumes where the first is lower, ``validation_share_better``, go to
+    ``engine.state.metrics`` every ``interval`` epochs and, at the end, to a JSON.
+
+    Args:
+        path: the JSON file.
+        validation: held-out items, with ``image`` ``[1, D, H, W]`` in [0, 1]; none of them is trained on.
+        training: items whose mean volume is the naive prediction.
+        interval: epochs between two checks.
+        limit: volumes of each that are used at most.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], validation: Any, training: Any, interval: int = 10, limit: int = 64
+    ) -> None:
+        self.path = Path(path)
+        self.validation = validation
+        self.training = training
+        self.interval = interval
+        self.limit = limit
+        self._mean: torch.Tensor | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Check every ``interval`` epochs and after the last."""
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+
+    def _epoch_completed(self, engine: Any) -> None:
+        epoch, last = engine.state.epoch, engine.state.max_epochs
+        if epoch % self.interval and epoch != last:
+            return
+        errors = self.errors(engine)
+        engine.state.metrics |= {f"validation_{name}": value for name, value in errors.items()}
+        if epoch == last:
+            write_json(self.path, {"epoch": epoch, **errors, "volumes": min(self.limit, len(self.validation))})
+
+    @torch.no_grad()
+    def errors(self, engine: Any) -> dict[str, float]:
+        """Mean squared errors over masked voxels, averaged over volumes, and the share that is restored better."""
+        device, network, mask = engine.state.device, engine.plain_student.network, engine.views.mask
+        if self._mean is None:
+            count = min(self.limit, len(self.training))
+            self._mean = torch.stack([torch.as_tensor(self.training[i]["image"]) for i in range(count)]).mean(dim=0)
+        mean = self._mean.to(device)[None]
+        errors: dict[str, list[float]] = {"reconstruction": [], "mean_view": []}
+        for index in range(min(self.limit, len(self.validation))):
+            image = torch.as_tensor(self.validation[index]["image"]).to(device)[None]
+            size = image.shape[2:]
+            labels = mask.enlarge(mask.draw(size, np.random.default_rng(index)), size, device).expand_as(image)
+            noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(index)).to(device)
+            with engine.autocast():
+                tokens = network.encode(mask.fill(image, labels, noise))
+                restored = network.decode(tokens, network.token_grid(image)).float()
+            hidden = labels != VISIBLE
+            errors["reconstruction"].append(float((restored - image)[hidden].square().mean()))
+            errors["mean_view"].append(float((mean - image)[hidden].square().mean()))
+        better = np.less(errors["reconstruction"], errors["mean_view"])
+        return {name: float(np.mean(values)) for name, values in errors.items()} | {
+            "share_better": float(better.mean())
+        }

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The networks of VolTA-3D: encoder with summariser and decoder, and student and teacher for training."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from monai.networks.nets import ViTAutoEnc
+from torch import Tensor, nn
+from torch.nn import functional
+
+from volta_components.errors import InputError
+from volta_components.method.cross_attention import settle_cross_attention
+from volta_components.method.positions import resample_position_embedding
+from volta_components.method.projection import ProjectionHead, check_divides
+from volta_components.method.summariser import ClsSummariser, check_heads
+
+
+class VoltaViT(ViTAutoEnc):
+    """MONAI's ``ViTAutoEnc`` with a CLS-style summariser, for inputs of any size that the patch size divides.
+
+    The stock class runs at one input size only, returns a tuple, and has no summary token; this one keeps all of its
+    state-dict keys (so that encoders move to ``ViTAutoEnc``, ``UNETR.vit`` and back) and adds ``summariser.*``.
+    Attention is computed by ``scaled_dot_product_attention``, which saves the attention map of every layer.
+
+    Args:
+        in_channels: image channels.
+        img_size: size ``(D, H, W)`` in voxels for which position embeddings are learned.
+        patch_size: voxels a patch along each axis; each must be a square number (4, 9, 16) for the decoder.
+        hidden_size: token size.
+        mlp_dim: hidden size of each block's MLP.
+        num_layers: transformer blocks.
+        num_heads: attention heads of each block.
+        summary_heads: attention heads of the summariser; 8 in the paper.
+        decoder: keep the convolutional decoder; encoders for downstream tasks and the teacher need none.
+
+    Raises:
+        InputError: if the patch does not divide the image, or the heads do not share ``hidden_size``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        img_size: Sequence[int] = (144, 192, 192),
+        patch_size: Sequence[int] = (16, 16, 16),
+        hidden_size: int = 768,
+        mlp_dim: int = 3072,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        summary_heads: int = 8,
+        decoder: bool = True,
+    ) -> None:
+        check_divides(img_size, patch_size)
+        check_heads(hidden_size, num_heads)
+        if any(math.isqrt(side) ** 2 != side for side in patch_size):
+            raise InputError(f"patch_size {tuple(patch_size)}: ViTAutoEnc's decoder needs square numbers (4, 9, 16)")
+        super().__init__(
+            in_channels=in_channels,
+            img_size=tuple(img_size),
+            patch_size=tuple(patch_size),
+            hidden_size=hidden_size,
+            mlp_dim=mlp_dim,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            proj_type="conv",
+        )
+        self.config = {
+            "in_channels": in_channels,
+            "img_size": list(img_size),
+            "patch_size": list(patch_size),
+            "hidden_size": hidden_size,
+            "mlp_dim": mlp_dim,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "summary_heads": summary_heads,
+        }
+        self.grid = tuple(size // patch for size, patch in zip(self.img_size, self.patch_size))
+        self.summariser = ClsSummariser(hidden_size, summary_heads, mlp_dim)
+        if not decoder:
+            del self.conv3d_transpose, self.conv3d_transpose_1
+        for block in self.blocks:
+            block.attn.use_flash_attention = True  # type: ignore[union-attr]
+        settle_cross_attention(self)
+
+    def token_grid(self, image: Tensor) -> tuple[int, int, int]:
+        """Tokens along each axis for an image ``[B, C, D, H, W]``."""
+        size = image.shape[2:]
+        check_divides(size, self.patch_size)
+        depth, height, width = (int(side) // patch for side, patch in zip(size, self.patch_size))
+        return depth, height, width
+
+    def _embed(self, image: Tensor) -> Tensor:
+        grid = self.token_grid(image)
+        # The strided convolution as one matrix product: the same numbers, and several times faster on CPUs.
+        convolution = self.patch_embedding.patch_embeddings
+        assert isinstance(convolution, nn.Conv3d)
+        patches = image.unflatten(4, (grid[2], -1)).unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
+        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+        tokens = functional.linear(patches, convolution.weight.flatten(1), convolution.bias)
+        position = resample_position_embedding(self.patch_embedding.position_embeddings, self.grid, grid)
+        return self.patch_embedding.dropout(tokens + position)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Final normalised patch tokens ``[B, N, D]`` of an image ``[B, C, D, H, W]``."""
+        tokens = self._embed(image)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def decode(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
+        """Reconstruct an image ``[B, C, D, H, W]`` from tokens ``[B, N, D]`` on a token grid."""
+        volume = tokens.transpose(1, 2).unflatten(2, tuple(grid))
+        return self.conv3d_transpose_1(self.conv3d_transpose(volume))
+
+    def summarise(self, tokens: Tensor) -> Tensor:
+        """Summary ``[B, D]`` of patch tokens ``[B, N, D]``."""
+        return self.summariser(tokens)
+
+    def summary_attention(self, tokens: Tensor) -> Tensor:
+        """Where the summary looks: ``[B, N]``, summing to 1."""
+        return self.summariser.attention(tokens)
+
+    def attention_on_voxels(self, tokens: Tensor, image: Tensor) -> Tensor:
+        """Where the summary looks, on the voxels of the image that the tokens are of: ``[B, 1, D, H, W]``, mean 1."""
+        grid = self.token_grid(image)
+        weights = self.summary_attention(tokens).unflatten(1, grid)[:, None] * math.prod(grid)
+        return functional.interpolate(weights.float(), size=image.shape[2:], mode="trilinear", align_corners=False)
+
+    def attention_map(self, image: Tensor) -> Tensor:
+        """Where the summary looks in an image ``[B, C, D, H, W]``, on its voxels: ``[B, 1, D, H, W]``, mean 1."""
+        return self.attention_on_voxels(self.encode(image), image)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embedding ``[B, D]`` of an image ``[B, C, D, H, W]``: one tensor, as MONAI's bundle tools expect."""
+        return self.summarise(self.encode(x))
+
+
+class GlobalOutput(NamedTuple):
+    """What a network gives for global crops.
+
+    Attributes:
+        summary: ``[V, D]``, the CLS-style token.
+        logits: ``[V, K]`` of the summary.
+        patch_logits: ``[V, N, K]`` of every patch token.
+    """
+
+    summary: Tensor
+    logits: Tensor
+    patch_logits: Tensor
+
+
+class StudentOutput(NamedTuple):
+    """What the student gives in one pass.
+
+    Attributes:
+        globals_: of the masked global crops, ``V = 2B``.
+        local_logits: ``[L * B, K]``; empty (0 rows) without local crops.
+        reconstruction: ``[2B, 1, D, H, W]``.
+    """
+
+    globals_: GlobalOutput
+    local_logits: Tensor
+    reconstruction: Tensor
+
+
+class VoltaStudent(nn.Module):
+    """Network and projection head, with one ``forward`` that gives all that the losses need.
+
+    Distributed data-parallel training sends gradients only through what ``forward`` of the wrapped module returns;
+    the plain network (``network``), with its single output, is what bundles share.
+
+    Args:
+        network: encoder, summariser and (for the student) decoder.
+        head: projection head.
+    """
+
+    def __init__(self, network: VoltaViT, head: ProjectionHead) -> None:
+        super().__init__()
+        self.network = network
+        self.head = head
+
+    def globals_(self, image: Tensor) -> tuple[GlobalOutput, Tensor]:
+        """Outputs of global crops ``[V, 1, D, H, W]``, and their tokens ``[V, N, D]``."""
+        tokens = self.network.encode(image)
+        summary = self.network.summarise(tokens)
+        return GlobalOutput(summary, self.head(summary), self.head.patches(tokens)), tokens
+
+    def forward(self, global_crops: Tensor, local_crops: Tensor) -> StudentOutput:
+        """Pass over masked global crops ``[2B, 1, D, H, W]`` and clean local crops ``[L * B, 1, d, h, w]``."""
+        output, tokens = self.globals_(global_crops)
+        reconstruction = self.network.decode(tokens, self.network.token_grid(global_crops))
+        local_logits = self.head(self.network(local_crops)) if len(local_crops) else output.logits[:0]
+        return StudentOutput(output, local_logits, reconstruction)
+
+
+class VoltaTeacher(VoltaStudent):
+    """Exponential moving average of a student (paper, section II-B, knowledge distillation); has no gradients.
+
+    Ignite's ``EMAHandler`` follows one module of one engine event and keeps its own counters; here the teacher is
+    a module that is saved with the run and whose momentum is a function of the mini-batch.
+
+    Args:
+        network: as the student's, without decoder.
+        head: as the student's.
+    """
+
+    def __init__(self, network: VoltaViT, head: ProjectionHead) -> None:
+        super().__init__(network, head)
+        self.requires_grad_(False)
+
+    def copy_from(self, student: VoltaStudent) -> None:
+        """Start as an exact copy of the student."""
+        self.update(student, momentum=0.0)
+
+    @torch.no_grad()
+    def update(self, student: VoltaStudent, momentum: float) -> None:
+        """``teacher = momentum * teacher + (1 - momentum) * student``, for every parameter.
+
+        Args:
+            student: the student, without any distributed wrapper.
+            momentum: in [0, 1].
+        """
+        source = dict(student.named_parameters())
+        mine = dict(self.named_parameters())
+        names = list(mine)
+        torch._foreach_lerp_([mine[n] for n in names], [source[n].detach() for n in names], 1.0 - momentum)
+
+    @torch.no_grad()
+    def forward(self, global_crops: Tensor) -> GlobalOutput:  # type: ignore[override]
+        """Outputs of unmasked global crops ``[2B, 1, D, H, W]``."""
+        return self.globals_(global_crops)[0]
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Two groups for the optimiser: with weight decay, and without.
+
+    Biases, norms, the position embedding, the CLS-style token and frozen parameters are not decayed (``method.md``,
+    section 6; as DINO).
+
+    Args:
+        module: the module whose trainable parameters are grouped.
+        weight_decay: decay of the first group.
+    """
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        exempt = parameter.ndim <= 1 or name.endswith(("position_embeddings", "cls_token"))
+        (plain if exempt else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of values in a module's parameters, trainable or not."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def make_teacher(student: VoltaStudent) -> VoltaTeacher:
+    """A teacher with the student's architecture and weights, without decoder, where the student is."""
+    network = VoltaViT(**student.network.config, decoder=False)  # type: ignore[arg-type]
+    device = next(student.parameters()).device
+    teacher = VoltaTeacher(network, copy.deepcopy(student.head)).to(device)
+    teacher.copy_from(student)
+    return teacher

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Projection head: MLP, L2 normalisation, weight-normalised last layer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import weight_norm
+
+from volta_components.errors import InputError
+
+
+def check_divides(size: Sequence[int], patch_size: Sequence[int]) -> None:
+    """Refuse a size that the patch does not divide."""
+    if isinstance(patch_size, int):
+        raise InputError(f"patch_size {patch_size}: three numbers are wanted, such as [16,16,16]")
+    if len(size) != len(patch_size) or any(side % patch or side < patch for side, patch in zip(size, patch_size)):
+        raise InputError(
+            f"image size {tuple(int(side) for side in size)} cannot be cut into patches of {tuple(patch_size)}; "
+            "choose a size that is a multiple of the patch along each axis"
+        )
+
+
+class ProjectionHead(nn.Module):
+    """Projection branch (paper, section II-B): MLP, L2 normalisation, weight-normalised linear layer.
+
+    The MLP is shared by the summary and the patch tokens; each has its own last layer. The gain of the weight
+    normalisation is frozen at 1, so that logits are cosines in [-1, 1].
+
+    Args:
+        in_dim: token size.
+        hidden_dim: width of the MLP's hidden layers.
+        bottleneck_dim: size of the normalised vector.
+        out_dim: prototypes, ``K``.
+        num_layers: linear layers in the MLP.
+
+    Source: head sizes as DINO (Caron et al., 2021, appendix C), the second last layer as MC-SSL (Atito et al., 2021).
+    """
+
+    def __init__(
+        self,
+        in_dim: int = 768,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        out_dim: int = 8192,
+        num_layers: int = 3,
+    ) -> None:
+        super().__init__()
+        sizes = [in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
+        layers: list[nn.Module] = []
+        for size, next_size in itertools.pairwise(sizes):
+            layers += [nn.Linear(size, next_size), nn.GELU()]
+        self.mlp = nn.Sequential(*layers[:-1])
+        for module in self.mlp:
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self.last_layer = self._last_layer(bottleneck_dim, out_dim)
+        self.patch_last_layer = self._last_layer(bottleneck_dim, out_dim)
+        self.out_dim = out_dim
+
+    @staticmethod
+    def _last_layer(bottleneck_dim: int, out_dim: int) -> nn.Module:
+        layer = weight_norm(nn.Linear(bottleneck_dim, out_dim, bias=False))
+        gain = layer.parametrizations.weight.original0
+        nn.init.ones_(gain)
+        gain.requires_grad_(False)
+        return layer
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """Unit vectors ``[..., bottleneck_dim]`` of tokens ``[..., D]``."""
+        # float32: the norm of a bfloat16 vector is good to two digits only.
+        return functional.normalize(self.mlp(tokens).float(), dim=-1, eps=1e-6)
+
+    def forward(self, summary: Tensor) -> Tensor:
+        """Logits ``[B, K]`` of summaries ``[B, D]``."""
+        return self._logits(self.last_layer, summary)
+
+    def patches(self, tokens: Tensor) -> Tensor:
+        """Logits ``[B, N, K]`` of patch tokens ``[B, N, D]``."""
+        return self._logits(self.patch_last_layer, tokens)
+
+    def _logits(self, layer: nn.Module, tokens: Tensor) -> Tensor:
+        unit = self.project(tokens)
+        # float32 in mixed precision as well: the teacher's logits differ between subjects by less than bfloat16 rounds.
+        with torch.autocast(unit.device.type, enabled=False):
+            return layer(unit)

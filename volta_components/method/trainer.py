@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine for pretraining: what happens in a mini-batch (paper, section II-B, eq. 6 and implementation)."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Events
+from monai.engines import Trainer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from volta_components.distributed import gather_rows, mean_over_processes, process_count
+from volta_components.errors import InputError
+from volta_components.method.losses import GlobalAlignmentLoss, KoLeoLoss, PatchAlignmentLoss, ReconstructionLoss
+from volta_components.method.networks import VoltaStudent, VoltaTeacher
+from volta_components.method.views import ViewGenerator, Views
+from volta_components.training.sampling import ResumableSampler
+
+
+class VoltaTrainer(Trainer):
+    """Ignite engine for VolTA-3D's pretraining.
+
+    MONAI's ``SupervisedTrainer`` has one network and one loss, hard-wires mixed precision to CUDA, and divides the last
+    accumulation window of an epoch by the full window's length. Here an iteration is one mini-batch:
+
+    1. views are made on the device;
+    2. the teacher sees the unmasked global crops, the student the masked ones and the local crops;
+    3. ``L = L_global + L_patch + weight * L_rec`` (eq. 6), scaled by the length of its accumulation window, is
+       propagated back; centres move;
+    4. at the end of a window: gradients are clipped, the last layers' are dropped while those are frozen, and the
+       optimiser steps with the learning rate of that step;
+    5. the teacher follows the student (every mini-batch).
+
+    ``engine.state.output`` is a list of one dictionary: the mini-batch's numbers (floats), by name.
+
+    Args:
+        device: where to compute.
+        max_epochs: epochs of the run.
+        train_data_loader: gives ``image`` ``[B, 1, D, H, W]`` in [0, 1] and ``key`` ``[B, 2]`` (epoch, index).
+        sampler: the loader's sampler, told where each epoch begins.
+        student: the student, or its ``DistributedDataParallel`` wrapper.
+        teacher: follows the student.
+        optimizer: over the student's parameters; its learning rate is set here.
+        views: makes the views.
+        global_loss: eq. 2-3.
+        patch_loss: eq. 4-5.
+        reconstruction_loss: eq. 1.
+        learning_rate: of an optimiser step, counted from 0.
+        teacher_momentum: of a mini-batch, counted from 0.
+        teacher_temperature: tau_t of the global branch, of a mini-batch, counted from 0.
+        patch_teacher_temperature: tau_t of the patch branch; the global branch's by default.
+        weight_decay: of an optimiser step, counted from 0, for the parameters that are decayed; by default the
+            optimiser's own.
+        reconstruction_weight: lambda_rec of eq. 6; 100 in the paper.
+        accumulation_steps: mini-batches in a window; 8 in the paper.
+        clip_norm: largest norm of the gradient; 0 for no clipping.
+        frozen_last_layer_epochs: epochs during which the head's last layers do not move.
+        koleo_loss: optional spread of the student's summaries.
+        koleo_weight: its weight.
+        amp: mixed precision by autocast, on any device.
+        amp_dtype: type of autocast.
+        train_handlers: attached to the engine.
+
+    Raises:
+        InputError: if a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        max_epochs: int,
+        train_data_loader: DataLoader,
+        sampler: ResumableSampler,
+        student: nn.Module,
+        teacher: VoltaTeacher,
+        optimizer: torch.optim.Optimizer,
+        views: ViewGenerator,
+        global_loss: GlobalAlignmentLoss,
+        patch_loss: PatchAlignmentLoss,
+        reconstruction_loss: ReconstructionLoss,
+        learning_rate: Callable[[int], float],
+        teacher_momentum: Callable[[int], float],
+        teacher_temperature: Callable[[int], float],
+        patch_teacher_temperature: Callable[[int], float] | None = None,
+        weight_decay: Callable[[int], float] | None = None,
+        reconstruction_weight: float = 100.0,
+        accumulation_steps: int = 8,
+        clip_norm: float = 3.0,
+        frozen_last_layer_epochs: int = 1,
+        koleo_loss: KoLeoLoss | None = None,
+        koleo_weight: float = 0.1,
+        amp: bool = False,
+        amp_dtype: torch.dtype = torch.bfloat16,
+        train_handlers: Sequence[Any] | None = None,
+    ) -> None:
+        if accumulation_steps < 1:
+            raise InputError(f"accumulation_steps {accumulation_steps} is not a positive number")
+        if amp and amp_dtype is torch.float16:
+            raise InputError(
+                "amp_dtype float16: its gradients would need scaling, which pretraining does not have; use bfloat16 "
+                "(--amp_dtype '$torch.bfloat16'), or --amp False on a GPU without it"
+            )
+        self.sampler = sampler
+        self.student = student
+        self.teacher = teacher
+        self.optimizer = optimizer
+        self.views = views
+        self.global_loss = global_loss
+        self.patch_loss = patch_loss
+        self.reconstruction_loss = reconstruction_loss
+        self.learning_rate = learning_rate
+        self.teacher_momentum = teacher_momentum
+        self.teacher_temperature = teacher_temperature
+        self.patch_teacher_temperature = patch_teacher_temperature or teacher_temperature
+        self.weight_decay = weight_decay
+        self.reconstruction_weight = reconstruction_weight
+        self.accumulation_steps = accumulation_steps
+        self.clip_norm = clip_norm
+        self.frozen_last_layer_epochs = frozen_last_layer_epochs
+        self.koleo_loss = koleo_loss
+        self.koleo_weight = koleo_weight
+        self.amp_dtype = amp_dtype
+        super().__init__(
+            device=device,
+            max_epochs=max_epochs,
+            data_loader=train_data_loader,
+            epoch_length=sampler.iterations,
+            handlers=train_handlers,
+            decollate=False,
+        )
+        # Not ``self.amp``, which would make MONAI build a gradient scaler; bfloat16 needs none.
+        self.mixed_precision = amp
+        self._clock = time.perf_counter()
+        self._check_sizes()
+        self.add_event_handler(Events.EPOCH_STARTED, self._epoch_begins)
+
+    def _check_sizes(self) -> None:
+        """Crops can be cut into patches, and masked, before anything is recorded of the run."""
+        network = self.plain_student.network
+        for name, size in (
+            ("global_size", self.views.global_geometry.size),
+            ("local_size", self.views.local_geometry.size),
+        ):
+            try:
+                network.token_grid(torch.empty(0, 1, *size))
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from error
+        self.views.mask.draw(self.views.global_geometry.size, np.random.default_rng(0))
+
+    @property
+    def plain_student(self) -> VoltaStudent:
+        """The student without its distributed wrapper."""
+        student = self.student.module if isinstance(self.student, DistributedDataParallel) else self.student
+        assert isinstance(student, VoltaStudent)
+        return student
+
+    def _epoch_begins(self) -> None:
+        self._clock = time.perf_counter()
+        state = self.state
+        self.sampler.set_position(state.epoch, state.iteration - (state.epoch - 1) * state.epoch_length)
+
+    def window(self, iteration: int) -> tuple[int, int, int]:
+        """Where a mini-batch stands in its accumulation window.
+
+        The last window of an epoch holds what is left, and is averaged over that.
+
+        Args:
+            iteration: mini-batch of the run, counted from 0.
+
+        Returns:
+            position in the window, length of the window, and the optimiser step (of the run) that the window makes.
+        """
+        length, steps = self.state.epoch_length, self.accumulation_steps
+        epoch, place = divmod(iteration, length)
+        first = place // steps * steps
+        step = epoch * -(-length // steps) + place // steps
+        return place - first, min(steps, length - first), step
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Mixed precision for the networks, when asked for."""
+        return torch.autocast(self.state.device.type, dtype=self.amp_dtype, enabled=self.mixed_precision)
+
+    def _iteration(  # type: ignore[override]
+        self, engine: Any, batchdata: dict[str, Tensor]
+    ) -> list[dict[str, float]]:
+        iteration = self.state.iteration - 1
+        position, window, step = self.window(iteration)
+        is_last = position == window - 1
+        self.student.train()
+        self.teacher.train()  # no dropout anywhere; centres move in training mode only
+        if position == 0:
+            self.optimizer.zero_grad(set_to_none=True)
+        image = batchdata["image"].to(self.state.device, non_blocking=True)
+        views = self.views(image, batchdata["key"])
+        temperature = self.teacher_temperature(iteration)
+        patch_temperature = self.patch_teacher_temperature(iteration)
+        quiet: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if isinstance(self.student, DistributedDataParallel) and not is_last:
+            quiet = self.student.no_sync()
+        with quiet:
+            output = self._losses(views, temperature, patch_temperature)
+            (output["loss"] / window).backward()
+        if is_last:
+            rate = self.learning_rate(step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+                if self.weight_decay is not None and group["weight_decay"] > 0:
+                    group["weight_decay"] = self.weight_decay(step)
+            output["learning_rate"] = rate
+            output["gradient_norm"] = self._step()
+        momentum = self.teacher_momentum(iteration)
+        self.teacher.update(self.plain_student, momentum)
+        # One transfer from the device for all of them.
+        values = torch.stack(
+            [torch.as_tensor(value, dtype=torch.float32, device=image.device) for value in output.values()]
+        )
+        numbers = dict(zip(output, values.tolist(), strict=True))
+        numbers["teacher_momentum"] = momentum
+        numbers["teacher_temperature"] = temperature
+        numbers["patch_teacher_temperature"] = patch_temperature
+        # From the end of the mini-batch before: waiting for data counts.
+        now = time.perf_counter()
+        numbers["volumes_per_second"] = len(image) * process_count() / (now - self._clock)
+        self._clock = now
+        return [numbers]
+
+    def _losses(self, views: Views, temperature: float, patch_temperature: float) -> dict[str, Any]:
+        pairs, batch = views.teacher.shape[:2]
+        with self.autocast():
+            taught = self.teacher(views.teacher.flatten(0, 1))
+            learnt = self.student(views.student.flatten(0, 1), views.local.flatten(0, 1))
+        logits = torch.cat([learnt.globals_.logits, learnt.local_logits]).unflatten(0, (-1, batch))
+        loss_global = self.global_loss(logits, taught.logits.unflatten(0, (pairs, batch)), temperature)
+        loss_patch = self.patch_loss(learnt.globals_.patch_logits, taught.patch_logits, patch_temperature)
+        loss_rec = self.reconstruction_loss(
+            learnt.reconstruction, views.image.flatten(0, 1), views.masked.flatten(0, 1)
+        )
+        loss = loss_global + loss_patch + self.reconstruction_weight * loss_rec
+        output: dict[str, Any] = {"loss_global": loss_global, "loss_patch": loss_patch, "loss_reconstruction": loss_rec}
+        if self.koleo_loss is not None:
+            koleo = self.koleo_loss(learnt.globals_.summary.unflatten(0, (pairs, batch)))
+            loss = loss + self.koleo_weight * koleo
+            output["loss_koleo"] = koleo
+        statistics = {
+            f"{branch}_{name}": value
+            for branch, module in (("global", self.global_loss), ("patch", self.patch_loss))
+            for name, value in module.statistics.items()
+        }
+        # The same in every process, since the collapse monitor of each decides by them whether to go on.
+        means = mean_over_processes(torch.stack(list(statistics.values())))
+        output |= dict(zip(statistics, means, strict=True))
+        # One view of each volume: two views of it would count twice.
+        self.summaries = gather_rows(taught.summary[:batch].detach().float())
+        return {"loss": loss, **output}
+
+    def _step(self) -> Tensor:
+        """Clip, freeze, step; the norm of the gradient before clipping."""
+        student = self.plain_student
+        if self.state.epoch <= self.frozen_last_layer_epochs:
+            for layer in (student.head.last_layer, student.head.patch_last_layer):
+                for parameter in layer.parameters():
+                    parameter.grad = None
+        limit = self.clip_norm if self.clip_norm > 0 else float("inf")
+        norm = nn.utils.clip_grad_norm_([p for p in student.parameters() if p.grad is not None], limit)
+        if not torch.isfinite(norm):
+            raise RuntimeError(
+                f"the gradient is not finite at mini-batch {self.state.iteration}; lower the learning rate, or "
+                "turn mixed precision off; the last checkpoint is from before"
+            )
+        self.optimizer.step()
+        return norm

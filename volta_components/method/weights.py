@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights: saved as safetensors with their provenance, loaded by one function that resamples and reports."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from volta_components.errors import InputError
+from volta_components.files import atomic_path, read_json, remove_partials, sha256_file, write_json
+from volta_components.method.cross_attention import fit_cross_attention
+from volta_components.method.networks import VoltaViT
+from volta_components.method.positions import resample_position_embedding
+
+logger = logging.getLogger(__name__)
+POSITION = "patch_embedding.position_embeddings"
+
+
+DECODER = ("conv3d_transpose.", "conv3d_transpose_1.")
+
+
+ENCODER = ("patch_embedding.", "blocks.", "norm.", "summariser.")
+
+
+# What holds the encoder in a folder, first choice first; a packed bundle has the second, as MONAI's bundles do.
+ENCODERS = ("encoder{}.safetensors", "model{}.pt")
+
+
+@dataclass
+class LoadReport:
+    """What became of every weight.
+
+    Attributes:
+        loaded: keys copied as they were.
+        resampled: position embeddings that were resampled to another token grid.
+        missing: keys of the module that the file has no weights for; they keep their values.
+        unused: keys of the file that the module has no place for.
+    """
+
+    source: str
+    loaded: list[str] = field(default_factory=list)
+    resampled: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        def some(keys: list[str]) -> str:
+            return "" if not keys else f" ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
+
+        return (
+            f"{self.source}: {len(self.loaded)} weights loaded, {len(self.resampled)} resampled{some(self.resampled)}, "
+            f"{len(self.missing)} of the network left as they were{some(self.missing)}, "
+            f"{len(self.unused)} of the file not used{some(self.unused)}"
+        )
+
+
+def save_encoder(path: str | os.PathLike[str], network: VoltaViT, provenance: Mapping[str, Any]) -> None:
+    """Write encoder and summariser (no decoder) and, beside them, a JSON of configuration and provenance.
+
+    Args:
+        path: the ``.safetensors`` file; the JSON has the same name with the suffix ``.json``.
+        network: the network; keys are MONAI's ``ViTAutoEnc``'s, and ``summariser.*``.
+        provenance: see ``volta_components.training.record.provenance``.
+    """
+    state = {
+        name: value.detach().cpu().contiguous()
+        for name, value in network.state_dict().items()
+        if not name.startswith(DECODER)
+    }
+    record = {"network": network.config, "provenance": dict(provenance)}
+    write_weights(path, state, lambda target: save_file(state, target, metadata={"format": "pt"}), record)
+
+
+def write_weights(
+    path: str | os.PathLike[str],
+    state: Mapping[str, Tensor],
+    save: Callable[[Path], None],
+    record: Mapping[str, Any],
+) -> None:
+    """Write weights and, beside them, their record with the file's hash.
+
+    Both are written under other names first and moved into place one right after the other, while Ctrl-C waits. What a
+    process leaves that is killed right between the two does not pass as whole: the hash is of other weights.
+
+    Args:
+        path: the file of weights; the record has the same name with the suffix ``.json``.
+        state: the weights, to be counted.
+        save: writes them to a path.
+        record: what else the record holds.
+    """
+    path = Path(path)
+    remove_partials(path.parent)
+    with _signals_wait(), atomic_path(path) as weights, atomic_path(path.with_suffix(".json")) as beside:
+        save(weights)
+        content = {
+            "sha256": sha256_file(weights),
+            "parameters": sum(value.numel() for value in state.values()),
+            **record,
+        }
+        write_json(beside, content)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Ctrl-C and SIGTERM are acted on only when the block has ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[int] = []
+    names = (signal.SIGINT, signal.SIGTERM)
+    before = {name: signal.signal(name, lambda number, _: pending.append(number)) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+        for number in pending:
+            signal.raise_signal(number)
+
+
+def find_encoder(path: str | os.PathLike[str], suffix: str = "", required: bool = True) -> Path:
+    """The file of an exported encoder.
+
+    Args:
+        path: the file itself; or a bundle's folder or its ``models``, where ``encoder.safetensors`` is looked for first
+            and ``model.pt``, as a packed bundle has it, second.
+        suffix: of the name before the dot, such as ``_phantom_tiny``.
+        required: whether a folder must have one; otherwise the name that pretraining would give it comes back.
+
+    Raises:
+        InputError: if the folder has neither. A path that is no folder comes back as it is; reading it will tell.
+    """
+    path = Path(path)
+    if path.is_file() or (path.suffix and not path.is_dir()):
+        return path
+    names = [name.format(suffix) for name in ENCODERS]
+    for folder in (path / "models", path):
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    if not required:
+        return (path if path.name == "models" else path / "models") / names[0]
+    raise InputError(
+        f"{path}: no encoder in it ({' or '.join(names)}); run the pretraining first (python -m monai.bundle run "
+        "--config_file bundles/pretrain/configs/train.json), download the bundle, or give another path; the quick "
+        "start's encoder is found with its overlay, tiny"
+    )
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Tensors of a ``.safetensors`` file, or of a checkpoint that holds nothing but tensors.
+
+    Neither way can run code. Where a JSON with a hash lies beside the file, the hash is verified first; weights
+    of a bundle must have one.
+
+    Raises:
+        InputError: if the file is missing, damaged, changed, or would need code to be read; or lies in a bundle's
+            ``models`` without its JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such weights; run the pretraining first, download a bundle, or give another path")
+    expected = read_record(path).get("sha256")
+    if expected and expected != sha256_file(path):
+        raise InputError(f"{path}: its SHA-256 is not that of {path.stem}.json; it was changed or cut: fetch it again")
+    try:
+        if path.suffix == ".safetensors":
+            return _verified(path, load_file(path), expected)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: damaged weights ({error}); fetch them again") from error
+    except Exception as error:
+        raise InputError(
+            # Not the error's own text: it advises to load without protection, or is empty.
+            f"{path}: not a file of plain weights ({type(error).__name__}): damaged, or loading it could run code, so "
+            "it is refused. Fetch it again, or convert it to safetensors where it was made"
+        ) from error
+    for key in ("state_dict", "model", "network"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path}: holds no state dict of tensors")
+    return _verified(path, state, expected)
+
+
+def _verified(path: Path, state: dict[str, Tensor], expected: str | None) -> dict[str, Tensor]:
+    """The weights; those of a bundle only with a hash, since whoever takes the JSON away could change them unseen."""
+    folder = path.absolute().parent
+    if not expected and folder.name == "models" and (folder.parent / "configs" / "metadata.json").is_file():
+        raise InputError(
+            f"{path}: weights of a bundle, but no {path.stem}.json with their hash is beside them; fetch the "
+            "whole bundle again"
+        )
+    return state
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The JSON beside a file of weights (the same name with the suffix ``.json``); empty when there is none.
+
+    Raises:
+        InputError: if it is no JSON, or not an object.
+    """
+    record = Path(path).with_suffix(".json")
+    content = read_json(record) if record.is_file() else {}
+    if not isinstance(content, dict):
+        raise InputError(f"{record}: not the record of {Path(path).name}; restore it from a copy")
+    return content
+
+
+def load_encoder(path: str | os.PathLike[str]) -> VoltaViT:
+    """The network of an exported encoder, ready for inference: ``encode``, ``summarise``, ``attention_map``.
+
+    Args:
+        path: the ``.safetensors`` or ``.pt`` file, with its JSON beside it; or a bundle's folder, see
+            ``find_encoder``.
+
+    Returns:
+        The network, in evaluation mode, on the CPU. It takes volumes ``[B, 1, D, H, W]`` in [0, 1], RAS, whose sides
+        its patch divides.
+
+    Raises:
+        InputError: if either is missing, damaged or changed, or is no encoder.
+    """
+    path = find_encoder(path)
+    weights = read_weights(path)
+    record = path.with_suffix(".json")
+    config = read_json(record).get("network")
+    if not isinstance(config, dict):
+        raise InputError(f"{record}: has no network configuration; export the encoder again")
+    if "class" in config:
+        raise InputError(f"{path}: a trained {config['class']}, not an encoder; give the pretraining bundle's")
+    try:
+        network = VoltaViT(**config, decoder=False)
+    except TypeError as error:
+        raise InputError(f"{record}: not an encoder's configuration ({error}); export the encoder again") from error
+    _fill(network, fit_cross_attention(weights, network), "", config, str(path))
+    return network.eval()
+
+
+def load_pretrained(
+    module: nn.Module, path: str | os.PathLike[str], prefix: str = "", grid: tuple[int, ...] | None = None
+) -> LoadReport:
+    """Copy pretrained weights into a network; resample the position embedding; report what happened.
+
+    Args:
+        module: a ``VoltaViT``, a classifier, MONAI's ``ViTAutoEnc`` or ``UNETR``.
+        path: exported encoder: a file, or a bundle's folder (see ``find_encoder``).
+        prefix: where the encoder sits in ``module``: ``"vit."`` in a UNETR; ``""`` when it is the module itself.
+        grid: token grid of the module's position embedding; found from ``img_size`` and ``patch_size`` by default.
+
+    Returns:
+        The report; it is also logged.
+
+    Raises:
+        InputError: if no weight matches, one has another shape, the encoder's number of blocks or heads is another, or
+            a weight of the encoder is missing. Only a decoder and unused cross-attention may stay as they are.
+    """
+    path = find_encoder(path)
+    weights = read_weights(path)
+    config = read_record(path).get("network") or {}
+    report = _fill(module, weights, prefix, config, str(path), grid)
+    logger.info("%s", report)
+    return report
+
+
+def _grid_of(config: Mapping[str, Any]) -> tuple[int, ...]:
+    if "img_size" not in config or "patch_size" not in config:
+        return ()
+    return tuple(size // patch for size, patch in zip(config["img_size"], config["patch_size"]))
+
+
+def _fill(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    prefix: str,
+    config: Mapping[str, Any],
+    source: str,
+    grid: tuple[int, ...] | None = None,
+) -> LoadReport:
+    own = module.state_dict()
+    source_grid = _grid_of(config)
+    report = LoadReport(source)
+    new: dict[str, Tensor] = {}
+    wrong = []
+    owner_name = type(module).__name__
+    for name, value in weights.items():
+        key = prefix + name
+        if key not in own:
+            report.unused.append(name)
+            continue
+        fits = own[key].shape == value.shape
+        if name == POSITION and own[key].shape[-1] == value.shape[-1]:
+            # Compare grids, not sizes: 9x12x12 and 12x12x9 have as many tokens.
+            start = source_grid or (() if fits else _cube(value.shape[1], source))
+            target = grid or _module_grid(module, prefix) or (start if fits else _cube(own[key].shape[1], owner_name))
+            if start and start != target:
+                new[key] = resample_position_embedding(value, start, target)
+                report.resampled.append(f"{key} {'x'.join(map(str, start))} -> {'x'.join(map(str, target))}")
+                continue
+        if fits:
+            new[key] = value
+            report.loaded.append(key)
+        else:
+            wrong.append((key, str(tuple(value.shape)), str(tuple(own[key].shape))))
+    if wrong:
+        raise InputError.many(
+            f"{source}: weights of another size (name, file, network)",
+            wrong,
+            "Build the network with the sizes of the JSON beside the weights.",
+        )
+    report.missing = [key for key in own if key not in new]
+    if not new:
+        raise InputError(
+            f"{source}: none of its {len(weights)} weights has a place in {owner_name} under the prefix "
+            f"{prefix!r}; is it an encoder of this project, and the prefix right ('vit.' for UNETR)?"
+        )
+    _check_whole(module.get_submodule(prefix.rstrip(".")), config, {key.removeprefix(prefix) for key in new}, source)
+    module.load_state_dict(new, strict=False)
+    return report
+
+
+def _check_whole(encoder: nn.Module, config: Mapping[str, Any], given: set[str], source: str) -> None:
+    """An encoder computes what the pretrained one does: no weight of it is left out, and heads are as many.
+
+    The number of heads changes no weight's shape, but what is computed from them.
+
+    Raises:
+        InputError: otherwise.
+    """
+    blocks, summariser = getattr(encoder, "blocks", ()), getattr(encoder, "summariser", None)
+    own = {
+        "num_layers": len(blocks) or None,
+        "num_heads": getattr(getattr(next(iter(blocks), None), "attn", None), "num_heads", None),
+        "summary_heads": getattr(summariser, "num_heads", None),
+    }
+    rows = [
+        (name, str(config[name]), str(value))
+        for name, value in own.items()
+        if value is not None and name in config and config[name] != value
+    ]
+    if rows:
+        raise InputError.many(
+            f"{source}: an encoder of another configuration (name, file, network)",
+            rows,
+            "Build the network as the JSON beside the weights says, or give another encoder.",
+        )
+    needed = {name for name in encoder.state_dict() if name.startswith(ENCODER)} - {*fit_cross_attention({}, encoder)}
+    if lacking := sorted(needed - given):
+        raise InputError.many(
+            f"{source}: not a whole encoder: it lacks {len(lacking)} weights of the network's",
+            [(name,) for name in lacking],
+            "Build the network with the sizes of the JSON beside the weights, or export the encoder again.",
+            limit=8,
+        )
+
+
+def _module_grid(module: nn.Module, prefix: str) -> tuple[int, ...]:
+    """Token grid of the encoder in a module, as far as it tells; otherwise ``()``."""
+    owner: Any = module.get_submodule(prefix.rstrip(".")) if prefix else module
+    for candidate in (owner, module):
+        size, patch = getattr(candidate, "img_size", None), getattr(candidate, "patch_size", None)
+        if size is not None and patch is not None and len(size) == len(patch):
+            return tuple(int(s) // int(p) for s, p in zip(size, patch))
+        tokens = getattr(candidate, "feat_size", None)  # UNETR
+        if tokens is not None:
+            return tuple(int(count) for count in tokens)
+    return ()
+
+
+def _cube(count: int, what: str) -> tuple[int, ...]:
+    side = round(count ** (1 / 3))
+    if side**3 != count:
+        raise InputError(f"{what}: cannot tell the token grid of {count} position embeddings; give it")
+    return (side,) * 3

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of the classification tasks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from volta_components.report import statistics
+from volta_components.report.paper import METRICS, name_of
+from volta_components.report.statistics import BOOTSTRAP, Comparison, Estimate
+from volta_components.report.store import Study
+from volta_components.report.tables import (
+    OPERATING,
+    SEEDS,
+    Table,
+    aligned_rows,
+    by_paper,
+    cell_lines,
+    compare_by,
+    comparison_table,
+    fold_resamplings,
+    fraction_table,
+    groups_of,
+    members_of,
+    no_estimate,
+    number_record,
+    plus_minus,
+    rows_of_paper,
+    subjects_of,
+    task_of,
+)
+
+
+class ClassificationTables:
+    """Tables of a classification bundle.
+
+    Args:
+        study: its finished runs.
+        samples: bootstrap samples.
+        seed: of the bootstrap.
+    """
+
+    METRICS = ("auroc", "sensitivity", "specificity")
+
+    def __init__(self, study: Study, samples: int = BOOTSTRAP, seed: int = 0) -> None:
+        self.study, self.task = study, task_of(study)
+        self.resamplings = fold_resamplings(study, samples, seed)
+        self.estimates: dict[tuple[str, float], dict[str, Estimate]] = {}
+        self.means: dict[tuple[str, float], dict[str, Any]] = {}
+        for variant, fraction in itertools.product(study.variants, study.fractions):
+            if runs := study.select(variant, fraction):
+                self.estimates[variant, fraction], self.means[variant, fraction] = statistics.summarise(
+                    {run.run_id: run.table for run in runs}, {run.run_id: run.fold for run in runs}, self.resamplings
+                )
+
+    def check_against_log(self) -> list[str]:
+        """Metrics computed from the tables must be those that the runs logged."""
+        notes = []
+        for run in self.study.runs:
+            ours = statistics.classification_metrics(run.table)
+            for name in self.METRICS:
+                logged = run.metrics.get(name)
+                if logged is not None and not math.isclose(logged, float(ours[name]), abs_tol=1e-4):
+                    value = f"{float(ours[name]):.4f}"
+                    notes.append(f"{run.name} logged {METRICS[name]} {logged:.4f}, but its predictions give {value}.")
+        return notes
+
+    def main(self) -> Table:
+        """Table I or II."""
+        full = self.study.fractions[-1]
+        names = {
+            "auroc": "AUROC",
+            "sensitivity": f"Sensitivity ({self.task.positive})",
+            "specificity": f"Specificity ({self.task.negative})",
+        }
+        rows, numbers = [], []
+        for variant in rows_of_paper(self.task, self.study.variants):
+            ours, paper = self.estimates.get((variant, full)), self.task.paper.get(variant, {})
+            runs = self.study.select(variant)
+            row = [name_of(variant)]
+            for metric in self.METRICS:
+                value = ours[metric] if ours else no_estimate()
+                row.append(cell_lines(value.mean, value.sd, value.low, value.high))
+                row.append(plus_minus(*paper[metric]) if metric in paper else "–")
+                numbers.append(number_record(variant, metric, value, paper.get(metric), subjects_of(runs), full))
+            rows.append([*row, str(len({run.fold for run in runs})), str(subjects_of(runs))])
+        note = f"{self._thresholds()} "
+        note += "Here: mean ± SD over folds (n − 1), and the 95 % CI: patients resampled within folds and classes."
+        if self.study.several_seeds:
+            note += " " + SEEDS.format("within the fold")
+        if full < 1:
+            note += f" The largest fraction of the training part that was run is {full:.0%}."
+        return Table(
+            name=f"{self.study.bundle}_main",
+            title=(f"Table {self.task.table}. " if self.task.table else "") + self.task.title,
+            frame=pd.DataFrame(numbers),
+            groups=[("", 1), *((names[metric], 2) for metric in self.METRICS), ("scored", 2)],
+            columns=["init", *by_paper("folds", self.task) * 3, "folds", "patients"],
+            rows=rows,
+            note=note,
+        )
+
+    def _thresholds(self) -> str:
+        """Where sensitivity and specificity are taken, here and in the paper."""
+
+        def text(threshold: str) -> str:
+            return OPERATING.get(threshold) or f"the threshold {float(threshold):g}"
+
+        chosen: dict[str, list[str]] = {}
+        for variant in self.study.variants:
+            for run in self.study.select(variant):
+                threshold = run.params.get("threshold") or "own"
+                chosen.setdefault("its run's own threshold" if threshold == "own" else text(threshold), []).append(
+                    variant
+                )
+        ours = " or ".join(
+            place if len(chosen) == 1 else f"{place} ({', '.join(map(name_of, dict.fromkeys(variants)))})"
+            for place, variants in sorted(chosen.items())
+        )
+        result = f"Sensitivity and specificity are at {ours}."
+        if self.task.threshold == "youden":
+            result += " The paper's are at Youden's J; it does not say on whom that was chosen."
+        elif self.task.threshold and {*chosen} != {text(self.task.threshold)}:
+            result += f" The paper's are at {text(self.task.threshold)}."
+        return result
+
+    def comparisons(self) -> Table:
+        """Paired differences of AUROC between inits, on all of the training part."""
+        full = self.study.fractions[-1]
+        found = [self._compare(first, second, full) for first, second in itertools.combinations(self.study.variants, 2)]
+        note = (
+            "Bootstrap of the difference, the same patients for both inits. Holm: p of the bootstrap, corrected for "
+            f"{compare_by(found)}. "
+        )
+        note += (
+            "DeLong: fold differences and variances added up (MLstatkit); not corrected"
+            + ("; not made where folds have several seeds." if self.study.several_seeds else ".")
+            if statistics.has_delong()
+            else "DeLong's test was not made: of the libraries at hand none has it (SciPy and scikit-learn do not; "
+            "MLstatkit, which has, is not installed: pip install volta-components[delong])."
+        )
+        return comparison_table(f"{self.study.bundle}_comparisons", "AUROC", [c for c in found if c], note, delong=True)
+
+    def _compare(self, first: str, second: str, fraction: float) -> Comparison | None:
+        values: dict[int, list[float]] = {}
+        replicates: dict[int, list[Any]] = {}
+        arrays = []
+        patients: set[str] = set()
+        # Every seed of the one with every seed of the other: the difference of their means.
+        for ours, theirs in itertools.product(self.study.select(first, fraction), self.study.select(second, fraction)):
+            if ours.fold != theirs.fold:
+                continue
+            one, two = aligned_rows(ours.table, theirs.table)
+            if not len(one):
+                continue
+            weights = self.resamplings[ours.fold].weights(one)
+            label = one["label"].to_numpy()
+            scores = one["score"].to_numpy(float), two["score"].to_numpy(float)
+            difference = statistics.auroc(label, scores[0]) - statistics.auroc(label, scores[1])
+            values.setdefault(ours.fold, []).append(float(difference))
+            difference = statistics.auroc(label, scores[0], weights) - statistics.auroc(label, scores[1], weights)
+            replicates.setdefault(ours.fold, []).append(difference)
+            arrays.append((label, *scores))
+            patients.update(one["patient_id"])
+        if not values:
+            return None
+        means = np.mean([np.mean(items, axis=0) for items in replicates.values()], axis=0)
+        low, high = statistics.interval(means)
+        return Comparison(
+            first,
+            second,
+            float(np.mean([np.mean(items) for items in values.values()])),
+            low,
+            high,
+            statistics.bootstrap_p(means),
+            len(patients),
+            # Several runs of one fold share their subjects and are no independent samples.
+            statistics.delong(arrays) if len(arrays) == len(values) else math.nan,
+        )
+
+    def fractions(self) -> Table | None:
+        """Numbers of Figure 2."""
+        note = "Mean ± SD over folds and 95 % CI."
+        return fraction_table(self.study, "auroc", self.estimates, note)
+
+    def breakdown(self) -> Table:
+        """AUROC, sensitivity and specificity by site, sex and age band."""
+        numbers, rows = [], []
+        for group, value in groups_of([run.table for run in self.study.runs]):
+            row = [f"{group}: {value}", "–", "–"]
+            for variant in self.study.variants:
+                chosen = [(run, members_of(run.table, group, value)) for run in self.study.select(variant)]
+                chosen = [(run, table) for run, table in chosen if len(table)]
+                if not chosen:
+                    row += ["–", "–"]
+                    continue
+                tables = [table for _, table in chosen]
+                # The seeds of a fold share its weight: for a subject 1 / n, and for a pair of subjects as well.
+                seeds = Counter(run.fold for run, _ in chosen)
+                single = np.concatenate([np.full(len(table), 1 / seeds[run.fold]) for run, table in chosen])
+                plain = [np.full(len(table), seeds[run.fold] ** -0.5) for run, table in chosen]
+                drawn = [
+                    self.resamplings[run.fold].weights(table) * weight
+                    for (run, table), weight in zip(chosen, plain, strict=True)
+                ]
+                everyone = pd.concat(tables)
+                label, call = everyone["label"].to_numpy() == 1, everyone["prediction"].to_numpy() == 1
+                area = float(statistics.pair_auroc(tables, plain))
+                low, high = statistics.interval(statistics.pair_auroc(tables, drawn))
+                shares = [float(statistics.share(*pair, single)) for pair in ((call, label), (~call, ~label))]
+                counts = everyone["patient_id"].nunique(), everyone.loc[label, "patient_id"].nunique()
+                row[1:3] = [str(count) for count in counts]
+                row += [
+                    cell_lines(area, math.nan, low, high),
+                    " / ".join(plus_minus(item, math.nan) for item in shares),
+                ]
+                record = {
+                    "group": group,
+                    "value": value,
+                    "init": variant,
+                    "patients": counts[0],
+                    "positives": counts[1],
+                }
+                record |= {"auroc": area, "auroc_low": low, "auroc_high": high}
+                numbers.append({**record, "sensitivity": shares[0], "specificity": shares[1]})
+            rows.append(row)
+        return Table(
+            name=f"{self.study.bundle}_breakdown",
+            title="By site, sex and age",
+            frame=pd.DataFrame(numbers),
+            groups=[("", 3), *((name_of(variant), 2) for variant in self.study.variants)],
+            columns=["group", "patients", self.task.positive, *["AUROC", "sens. / spec."] * len(self.study.variants)],
+            rows=rows,
+            note="AUROC over pairs of patients of the same fold, with its 95 % CI; – where a group has one class only. "
+            "Small groups have wide intervals; these are not corrected for their number.",
+        )

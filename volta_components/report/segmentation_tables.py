@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of the segmentation task."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from volta_components.report import statistics
+from volta_components.report.paper import name_of
+from volta_components.report.statistics import BOOTSTRAP, Comparison, Estimate, Resampling
+from volta_components.report.store import Study
+from volta_components.report.tables import (
+    SEEDS,
+    Table,
+    by_paper,
+    cell_lines,
+    compare_by,
+    comparison_table,
+    count_failures,
+    fraction_table,
+    groups_of,
+    members_of,
+    no_estimate,
+    number_record,
+    penalty_of,
+    plus_minus,
+    rows_of_paper,
+    scored_table,
+    task_of,
+    with_penalty,
+)
+
+
+class SegmentationTables:
+    """Tables of a segmentation bundle.
+
+    Args:
+        study: its finished runs.
+        tools: tables of other tools' masks, by the tool's name.
+        samples: bootstrap samples.
+        seed: of the bootstrap.
+    """
+
+    METRICS = ("dice", "hd95")
+
+    def __init__(
+        self, study: Study, tools: Mapping[str, pd.DataFrame], samples: int = BOOTSTRAP, seed: int = 0
+    ) -> None:
+        self.study, self.task = study, task_of(study)
+        penalties = {run.params["hd95_penalty_mm"] for run in study.runs if "hd95_penalty_mm" in run.params}
+        # Another tool's masks are penalised as the runs' are, if these agree.
+        self.penalty = float(next(iter(penalties))) if len(penalties) == 1 else math.nan
+        self.tables = {variant: scored_table(study.select(variant)) for variant in study.variants}
+        self.tables |= {name: with_penalty(table, self.penalty) for name, table in tools.items()}
+        shares = {
+            (variant, fraction): scored_table(runs)
+            for variant, fraction in itertools.product(study.variants, study.fractions)
+            if (runs := study.select(variant, fraction))
+        }
+        self.resampling = Resampling([*self.tables.values(), *shares.values()], 0, samples, seed)
+        self.estimates = {
+            key: {metric: self._estimate(table, metric) for metric in self.METRICS} for key, table in shares.items()
+        }
+
+    def _estimate(self, table: pd.DataFrame, metric: str) -> Estimate:
+        values = table[metric].to_numpy(float)
+        replicates = statistics.weighted_mean(values, self.resampling.weights(table))
+        return statistics.estimate(values, replicates)
+
+    def check_against_log(self) -> list[str]:
+        """Means computed from the tables must be those that the runs logged."""
+        notes = []
+        for run in self.study.runs:
+            table = with_penalty(run.table, penalty_of(run))
+            for name, column in {"mean_dice": "dice", "hd95": "hd95", "hd95_with_penalty": "hd95_with_penalty"}.items():
+                ours, logged = float(table[column].mean()), run.metrics.get(name)
+                if logged is not None and math.isfinite(logged) and not math.isclose(logged, ours, abs_tol=1e-4):
+                    notes.append(f"{run.name} logged {name} {logged:.4f}, but its scores give {ours:.4f}.")
+        return notes
+
+    def main(self) -> Table:
+        """Table III."""
+        rows, numbers = [], []
+        for variant in [*rows_of_paper(self.task, self.study.variants), *self._tools()]:
+            table, paper = self.tables.get(variant), self.task.paper.get(variant, {})
+            count = 0 if table is None else table["patient_id"].nunique()
+            row = [name_of(variant)]
+            for metric in self.METRICS:
+                value = no_estimate() if table is None else self._estimate(table, metric)
+                row.append(cell_lines(value.mean, value.sd, value.low, value.high))
+                row.append(plus_minus(*paper[metric]) if metric in paper else "–")
+                numbers.append(
+                    number_record(variant, metric, value, paper.get(metric), count, self.study.fractions[-1])
+                )
+            rows.append([*row, count_failures(table), str(count)])
+        return Table(
+            name=f"{self.study.bundle}_main",
+            title=(f"Table {self.task.table}. " if self.task.table else "") + self.task.title,
+            frame=pd.DataFrame(numbers),
+            groups=[("", 1), ("Dice", 2), ("HD95 (mm)", 2), ("scored", 2)],
+            columns=["init", *by_paper("subjects", self.task) * 2, "empty masks", "patients"],
+            rows=rows,
+            note="Here: mean of left and right ± SD between subjects (n − 1), and the 95 % CI: patients resampled. "
+            + ("The paper's SD is per epoch, which is another thing. " if self.task.spread == "epochs" else "")
+            + "An empty mask has Dice 0 and no HD95: HD95 is over the scans that have both sides; the table of left "
+            "and right has it with a penalty as well."
+            + (" " + SEEDS.format("for each scan") if self.study.several_seeds else ""),
+        )
+
+    def fractions(self) -> Table | None:
+        """Dice with less data."""
+        return fraction_table(self.study, "dice", self.estimates, "Mean ± SD between subjects and 95 % CI.")
+
+    def _tools(self) -> list[str]:
+        return [name for name in self.tables if name not in self.study.variants]
+
+    def sides(self) -> Table:
+        """Left and right apart, failures and the penalty."""
+        columns = {"dice_left": 2, "dice_right": 2, "hd95_left": 2, "hd95_right": 2}
+        rows, numbers = [], []
+        for variant, table in self.tables.items():
+            row = [name_of(variant)]
+            record: dict[str, Any] = {"init": variant}
+            for column, digits in columns.items():
+                value = self._estimate(table, column) if column in table else no_estimate()
+                row.append(plus_minus(value.mean, value.sd, digits))
+                record |= {f"{column}_mean": value.mean, f"{column}_sd": value.sd}
+            penalised = self._estimate(table, "hd95_with_penalty")
+            failures = float(table["failures"].sum()) if "failures" in table else math.nan
+            record |= {"failures": failures, "hd95_with_penalty": penalised.mean}
+            record |= {"hd95_with_penalty_low": penalised.low, "hd95_with_penalty_high": penalised.high}
+            numbers.append(record)
+            row.append(count_failures(table))
+            rows.append([*row, cell_lines(penalised.mean, penalised.sd, penalised.low, penalised.high)])
+        return Table(
+            name=f"{self.study.bundle}_sides",
+            title="Left, right, and failures",
+            frame=pd.DataFrame(numbers),
+            groups=[("", 1), ("Dice", 2), ("HD95 (mm)", 2), ("empty masks", 2)],
+            columns=["init", "left", "right", "left", "right", "count", "HD95 with penalty"],
+            rows=rows,
+            note="Mean ± SD between subjects. With penalty: a side with an empty mask counts as "
+            + (f"{self.penalty:.0f} mm." if math.isfinite(self.penalty) else "its run's hd95_penalty_mm."),
+        )
+
+    def comparisons(self) -> Table:
+        """Paired differences of Dice between inits, patient by patient."""
+        found = []
+        for first, second in itertools.combinations(self.tables, 2):
+            one, two = (self.tables[name].groupby("patient_id")["dice"].mean() for name in (first, second))
+            shared = one.index.intersection(two.index)
+            if not len(shared):
+                continue
+            frame = pd.DataFrame({"patient_id": shared, "difference": (one[shared] - two[shared]).to_numpy()})
+            replicates = statistics.weighted_mean(frame["difference"].to_numpy(), self.resampling.weights(frame))
+            low, high = statistics.interval(replicates)
+            p = statistics.wilcoxon(one[shared].to_numpy(), two[shared].to_numpy())
+            found.append(Comparison(first, second, float(frame["difference"].mean()), low, high, p, len(shared)))
+        note = (
+            "Wilcoxon signed-rank test of the patients' Dice; interval of the mean difference by bootstrap. Holm: "
+            f"corrected for {compare_by(found)}."
+        )
+        return comparison_table(f"{self.study.bundle}_comparisons", "Dice", found, note)
+
+    def breakdown(self) -> Table:
+        """Dice and HD95 by site, sex and age band."""
+        numbers, rows = [], []
+        for group, value in groups_of([*self.tables.values()]):
+            row = [f"{group}: {value}", "–"]
+            for variant, table in self.tables.items():
+                chosen = members_of(table, group, value)
+                count = chosen["patient_id"].nunique()
+                record: dict[str, Any] = {"group": group, "value": value, "init": variant, "patients": count}
+                for metric in self.METRICS:
+                    item = self._estimate(chosen, metric) if count else no_estimate()
+                    row.append(cell_lines(item.mean, item.sd, item.low, item.high))
+                    record |= {f"{metric}_mean": item.mean, f"{metric}_sd": item.sd}
+                    record |= {f"{metric}_low": item.low, f"{metric}_high": item.high}
+                if count:
+                    row[1] = str(count)
+                    numbers.append(record)
+            rows.append(row)
+        return Table(
+            name=f"{self.study.bundle}_breakdown",
+            title="By site, sex and age",
+            frame=pd.DataFrame(numbers),
+            groups=[("", 2), *((name_of(variant), 2) for variant in self.tables)],
+            columns=["group", "patients", *["Dice", "HD95 (mm)"] * len(self.tables)],
+            rows=rows,
+            note="Mean ± SD between scans, and the 95 % CI of the mean. Small groups have wide intervals; these are "
+            "not corrected for their number.",
+        )

@@ -1,0 +1,548 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``volta3d pack``: a bundle's folder becomes a zip that ``monai.bundle download`` takes, with hashes and provenance.
+
+The zip is laid out as the MONAI model zoo's are: one top folder of the bundle's name, with ``LICENSE``, ``configs``,
+``docs`` and ``models/model.pt``. MONAI reads such zips and has no command that writes them, hence this module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from volta_components.errors import InputError
+from volta_components.files import atomic_path, partial_prefix, read_json, remove_partials, sha256_file, write_json
+from volta_components.sharing.card import Card, is_phantom, other_settings, voxel_mm
+
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+KEPT = ("LICENSE", "configs/*.json", "configs/logging.conf", "docs/*")
+
+
+TEXT = (".json", ".md", ".txt", ".yml", ".conf", "")
+
+
+# What stays as it is in a packed bundle: where its own weights lie.
+NOT_BAKED = ("_desc_", "suffix", "encoder_path", "bundle_root")
+
+
+# What must agree between the weights' settings and the packed inference, beside the network itself.
+GRID = ("spacing", "volume_size", "global_size", "image_size", "input_extent_mm", "patch_size", "pool")
+
+
+# An absolute path within a text, POSIX or Windows: two names at least, since "/" also divides and separates.
+ABSOLUTE = re.compile(
+    r"(?<![\w.:/~)\]}>@*-])/(?:[\w.~-]+/)+[\w.~-]*|\b(?:file:/{1,3}|sqlite:/{4}|sqlite:///(?=[A-Za-z]:))\w[^\s'\"]*"
+    r"|(?<!\w)[A-Za-z]:[\\/]{1,2}\w[^\s'\"]*|(?<![\\\w])\\\\\w[\w.-]*\\[^\s'\"]+"
+)
+
+
+# The same everywhere, or a placeholder.
+COMMON = re.compile(r"/(?:dev|proc|sys|usr|bin|etc|path/to)(?:/|$)")
+
+
+# A literal that an expression joins to something else, as in ``@bundle_root + '/models'``, is no path of its own.
+JOINED = re.compile(r"\+\s*('[^']*'|\"[^\"]*\")")
+
+
+EPOCH = (1980, 1, 1, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What was written for one bundle.
+
+    Attributes:
+        path: the zip.
+        sha256: its hash.
+        hosted: weights to host beside it, which ``large_files.yml`` in the zip points to.
+        other_settings: ids whose values in the packed ``train.json`` are not those that the weights were trained with.
+    """
+
+    path: Path
+    sha256: str
+    hosted: tuple[Path, ...] = ()
+    other_settings: tuple[str, ...] = ()
+
+
+def pack(
+    output: str,
+    bundle: str | None = None,
+    all: bool = False,
+    overlays: str | Sequence[str] = (),
+    name: str | None = None,
+    model: str | None = None,
+    metrics: str | None = None,
+    large_files: str | None = None,
+    source: str = "",
+) -> int:
+    """Make a bundle's folder a zip that can be downloaded, with its weights, their provenance and hashes.
+
+    Args:
+        output: folder for ``NAME_vX.Y.Z.zip``, ``model_info.json`` (an entry for each zip, as the model zoo keeps them)
+            and ``SHA256SUMS``.
+        bundle: the bundle's folder.
+        all: every bundle below ``bundles`` instead.
+        overlays: overlays that the model was trained with, separated by commas (``tiny``): their values are merged
+            into the packed configs, so that these fit the weights as they are.
+        name: the packed bundle's name; by default the folder's, with ``_phantom`` after it where the weights are
+            trained on phantoms, and ``_tiny`` for the overlay tiny. Weights of phantoms need "phantom" in it.
+        model: the weights; ``models/model.pt`` by default (pretrain: ``models/encoder.safetensors``), with the suffix
+            that the overlays give it. The JSON of the same name beside it is needed.
+        metrics: a JSON of numbers to put into the model card besides the training run's own: ``metrics.json`` of
+            ``evaluate.json``, or ``probes.json`` of the pretrain bundle.
+        large_files: an address under which the weights will be hosted beside the zip; they are then left out of it,
+            and ``large_files.yml`` points there.
+        source: address under which the zip will be hosted, for ``model_info.json``.
+
+    Returns:
+        Exit status: 1 if, with ``all``, a bundle was left out.
+
+    Raises:
+        InputError: if weights, record, metadata or configs are missing or do not fit each other, or a text has
+            somebody's path.
+    """
+    if (bundle is None) == (not all):
+        raise InputError("give one bundle (--bundle bundles/NAME) or --all")
+    names = [word.strip() for word in overlays.split(",") if word.strip()] if isinstance(overlays, str) else overlays
+    folder = Path(output)
+    if bundle is not None:
+        _report(pack_bundle(Path(bundle), folder, names, name, model, metrics, large_files, source))
+        return 0
+    if name or model or metrics:
+        raise InputError("--name, --model and --metrics are of one bundle; give --bundle instead of --all")
+    bundles = sorted(path.parents[1] for path in Path("bundles").glob("*/configs/metadata.json"))
+    if not bundles:
+        raise InputError("no bundles/*/configs/metadata.json below this folder; run it from the repository's root")
+    left_out = []
+    for path in bundles:
+        try:
+            _report(pack_bundle(path, folder, names, large_files=large_files, source=source))
+        except InputError as error:
+            left_out.append((path.name, str(error)))
+    for what, why in left_out:
+        print(f"left out: {what}: {why}")
+    return int(bool(left_out))
+
+
+def _report(packed: Packed) -> None:
+    size = packed.path.stat().st_size / 1e6
+    print(f"{packed.path}: {size:.1f} MB, SHA-256 {packed.sha256}")
+    for path in packed.hosted:
+        print(f"  host beside it: {path}")
+    if packed.other_settings:
+        print(
+            f"  trained with other values of {', '.join(packed.other_settings)} than the packed train.json has (the "
+            "card names both); if they are an overlay's, name it as well: --overlays FIRST,SECOND"
+        )
+
+
+def pack_bundle(
+    bundle: Path,
+    output: Path,
+    overlays: Sequence[str] = (),
+    name: str | None = None,
+    model: str | os.PathLike[str] | None = None,
+    metrics: str | os.PathLike[str] | None = None,
+    large_files: str | None = None,
+    source: str = "",
+) -> Packed:
+    """Pack one bundle; see ``pack``."""
+    _checked_metadata(bundle)
+    output.mkdir(parents=True, exist_ok=True)
+    remove_partials(output)
+    with tempfile.TemporaryDirectory(dir=output, prefix=partial_prefix()) as temporary:
+        top = Path(temporary) / (name or default_name(bundle, overlays, model))
+        assemble(bundle, top, overlays, model, metrics)
+        version = read_json(top / "configs" / "metadata.json")["version"]
+        others = tuple(other_settings(top, read_json(top / "models" / "model.json")))
+        stem = f"{top.name}_v{version}"
+        hosted = _set_aside(top, output, stem, large_files) if large_files else ()
+        check_paths(top)
+        path = output / f"{stem}.zip"
+        write_zip(top, path)
+    digest = sha256_file(path)
+    info_path = output / "model_info.json"
+    info = read_json(info_path) if info_path.is_file() else {}
+    with path.open("rb") as stream:
+        sha1 = hashlib.file_digest(stream, "sha1").hexdigest()  # what the zoo's entries have
+    address = f"{source.rstrip('/')}/{path.name}" if source else ""
+    info[stem] = {"checksum": sha1, "source": address, "sha256": digest}
+    write_json(info_path, dict(sorted(info.items())))
+    _write_sums(output, [path, *hosted])
+    return Packed(path, digest, hosted, others)
+
+
+def default_name(bundle: Path, overlays: Sequence[str] = (), model: str | os.PathLike[str] | None = None) -> str:
+    """A packed bundle's name: the folder's, and whether it is of phantoms and of the quick start's size."""
+    record = _checked_record(_find_weights(bundle, _overlay_values(bundle, overlays), model))
+    tiny = "tiny" in _stems(overlays)
+    return bundle.resolve().name + "_phantom" * is_phantom(record) + "_tiny" * tiny
+
+
+def _stems(overlays: Sequence[str]) -> list[str]:
+    return [Path(overlay).stem for overlay in overlays]
+
+
+def assemble(
+    bundle: Path,
+    target: Path,
+    overlays: Sequence[str] = (),
+    model: str | os.PathLike[str] | None = None,
+    metrics: str | os.PathLike[str] | None = None,
+) -> Path:
+    """Make a bundle's folder self-contained: configs that fit the weights, weights as ``models/model.pt``, filled card.
+
+    Args:
+        bundle: the bundle's folder.
+        target: the new folder; its name is the packed bundle's name.
+        overlays: see ``pack``.
+        model: see ``pack``.
+        metrics: see ``pack``.
+
+    Returns:
+        ``target``.
+
+    Raises:
+        InputError: see ``pack``.
+    """
+    if not NAME.fullmatch(target.name):
+        raise InputError(f"name {target.name!r}: letters, digits and _ only, as MONAI takes it for a folder's name")
+    metadata = _checked_metadata(bundle)
+    baked = _overlay_values(bundle, overlays)
+    weights = _find_weights(bundle, baked, model)
+    record = _checked_record(weights)
+    if is_phantom(record) and "phantom" not in target.name:
+        raise InputError(
+            f"{weights} is trained on phantoms, which the name {target.name} does not tell; leave out --name, or give "
+            "one with phantom in it"
+        )
+    if target.exists():
+        raise InputError(f"{target}: exists already; remove it first")
+    for path in _kept(bundle):
+        if path.stem not in _stems(overlays):
+            copy = target / path.relative_to(bundle)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    if not (target / "LICENSE").is_file():
+        raise InputError(f"{bundle}: no LICENSE; a bundle that is passed on needs one")
+    for path in sorted((target / "configs").glob("*.json")):
+        if path.name != "metadata.json":
+            write_json(path, _baked(read_json(path), baked))
+    evaluate = target / "configs" / "evaluate.json"
+    if evaluate.is_file() and "model_path" in read_json(target / "configs" / "train.json"):
+        # train.json names what it writes by the init; what is scored here is this one.
+        write_json(evaluate, read_json(evaluate) | {"model_path": "$@ckpt_dir + '/model.pt'"})
+    inference = read_json(target / "configs" / "inference.json")
+    _fit_metadata(metadata, inference, record)
+    write_json(target / "configs" / "metadata.json", metadata)
+    _write_weights(weights, target / "models" / "model.pt", record)
+    _check_fit(target, weights, inference, record, overlays)
+    more = None if metrics is None else read_json(metrics)
+    Card(target, bundle.resolve().name, _stems(overlays), metadata, record, more).fill()
+    return target
+
+
+def _kept(bundle: Path) -> Iterator[Path]:
+    """The files of a bundle's folder that are passed on; hidden ones are not, and texts can be read.
+
+    Raises:
+        InputError: if a text is not UTF-8.
+    """
+    for path in sorted(path for pattern in KEPT for path in bundle.glob(pattern)):
+        if path.name.startswith(".") or not path.is_file():
+            continue
+        if path.suffix in TEXT:
+            _text(path)
+        yield path
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: not text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
+
+
+def _checked_metadata(bundle: Path) -> dict[str, Any]:
+    path = bundle / "configs" / "metadata.json"
+    if not path.is_file():
+        raise InputError(f"{bundle}: no configs/metadata.json; give a bundle's folder, such as bundles/pretrain")
+    metadata: dict[str, Any] = read_json(path)
+    version = str(metadata.get("version", ""))
+    if not VERSION.fullmatch(version):
+        raise InputError(f"{path}: version {version!r} is not of the form 1.2.3")
+    if version not in metadata.get("changelog", {}):
+        raise InputError(f"{path}: the changelog says nothing of version {version}; add a line")
+    return metadata
+
+
+def _overlay_values(bundle: Path, overlays: Sequence[str]) -> dict[str, Any]:
+    """Ids that the overlays set."""
+    values: dict[str, Any] = {}
+    for overlay in overlays:
+        path = bundle / "configs" / f"{overlay}.json" if os.sep not in overlay else Path(overlay)
+        if not path.is_file():
+            known = ", ".join(sorted(other.stem for other in path.parent.glob("*.json")))
+            raise InputError(f"{path}: no such overlay; there are {known}")
+        values |= read_json(path)
+    nested = sorted(name for name in values if "#" in name or name.startswith("+"))
+    if nested:
+        raise InputError(f"overlays {', '.join(overlays)}: {', '.join(nested)} cannot be merged; set whole ids")
+    return values
+
+
+def _find_weights(bundle: Path, baked: Mapping[str, Any], model: str | os.PathLike[str] | None) -> Path:
+    if model is not None:
+        path = Path(model)
+    else:
+        suffix = str(baked.get("suffix") or "")
+        init = "" if baked.get("init", "volta") == "volta" else f"_{baked['init']}"
+        names = [f"model{init}{suffix}.pt", f"encoder{suffix}.safetensors"]
+        found = [bundle / "models" / name for name in names if (bundle / "models" / name).is_file()]
+        path = found[0] if found else bundle / "models" / names[0]
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such weights; train them first (see {bundle / 'docs' / 'README.md'}), or give --model FILE"
+        )
+    return path
+
+
+def _checked_record(weights: Path) -> dict[str, Any]:
+    """The JSON beside the weights, without anything personal.
+
+    Raises:
+        InputError: if there is none, or it is of other weights.
+    """
+    path = weights.with_suffix(".json")
+    if not path.is_file():
+        raise InputError(f"{path}: missing; weights without provenance are not packed: train or export them again")
+    record: dict[str, Any] = read_json(path)
+    if record.get("sha256") != sha256_file(weights):
+        raise InputError(f"{weights}: its SHA-256 is not that of {path.name}; it was changed: train or export it again")
+    missing = [key for key in ("datalist_hash", "code_version", "settings") if key not in record.get("provenance", {})]
+    if missing:
+        raise InputError(f"{path}: its provenance lacks {', '.join(missing)}; train or export the weights again")
+    cleaned: dict[str, Any] = without_personal_paths(record)
+    return cleaned
+
+
+def without_personal_paths(value: Any) -> Any:
+    """A copy of JSON-like content in which absolute paths are cut to their last part."""
+    if isinstance(value, Mapping):
+        return {key: without_personal_paths(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_personal_paths(item) for item in value]
+    if isinstance(value, str) and "\n" not in value and not value.startswith("$"):
+        value = re.sub(r"^(?:file:(?://)?|sqlite:///)(?=/|[A-Za-z]:)", "", value)
+        for kind in (PurePosixPath, PureWindowsPath):
+            path = kind(value)
+            if path.is_absolute() and len(path.parts) > 1:
+                return path.name
+    return value
+
+
+def _baked(config: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with the overlays' values merged in, and with its own folder as the bundle's root."""
+    if "bundle_root" not in config:
+        return config  # an overlay
+    config["bundle_root"] = "."
+    rest = {name: value for name, value in values.items() if name not in NOT_BAKED}
+    if "train" in config:
+        return config | rest
+    while wanted := [name for name in rest if name in config or f'@{name}"' in json.dumps(config)]:
+        config |= {name: rest.pop(name) for name in wanted}
+    return config
+
+
+def _fit_metadata(metadata: dict[str, Any], inference: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Sizes of the packed network, its numbers, and what its weights were trained on."""
+    size = inference.get("image_size")
+    formats = metadata["network_data_format"]
+    for tensor in [*formats["inputs"].values(), *formats["outputs"].values()]:
+        if isinstance(size, list) and len(tensor["spatial_shape"]) == len(size):
+            tensor["spatial_shape"] = list(size)
+        if tensor["format"] == "features":
+            tensor["num_channels"] = inference.get("hidden_size", tensor["num_channels"])
+            metadata["pred_classes"] = f"{tensor['num_channels']} features of the summary token"
+    metadata["image_classes"] = (
+        f"single-channel T1-weighted MRI, RAS, voxels of {voxel_mm(inference)} mm, intensities scaled to [0, 1]"
+    )
+    numbers = record.get("metrics", {}).items()
+    metadata["eval_metrics"] = {k: v for k, v in numbers if math.isfinite(v) and not k.startswith("optimistic_")}
+    if is_phantom(record):
+        metadata["name"] += " (trained on phantoms)"
+        metadata["description"] = (
+            "Trained on synthetic heads (phantoms): shows that the pipeline works, and nothing about patients. "
+            f"{metadata['description']}"
+        )
+        metadata["data_source"] = "Phantoms grown from the MNI ICBM152 template by volta3d phantom."
+    else:
+        origin = record["provenance"]
+        used = f"{origin.get('volumes', '?')} volumes of the cohort {origin.get('cohort') or '(not named)'}"
+        metadata["data_source"] = f"Trained on {used}. Data set of the task: {metadata.get('data_source', '-')}"
+
+
+def _check_fit(
+    folder: Path, weights: Path, inference: Mapping[str, Any], record: Mapping[str, Any], overlays: Sequence[str]
+) -> None:
+    """Build the packed config's network and load the packed weights into it, all of them.
+
+    Raises:
+        InputError: if it is another network, or one of another spacing or size than the weights were trained for.
+    """
+    from monai.bundle import ConfigParser
+
+    from volta_components.downstream.start import load_model
+
+    named = f"overlays {', '.join(_stems(overlays))}" if overlays else "no overlays"
+    advice = f"{weights} does not fit the configs with {named}; name those that it was trained with (--overlays)"
+    settings = record["provenance"]["settings"]
+    rows = [
+        (name, str(settings[name]), str(inference[name]))
+        for name in GRID
+        if name in settings and name in inference and settings[name] != inference[name]
+    ]
+    if rows:
+        raise InputError.many(f"{advice}. Id, weights, configs", rows, "")
+    parser = ConfigParser()
+    parser.read_config(str(folder / "configs" / "inference.json"))
+    parser["bundle_root"] = str(folder)
+    try:
+        load_model(parser.get_parsed_content("network_def"), folder / "models" / "model.pt")
+    except InputError as error:
+        raise InputError(f"{advice}.\n{error}") from error
+
+
+def _write_weights(source: Path, target: Path, record: dict[str, Any]) -> None:
+    """The weights as ``model.pt``, which MONAI's tools look for, and their record with the new file's hash."""
+    import torch
+
+    from volta_components.method.weights import read_weights
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    state = read_weights(source)
+    if source.suffix == ".pt":
+        shutil.copyfile(source, target)
+    else:
+        torch.save(dict(sorted(state.items())), target)
+    write_json(target.with_suffix(".json"), {**record, "sha256": sha256_file(target)})
+
+
+def _set_aside(top: Path, output: Path, stem: str, address: str) -> tuple[Path, ...]:
+    """Move the weights out of the folder; ``large_files.yml`` says where they will be."""
+    path = top / "models" / "model.pt"
+    hosted = output / f"{stem}_model.pt"
+    with atomic_path(hosted) as temporary:
+        shutil.copyfile(path, temporary)
+    lines = [
+        "large_files:",
+        '- path: "models/model.pt"',
+        f'  url: "{address.rstrip("/")}/{hosted.name}"',
+        f'  hash_val: "{sha256_file(hosted)}"',
+        '  hash_type: "sha256"',
+    ]
+    path.unlink()
+    (top / "large_files.yml").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return (hosted,)
+
+
+def check_paths(folder: Path) -> None:
+    """Make sure that no text below a folder has an absolute or personal path.
+
+    Raises:
+        InputError: with files, and lines or ids.
+    """
+    rows = []
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.suffix not in TEXT:
+            continue
+        if path.suffix == ".json":
+            places = list(_strings(read_json(path)))
+        else:
+            places = [(str(number), line) for number, line in enumerate(_text(path).splitlines(), 1)]
+        for place, text in places:
+            is_value = path.suffix == ".json" and not re.search(r"\s", text)
+            if found := absolute_path(text, is_value):
+                rows.append((f"{path.relative_to(folder)}:{place}", found))
+    if rows:
+        raise InputError.many(
+            f"{len(rows)} places have a path of somebody's machine",
+            rows,
+            "Use paths relative to the bundle or to the working folder.",
+        )
+
+
+def absolute_path(text: str, is_value: bool = False) -> str | None:
+    """The first absolute path in a text; None where there is none.
+
+    Args:
+        text: a line, or a value of a config.
+        is_value: the text is a value of its own, so that a single name after ``/`` is a path too.
+    """
+    plain = JOINED.sub("", text) if text.startswith("$") else text
+    own = str(Path.home())
+    if len(own) > 5 and own in plain:
+        return own
+    if is_value and re.match(r"/\w", plain) and not COMMON.match(plain):
+        return plain
+    return next((match[0] for match in ABSOLUTE.finditer(plain) if not COMMON.match(match[0])), None)
+
+
+def _strings(content: Any, place: str = "") -> Iterator[tuple[str, str]]:
+    """All texts of JSON-like content, with the id of each."""
+    if isinstance(content, Mapping):
+        for key, item in content.items():
+            yield f"{place}#{key}".lstrip("#"), str(key)
+            yield from _strings(item, f"{place}#{key}".lstrip("#"))
+    elif isinstance(content, (list, tuple)):
+        for number, item in enumerate(content):
+            yield from _strings(item, f"{place}#{number}".lstrip("#"))
+    elif isinstance(content, str):
+        yield place, content
+
+
+def write_zip(folder: Path, path: Path) -> None:
+    """Zip a folder under its own name; the same content gives the same bytes, whenever and wherever.
+
+    Nothing is compressed: the weights, which are nearly all of it, hardly shrink, and what deflate gives differs
+    between versions of zlib.
+
+    Args:
+        folder: the folder.
+        path: the zip.
+    """
+    files = {file.relative_to(folder.parent).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as zipped:
+        for name, file in sorted(files.items()):
+            entry = zipfile.ZipInfo(name, EPOCH)
+            entry.create_system = 3  # Unix, whatever this machine is
+            entry.external_attr = 0o100644 << 16
+            with file.open("rb") as source, zipped.open(entry, "w", force_zip64=True) as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+
+
+def _write_sums(output: Path, paths: Sequence[Path]) -> None:
+    """Hashes in the form that ``sha256sum --check`` reads."""
+    sums_path = output / "SHA256SUMS"
+    lines = sums_path.read_text(encoding="utf-8").splitlines() if sums_path.is_file() else []
+    sums = {line.split("  ", 1)[1]: line.split("  ", 1)[0] for line in lines if "  " in line}
+    sums |= {path.name: sha256_file(path) for path in paths}
+    with atomic_path(sums_path) as temporary:
+        temporary.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())), encoding="utf-8")

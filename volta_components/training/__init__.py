@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every training shares: sampling, checkpoints, tracking, schedules, processes."""

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps the model of the best epoch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch import distributed as dist
+from torch import nn
+
+from volta_components.distributed import process_count, process_rank
+from volta_components.files import atomic_path
+
+
+class KeepBest:
+    """Keeps the weights of the epoch with the highest value of an evaluator's metric.
+
+    MONAI's ``CheckpointSaver`` does so with ``save_key_metric``, but writes in place, so that a run killed while saving
+    loses its best weights, and does not remember the best value when a run goes on.
+
+    Put it after ``FinishRun`` and before ``ResumableCheckpoint``; what it kept is removed when the run is finished.
+
+    Args:
+        network: the network whose weights are kept.
+        evaluator: the evaluator.
+        metric: its metric; the first epoch of several equal ones counts.
+        path: file of the weights; the epoch is added to its name, so that weights are never taken for another's.
+        interval: epochs between two runs of the evaluator; 0 leaves them to a ``ValidationHandler``.
+        report_as: also put the value into the trainer's metrics of that epoch, under this name.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        evaluator: Any,
+        metric: str,
+        path: str | os.PathLike[str],
+        interval: int = 0,
+        report_as: str | None = None,
+    ) -> None:
+        self.network = network
+        self.evaluator = evaluator
+        self.metric = metric
+        self.path = Path(path)
+        self.interval = interval
+        self.report_as = report_as
+        self.epoch = 0
+        self.value = -math.inf
+        self._in_checkpoint: int | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Look at every epoch's end."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._epoch_started)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+        engine.add_event_handler(Events.COMPLETED, self._completed)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Epoch and value of the best."""
+        self._in_checkpoint = self.epoch
+        return {"epoch": self.epoch, "value": self.value}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them."""
+        self.epoch, self.value = int(state["epoch"]), float(state["value"])
+        self._in_checkpoint = self.epoch
+
+    def _file(self, epoch: int) -> Path:
+        return self.path.with_name(f"{self.path.stem}-{epoch}{self.path.suffix}")
+
+    def _epoch_started(self, engine: Engine) -> None:
+        if self.report_as is not None:
+            engine.state.metrics.pop(self.report_as, None)
+        # Until a checkpoint knows of the new best epoch, a run that is killed goes on with the one that it does know.
+        self._remove(but=(self.epoch, self._in_checkpoint))
+
+    def _epoch_completed(self, engine: Engine) -> None:
+        if self.interval and engine.state.epoch % self.interval == 0:
+            self.evaluator.run(engine.state.epoch)
+        if self.evaluator.state.epoch != engine.state.epoch or self.metric not in self.evaluator.state.metrics:
+            return
+        value = float(self.evaluator.state.metrics[self.metric])
+        if self.report_as is not None:
+            engine.state.metrics[self.report_as] = value
+        if value > self.value:
+            self.epoch, self.value = engine.state.epoch, value
+            if process_rank() == 0:
+                with atomic_path(self._file(self.epoch)) as temporary:
+                    torch.save(self.network.state_dict(), temporary)
+
+    def _completed(self) -> None:
+        self._remove()
+
+    def _remove(self, but: Iterable[int | None] = ()) -> None:
+        """Remove kept weights of all epochs but some."""
+        if process_rank() == 0:
+            kept = {self._file(epoch) for epoch in but if epoch is not None}
+            for path in self.path.parent.glob(f"{self.path.stem}-*{self.path.suffix}"):
+                if path not in kept:
+                    path.unlink(missing_ok=True)
+
+    def restore(self) -> bool:
+        """Put the best epoch's weights into the network; False if no epoch was evaluated."""
+        if self.epoch == 0:
+            return False
+        if process_count() > 1:
+            dist.barrier()
+        self.network.load_state_dict(torch.load(self._file(self.epoch), map_location="cpu", weights_only=True))
+        return True

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What MLflow and the console get of a training."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.handlers import MLFlowHandler
+
+from volta_components.distributed import mean_over_processes
+from volta_components.training.record import code_version, flatten_settings, plain_settings
+
+logger = logging.getLogger(__name__)
+
+
+def find_mlflow_handler(engine: Engine) -> Any:
+    """The MLflow handler that ``--tracking`` has attached to an engine, if any.
+
+    ``monai.bundle`` appends it to the list of handlers after the configuration was read, so that no configuration can
+    refer to it. ``None`` when there is none.
+    """
+    for handlers in engine._event_handlers.values():
+        for handler, *_ in handlers:
+            owner = getattr(handler, "__self__", None)
+            if owner is None:
+                owner = getattr(getattr(handler, "__wrapped__", None), "__self__", None)
+            if isinstance(owner, MLFlowHandler) and owner.cur_run is not None:
+                return owner
+    return None
+
+
+def refer(handler: Any) -> Any:
+    """The handler itself: an entry of a config's list of handlers that has an id of its own elsewhere in the config.
+
+    Plain references would do to run it, but what looks for a handler in such a list (``check_properties``, MONAI Label)
+    expects every entry to be a dictionary with a ``_target_``.
+
+    Args:
+        handler: by reference, ``"@train#record"``.
+    """
+    return handler
+
+
+class TrainingRecord:
+    """Means of a mini-batch's numbers, for the log, MLflow and the end of an epoch.
+
+    MONAI's MLflow handler records one loss and the learning rate; this one gives it every number that the trainer
+    returns, averaged over ``interval`` mini-batches and all processes, and puts the epoch's means into
+    ``engine.state.metrics``, where all of MONAI's handlers look for them. In an epoch that a broken run goes on with,
+    means are of the mini-batches since.
+
+    Args:
+        settings: recorded as parameters.
+        interval: mini-batches over which to average.
+        tags: recorded as tags, such as the seed or the datalist's hash.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], interval: int = 8, tags: Mapping[str, Any] | None = None) -> None:
+        self.settings = flatten_settings(plain_settings(dict(settings)))
+        self.tags = {"code_version": code_version(), **plain_settings(dict(tags or {}))}
+        self.interval = interval
+        self._described = False
+        self._recent: dict[str, list[float]] = defaultdict(list)
+        self._epoch: dict[str, list[float]] = defaultdict(list)
+
+    def attach(self, engine: Engine) -> None:
+        """Follow every mini-batch and epoch."""
+        # Before StatsHandler's, which prints a traceback that Python prints once more.
+        engine.add_event_handler(Events.EXCEPTION_RAISED, _raise)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+        engine.add_event_handler(Events.COMPLETED, self._completed)
+
+    def _iteration_completed(self, engine: Any) -> None:
+        for name, value in engine.state.output[0].items():
+            self._recent[name].append(value)
+            self._epoch[name].append(value)
+        mlflow_handler = find_mlflow_handler(engine)
+        if mlflow_handler is not None and not self._described:
+            run_id = mlflow_handler.cur_run.info.run_id
+            known = mlflow_handler.client.get_run(run_id).data.params
+            mlflow_handler._log_params({k: v for k, v in self.settings.items() if k not in known})
+            for name, value in self.tags.items():
+                mlflow_handler.client.set_tag(run_id, name, str(value))
+        self._described = True
+        if engine.state.iteration % self.interval == 0:
+            means = _means(self._recent, engine.state.device)
+            if mlflow_handler is not None:
+                mlflow_handler._log_metrics(means, step=engine.state.iteration)
+
+    def _completed(self, engine: Engine) -> None:
+        mlflow_handler = None if self._described else find_mlflow_handler(engine)
+        if mlflow_handler is None:
+            return
+        run_id = mlflow_handler.cur_run.info.run_id
+        if not mlflow_handler.client.get_run(run_id).data.metrics:
+            # Nothing was left to train, and MONAI's handler has opened a new run beside the finished one.
+            mlflow_handler.client.set_tag(run_id, "superseded", "true")
+
+    def _epoch_completed(self, engine: Any) -> None:
+        engine.state.metrics |= _means(self._epoch, engine.state.device)
+
+
+def _raise(engine: Engine, error: BaseException) -> None:
+    raise error
+
+
+def log_epoch(engine: Engine) -> None:
+    """One line for an epoch, with what one looks at first; for MONAI's ``StatsHandler``, whose own lists everything."""
+    numbers = engine.state.metrics
+    parts = [
+        f"loss {numbers['loss']:.3f} (global {numbers['loss_global']:.3f}, patch {numbers['loss_patch']:.3f}, "
+        f"reconstruction {numbers['loss_reconstruction']:.4f})",
+        *(
+            f"{branch}: entropy {numbers[f'{branch}_teacher_entropy']:.2f}, "
+            f"predicted {numbers[f'{branch}_predicted']:.3f} of ln K"
+            for branch in ("global", "patch")
+        ),
+        f"{numbers['volumes_per_second']:.2f} volumes/s",
+    ]
+    logger.info("epoch %d of %s: %s", engine.state.epoch, engine.state.max_epochs, "; ".join(parts))
+
+
+def _means(numbers: dict[str, list[float]], device: torch.device) -> dict[str, float]:
+    """Means of the numbers, over all processes; the lists are emptied.
+
+    Computed on the training's device: NCCL reduces nothing that lies on the CPU.
+    """
+    names = sorted(numbers)
+    means = torch.tensor([float(np.mean(numbers[name])) for name in names], dtype=torch.float64, device=device)
+    numbers.clear()
+    return dict(zip(names, mean_over_processes(means).tolist(), strict=True))
