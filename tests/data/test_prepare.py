@@ -17,8 +17,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import tiny_datasets as tiny
+from broken_volumes import BROKEN
 from monai.data import load_decathlon_datalist
-from test_volumes import BROKEN
 
 from volta_components.cli import main
 from volta_components.data import worker

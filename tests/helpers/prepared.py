@@ -15,7 +15,7 @@ import numpy as np
 from volta_components.data.datalist import make_content
 from volta_components.files import sha256_file, write_json
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PRETRAIN = ROOT / "bundles" / "pretrain" / "configs"
 SIDE = 32
 

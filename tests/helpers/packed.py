@@ -14,7 +14,7 @@ from volta_components.method.networks import VoltaViT
 from volta_components.method.weights import save_encoder
 from volta_components.training.record import provenance
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BUNDLES = ("pretrain", "ixi_sex", "aibl_ad", "harp_hippocampus")
 
 

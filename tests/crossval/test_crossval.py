@@ -29,8 +29,8 @@ def place(tmp_path, monkeypatch):
     write_bundle(tmp_path)
     write_datalist(tmp_path / "datalist.json")
     empty_store(tmp_path / "runs")
-    tests = Path(__file__).parent
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent)]))
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(root / "tests" / "helpers"), str(root)]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # First words of the untagged blocks that are commands; others are listings of files.
 PROGRAMS = {
     "volta3d",
@@ -31,7 +31,7 @@ PROGRAMS = {
     "cd",
 }
 # Pages whose every block another test runs, on data of its own.
-RUN_ELSEWHERE = {"docs/python.md": "tests/test_docs_python.py"}
+RUN_ELSEWHERE = {"docs/python.md": "tests/integration/test_docs_python.py"}
 
 
 @dataclass(frozen=True)

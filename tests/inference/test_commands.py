@@ -37,8 +37,6 @@ from volta_components.inference.scans import check_source, prepared_grid
 from volta_components.method.networks import VoltaViT
 from volta_components.method.weights import load_encoder, save_encoder
 
-sys.path.append(str(Path(__file__).parent / "data"))
-
 CUBE = [SIDE] * 3
 # The 48 ways to store a volume: each order of the axes, each in either direction.
 ORIENTATIONS = [
