@@ -59,10 +59,11 @@ test-label: $(READY) $(LABEL_READY)  ## tests with a real MONAI Label server
 test-gpu: $(READY)  ## each training and inference once on the GPU
 	VOLTA_TEST_GPU=1 python -m pytest -q tests/integration/test_gpu.py
 
-lint: $(READY)  ## ruff and mypy
+lint: $(READY)  ## ruff, mypy and the layout of the configs
 	ruff check .
 	ruff format --check .
-	mypy volta_components
+	python -m tools.format_json --check bundles/*/configs/*.json
+	mypy volta_components tools
 
 bench: $(READY)  ## benchmarks, printed as a table of ratios
 	python benchmarks/run.py
