@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from volta_components.errors import InputError, check_counts, explain_input_errors
+from volta_components.errors import InputError, check_counts, explain_input_errors, find_input_error
 
 
 def test_many_bad_inputs_in_columns() -> None:
@@ -53,8 +53,10 @@ def test_bad_input_deep_down_is_told_alone(monkeypatch: pytest.MonkeyPatch, caps
             raise KeyError("in the middle of it")  # noqa: B904
     except KeyError as error:
         sys.excepthook(type(error), error, error.__traceback__)
+        assert find_input_error(error) is error.__context__.__cause__  # type: ignore[union-attr]
     assert capsys.readouterr().err == "\nerror: a.nii: truncated; fetch it again\n"
     assert not seen
+    assert find_input_error(ValueError("a fault of ours")) is None
     other = ValueError("a fault of ours")
     sys.excepthook(ValueError, other, None)
     assert seen == [other]

@@ -21,6 +21,7 @@ from volta_components.files import (
     remove_partials,
     sha256_file,
     sha256_json,
+    write_csv,
     write_json,
 )
 
@@ -122,3 +123,11 @@ def test_hashes(tmp_path: Path) -> None:
     assert sha256_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256_json({"b": 1, "a": [1, "é"]}) == hashlib.sha256('{"a":[1,"é"],"b":1}'.encode()).hexdigest()
     assert sha256_json({"b": 1, "a": 2}) == sha256_json({"a": 2, "b": 1})
+
+
+def test_a_table_has_empty_cells_where_nothing_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "participants.tsv"
+    write_csv(path, ["subject", "age", "sex"], [["sub-1", float("nan"), None], ["sub-2", 71.5, "F, M"]], delimiter="\t")
+    assert path.read_bytes() == b"subject\tage\tsex\nsub-1\t\t\nsub-2\t71.5\tF, M\n"
+    write_csv(path, ["sex"], [["F, M"]])
+    assert path.read_text(encoding="utf-8") == 'sex\n"F, M"\n'

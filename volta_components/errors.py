@@ -51,6 +51,19 @@ def check_counts(**counts: object) -> None:
         raise InputError.many("ids that must be whole numbers of at least 1", rows, "Give another number.")
 
 
+def find_input_error(error: BaseException | None) -> InputError | None:
+    """The bad input behind an error, or None.
+
+    ``monai.bundle`` and Ignite wrap what goes wrong in a configuration into errors of their own.
+
+    Args:
+        error: anything that was raised; the errors that it was raised from are searched in turn.
+    """
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def explain_input_errors() -> None:
     """From now on, bad input and Ctrl-C end the process with a message alone.
 
@@ -60,9 +73,7 @@ def explain_input_errors() -> None:
     default = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, InputError):
-            cause = cause.__cause__ or cause.__context__
+        cause = find_input_error(error)
         if isinstance(error, KeyboardInterrupt):
             left = str(error) or "a training that is started again goes on from its last checkpoint"
             print(f"\ninterrupted: {left}", file=sys.stderr)

@@ -18,18 +18,7 @@ from typing import Any
 
 from volta_components.errors import InputError
 
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table as CSV, atomically."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(header)
-        writer.writerows(rows)
-
-
 PARTIAL = ".partial-"
-
-
 FOREIGN_SECONDS = 24 * 3600.0
 
 
@@ -110,10 +99,32 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text as UTF-8, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Write ``content`` as indented JSON, atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_csv(
+    path: str | os.PathLike[str], header: Sequence[str], rows: Iterable[Iterable[Any]], delimiter: str = ","
+) -> None:
+    """Write a table as text, atomically.
+
+    Args:
+        path: the file.
+        header: names of the columns.
+        rows: values in order of the columns; None and NaN become empty cells.
+        delimiter: between cells; a tab for the tables of BIDS.
+    """
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, delimiter=delimiter, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(["" if value != value else value for value in row] for row in rows)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

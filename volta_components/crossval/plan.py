@@ -14,7 +14,7 @@ from typing import Any
 
 from volta_components.data.datalist import load_datalist
 from volta_components.downstream.splits import BASE_INIT
-from volta_components.errors import InputError
+from volta_components.errors import InputError, find_input_error
 from volta_components.files import read_json, sha256_file, sha256_json, write_json
 from volta_components.method.weights import find_encoder
 
@@ -193,9 +193,7 @@ def _check_parts(run: Run) -> None:
                 if isinstance(found, Parts):
                     check_shares(found.in_use, run.processes)
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, InputError):
-            cause = cause.__cause__ or cause.__context__
+        cause = find_input_error(error)
         if cause is None:
             raise
         raise InputError(f"{run.name}: {cause}") from error

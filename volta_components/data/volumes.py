@@ -106,6 +106,20 @@ def volume_suffix(path: Path) -> str | None:
     return max((suffix for suffix in VOLUME_SUFFIXES if name.endswith(suffix)), key=len, default=None)
 
 
+def volume_stem(path: Path) -> str:
+    """A file's name without its volume format's suffix: ``sub-1_T1w`` of ``sub-1_T1w.nii.gz``."""
+    return path.name[: len(path.name) - len(volume_suffix(path) or "")]
+
+
+def volumes_below(folder: Path) -> list[Path]:
+    """All volume files below a folder, sorted; hidden ones and those in hidden folders are left alone."""
+    found = []
+    for parent, names, files in os.walk(folder):
+        names[:] = [name for name in names if not name.startswith(".")]
+        found += [Path(parent, name) for name in files if not name.startswith(".") and volume_suffix(Path(name))]
+    return sorted(found)
+
+
 def _megabytes(n: float) -> str:
     return f"{n / 1e6:.1f}" if n >= 1e5 else f"{n / 1e6:.4f}"
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from monai.bundle import ConfigWorkflow
 
-from volta_components.errors import InputError
+from volta_components.errors import InputError, find_input_error
 from volta_components.files import read_json
 
 
@@ -74,9 +74,7 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, InputError):
-            cause = cause.__cause__ or cause.__context__
+        cause = find_input_error(error)
         if cause is None:
             raise
         raise cause from None

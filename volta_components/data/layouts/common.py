@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from volta_components.data.identity import canonical_patient_id, cohort_of
-from volta_components.data.volumes import volume_suffix
+from volta_components.data.volumes import volumes_below
 from volta_components.errors import InputError
 
 LEFT, RIGHT = 1, 2  # values of the hippocampi in label maps
@@ -333,11 +333,7 @@ def find_volumes(root: Path) -> list[Path]:
         InputError: if the folder is missing or cannot be listed.
     """
     check_folder(root)
-    found = []
-    for folder, names, files in os.walk(root):
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        found += [Path(folder, name) for name in files if not name.startswith(".") and volume_suffix(Path(name))]
-    return sorted(found)
+    return volumes_below(root)
 
 
 def check_folder(root: Path) -> None:

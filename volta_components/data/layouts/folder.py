@@ -20,7 +20,7 @@ from volta_components.data.layouts.common import (
     select_sessions,
     slug,
 )
-from volta_components.data.volumes import volume_suffix
+from volta_components.data.volumes import volume_stem
 from volta_components.errors import InputError
 
 _LABEL = re.compile(r"[._-](label|labels|seg|mask|dseg)$", re.IGNORECASE)
@@ -43,7 +43,7 @@ def read(options: LayoutOptions) -> Listing:
     labels: dict[str, Path] = {}
     images: list[tuple[str, Path]] = []
     for path in files:
-        stem = path.name[: -len(volume_suffix(path) or "")]
+        stem = volume_stem(path)
         inside = {part.lower() for part in path.relative_to(root).parts[:-1]}
         if inside & {"labels", "label", "labelstr"} or _LABEL.search(stem):
             name = _LABEL.sub("", stem)
