@@ -20,6 +20,7 @@ import torch
 from monai.networks.nets import ViTAutoEnc
 from torch import Tensor, nn
 
+from volta_components.method.ema import TeacherEMAHandler
 from volta_components.method.losses import CentredTargets, GlobalAlignmentLoss, PatchAlignmentLoss, ReconstructionLoss
 from volta_components.method.networks import VoltaStudent, VoltaViT, make_teacher, parameter_groups
 from volta_components.method.projection import ProjectionHead
@@ -36,6 +37,7 @@ def volta_step(
     """One whole step of this project: teacher, student, three losses, backward, optimiser, teacher update."""
     student = VoltaStudent(network, ProjectionHead(in_dim=network.config["hidden_size"], out_dim=out_dim))
     teacher = make_teacher(student)
+    ema = TeacherEMAHandler(teacher, student, lambda _: 0.996)
     optimizer = torch.optim.AdamW(parameter_groups(student, 0.04), lr=1e-4)
     global_loss = GlobalAlignmentLoss(CentredTargets(out_dim))
     patch_loss = PatchAlignmentLoss(CentredTargets(out_dim))
@@ -53,7 +55,7 @@ def volta_step(
         loss = loss + patch_loss(learnt.globals_.patch_logits, taught.patch_logits, 0.04)
         (loss + 100 * ReconstructionLoss()(learnt.reconstruction, images, masked)).backward()
         optimizer.step()
-        teacher.update(student, 0.996)
+        ema.update(0.996)
 
     return step
 

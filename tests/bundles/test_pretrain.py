@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from volta_components.data.datalist import load_datalist
 from volta_components.files import sha256_file
+from volta_components.method.ema import TeacherEMAHandler
 from volta_components.method.losses import CentredTargets, KoLeoLoss, SinkhornTargets
 from volta_components.method.networks import VoltaTeacher, VoltaViT
 from volta_components.method.trainer import VoltaTrainer
@@ -112,6 +113,10 @@ def test_objects_of_every_overlay_can_be_built(
     trained = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in trainer.plain_student.parameters() if p.requires_grad}
     assert not any(p.requires_grad for p in trainer.teacher.parameters())
+    (ema,) = [item for item in parser.get_parsed_content("train#handlers") if isinstance(item, TeacherEMAHandler)]
+    torch.nn.init.ones_(trainer.teacher.network.norm.bias)
+    ema.update(0.0)
+    assert torch.equal(trainer.teacher.network.norm.bias, trainer.plain_student.network.norm.bias)
 
 
 def test_held_out_volumes_are_not_trained_on(prepared: Path, tmp_path: Path) -> None:

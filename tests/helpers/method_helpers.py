@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from monai.transforms import Compose
 from torch import nn
 from torch.utils.data import DataLoader
 
+from volta_components.method.ema import TeacherEMAHandler
 from volta_components.method.losses import CentredTargets, GlobalAlignmentLoss, PatchAlignmentLoss, ReconstructionLoss
 from volta_components.method.masking import GroupMask
 from volta_components.method.networks import VoltaStudent, VoltaViT, make_teacher, parameter_groups
@@ -88,9 +90,14 @@ def tiny_run(
     shuffle: bool = True,
     transform: Compose | None = None,
     num_workers: int = 0,
+    teacher_momentum: Callable[[int], float] | None = None,
+    handlers: Sequence[Any] = (),
     **changes: Any,
 ) -> SimpleNamespace:
-    """Everything of a tiny pretraining, fresh and reproducible; ``changes`` go to the trainer."""
+    """Everything of a tiny pretraining, fresh and reproducible; ``changes`` go to the trainer.
+
+    ``handlers`` are attached before the EMA handler.
+    """
     device = torch.device("cpu")
     student = tiny_student(seed)
     sampler = ResumableSampler(count, seed, batch_size, num_replicas, rank, shuffle=shuffle)
@@ -108,7 +115,6 @@ def tiny_run(
     settings: dict[str, Any] = {
         "reconstruction_loss": ReconstructionLoss(),
         "learning_rate": CosineSchedule(1e-3, 1e-5, steps, 1),
-        "teacher_momentum": CosineSchedule(0.9, 1.0, epochs * sampler.iterations),
         "teacher_temperature": LinearSchedule(0.04, 0.07, sampler.iterations),
         "accumulation_steps": accumulation_steps,
     }
@@ -124,6 +130,8 @@ def tiny_run(
     parts.loader = DataLoader(
         dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0
     )
+    momentum = teacher_momentum or CosineSchedule(0.9, 1.0, epochs * sampler.iterations)
+    parts.ema = TeacherEMAHandler(parts.teacher, parts.student, momentum)
     parts.trainer = VoltaTrainer(
         device=device,
         max_epochs=epochs,
@@ -135,6 +143,7 @@ def tiny_run(
         views=parts.views,
         global_loss=parts.global_loss,
         patch_loss=parts.patch_loss,
+        train_handlers=[*handlers, parts.ema],
         **settings,
     )
     return parts

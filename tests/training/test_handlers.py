@@ -311,7 +311,7 @@ def watched(
     outputs: dict[int, dict[str, float]] = {}
 
     def step(engine: Any, batch: int) -> list[dict[str, float]]:
-        engine.summaries = summaries(batch)
+        engine.state.summaries = summaries(batch)
         values = entropies(batch)
         told = predicted(batch)
         outputs[batch] = {
@@ -477,7 +477,8 @@ def test_pictures_are_drawn_and_change_nothing(tmp_path: Path, monkeypatch: pyte
     plain, drawn = (tiny_run(count=2, epochs=5) for _ in range(2))
     plain.trainer.run()
     monkeypatch.setattr(monitoring, "find_mlflow_handler", lambda engine: fake)
-    ReconstructionPicture(tmp_path, drawn.loader.dataset[0], interval=3).attach(drawn.trainer)
+    network = drawn.plain_student.network
+    ReconstructionPicture(tmp_path, drawn.loader.dataset[0], network, drawn.views, interval=3).attach(drawn.trainer)
     drawn.trainer.run()
     names = [f"reconstruction_{epoch:04d}.png" for epoch in (1, 3, 5)]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
@@ -516,11 +517,10 @@ def test_held_out_errors_over_masked_voxels(
 
     engine: Any = Engine(lambda e, b: None)
     engine.state.device = torch.device("cpu")
-    engine.plain_student = SimpleNamespace(network=StubNetwork(constant))
-    engine.views = SimpleNamespace(mask=GroupMask(cell=1, noise_share=0.0))
-    engine.autocast = torch.no_grad
+    network: Any = StubNetwork(constant)
+    mask = GroupMask(cell=1, noise_share=0.0)
     check = ReconstructionCheck(
-        tmp_path / "check.json", items(0.4, 0.8, 0.0), items(0.2, 0.6, 1.0), interval=2, limit=2
+        tmp_path / "check.json", items(0.4, 0.8, 0.0), items(0.2, 0.6, 1.0), network, mask, interval=2, limit=2
     )
     check.attach(engine)
     seen: list[Any] = []

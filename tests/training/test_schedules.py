@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schedules at their first, last and boundary steps, and the teacher's moving average in closed form."""
+"""Schedules at their first, last and boundary steps."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
-import torch
-from method_helpers import tiny_student
 
 from volta_components.errors import InputError
-from volta_components.method.networks import make_teacher
 from volta_components.training.schedules import CosineSchedule, LinearSchedule
 
 
@@ -62,36 +59,3 @@ def test_teacher_temperature() -> None:
     assert temperature(29) == pytest.approx(0.069, rel=1e-12)
     assert temperature(30) == pytest.approx(0.07, rel=1e-12)
     assert temperature(1000) == pytest.approx(0.07, rel=1e-12)
-
-
-def test_teacher_after_n_updates_equals_the_closed_form() -> None:
-    """t_n = (prod m) t_0 + sum_k (1 - m_k) (prod of later m) s_k, with momentum and student changing at each step."""
-    student = tiny_student()
-    teacher = make_teacher(student)
-    start = {name: value.detach().double().clone() for name, value in teacher.named_parameters()}
-    momenta = [0.9, 0.5, 0.996, 0.0, 0.99, 1.0, 0.7]
-    students = []
-    for momentum in momenta:
-        with torch.no_grad():
-            for parameter in student.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-        students.append({name: value.detach().double().clone() for name, value in student.named_parameters()})
-        teacher.update(student, momentum)
-    for name, value in teacher.named_parameters():
-        expected = math.prod(momenta) * start[name]
-        for k, momentum in enumerate(momenta):
-            expected = expected + (1 - momentum) * math.prod(momenta[k + 1 :]) * students[k][name]
-        torch.testing.assert_close(value.double(), expected, atol=1e-6, rtol=1e-5)
-
-
-def test_a_new_teacher_is_the_student() -> None:
-    student = tiny_student()
-    teacher = make_teacher(student)
-    other = tiny_student(seed=9)
-    mine = dict(student.named_parameters())
-    assert all(torch.equal(value, mine[name]) for name, value in teacher.named_parameters())
-    teacher.copy_from(other)
-    theirs = dict(other.named_parameters())
-    assert all(torch.equal(value, theirs[name]) for name, value in teacher.named_parameters())
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    assert not any(name.startswith("network.conv3d") for name in teacher.state_dict())

@@ -22,7 +22,8 @@ class CollapseMonitor:
     a single prototype); what the student tells of the targets beyond their mean (at 0, views of a volume agree on
     nothing: the teacher's sharpening makes targets of noise, which the entropy does not show); and the effective rank
     of the last summaries (the exponential of the entropy of their covariance's eigenvalues; near 1: every volume has
-    the same embedding). Adds ``effective_rank`` to the trainer's numbers.
+    the same embedding). Reads ``engine.state.output`` and ``engine.state.summaries``; adds ``effective_rank`` to the
+    former.
 
     Args:
         low: entropies under this share of ``ln K`` count as a collapse to a point.
@@ -85,7 +86,7 @@ class CollapseMonitor:
     def _iteration_completed(self, engine: Any) -> None:
         output = engine.state.output[0]
         iteration = engine.state.iteration
-        self.queue.extend(engine.summaries.cpu().unbind(0))
+        self.queue.extend(engine.state.summaries.cpu().unbind(0))
         checks = []
         for branch in ("global", "patch"):
             mean = self._smoothed(branch, output[f"{branch}_teacher_entropy"])

@@ -14,8 +14,15 @@ from ignite.engine import Engine, Events
 
 from volta_components.distributed import process_rank
 from volta_components.files import atomic_path, write_json
-from volta_components.method.masking import VISIBLE
+from volta_components.method.masking import VISIBLE, GroupMask
+from volta_components.method.networks import VoltaViT
+from volta_components.method.views import ViewGenerator
 from volta_components.training.tracking import find_mlflow_handler
+
+
+def restore(network: VoltaViT, image: torch.Tensor) -> torch.Tensor:
+    """The network's reconstruction ``[B, 1, D, H, W]`` of a masked image of the same shape."""
+    return network.decode(network.encode(image), network.token_grid(image))
 
 
 class ReconstructionPicture:
@@ -26,12 +33,23 @@ class ReconstructionPicture:
     Args:
         folder: where PNG files are written.
         volume: ``[1, D, H, W]`` in [0, 1], or an item of the data set that has it as ``image``.
+        network: the student's network, with its decoder.
+        views: makes the crops and the mask.
         interval: epochs between two pictures.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], volume: Any, interval: int = 10) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        volume: Any,
+        network: VoltaViT,
+        views: ViewGenerator,
+        interval: int = 10,
+    ) -> None:
         self.folder = Path(folder)
         self.volume = volume["image"] if isinstance(volume, Mapping) else volume
+        self.network = network
+        self.views = views
         self.interval = interval
 
     def attach(self, engine: Engine) -> None:
@@ -50,15 +68,12 @@ class ReconstructionPicture:
 
     @torch.no_grad()
     def draw(self, engine: Any, path: Path) -> None:
-        """Write the picture of the engine's present student."""
+        """Write the picture of the network as it is now, computed in single precision."""
         from matplotlib.figure import Figure
 
-        student = engine.plain_student
         volume = torch.as_tensor(self.volume).to(engine.state.device)[None]
-        views = engine.views(volume, [(0, 0)])
-        with engine.autocast():
-            tokens = student.network.encode(views.student[0])
-            restored = student.network.decode(tokens, student.network.token_grid(views.student[0])).float()
+        views = self.views(volume, [(0, 0)])
+        restored = restore(self.network, views.student[0])
         images = {
             "original": views.image[0],
             "teacher's view": views.teacher[0],
@@ -83,24 +98,36 @@ class ReconstructionPicture:
 class ReconstructionCheck:
     """Masked reconstruction error on held-out volumes, beside that of predicting the mean training volume.
 
-    Held-out volumes are masked as they lie, with the same masks every time. Their errors, ``validation_reconstruction``
-    and ``validation_mean_view``, and the share of volumes where the first is lower, ``validation_share_better``, go to
-    ``engine.state.metrics`` every ``interval`` epochs and, at the end, to a JSON.
+    Held-out volumes are masked whole, without any other change, by the same masks every time. Their errors in single
+    precision, ``validation_reconstruction`` and ``validation_mean_view``, and the share of volumes where the first is
+    lower, ``validation_share_better``, go to ``engine.state.metrics`` every ``interval`` epochs and, at the end, to a
+    JSON.
 
     Args:
         path: the JSON file.
         validation: held-out items, with ``image`` ``[1, D, H, W]`` in [0, 1]; none of them is trained on.
         training: items whose mean volume is the naive prediction.
+        network: the student's network, with its decoder.
+        mask: draws the masks.
         interval: epochs between two checks.
         limit: volumes of each that are used at most.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], validation: Any, training: Any, interval: int = 10, limit: int = 64
+        self,
+        path: str | os.PathLike[str],
+        validation: Any,
+        training: Any,
+        network: VoltaViT,
+        mask: GroupMask,
+        interval: int = 10,
+        limit: int = 64,
     ) -> None:
         self.path = Path(path)
         self.validation = validation
         self.training = training
+        self.network = network
+        self.mask = mask
         self.interval = interval
         self.limit = limit
         self._mean: torch.Tensor | None = None
@@ -113,15 +140,14 @@ class ReconstructionCheck:
         epoch, last = engine.state.epoch, engine.state.max_epochs
         if epoch % self.interval and epoch != last:
             return
-        errors = self.errors(engine)
+        errors = self.errors(engine.state.device)
         engine.state.metrics |= {f"validation_{name}": value for name, value in errors.items()}
         if epoch == last:
             write_json(self.path, {"epoch": epoch, **errors, "volumes": min(self.limit, len(self.validation))})
 
     @torch.no_grad()
-    def errors(self, engine: Any) -> dict[str, float]:
+    def errors(self, device: torch.device) -> dict[str, float]:
         """Mean squared errors over masked voxels, averaged over volumes, and the share that is restored better."""
-        device, network, mask = engine.state.device, engine.plain_student.network, engine.views.mask
         if self._mean is None:
             count = min(self.limit, len(self.training))
             self._mean = torch.stack([torch.as_tensor(self.training[i]["image"]) for i in range(count)]).mean(dim=0)
@@ -130,11 +156,11 @@ class ReconstructionCheck:
         for index in range(min(self.limit, len(self.validation))):
             image = torch.as_tensor(self.validation[index]["image"]).to(device)[None]
             size = image.shape[2:]
-            labels = mask.enlarge(mask.draw(size, np.random.default_rng(index)), size, device).expand_as(image)
+            labels = self.mask.enlarge(self.mask.draw(size, np.random.default_rng(index)), size, device).expand_as(
+                image
+            )
             noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(index)).to(device)
-            with engine.autocast():
-                tokens = network.encode(mask.fill(image, labels, noise))
-                restored = network.decode(tokens, network.token_grid(image)).float()
+            restored = restore(self.network, self.mask.fill(image, labels, noise))
             hidden = labels != VISIBLE
             errors["reconstruction"].append(float((restored - image)[hidden].square().mean()))
             errors["mean_view"].append(float((mean - image)[hidden].square().mean()))

@@ -81,10 +81,14 @@ class VoltaViT(ViTAutoEnc):
         self.grid = tuple(size // patch for size, patch in zip(self.img_size, self.patch_size))
         self.summariser = ClsSummariser(hidden_size, summary_heads, mlp_dim)
         if not decoder:
-            del self.conv3d_transpose, self.conv3d_transpose_1
+            self.drop_decoder()
         for block in self.blocks:
             block.attn.use_flash_attention = True  # type: ignore[union-attr]
         settle_cross_attention(self)
+
+    def drop_decoder(self) -> None:
+        """Remove the decoder; ``decode`` cannot be called any more."""
+        del self.conv3d_transpose, self.conv3d_transpose_1
 
     def token_grid(self, image: Tensor) -> tuple[int, int, int]:
         """Tokens along each axis for an image ``[B, C, D, H, W]``."""
@@ -198,10 +202,7 @@ class VoltaStudent(nn.Module):
 
 
 class VoltaTeacher(VoltaStudent):
-    """Exponential moving average of a student (paper, section II-B, knowledge distillation); has no gradients.
-
-    Ignite's ``EMAHandler`` follows one module of one engine event and keeps its own counters; here the teacher is
-    a module that is saved with the run and whose momentum is a function of the mini-batch.
+    """Gives targets for the student's outputs; has no gradients and follows the student by ``TeacherEMAHandler``.
 
     Args:
         network: as the student's, without decoder.
@@ -211,23 +212,6 @@ class VoltaTeacher(VoltaStudent):
     def __init__(self, network: VoltaViT, head: ProjectionHead) -> None:
         super().__init__(network, head)
         self.requires_grad_(False)
-
-    def copy_from(self, student: VoltaStudent) -> None:
-        """Start as an exact copy of the student."""
-        self.update(student, momentum=0.0)
-
-    @torch.no_grad()
-    def update(self, student: VoltaStudent, momentum: float) -> None:
-        """``teacher = momentum * teacher + (1 - momentum) * student``, for every parameter.
-
-        Args:
-            student: the student, without any distributed wrapper.
-            momentum: in [0, 1].
-        """
-        source = dict(student.named_parameters())
-        mine = dict(self.named_parameters())
-        names = list(mine)
-        torch._foreach_lerp_([mine[n] for n in names], [source[n].detach() for n in names], 1.0 - momentum)
 
     @torch.no_grad()
     def forward(self, global_crops: Tensor) -> GlobalOutput:  # type: ignore[override]
@@ -264,9 +248,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def make_teacher(student: VoltaStudent) -> VoltaTeacher:
-    """A teacher with the student's architecture and weights, without decoder, where the student is."""
-    network = VoltaViT(**student.network.config, decoder=False)  # type: ignore[arg-type]
-    device = next(student.parameters()).device
-    teacher = VoltaTeacher(network, copy.deepcopy(student.head)).to(device)
-    teacher.copy_from(student)
-    return teacher
+    """A teacher that starts as an exact copy of the student, without decoder, where the student is."""
+    network = copy.deepcopy(student.network)
+    network.drop_decoder()
+    return VoltaTeacher(network, copy.deepcopy(student.head))

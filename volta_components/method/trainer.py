@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from ignite.engine import Events
 from monai.engines import Trainer
+from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -36,9 +37,11 @@ class VoltaTrainer(Trainer):
        propagated back; centres move;
     4. at the end of a window: gradients are clipped, the last layers' are dropped while those are frozen, and the
        optimiser steps with the learning rate of that step;
-    5. the teacher follows the student (every mini-batch).
+    5. ``IterationEvents.MODEL_COMPLETED`` is fired: ``TeacherEMAHandler``, one of the ``train_handlers``, lets the
+       teacher follow the student.
 
     ``engine.state.output`` is a list of one dictionary: the mini-batch's numbers (floats), by name.
+    ``engine.state.summaries`` has the teacher's summary of each volume, ``[processes * B, D]``.
 
     Args:
         device: where to compute.
@@ -46,14 +49,13 @@ class VoltaTrainer(Trainer):
         train_data_loader: gives ``image`` ``[B, 1, D, H, W]`` in [0, 1] and ``key`` ``[B, 2]`` (epoch, index).
         sampler: the loader's sampler, told where each epoch begins.
         student: the student, or its ``DistributedDataParallel`` wrapper.
-        teacher: follows the student.
+        teacher: gives the targets; nothing here changes it.
         optimizer: over the student's parameters; its learning rate is set here.
         views: makes the views.
         global_loss: eq. 2-3.
         patch_loss: eq. 4-5.
         reconstruction_loss: eq. 1.
         learning_rate: of an optimiser step, counted from 0.
-        teacher_momentum: of a mini-batch, counted from 0.
         teacher_temperature: tau_t of the global branch, of a mini-batch, counted from 0.
         patch_teacher_temperature: tau_t of the patch branch; the global branch's by default.
         weight_decay: of an optimiser step, counted from 0, for the parameters that are decayed; by default the
@@ -66,7 +68,7 @@ class VoltaTrainer(Trainer):
         koleo_weight: its weight.
         amp: mixed precision by autocast, on any device.
         amp_dtype: type of autocast.
-        train_handlers: attached to the engine.
+        train_handlers: attached to the engine; a ``TeacherEMAHandler`` has to be among them.
 
     Raises:
         InputError: if a setting is out of range.
@@ -86,7 +88,6 @@ class VoltaTrainer(Trainer):
         patch_loss: PatchAlignmentLoss,
         reconstruction_loss: ReconstructionLoss,
         learning_rate: Callable[[int], float],
-        teacher_momentum: Callable[[int], float],
         teacher_temperature: Callable[[int], float],
         patch_teacher_temperature: Callable[[int], float] | None = None,
         weight_decay: Callable[[int], float] | None = None,
@@ -116,7 +117,6 @@ class VoltaTrainer(Trainer):
         self.patch_loss = patch_loss
         self.reconstruction_loss = reconstruction_loss
         self.learning_rate = learning_rate
-        self.teacher_momentum = teacher_momentum
         self.teacher_temperature = teacher_temperature
         self.patch_teacher_temperature = patch_teacher_temperature or teacher_temperature
         self.weight_decay = weight_decay
@@ -183,10 +183,6 @@ class VoltaTrainer(Trainer):
         step = epoch * -(-length // steps) + place // steps
         return place - first, min(steps, length - first), step
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Mixed precision for the networks, when asked for."""
-        return torch.autocast(self.state.device.type, dtype=self.amp_dtype, enabled=self.mixed_precision)
-
     def _iteration(  # type: ignore[override]
         self, engine: Any, batchdata: dict[str, Tensor]
     ) -> list[dict[str, float]]:
@@ -215,25 +211,24 @@ class VoltaTrainer(Trainer):
                     group["weight_decay"] = self.weight_decay(step)
             output["learning_rate"] = rate
             output["gradient_norm"] = self._step()
-        momentum = self.teacher_momentum(iteration)
-        self.teacher.update(self.plain_student, momentum)
         # One transfer from the device for all of them.
         values = torch.stack(
             [torch.as_tensor(value, dtype=torch.float32, device=image.device) for value in output.values()]
         )
         numbers = dict(zip(output, values.tolist(), strict=True))
-        numbers["teacher_momentum"] = momentum
         numbers["teacher_temperature"] = temperature
         numbers["patch_teacher_temperature"] = patch_temperature
         # From the end of the mini-batch before: waiting for data counts.
         now = time.perf_counter()
         numbers["volumes_per_second"] = len(image) * process_count() / (now - self._clock)
         self._clock = now
-        return [numbers]
+        self.state.output = [numbers]
+        self.fire_event(IterationEvents.MODEL_COMPLETED)
+        return self.state.output
 
     def _losses(self, views: Views, temperature: float, patch_temperature: float) -> dict[str, Any]:
         pairs, batch = views.teacher.shape[:2]
-        with self.autocast():
+        with torch.autocast(self.state.device.type, dtype=self.amp_dtype, enabled=self.mixed_precision):
             taught = self.teacher(views.teacher.flatten(0, 1))
             learnt = self.student(views.student.flatten(0, 1), views.local.flatten(0, 1))
         logits = torch.cat([learnt.globals_.logits, learnt.local_logits]).unflatten(0, (-1, batch))
@@ -257,7 +252,7 @@ class VoltaTrainer(Trainer):
         means = mean_over_processes(torch.stack(list(statistics.values())))
         output |= dict(zip(statistics, means, strict=True))
         # One view of each volume: two views of it would count twice.
-        self.summaries = gather_rows(taught.summary[:batch].detach().float())
+        self.state.summaries = gather_rows(taught.summary[:batch].detach().float())
         return {"loss": loss, **output}
 
     def _step(self) -> Tensor:
