@@ -26,7 +26,6 @@ from volta_components.data.nifti import write_label_map
 from volta_components.data.preprocess import Settings, prepare_volume
 from volta_components.data.volumes import read_volume
 from volta_components.downstream.label_maps import check_label_maps, find_datalist, labelled_parts, training_items
-from volta_components.downstream.metrics import score_mask, summarise_scores
 from volta_components.downstream.networks import VoltaUNETR, describe_network
 from volta_components.downstream.segmentation import FloatWindowInferer, shown_scans
 from volta_components.downstream.start import start_from
@@ -111,60 +110,6 @@ def test_unet_tells_its_sizes() -> None:
         "strides": [2],
         "num_res_units": 2,
     }
-
-
-# --- scores, against arithmetic of our own ---
-
-
-def surface_distances(first: np.ndarray, second: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
-    """Distance of each surface voxel of ``first`` to the surface of ``second``, mm."""
-    surfaces = [mask & ~ndimage.binary_erosion(np.pad(mask, 1))[1:-1, 1:-1, 1:-1] for mask in (first, second)]
-    return ndimage.distance_transform_edt(~surfaces[1], sampling=spacing)[surfaces[0]]
-
-
-def independent_hd95(mask: np.ndarray, truth: np.ndarray, spacing: tuple[float, ...]) -> float:
-    return max(float(np.percentile(surface_distances(a, b, spacing), 95)) for a, b in ((mask, truth), (truth, mask)))
-
-
-@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (0.5, 2.0, 3.25), (3.0, 3.0, 3.0)])
-def test_dice_and_hd95_agree_with_scipy(spacing: tuple[float, float, float]) -> None:
-    for seed in range(6):
-        rng = np.random.default_rng(seed)
-        smooth = [ndimage.gaussian_filter(rng.normal(size=(2, 22, 18, 20)), (0, 2, 2, 2)) for _ in range(2)]
-        # Blobs of any form, some touching the border, and a far speck.
-        mask, truth = (np.where(s[0] > 0.06, 1, np.where(s[1] > 0.06, 2, 0)).astype(np.uint8) for s in smooth)
-        mask[0, 0, 0] = 1
-        scores = score_mask(mask, truth, spacing)
-        for side, value in (("left", 1), ("right", 2)):
-            a, b = mask == value, truth == value
-            dice = 2 * np.logical_and(a, b).sum() / (a.sum() + b.sum())
-            assert scores[f"dice_{side}"] == pytest.approx(dice, rel=1e-6)
-            assert scores[f"hd95_{side}"] == pytest.approx(independent_hd95(a, b, spacing), rel=1e-6)
-            assert scores[f"volume_{side}_mm3"] == pytest.approx(a.sum() * math.prod(spacing))
-            assert scores[f"true_volume_{side}_mm3"] == pytest.approx(b.sum() * math.prod(spacing))
-        assert scores["dice"] == pytest.approx((scores["dice_left"] + scores["dice_right"]) / 2)
-        assert scores["hd95"] == pytest.approx((scores["hd95_left"] + scores["hd95_right"]) / 2)
-        assert scores["failures"] == 0
-
-
-def test_an_empty_mask_is_a_failure_that_is_counted() -> None:
-    truth = np.zeros((12, 12, 12), np.uint8)
-    truth[2:4, 3:6, 3:6], truth[8:10, 3:6, 3:6] = 1, 2
-    half = truth.copy()
-    half[half == 2] = 0
-    rows = [score_mask(mask, truth, (1, 1, 1)) for mask in (truth, half, np.zeros_like(truth))]
-    assert [row["failures"] for row in rows] == [0, 1, 2]
-    assert rows[1]["dice"] == pytest.approx(0.5) and rows[1]["hd95_left"] == 0
-    assert math.isnan(rows[1]["hd95_right"]) and math.isnan(rows[1]["hd95"])
-    summary = summarise_scores(rows, penalty=30.0)
-    assert summary["mean_dice"] == pytest.approx((1 + 0.5 + 0) / 3)
-    assert summary["dice_left"] == pytest.approx(2 / 3) and summary["dice_right"] == pytest.approx(1 / 3)
-    assert summary["hd95"] == summary["hd95_left"] == summary["hd95_right"] == 0
-    assert summary["hd95_failures"] == 3
-    assert summary["hd95_with_penalty"] == pytest.approx(3 * 30 / 6)
-    nobody = summarise_scores([rows[2]], penalty=30.0)
-    assert not {"hd95", "hd95_left", "hd95_right"} & nobody.keys()
-    assert nobody["hd95_with_penalty"] == 30
 
 
 # --- label maps before training ---

@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 from sklearn.metrics import recall_score, roc_auc_score
 
+from volta_components.downstream.metrics import Resampling
 from volta_components.report import statistics
-from volta_components.report.statistics import Resampling
 
 
 def people(rng, n=60, effect=0.8):
@@ -21,23 +21,6 @@ def people(rng, n=60, effect=0.8):
     return pd.DataFrame(
         {"patient_id": [f"p{i:02d}" for i in range(n)], "label": label, "score": score, "prediction": score >= 0.45}
     )
-
-
-def test_auroc_with_ties_and_weights_is_scikit_learns(rng):
-    table = people(rng)
-    weights = rng.integers(0, 4, (25, len(table)))
-    ours = statistics.auroc(table.label, table.score, weights)
-    assert float(statistics.auroc(table.label, table.score)) == pytest.approx(roc_auc_score(table.label, table.score))
-    for value, row in zip(ours, weights, strict=True):
-        assert value == pytest.approx(roc_auc_score(table.label, table.score, sample_weight=row), abs=1e-12)
-
-
-def test_auroc_of_one_class_is_not_a_number():
-    assert math.isnan(statistics.auroc(np.ones(3), np.arange(3)))
-    assert np.isnan(statistics.auroc(np.array([0, 1]), np.array([0.1, 0.2]), np.array([[1, 0], [1, 1]]))).tolist() == [
-        True,
-        False,
-    ]
 
 
 def test_sensitivity_and_specificity_are_scikit_learns_recalls(rng):
@@ -49,42 +32,17 @@ def test_sensitivity_and_specificity_are_scikit_learns_recalls(rng):
         assert float(ours[name]) == pytest.approx(expected, abs=1e-12)
 
 
-def test_resampling_keeps_classes_draws_patients_whole_and_is_shared(rng):
-    table = people(rng)
-    visits = pd.concat([table, table.iloc[:20]], ignore_index=True)  # second scans of twenty patients
-    sampling = Resampling([table, visits], fold=2, samples=400, seed=1)
-    weights = sampling.weights(visits)
-    assert (weights[:, :20] == weights[:, 60:]).all()
-    assert (weights[:, :60] @ table.label.to_numpy() == table.label.sum()).all()
-    assert (weights[:, :60].sum(axis=1) == 60).all()
-    again = Resampling([visits], fold=2, samples=400, seed=1)
-    assert (again.weights(table) == sampling.weights(table)).all()
-    assert (Resampling([visits], fold=1, samples=400, seed=1).weights(table) != sampling.weights(table)).any()
-    # Drawn with replacement: a patient is left out of a sample with probability (1 - 1/n)^n.
-    women = table.label.to_numpy() == 1
-    assert (weights[:, :60][:, women] == 0).mean() == pytest.approx((1 - 1 / 20) ** 20, abs=0.02)
-
-
-def test_bootstrap_interval_agrees_with_delongs_variance(rng):
-    """An AUROC's bootstrap spread and DeLong's standard error estimate the same thing."""
-    table = people(rng, n=300)
-    weights = Resampling([table], fold=0, samples=2000).weights(table)
-    low, high = statistics.interval(statistics.auroc(table.label, table.score, weights))
-    positive, negative = (table.score[table.label == label].to_numpy() for label in (1, 0))
-    wins = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
-    error = math.sqrt(wins.mean(1).var(ddof=1) / len(positive) + wins.mean(0).var(ddof=1) / len(negative))
-    assert (high - low) / (2 * 1.96) == pytest.approx(error, rel=0.12)
-
-
 def test_mean_over_folds_and_its_interval(rng):
     tables = {fold: people(rng, effect=0.4 + 0.3 * fold) for fold in range(3)}
-    sampling = {fold: Resampling([table], fold, samples=300) for fold, table in tables.items()}
+    sampling = {
+        fold: Resampling(table.patient_id, table.label, samples=300, seed=fold) for fold, table in tables.items()
+    }
     estimates, means = statistics.summarise(tables, {fold: fold for fold in tables}, sampling)
     values = [roc_auc_score(table.label, table.score) for table in tables.values()]
     assert estimates["auroc"].mean == pytest.approx(np.mean(values))
     assert estimates["auroc"].sd == pytest.approx(np.std(values, ddof=1))
     replicate = np.mean(
-        [roc_auc_score(t.label, t.score, sample_weight=sampling[k].weights(t)[7]) for k, t in tables.items()]
+        [roc_auc_score(t.label, t.score, sample_weight=sampling[k].weights(t.patient_id)[7]) for k, t in tables.items()]
     )
     assert means["auroc"][7] == pytest.approx(replicate)
     assert estimates["auroc"].low == pytest.approx(np.quantile(means["auroc"], 0.025))

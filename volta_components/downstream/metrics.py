@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of a two-class classifier, from scikit-learn where it has them."""
+"""Metrics of two-class classifiers and of label maps, and their bootstrap over patients."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance
 from monai.networks.utils import one_hot
-from numpy.typing import ArrayLike
-from scipy.stats import bootstrap
-from sklearn.metrics import recall_score, roc_auc_score, roc_curve
+from numpy.typing import ArrayLike, NDArray
+from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from volta_components.data.labels import SIDES
 from volta_components.errors import InputError
+
+Array = NDArray[np.float64]
+CONFIDENCE = 0.95
+BOOTSTRAP = 2000
 
 
 def one_hot_pair(output: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -87,7 +91,7 @@ def summarise_scores(rows: Sequence[Mapping[str, float]], penalty: float) -> dic
     return result
 
 
-def score_intervals(rows: Sequence[Mapping[str, float]], patients: Sequence[str]) -> dict[str, list[float]]:
+def score_intervals(rows: Sequence[Mapping[str, float]], patients: Sequence[str]) -> dict[str, tuple[float, float]]:
     """95 % bootstrap intervals over patients of the mean Dice and HD95.
 
     Args:
@@ -99,14 +103,12 @@ def score_intervals(rows: Sequence[Mapping[str, float]], patients: Sequence[str]
     """
     result = {}
     for name, key in (("mean_dice", "dice"), ("hd95", "hd95")):
-        by_patient: dict[str, list[float]] = {}
-        for patient, row in zip(patients, rows, strict=True):
-            if not math.isnan(row[key]):
-                by_patient.setdefault(patient, []).append(row[key])
-        means = [float(np.mean(values)) for values in by_patient.values()]
-        if len(means) > 1:
-            found = bootstrap((means,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0))
-            result[name] = [float(found.confidence_interval.low), float(found.confidence_interval.high)]
+        known = [(patient, row[key]) for patient, row in zip(patients, rows, strict=True) if not math.isnan(row[key])]
+        scans = Counter(patient for patient, _ in known)
+        if len(scans) > 1:
+            owners = [patient for patient, _ in known]
+            weights = Resampling(owners).weights(owners) / [scans[patient] for patient in owners]
+            result[name] = interval(weighted_mean(np.array([value for _, value in known]), weights))
     return result
 
 
@@ -121,19 +123,6 @@ def _pair(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]
     return truth, values
 
 
-def auroc(labels: ArrayLike, scores: ArrayLike) -> float:
-    """Area under the ROC curve.
-
-    Args:
-        labels: ``[n]``, 0 or 1; both must be there.
-        scores: ``[n]``, higher for label 1.
-
-    Raises:
-        InputError: if a class is missing or a score is not finite.
-    """
-    return float(roc_auc_score(*_pair(labels, scores)))
-
-
 def sensitivity_specificity(labels: ArrayLike, scores: ArrayLike, threshold: float) -> tuple[float, float]:
     """Shares of label 1 and of label 0 that are called right, when ``score >= threshold`` is called 1.
 
@@ -146,8 +135,8 @@ def sensitivity_specificity(labels: ArrayLike, scores: ArrayLike, threshold: flo
         InputError: if a class is missing or a score is not finite.
     """
     truth, values = _pair(labels, scores)
-    called = (values >= threshold).astype(int)
-    return float(recall_score(truth, called, pos_label=1)), float(recall_score(truth, called, pos_label=0))
+    called = values >= threshold
+    return float(share(called, truth == 1)), float(share(~called, truth == 0))
 
 
 def youden_threshold(labels: ArrayLike, scores: ArrayLike) -> float:
@@ -174,67 +163,107 @@ def youden_threshold(labels: ArrayLike, scores: ArrayLike) -> float:
     return float(lowest_called if below.size == 0 else (lowest_called + below.max()) / 2)
 
 
-def bootstrap_aurocs(
-    labels: ArrayLike,
-    scores: ArrayLike,
-    patients: Sequence[str] | None = None,
-    repeats: int = 2000,
-    seed: int = 0,
-) -> np.ndarray:
-    """AUROC of bootstrap samples of patients.
-
-    A sample is a weight for each row, and the weighted AUROC is a sum over sorted scores, so that all samples are
-    computed at once; scikit-learn's ``roc_auc_score`` with these weights gives the same numbers one by one.
+def auroc(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike = 1.0) -> Array:
+    """Area under the ROC curve, for many weightings of the rows at once.
 
     Args:
-        labels: ``[n]``, 0 or 1; both must be there.
-        scores: ``[n]``, higher for label 1.
-        patients: of each row; all rows of a patient are drawn together. By default, each row is a patient.
-        repeats: number of samples; those with one class only are drawn again.
-        seed: of the draws; with the same patients in the same order, the same draws.
+        labels: ``[n]``, 0 or 1.
+        scores: ``[n]``, higher for label 1; a pair of equal scores counts one half.
+        weights: ``[..., n]``, such as how often a bootstrap sample holds each row.
 
     Returns:
-        ``[repeats]``.
+        ``[...]``; NaN where a class is missing.
 
-    Raises:
-        InputError: if a class is missing or a score is not finite.
+    Source: the Mann-Whitney form; scikit-learn's ``roc_auc_score`` gives the same numbers one weighting at a time.
     """
-    truth, values = _pair(labels, scores)
-    names, owner = np.unique(np.arange(len(truth)) if patients is None else np.asarray(patients), return_inverse=True)
-    levels, level = np.unique(values, return_inverse=True)
-    at_level = np.zeros((len(truth), len(levels)))
-    at_level[np.arange(len(truth)), level] = 1
-    rng = np.random.default_rng(seed)
-    found: list[float] = []
-    while len(found) < repeats:
-        drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=repeats)
-        weights = drawn[:, owner].astype(float)
-        positive, negative = ((weights * (truth == value)) @ at_level for value in (1, 0))
-        # A pair of equal scores counts one half.
-        below = negative.cumsum(axis=1) - negative / 2
-        pairs = positive.sum(axis=1) * negative.sum(axis=1)
-        usable = pairs > 0
-        found += ((positive * below).sum(axis=1)[usable] / pairs[usable]).tolist()
-    return np.array(found[:repeats])
+    positive, values = np.asarray(labels).astype(bool), np.asarray(scores, dtype=float)
+    given = np.asarray(weights, dtype=float)
+    order = values.argsort()
+    starts = np.flatnonzero(np.diff(values[order], prepend=-np.inf))  # of each level of equal scores
+    ones, zeros = (np.add.reduceat((given * which)[..., order], starts, axis=-1) for which in (positive, ~positive))
+    ahead = ones * (zeros.cumsum(axis=-1) - zeros / 2)
+    return ratio(ahead.sum(-1), ones.sum(-1) * zeros.sum(-1))
+
+
+def share(hits: ArrayLike, among: ArrayLike, weights: ArrayLike = 1.0) -> Array:
+    """Weighted share of the rows ``hits [n]`` among the rows ``among [n]``, for ``weights [..., n]``."""
+    counted = np.asarray(weights) * np.asarray(among).astype(float)
+    return ratio((counted * np.asarray(hits)).sum(-1), counted.sum(-1))
+
+
+def weighted_mean(values: np.ndarray, weights: np.ndarray) -> Array:
+    """Mean of ``values [n]`` for each row of ``weights [..., n]``, leaving out NaN."""
+    known = np.isfinite(values)
+    return ratio((weights[..., known] * values[known]).sum(-1), weights[..., known].sum(-1))
+
+
+def ratio(upper: Array, lower: Array) -> Array:
+    """``upper / lower``; NaN where ``lower`` is 0."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(lower > 0, np.divide(upper, lower), np.nan)
+
+
+class Resampling:
+    """How often each bootstrap sample holds each patient; all rows of a patient are drawn together.
+
+    Patients are drawn with replacement, within their stratum where there are strata. The draw depends on the seed and
+    the patients alone, so that differences between models that were scored on the same patients are paired.
+
+    Args:
+        patients: of each row, in any order.
+        strata: of each row, whole numbers; a patient with several counts by the largest.
+        samples: number of bootstrap samples.
+        seed: of the draw.
+    """
+
+    def __init__(
+        self,
+        patients: Sequence[Hashable],
+        strata: ArrayLike | None = None,
+        samples: int = BOOTSTRAP,
+        seed: int | Sequence[int] = 0,
+    ) -> None:
+        names, owner = np.unique(np.asarray(patients), return_inverse=True)
+        self.place = {name: number for number, name in enumerate(names.tolist())}
+        self.counts = np.zeros((samples, len(names)))
+        stratum = np.zeros(len(names), dtype=int)
+        if strata is not None:
+            np.maximum.at(stratum, owner, np.asarray(strata).astype(int))
+        rng = np.random.default_rng(seed)
+        for value in np.unique(stratum):
+            columns = np.flatnonzero(stratum == value)
+            self.counts[:, columns] = rng.multinomial(len(columns), np.full(len(columns), 1 / len(columns)), samples)
+
+    def weights(self, patients: Iterable[Hashable]) -> Array:
+        """``[samples, rows]``: how often each sample holds the patient of each row."""
+        return self.counts[:, [self.place[patient] for patient in patients]]
+
+
+def interval(replicates: ArrayLike, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """The percentile interval of bootstrap replicates, leaving out NaN; NaN where nothing is left."""
+    known = np.asarray(replicates, dtype=float)
+    known = known[np.isfinite(known)]
+    if not len(known):
+        return math.nan, math.nan
+    low, high = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def auroc_interval(
     labels: ArrayLike,
     scores: ArrayLike,
-    patients: Sequence[str] | None = None,
-    repeats: int = 2000,
+    patients: Sequence[Hashable] | None = None,
+    samples: int = BOOTSTRAP,
     seed: int = 0,
-    level: float = 0.95,
 ) -> tuple[float, float, float]:
-    """AUROC with a percentile bootstrap interval over patients.
+    """AUROC with its 95 % bootstrap interval over patients; samples of one class only are left out.
 
     Args:
         labels: ``[n]``, 0 or 1; both must be there.
         scores: ``[n]``, higher for label 1.
-        patients: see ``bootstrap_aurocs``.
-        repeats: bootstrap samples.
+        patients: of each row; by default, each row is a patient.
+        samples: bootstrap samples.
         seed: of the draws.
-        level: coverage of the interval, in (0, 1).
 
     Returns:
         AUROC, lower and upper bound.
@@ -242,6 +271,7 @@ def auroc_interval(
     Raises:
         InputError: if a class is missing or a score is not finite.
     """
-    samples = bootstrap_aurocs(labels, scores, patients, repeats, seed)
-    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
-    return auroc(labels, scores), float(low), float(high)
+    truth, values = _pair(labels, scores)
+    owners = range(len(truth)) if patients is None else patients
+    weights = Resampling(owners, samples=samples, seed=seed).weights(owners)
+    return float(auroc(truth, values)), *interval(auroc(truth, values, weights))

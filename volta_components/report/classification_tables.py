@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from volta_components.downstream.metrics import BOOTSTRAP, auroc, interval, share
 from volta_components.report import statistics
 from volta_components.report.paper import METRICS, name_of
-from volta_components.report.statistics import BOOTSTRAP, Comparison, Estimate
+from volta_components.report.statistics import Comparison, Estimate
 from volta_components.report.store import Study
 from volta_components.report.tables import (
     OPERATING,
@@ -159,19 +160,19 @@ class ClassificationTables:
             one, two = aligned_rows(ours.table, theirs.table)
             if not len(one):
                 continue
-            weights = self.resamplings[ours.fold].weights(one)
+            weights = self.resamplings[ours.fold].weights(one["patient_id"])
             label = one["label"].to_numpy()
             scores = one["score"].to_numpy(float), two["score"].to_numpy(float)
-            difference = statistics.auroc(label, scores[0]) - statistics.auroc(label, scores[1])
+            difference = auroc(label, scores[0]) - auroc(label, scores[1])
             values.setdefault(ours.fold, []).append(float(difference))
-            difference = statistics.auroc(label, scores[0], weights) - statistics.auroc(label, scores[1], weights)
+            difference = auroc(label, scores[0], weights) - auroc(label, scores[1], weights)
             replicates.setdefault(ours.fold, []).append(difference)
             arrays.append((label, *scores))
             patients.update(one["patient_id"])
         if not values:
             return None
         means = np.mean([np.mean(items, axis=0) for items in replicates.values()], axis=0)
-        low, high = statistics.interval(means)
+        low, high = interval(means)
         return Comparison(
             first,
             second,
@@ -206,14 +207,14 @@ class ClassificationTables:
                 single = np.concatenate([np.full(len(table), 1 / seeds[run.fold]) for run, table in chosen])
                 plain = [np.full(len(table), seeds[run.fold] ** -0.5) for run, table in chosen]
                 drawn = [
-                    self.resamplings[run.fold].weights(table) * weight
+                    self.resamplings[run.fold].weights(table["patient_id"]) * weight
                     for (run, table), weight in zip(chosen, plain, strict=True)
                 ]
                 everyone = pd.concat(tables)
                 label, call = everyone["label"].to_numpy() == 1, everyone["prediction"].to_numpy() == 1
                 area = float(statistics.pair_auroc(tables, plain))
-                low, high = statistics.interval(statistics.pair_auroc(tables, drawn))
-                shares = [float(statistics.share(*pair, single)) for pair in ((call, label), (~call, ~label))]
+                low, high = interval(statistics.pair_auroc(tables, drawn))
+                shares = [float(share(*pair, single)) for pair in ((call, label), (~call, ~label))]
                 counts = everyone["patient_id"].nunique(), everyone.loc[label, "patient_id"].nunique()
                 row[1:3] = [str(count) for count in counts]
                 row += [

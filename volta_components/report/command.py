@@ -14,9 +14,10 @@ from typing import Any
 import pandas as pd
 
 from volta_components.crossval.plan import read_assignments, split_words
+from volta_components.downstream.metrics import BOOTSTRAP
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, remove_partials
-from volta_components.report import figures, statistics
+from volta_components.report import figures
 from volta_components.report.classification_tables import ClassificationTables
 from volta_components.report.masks import Case, find_case, read_mask, scan_name, score_masks
 from volta_components.report.page import Section, Viewer, render
@@ -32,7 +33,7 @@ def report(
     tracking_uri: str | None = None,
     masks: str | Mapping[str, str] = (),  # type: ignore[assignment]
     experiments: str | tuple[str, ...] = (),
-    bootstrap: int = statistics.BOOTSTRAP,
+    bootstrap: int = BOOTSTRAP,
     seed: int = 0,
 ) -> int:
     """Write the paper's tables and figures from finished cross-validations, and ``index.html`` with all of them.

@@ -10,9 +10,10 @@ from typing import Any
 
 import pandas as pd
 
+from volta_components.downstream.metrics import BOOTSTRAP, Resampling, interval, weighted_mean
 from volta_components.report import statistics
 from volta_components.report.paper import name_of
-from volta_components.report.statistics import BOOTSTRAP, Comparison, Estimate, Resampling
+from volta_components.report.statistics import Comparison, Estimate
 from volta_components.report.store import Study
 from volta_components.report.tables import (
     SEEDS,
@@ -62,14 +63,15 @@ class SegmentationTables:
             for variant, fraction in itertools.product(study.variants, study.fractions)
             if (runs := study.select(variant, fraction))
         }
-        self.resampling = Resampling([*self.tables.values(), *shares.values()], 0, samples, seed)
+        patients = pd.concat([table["patient_id"] for table in [*self.tables.values(), *shares.values()]])
+        self.resampling = Resampling(patients, samples=samples, seed=[seed, 0])
         self.estimates = {
             key: {metric: self._estimate(table, metric) for metric in self.METRICS} for key, table in shares.items()
         }
 
     def _estimate(self, table: pd.DataFrame, metric: str) -> Estimate:
         values = table[metric].to_numpy(float)
-        replicates = statistics.weighted_mean(values, self.resampling.weights(table))
+        replicates = weighted_mean(values, self.resampling.weights(table["patient_id"]))
         return statistics.estimate(values, replicates)
 
     def check_against_log(self) -> list[str]:
@@ -157,8 +159,8 @@ class SegmentationTables:
             if not len(shared):
                 continue
             frame = pd.DataFrame({"patient_id": shared, "difference": (one[shared] - two[shared]).to_numpy()})
-            replicates = statistics.weighted_mean(frame["difference"].to_numpy(), self.resampling.weights(frame))
-            low, high = statistics.interval(replicates)
+            replicates = weighted_mean(frame["difference"].to_numpy(), self.resampling.weights(shared))
+            low, high = interval(replicates)
             p = statistics.wilcoxon(one[shared].to_numpy(), two[shared].to_numpy())
             found.append(Comparison(first, second, float(frame["difference"].mean()), low, high, p, len(shared)))
         note = (

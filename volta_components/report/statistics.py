@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of the report: what SciPy and scikit-learn do not have ready-made.
+"""Statistics of the report: estimates over folds, and tests that SciPy and scikit-learn do not have ready-made.
 
-Everything is resampled by patient, within folds, and the same resample serves every init: differences between inits
-are paired.
+Patients are resampled within folds, and the same resample serves every init: differences between inits are paired.
 """
 
 from __future__ import annotations
@@ -14,12 +13,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-Array = NDArray[np.float64]
-CONFIDENCE = 0.95
-BOOTSTRAP = 2000
+from volta_components.downstream.metrics import Array, Resampling, auroc, interval, ratio, share
 
 
 @dataclass(frozen=True)
@@ -66,52 +63,7 @@ class Comparison:
     delong: float = math.nan
 
 
-def auroc(labels: NDArray[Any], scores: NDArray[Any], weights: NDArray[Any] | None = None) -> Array:
-    """Area under the ROC curve, for many weightings of the subjects at once.
-
-    Args:
-        labels: ``[n]``, 0 or 1.
-        scores: ``[n]``; higher means more likely 1. Ties count one half.
-        weights: ``[..., n]``, such as how often a bootstrap sample holds each subject; all 1 by default.
-
-    Returns:
-        ``[...]``; NaN where a class is missing.
-
-    Source: the Mann-Whitney form; scikit-learn's ``roc_auc_score`` gives the same one weighting at a time.
-    """
-    positive = np.asarray(labels).astype(bool)
-    weights = np.ones(len(positive)) if weights is None else np.asarray(weights, dtype=float)
-    ahead = np.asarray(scores)[positive][:, None] - np.asarray(scores)[~positive][None, :]
-    wins = (ahead > 0) + 0.5 * (ahead == 0)
-    ones, zeros = weights[..., positive], weights[..., ~positive]
-    return _ratio(((ones @ wins) * zeros).sum(-1), ones.sum(-1) * zeros.sum(-1))
-
-
-def share(hits: NDArray[Any], among: NDArray[Any], weights: NDArray[Any] | None = None) -> Array:
-    """Weighted share of ``hits`` among the subjects ``among``: sensitivity, specificity.
-
-    Args:
-        hits: ``[n]`` booleans.
-        among: ``[n]`` booleans.
-        weights: ``[..., n]``.
-    """
-    among = np.asarray(among).astype(float)
-    weights = among if weights is None else np.asarray(weights, dtype=float) * among
-    return _ratio((weights * np.asarray(hits)).sum(-1), weights.sum(-1))
-
-
-def weighted_mean(values: NDArray[Any], weights: NDArray[Any]) -> Array:
-    """Mean of ``values [n]`` for each row of ``weights [..., n]``, leaving out NaN."""
-    known = np.isfinite(values)
-    return _ratio((weights[..., known] * values[known]).sum(-1), weights[..., known].sum(-1))
-
-
-def _ratio(upper: Any, lower: Any) -> Array:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(np.asarray(lower) > 0, np.divide(upper, lower), np.nan)
-
-
-def classification_metrics(table: pd.DataFrame, weights: NDArray[Any] | None = None) -> dict[str, Array]:
+def classification_metrics(table: pd.DataFrame, weights: ArrayLike = 1.0) -> dict[str, Array]:
     """AUROC, sensitivity (share of the ones found) and specificity (share of the zeros found) of a prediction table.
 
     Args:
@@ -124,35 +76,6 @@ def classification_metrics(table: pd.DataFrame, weights: NDArray[Any] | None = N
         "sensitivity": share(prediction, label, weights),
         "specificity": share(~prediction, ~label, weights),
     }
-
-
-class Resampling:
-    """How often each bootstrap sample holds each patient of a fold.
-
-    Patients are drawn with replacement within their stratum (their class), so that no sample lacks a class; all scans
-    of a patient are drawn together. The draw depends on seed, fold and the fold's patients alone: every init gets the
-    same.
-
-    Args:
-        tables: any number of tables of one fold, with the columns patient_id and, if there are strata, label.
-        fold: the fold.
-        samples: number of bootstrap samples.
-        seed: of the draw.
-    """
-
-    def __init__(self, tables: Sequence[pd.DataFrame], fold: int, samples: int = BOOTSTRAP, seed: int = 0) -> None:
-        rows = pd.concat([table.reindex(columns=["patient_id", "label"]) for table in tables])
-        strata = rows.fillna({"label": 0}).groupby("patient_id")["label"].max().sort_index()
-        self.place = {patient: number for number, patient in enumerate(strata.index)}
-        self.counts = np.zeros((samples, len(strata)))
-        rng = np.random.default_rng([seed, fold])
-        for stratum in sorted(strata.unique()):
-            columns = np.flatnonzero(strata.to_numpy() == stratum)
-            self.counts[:, columns] = rng.multinomial(len(columns), np.full(len(columns), 1 / len(columns)), samples)
-
-    def weights(self, table: pd.DataFrame) -> Array:
-        """``[samples, len(table)]``."""
-        return self.counts[:, [self.place[patient] for patient in table["patient_id"]]]
 
 
 def estimate(values: Sequence[float] | NDArray[Any], replicates: NDArray[Any] | None = None) -> Estimate:
@@ -170,16 +93,6 @@ def estimate(values: Sequence[float] | NDArray[Any], replicates: NDArray[Any] | 
         high=high,
         count=len(known),
     )
-
-
-def interval(replicates: NDArray[Any]) -> tuple[float, float]:
-    """The percentile interval of bootstrap replicates."""
-    known = np.asarray(replicates, dtype=float)
-    known = known[np.isfinite(known)]
-    if not len(known):
-        return math.nan, math.nan
-    low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
 
 
 def bootstrap_p(replicates: NDArray[Any]) -> float:
@@ -274,7 +187,7 @@ def summarise(
     for fold in sorted({folds[key] for key in runs}):
         tables = [table for key, table in runs.items() if folds[key] == fold]
         values.append(_mean([classification_metrics(table) for table in tables]))
-        weighted = [classification_metrics(table, resamplings[fold].weights(table)) for table in tables]
+        weighted = [classification_metrics(table, resamplings[fold].weights(table["patient_id"])) for table in tables]
         replicates.append(_mean(weighted))
     means = _mean(replicates)
     return {name: estimate([float(item[name]) for item in values], means[name]) for name in means}, means
@@ -298,7 +211,6 @@ def pair_auroc(tables: Sequence[pd.DataFrame], weights: Sequence[NDArray[Any]] |
         if positive.all() or not positive.any():
             continue
         number = weight[..., positive].sum(-1) * weight[..., ~positive].sum(-1)
-        value = auroc(positive, table["score"].to_numpy(float), weight)
-        wins = wins + np.where(number > 0, value, 0.0) * number
+        wins = wins + np.nan_to_num(auroc(positive, table["score"].to_numpy(float), weight)) * number
         pairs = pairs + number
-    return _ratio(wins, pairs)
+    return ratio(np.asarray(wins), np.asarray(pairs))

@@ -11,9 +11,10 @@ from typing import Any
 
 import pandas as pd
 
+from volta_components.downstream.metrics import BOOTSTRAP, Resampling
 from volta_components.report import statistics
 from volta_components.report.paper import METRICS, TASKS, Task, in_order, name_of
-from volta_components.report.statistics import BOOTSTRAP, Comparison, Estimate, Resampling
+from volta_components.report.statistics import Comparison, Estimate
 from volta_components.report.store import FinishedRun, Study
 
 SHOWN_OPTIMISTIC = {
@@ -90,9 +91,10 @@ def p_text(p: float) -> str:
 
 def fold_resamplings(study: Study, samples: int = BOOTSTRAP, seed: int = 0) -> dict[int, Resampling]:
     """One draw of patients for each fold, for all inits, fractions and seeds."""
+    rows = pd.concat([run.table[["patient_id", "label"]].assign(fold=run.fold) for run in study.runs])
     return {
-        fold: Resampling([run.table for run in study.runs if run.fold == fold], fold, samples, seed)
-        for fold in sorted({run.fold for run in study.runs})
+        fold: Resampling(table["patient_id"], table["label"], samples, [seed, fold])
+        for fold, table in rows.groupby("fold")
     }
 
 
