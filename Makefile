@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make demo` and `make test` do all of their own set-up; `make help` lists the rest.
 SHELL := /bin/bash
-PYTHON ?= python3.11
+# Empty: the first Python from 3.11 on that tools/find_python.sh finds. It makes the environments.
+PYTHON ?=
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/.ready
 LABEL_VENV := .venv-label
 LABEL_READY := $(LABEL_VENV)/.ready
 LABEL_PYTHON := $(abspath $(LABEL_VENV))/bin/python
+CALLER_PATH := $(PATH)
 export PATH := $(BIN):$(PATH)
+
+# $(call environment,FOLDER): make a virtual environment there, unless there is one with pip.
+environment = $(1)/bin/python -m pip --version >/dev/null 2>&1 || \
+    { python=$$(PATH="$(CALLER_PATH)" tools/find_python.sh "$(PYTHON)") && "$$python" -m venv --clear $(1); }
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test label test-label test-gpu lint bench clean
@@ -20,10 +26,10 @@ setup: $(READY)  ## the environment, in .venv
 
 # torch first: a wheel that pip finds at hand (a CPU build, say) is kept, and nothing after it asks for another.
 $(READY): setup.cfg pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
+	@$(call environment,$(VENV))
+	"$(BIN)/python" -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	"$(BIN)/python" -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	"$(BIN)/python" -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
 	touch $@
 
 demo: $(READY)  ## phantoms, preparation, a tiny pretraining, what it has learnt
@@ -34,14 +40,14 @@ test: $(READY)  ## all tests but the MONAI Label server's and the GPU's
 
 # MONAI Label needs releases that do not go with .venv's; see label/requirements.txt.
 $(LABEL_READY): $(wildcard label/*.txt label/standin/*/*) setup.cfg pyproject.toml
-	test -x $(LABEL_PYTHON) || $(PYTHON) -m venv $(LABEL_VENV)
-	$(LABEL_PYTHON) -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(LABEL_PYTHON) -m pip install --quiet "$$(grep '^torch==' label/requirements.txt)"
-	$(LABEL_PYTHON) -m pip install --quiet -r label/requirements.txt
-	$(LABEL_PYTHON) -m pip install --quiet --no-deps -r label/requirements-nodeps.txt
-	$(LABEL_PYTHON) -m pip install --quiet --no-deps --no-build-isolation -e .
-	$(LABEL_PYTHON) -c "import torchvision.utils" 2>/dev/null || \
-	    cp -r label/standin/torchvision "$$($(LABEL_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@$(call environment,$(LABEL_VENV))
+	"$(LABEL_PYTHON)" -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	"$(LABEL_PYTHON)" -m pip install --quiet "$$(grep '^torch==' label/requirements.txt)"
+	"$(LABEL_PYTHON)" -m pip install --quiet -r label/requirements.txt
+	"$(LABEL_PYTHON)" -m pip install --quiet --no-deps -r label/requirements-nodeps.txt
+	"$(LABEL_PYTHON)" -m pip install --quiet --no-deps --no-build-isolation -e .
+	"$(LABEL_PYTHON)" -c "import torchvision.utils" 2>/dev/null || \
+	    cp -r label/standin/torchvision "$$("$(LABEL_PYTHON)" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	touch $@
 
 STUDIES ?=
@@ -51,7 +57,7 @@ BUNDLE ?=
 APP ?= apps/label
 
 label: $(LABEL_READY)  ## MONAI Label server: make label STUDIES=DIR [PORT=8000] [HOST=127.0.0.1] [BUNDLE=DIR] [APP=DIR]
-	@$(LABEL_PYTHON) label/serve.py --studies "$(STUDIES)" --port "$(PORT)" --host "$(HOST)" --bundle "$(BUNDLE)" --app "$(APP)"
+	@"$(LABEL_PYTHON)" label/serve.py --studies "$(STUDIES)" --port "$(PORT)" --host "$(HOST)" --bundle "$(BUNDLE)" --app "$(APP)"
 
 test-label: $(READY) $(LABEL_READY)  ## tests with a real MONAI Label server
 	LABEL_TESTS=required OMP_NUM_THREADS=1 python -m pytest -q -m label_server
