@@ -59,7 +59,7 @@ def train(rank: int, processes: int, kind: str) -> dict[str, Any]:
         "gradients": gradients,
         "student": plain.state_dict(),
         "teacher": parts.teacher.state_dict(),
-        "losses": parts.losses.state_dict(),
+        "terms": parts.loss.state_dict(),
         "loss": losses,
     }
 
@@ -163,12 +163,12 @@ def test_two_processes_train_as_one_does(ranks: list[dict[str, Any]], kind: str)
         for part in ("student", "teacher"):
             for name, value in one[part].items():
                 torch.testing.assert_close(two[rank][part][name], value, atol=1e-5, rtol=1e-4, msg=name)
-        centres = [name for name in one["losses"] if name.endswith("targets.centre")]
+        centres = [name for name in one["terms"] if name.endswith("targets.centre")]
         assert len(centres) == (2 if kind == "centred" else 0)
         for name in centres:
-            torch.testing.assert_close(two[rank]["losses"][name], one["losses"][name], atol=1e-5, rtol=0)
-        for name in ("0.previous", "0.marginal", "1.marginal"):
-            torch.testing.assert_close(two[rank]["losses"][name], one["losses"][name], atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(two[rank]["terms"][name], one["terms"][name], atol=1e-5, rtol=0)
+        for name in ("global_loss.previous", "global_loss.marginal", "patch_loss.marginal"):
+            torch.testing.assert_close(two[rank]["terms"][name], one["terms"][name], atol=1e-5, rtol=1e-4)
     np.testing.assert_allclose(np.mean([part["loss"] for part in two], axis=0), one["loss"], rtol=1e-5)
     # Both processes end as one, to the bit.
     for name, value in two[0]["student"].items():

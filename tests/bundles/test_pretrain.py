@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from volta_components.data.datalist import load_datalist
 from volta_components.files import sha256_file
 from volta_components.method.ema import TeacherEMAHandler
-from volta_components.method.losses import CentredTargets, KoLeoLoss, SinkhornTargets
+from volta_components.method.losses import CentredTargets, DiCoMLoss, KoLeoLoss, SinkhornTargets
 from volta_components.method.networks import VoltaTeacher, VoltaViT
 from volta_components.method.trainer import VoltaTrainer
 from volta_components.method.weights import load_encoder, read_weights
@@ -96,14 +96,16 @@ def test_objects_of_every_overlay_can_be_built(
     assert views.local.shape == (parser.get_parsed_content("num_local"), 1, 1, *local)
     assert 0.5 <= views.masked.float().mean() <= 0.65
 
-    losses = parser.get_parsed_content("losses")
-    kinds = [type(loss.targets) for loss in losses[:2]]
+    loss = parser.get_parsed_content("loss")
+    assert isinstance(loss, DiCoMLoss)
+    assert loss.reconstruction_weight == 100
+    kinds = [type(term.targets) for term in (loss.global_loss, loss.patch_loss)]
     assert kinds == [SinkhornTargets if overlay == "sinkhorn" else CentredTargets, CentredTargets]
-    assert [isinstance(loss, KoLeoLoss) for loss in losses[2:]] == ([True] if overlay == "koleo" else [])
+    assert isinstance(loss.koleo_loss, KoLeoLoss) == (overlay == "koleo")
 
     trainer = parser.get_parsed_content("train#trainer")
     assert isinstance(trainer, VoltaTrainer)
-    assert trainer.global_loss is losses[0]
+    assert trainer.loss is loss
     assert trainer.state.max_epochs == parser.get_parsed_content("epochs")
     # tiny.json keeps fold 0, four of the twelve volumes, for the reconstruction check.
     volumes, batch = 8 if overlay == "tiny" else 12, parser.get_parsed_content("batch_size")

@@ -14,7 +14,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from volta_components.method.ema import TeacherEMAHandler
-from volta_components.method.losses import CentredTargets, GlobalAlignmentLoss, PatchAlignmentLoss, ReconstructionLoss
+from volta_components.method.losses import (
+    CentredTargets,
+    DiCoMLoss,
+    GlobalAlignmentLoss,
+    PatchAlignmentLoss,
+    ReconstructionLoss,
+)
 from volta_components.method.masking import GroupMask
 from volta_components.method.networks import VoltaStudent, VoltaViT, make_teacher, parameter_groups
 from volta_components.method.projection import ProjectionHead
@@ -94,7 +100,7 @@ def tiny_run(
     handlers: Sequence[Any] = (),
     **changes: Any,
 ) -> SimpleNamespace:
-    """Everything of a tiny pretraining, fresh and reproducible; ``changes`` go to the trainer.
+    """Everything of a tiny pretraining, fresh and reproducible; ``changes`` go to the trainer and its loss.
 
     ``handlers`` are attached before the EMA handler.
     """
@@ -107,25 +113,28 @@ def tiny_run(
         teacher=make_teacher(student),
         sampler=sampler,
         views=tiny_views(seed=seed),
-        global_loss=GlobalAlignmentLoss(CentredTargets(PROTOTYPES)),
-        patch_loss=PatchAlignmentLoss(CentredTargets(PROTOTYPES)),
         optimizer=torch.optim.AdamW(parameter_groups(student, 0.04), lr=0.0),
     )
     steps = epochs * -(-sampler.iterations // max(1, accumulation_steps))
     settings: dict[str, Any] = {
-        "reconstruction_loss": ReconstructionLoss(),
         "learning_rate": CosineSchedule(1e-3, 1e-5, steps, 1),
         "teacher_temperature": LinearSchedule(0.04, 0.07, sampler.iterations),
         "accumulation_steps": accumulation_steps,
+    }
+    terms: dict[str, Any] = {
+        "global_loss": GlobalAlignmentLoss(CentredTargets(PROTOTYPES)),
+        "patch_loss": PatchAlignmentLoss(CentredTargets(PROTOTYPES)),
+        "reconstruction_loss": ReconstructionLoss(),
+        "reconstruction_weight": 100.0,
+        "koleo_loss": None,
+        "koleo_weight": 0.1,
     }
     for name, value in changes.items():
         if hasattr(parts, name):
             setattr(parts, name, value)
         else:
-            settings[name] = value
-    parts.losses = nn.ModuleList([parts.global_loss, parts.patch_loss])
-    if settings.get("koleo_loss") is not None:
-        parts.losses.append(settings["koleo_loss"])
+            (terms if name in terms else settings)[name] = value
+    parts.loss = DiCoMLoss(**terms)
     dataset = KeyedDataset(tiny_volumes(count), transform, seed)
     parts.loader = DataLoader(
         dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0
@@ -141,8 +150,7 @@ def tiny_run(
         teacher=parts.teacher,
         optimizer=parts.optimizer,
         views=parts.views,
-        global_loss=parts.global_loss,
-        patch_loss=parts.patch_loss,
+        loss=parts.loss,
         train_handlers=[*handlers, parts.ema],
         **settings,
     )

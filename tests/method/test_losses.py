@@ -14,6 +14,7 @@ from scipy.special import log_softmax, softmax
 from volta_components.errors import InputError
 from volta_components.method.losses import (
     CentredTargets,
+    DiCoMLoss,
     GlobalAlignmentLoss,
     KoLeoLoss,
     PatchAlignmentLoss,
@@ -21,6 +22,7 @@ from volta_components.method.losses import (
     SinkhornTargets,
     entropy_share,
 )
+from volta_components.method.networks import GlobalOutput, StudentOutput
 
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:
@@ -315,6 +317,61 @@ def test_gradients_equal_finite_differences_of_numpy(rng: np.random.Generator, b
         loss = module(value)
     loss.backward()
     np.testing.assert_allclose(value.grad.numpy(), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_the_sum_of_the_dicom_losses_equals_numpy(rng: np.random.Generator) -> None:
+    """Eq. 6, two volumes, two global and three local crops: each term from the arrays that the networks gave."""
+    views, batch, tokens, prototypes, hidden = 5, 2, 4, 6, 3
+    logits, patches = rng.normal(size=(views, batch, prototypes)), rng.normal(size=(2 * batch, tokens, prototypes))
+    taught, taught_patches = rng.normal(size=(2, batch, prototypes)), rng.normal(size=patches.shape)
+    image, restored = rng.uniform(size=(2, 2, batch, 1, 2, 3, 4))
+    masked = rng.random(image.shape) < 0.5
+    summary = as_tensor(rng.normal(size=(2 * batch, hidden)))
+
+    def rows(array: np.ndarray) -> torch.Tensor:
+        return as_tensor(array.reshape(-1, *array.shape[2:]))
+
+    student = StudentOutput(
+        GlobalOutput(summary, rows(logits[:2]), as_tensor(patches)), rows(logits[2:]), rows(restored)
+    )
+    teacher = GlobalOutput(summary, rows(taught), as_tensor(taught_patches))
+    koleo = KoLeoLoss(hidden, 4)
+    loss = DiCoMLoss(
+        GlobalAlignmentLoss(CentredTargets(prototypes), 0.1),
+        PatchAlignmentLoss(CentredTargets(prototypes), 0.2),
+        ReconstructionLoss(),
+        reconstruction_weight=7.0,
+        koleo_loss=koleo,
+        koleo_weight=0.5,
+    )
+    output = {
+        name: value.item()
+        for name, value in loss(student, teacher, as_tensor(image), torch.tensor(masked), 0.05, 0.06).items()
+    }
+    expected = {
+        "loss_global": numpy_global(logits, softmax(taught / 0.05, axis=-1), 0.1),
+        "loss_patch": -(softmax(taught_patches / 0.06, axis=-1) * log_softmax(patches / 0.2, axis=-1)).sum(-1).mean(),
+        "loss_reconstruction": np.mean(
+            [((restored - image)[v, b][masked[v, b]] ** 2).mean() for v in range(2) for b in range(batch)]
+        ),
+        "loss_koleo": KoLeoLoss(hidden, 4)(summary.unflatten(0, (2, batch))).item(),
+    }
+    assert expected["loss_koleo"] != 0
+    for name, value in expected.items():
+        assert output[name] == pytest.approx(value, rel=1e-5), name
+    total = (
+        expected["loss_global"]
+        + expected["loss_patch"]
+        + 7 * expected["loss_reconstruction"]
+        + 0.5 * expected["loss_koleo"]
+    )
+    assert output["loss"] == pytest.approx(total, rel=1e-5)
+    entropy = -(softmax(taught / 0.05, axis=-1) * log_softmax(taught / 0.05, axis=-1)).sum(-1).mean()
+    assert output["global_teacher_entropy"] == pytest.approx(entropy / math.log(prototypes), rel=1e-5)
+    assert "patch_predicted" in output
+    loss.koleo_loss = None
+    without = loss(student, teacher, as_tensor(image), torch.tensor(masked), 0.05, 0.06)
+    assert "loss_koleo" not in without
 
 
 def test_no_gradient_reaches_the_teacher(rng: np.random.Generator) -> None:

@@ -102,7 +102,7 @@ def test_gradients_and_losses_equal_those_computed_by_hand() -> None:
         assert outputs[position]["loss"] == pytest.approx(loss.item(), rel=1e-5)
         # Centres move at every mini-batch, not at every optimiser step.
         centres = [mean if position == 0 else 0.9 * old + 0.1 * mean for old, mean in zip(centres, means)]
-    for module, centre in ((parts.global_loss, centres[0]), (parts.patch_loss, centres[1])):
+    for module, centre in ((parts.loss.global_loss, centres[0]), (parts.loss.patch_loss, centres[1])):
         torch.testing.assert_close(module.targets.centre, centre, atol=1e-6, rtol=1e-5)
     assert len(gradients) == 2
     for window, members in zip(gradients, ([0, 1, 2], [3, 4])):
@@ -167,7 +167,7 @@ def test_two_runs_are_bit_identical() -> None:
     torch.manual_seed(77)  # nothing may hang on the global generator
     second.trainer.run()
     other.trainer.run()
-    for module in ("plain_student", "teacher", "losses"):
+    for module in ("plain_student", "teacher", "loss"):
         mine, theirs = flat(getattr(first, module)), flat(getattr(second, module))
         assert all(np.array_equal(value, theirs[name]) for name, value in mine.items())
     assert not np.array_equal(flat(first.teacher)["network.norm.bias"], flat(other.teacher)["network.norm.bias"])
@@ -202,7 +202,7 @@ def test_koleo_is_added_with_its_weight() -> None:
         assert output["loss"] == pytest.approx(terms + 0.25 * output["loss_koleo"], rel=1e-5)
     assert outputs[0]["loss_koleo"] == 0.0  # no neighbour yet
     assert outputs[1]["loss_koleo"] != 0.0
-    assert int(parts.losses[2].filled) == 6
+    assert int(parts.loss.koleo_loss.filled) == 6
 
 
 def test_mixed_precision_on_the_cpu_is_close_to_single_precision() -> None:

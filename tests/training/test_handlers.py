@@ -60,7 +60,7 @@ def run_with_checkpoint(
         {
             "student": parts.student,
             "teacher": parts.teacher,
-            "losses": parts.losses,
+            "loss": parts.loss,
             "optimizer": parts.optimizer,
             "monitor": parts.monitor,
         },
@@ -124,7 +124,7 @@ def test_a_broken_run_ends_as_an_unbroken_one_bit_for_bit(
     assert path.exists() == (kill_at != (2,))
     torch.manual_seed(99)
     rest = run_with_checkpoint(path)
-    for name in ("student", "teacher", "losses", "optimizer", "monitor"):
+    for name in ("student", "teacher", "loss", "optimizer", "monitor"):
         assert_equal_states(getattr(rest, name).state_dict(), getattr(whole, name).state_dict(), name)
     # Checkpoints lie at multiples of 2 within an epoch of 7, and at its end.
     assert min(rest.outputs) == last_saved + 1

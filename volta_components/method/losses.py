@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The losses of VolTA-3D (paper, eq. 1 to 6), and how teacher logits become targets."""
+"""The DiCoM losses of VolTA-3D (paper, eq. 1 to 6), and how teacher logits become targets.
+
+DiCoM (diverse concept modelling) is the framework that VolTA-3D brings to three dimensions: reconstruction of what is
+masked (eq. 1), alignment of summaries between views (eq. 2-3) and of patch tokens (eq. 4-5). ``DiCoMLoss`` is their
+sum (eq. 6).
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,92 @@ from torch.nn import functional
 
 from volta_components.distributed import gather_rows, mean_over_processes, process_rank
 from volta_components.errors import InputError
+from volta_components.method.networks import GlobalOutput, StudentOutput
+
+
+class DiCoMLoss(nn.Module):
+    """The sum of the DiCoM losses: ``L = L_global + L_patch + weight * L_rec`` (eq. 6).
+
+    Args:
+        global_loss: eq. 2-3.
+        patch_loss: eq. 4-5.
+        reconstruction_loss: eq. 1.
+        reconstruction_weight: lambda_rec; 100 in the paper.
+        koleo_loss: spread of the student's summaries; not in the paper, ``None`` for none.
+        koleo_weight: its weight in the sum.
+
+    Shapes:
+        student: outputs for the masked global crops and the local crops.
+        teacher: outputs for the unmasked global crops.
+        image, masked: ``[2, B, 1, D, H, W]``; what is reconstructed, and where the student's input was replaced.
+
+    Source: VolTA-3D eq. 6; DiCoM (Parida et al., 2024).
+    """
+
+    def __init__(
+        self,
+        global_loss: GlobalAlignmentLoss,
+        patch_loss: PatchAlignmentLoss,
+        reconstruction_loss: ReconstructionLoss,
+        reconstruction_weight: float = 100.0,
+        koleo_loss: KoLeoLoss | None = None,
+        koleo_weight: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.global_loss = global_loss
+        self.patch_loss = patch_loss
+        self.reconstruction_loss = reconstruction_loss
+        self.reconstruction_weight = reconstruction_weight
+        self.koleo_loss = koleo_loss
+        self.koleo_weight = koleo_weight
+
+    def forward(
+        self,
+        student: StudentOutput,
+        teacher: GlobalOutput,
+        image: Tensor,
+        masked: Tensor,
+        teacher_temperature: float,
+        patch_teacher_temperature: float,
+    ) -> dict[str, Tensor]:
+        """The sum and its terms.
+
+        Args:
+            student: see Shapes.
+            teacher: see Shapes.
+            image: see Shapes.
+            masked: see Shapes.
+            teacher_temperature: tau_t of eq. 2.
+            patch_teacher_temperature: tau_t of eq. 4.
+
+        Returns:
+            Scalars by name: ``loss`` (the sum), ``loss_global``, ``loss_patch``, ``loss_reconstruction``, with KoLeo
+            ``loss_koleo``; and the statistics of both alignment losses as ``global_*`` and ``patch_*``, averaged over
+            processes.
+        """
+        pairs, batch = image.shape[:2]
+        logits = torch.cat([student.globals_.logits, student.local_logits]).unflatten(0, (-1, batch))
+        output = {
+            "loss_global": self.global_loss(logits, teacher.logits.unflatten(0, (pairs, batch)), teacher_temperature),
+            "loss_patch": self.patch_loss(
+                student.globals_.patch_logits, teacher.patch_logits, patch_teacher_temperature
+            ),
+            "loss_reconstruction": self.reconstruction_loss(
+                student.reconstruction, image.flatten(0, 1), masked.flatten(0, 1)
+            ),
+        }
+        loss = output["loss_global"] + output["loss_patch"] + self.reconstruction_weight * output["loss_reconstruction"]
+        if self.koleo_loss is not None:
+            output["loss_koleo"] = self.koleo_loss(student.globals_.summary.unflatten(0, (pairs, batch)))
+            loss = loss + self.koleo_weight * output["loss_koleo"]
+        statistics = {
+            f"{branch}_{name}": value
+            for branch, module in (("global", self.global_loss), ("patch", self.patch_loss))
+            for name, value in module.statistics.items()
+        }
+        # The same in every process: the collapse monitor of each decides by them whether to stop.
+        means = mean_over_processes(torch.stack(list(statistics.values())))
+        return {"loss": loss, **output, **dict(zip(statistics, means, strict=True))}
 
 
 class CentredTargets(nn.Module):

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from volta_components.distributed import gather_rows, mean_over_processes, process_count
+from volta_components.distributed import gather_rows, process_count
 from volta_components.errors import InputError
-from volta_components.method.losses import GlobalAlignmentLoss, KoLeoLoss, PatchAlignmentLoss, ReconstructionLoss
+from volta_components.method.losses import DiCoMLoss
 from volta_components.method.networks import VoltaStudent, VoltaTeacher
 from volta_components.method.views import ViewGenerator, Views
 from volta_components.training.sampling import ResumableSampler
@@ -33,8 +33,8 @@ class VoltaTrainer(Trainer):
 
     1. views are made on the device;
     2. the teacher sees the unmasked global crops, the student the masked ones and the local crops;
-    3. ``L = L_global + L_patch + weight * L_rec`` (eq. 6), scaled by the length of its accumulation window, is
-       propagated back; centres move;
+    3. the sum of the DiCoM losses (eq. 6), scaled by the length of its accumulation window, is propagated back; centres
+       move;
     4. at the end of a window: gradients are clipped, the last layers' are dropped while those are frozen, and the
        optimiser steps with the learning rate of that step;
     5. ``IterationEvents.MODEL_COMPLETED`` is fired: ``TeacherEMAHandler``, one of the ``train_handlers``, lets the
@@ -52,20 +52,15 @@ class VoltaTrainer(Trainer):
         teacher: gives the targets; nothing here changes it.
         optimizer: over the student's parameters; its learning rate is set here.
         views: makes the views.
-        global_loss: eq. 2-3.
-        patch_loss: eq. 4-5.
-        reconstruction_loss: eq. 1.
+        loss: the sum of the DiCoM losses, eq. 6.
         learning_rate: of an optimiser step, counted from 0.
         teacher_temperature: tau_t of the global branch, of a mini-batch, counted from 0.
         patch_teacher_temperature: tau_t of the patch branch; the global branch's by default.
         weight_decay: of an optimiser step, counted from 0, for the parameters that are decayed; by default the
             optimiser's own.
-        reconstruction_weight: lambda_rec of eq. 6; 100 in the paper.
         accumulation_steps: mini-batches in a window; 8 in the paper.
         clip_norm: largest norm of the gradient; 0 for no clipping.
         frozen_last_layer_epochs: epochs during which the head's last layers do not move.
-        koleo_loss: optional spread of the student's summaries.
-        koleo_weight: its weight.
         amp: mixed precision by autocast, on any device.
         amp_dtype: type of autocast.
         train_handlers: attached to the engine; a ``TeacherEMAHandler`` has to be among them.
@@ -84,19 +79,14 @@ class VoltaTrainer(Trainer):
         teacher: VoltaTeacher,
         optimizer: torch.optim.Optimizer,
         views: ViewGenerator,
-        global_loss: GlobalAlignmentLoss,
-        patch_loss: PatchAlignmentLoss,
-        reconstruction_loss: ReconstructionLoss,
+        loss: DiCoMLoss,
         learning_rate: Callable[[int], float],
         teacher_temperature: Callable[[int], float],
         patch_teacher_temperature: Callable[[int], float] | None = None,
         weight_decay: Callable[[int], float] | None = None,
-        reconstruction_weight: float = 100.0,
         accumulation_steps: int = 8,
         clip_norm: float = 3.0,
         frozen_last_layer_epochs: int = 1,
-        koleo_loss: KoLeoLoss | None = None,
-        koleo_weight: float = 0.1,
         amp: bool = False,
         amp_dtype: torch.dtype = torch.bfloat16,
         train_handlers: Sequence[Any] | None = None,
@@ -113,19 +103,14 @@ class VoltaTrainer(Trainer):
         self.teacher = teacher
         self.optimizer = optimizer
         self.views = views
-        self.global_loss = global_loss
-        self.patch_loss = patch_loss
-        self.reconstruction_loss = reconstruction_loss
+        self.loss = loss
         self.learning_rate = learning_rate
         self.teacher_temperature = teacher_temperature
         self.patch_teacher_temperature = patch_teacher_temperature or teacher_temperature
         self.weight_decay = weight_decay
-        self.reconstruction_weight = reconstruction_weight
         self.accumulation_steps = accumulation_steps
         self.clip_norm = clip_norm
         self.frozen_last_layer_epochs = frozen_last_layer_epochs
-        self.koleo_loss = koleo_loss
-        self.koleo_weight = koleo_weight
         self.amp_dtype = amp_dtype
         super().__init__(
             device=device,
@@ -227,33 +212,13 @@ class VoltaTrainer(Trainer):
         return self.state.output
 
     def _losses(self, views: Views, temperature: float, patch_temperature: float) -> dict[str, Any]:
-        pairs, batch = views.teacher.shape[:2]
         with torch.autocast(self.state.device.type, dtype=self.amp_dtype, enabled=self.mixed_precision):
             taught = self.teacher(views.teacher.flatten(0, 1))
             learnt = self.student(views.student.flatten(0, 1), views.local.flatten(0, 1))
-        logits = torch.cat([learnt.globals_.logits, learnt.local_logits]).unflatten(0, (-1, batch))
-        loss_global = self.global_loss(logits, taught.logits.unflatten(0, (pairs, batch)), temperature)
-        loss_patch = self.patch_loss(learnt.globals_.patch_logits, taught.patch_logits, patch_temperature)
-        loss_rec = self.reconstruction_loss(
-            learnt.reconstruction, views.image.flatten(0, 1), views.masked.flatten(0, 1)
-        )
-        loss = loss_global + loss_patch + self.reconstruction_weight * loss_rec
-        output: dict[str, Any] = {"loss_global": loss_global, "loss_patch": loss_patch, "loss_reconstruction": loss_rec}
-        if self.koleo_loss is not None:
-            koleo = self.koleo_loss(learnt.globals_.summary.unflatten(0, (pairs, batch)))
-            loss = loss + self.koleo_weight * koleo
-            output["loss_koleo"] = koleo
-        statistics = {
-            f"{branch}_{name}": value
-            for branch, module in (("global", self.global_loss), ("patch", self.patch_loss))
-            for name, value in module.statistics.items()
-        }
-        # The same in every process, since the collapse monitor of each decides by them whether to go on.
-        means = mean_over_processes(torch.stack(list(statistics.values())))
-        output |= dict(zip(statistics, means, strict=True))
+        output = self.loss(learnt, taught, views.image, views.masked, temperature, patch_temperature)
         # One view of each volume: two views of it would count twice.
-        self.state.summaries = gather_rows(taught.summary[:batch].detach().float())
-        return {"loss": loss, **output}
+        self.state.summaries = gather_rows(taught.summary[: views.image.shape[1]].detach().float())
+        return output
 
     def _step(self) -> Tensor:
         """Clip, freeze, step; the norm of the gradient before clipping."""
