@@ -25,7 +25,7 @@ help:  ## list the targets
 setup: $(READY)  ## the environment, in .venv
 
 # torch first: a wheel that pip finds at hand (a CPU build, say) is kept, and nothing after it asks for another.
-$(READY): setup.cfg pyproject.toml constraints.txt
+$(READY): setup.cfg pyproject.toml constraints.txt volta_components/_version.py
 	@$(call environment,$(VENV))
 	"$(BIN)/python" -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	"$(BIN)/python" -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
@@ -39,7 +39,7 @@ test: $(READY)  ## all tests but the MONAI Label server's and the GPU's
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile -m "not label_server"
 
 # MONAI Label needs releases that do not go with .venv's; see label/requirements.txt.
-$(LABEL_READY): $(wildcard label/*.txt label/standin/*/*) setup.cfg pyproject.toml
+$(LABEL_READY): $(wildcard label/*.txt label/standin/*/*) setup.cfg pyproject.toml volta_components/_version.py
 	@$(call environment,$(LABEL_VENV))
 	"$(LABEL_PYTHON)" -m pip install --quiet --upgrade pip "setuptools>=77" wheel
 	"$(LABEL_PYTHON)" -m pip install --quiet "$$(grep '^torch==' label/requirements.txt)"

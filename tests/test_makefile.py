@@ -26,8 +26,9 @@ PYENV_SHIM = "#!/bin/sh\necho 'pyenv: python: command not found' >&2\necho 'It e
 def project(tmp_path: Path) -> Path:
     """A folder with the Makefile and what it reads, and ``bin`` with the shell's tools but no Python."""
     folder = tmp_path / "my project"
-    (folder / "tools").mkdir(parents=True)
-    for name in ("Makefile", "tools/find_python.sh", "setup.cfg", "pyproject.toml", "constraints.txt"):
+    read = ("tools/find_python.sh", "setup.cfg", "pyproject.toml", "constraints.txt", "volta_components/_version.py")
+    for name in ("Makefile", *read):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     (tmp_path / "bin").mkdir()
     for name in TOOLS:

@@ -24,6 +24,7 @@ from labelled_scans import centred_affine, head, write_scan
 from packed import BUNDLES, ROOT, random_weights
 from web import free_port, serving
 
+from volta_components import __version__
 from volta_components.files import read_json, sha256_file
 from volta_components.sharing.pack import pack_bundle
 
@@ -78,7 +79,15 @@ def downloaded(site: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory)
     """A folder into which all bundles were downloaded; nobody may change it."""
     target = tmp_path_factory.mktemp("downloaded")
     for name in (*(f"{bundle}_phantom_tiny" for bundle in BUNDLES), HOSTED):
-        words = ["download", "--name", name, "--url", f"{site[1]}/{name}_v0.1.0.zip", "--bundle_dir", str(target)]
+        words = [
+            "download",
+            "--name",
+            name,
+            "--url",
+            f"{site[1]}/{name}_v{__version__}.zip",
+            "--bundle_dir",
+            str(target),
+        ]
         monai_bundle(words, target, target / f"{name}.log")
     return target
 
@@ -289,8 +298,8 @@ class TestChangedWeights:
         assert "not a file of plain weights" in error and not trace.exists()
 
     def test_a_zip_that_was_cut(self, site: tuple[Path, str], tmp_path: Path) -> None:
-        cut = site[0] / "cut_v0.1.0.zip"
-        content = (site[0] / f"{NAME}_v0.1.0.zip").read_bytes()
+        cut = site[0] / f"cut_v{__version__}.zip"
+        content = (site[0] / f"{NAME}_v{__version__}.zip").read_bytes()
         cut.write_bytes(content[: len(content) // 2])
         words = ["download", "--name", "cut", "--url", f"{site[1]}/{cut.name}", "--bundle_dir", str(tmp_path)]
         process = BundleProcess(words, tmp_path, tmp_path / "log.txt")
