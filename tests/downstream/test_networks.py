@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from monai.networks.nets import UNETR, UNet
 
-from volta_components.downstream.networks import SwinClassifier, VoltaClassifier
-from volta_components.downstream.start import freeze_encoder
+from volta_components.downstream.networks import SwinClassifier, VoltaClassifier, VoltaUNETR, describe_network
+from volta_components.downstream.start import freeze_encoder, start_from
 from volta_components.errors import InputError
 from volta_components.method.networks import VoltaViT
+from volta_components.method.positions import resample_position_embedding
 from volta_components.method.weights import load_pretrained, save_encoder
 
+SMALL: dict[str, Any] = {"img_size": (32, 32, 16), "feature_size": 4, "hidden_size": 24, "mlp_dim": 32, "num_heads": 4}
 SIZES = {"hidden_size": 32, "mlp_dim": 48, "num_layers": 2, "num_heads": 4, "summary_heads": 4}
 
 
@@ -107,3 +113,62 @@ def test_scores_are_not_rounded_in_mixed_precision(pool):
 def test_bad_sizes_are_named(make, words):
     with pytest.raises(InputError, match=words):
         make()
+
+
+def test_with_twelve_blocks_it_is_monais_unetr() -> None:
+    stock = UNETR(in_channels=1, out_channels=3, proj_type="conv", norm_name="instance", **SMALL)
+    ours = VoltaUNETR(num_layers=12, **SMALL)
+    assert ours.skips == (3, 6, 9)
+    ours.load_state_dict(stock.state_dict())
+    image = torch.rand(2, 1, 32, 32, 16)
+    with torch.no_grad():
+        assert torch.equal(ours(image), stock(image))
+
+
+def test_a_smaller_encoder_has_its_skips_at_the_quarters(tmp_path: Path) -> None:
+    network = VoltaUNETR(num_layers=6, **SMALL)
+    assert len(network.vit.blocks) == 6 and network.skips == (1, 3, 4)
+    assert network(torch.rand(1, 1, 32, 32, 16)).shape == (1, 3, 32, 32, 16)
+    assert describe_network(network)["num_layers"] == 6
+    trained = [name for name, p in network.named_parameters() if p.requires_grad]
+    network(torch.rand(1, 1, 32, 32, 16)).sum().backward()
+    without = [name for name in trained if network.get_parameter(name).grad is None]
+    assert without == []  # else distributed training would wait for them
+
+
+def test_the_encoder_of_pretraining_goes_into_it(tmp_path: Path) -> None:
+    encoder = VoltaViT(
+        img_size=(48, 64, 64), hidden_size=24, mlp_dim=32, num_layers=6, num_heads=4, summary_heads=4, decoder=False
+    )
+    save_encoder(tmp_path / "encoder.safetensors", encoder, {})
+    network = VoltaUNETR(num_layers=6, **SMALL)
+    report = start_from(network, "volta", tmp_path / "encoder.safetensors", 2, "vit.", tmp_path / "report.txt")
+    assert report is not None
+    assert len(report.loaded) + len(report.resampled) == len(network.vit.state_dict())
+    assert all(name.startswith("summariser.") for name in report.unused)
+    position = encoder.patch_embedding.position_embeddings
+    expected = resample_position_embedding(position, (3, 4, 4), (2, 2, 1))
+    assert torch.equal(network.vit.patch_embedding.position_embeddings, expected)
+    assert torch.equal(network.vit.blocks[5].mlp.linear1.weight, encoder.blocks[5].mlp.linear1.weight)
+    moving = {name.split(".")[1] for name, p in network.vit.blocks.named_parameters(prefix="b") if p.requires_grad}
+    assert moving == {"4", "5"}
+    assert all(p.requires_grad for name, p in network.named_parameters() if not name.startswith("vit."))
+    assert "4x4 -> 2x2x1" in (tmp_path / "report.txt").read_text()
+
+
+def test_sizes_that_cannot_be_are_refused() -> None:
+    with pytest.raises(InputError, match="multiples"):
+        VoltaUNETR(**{**SMALL, "img_size": (40, 32, 32)})
+    with pytest.raises(InputError, match="4 blocks"):
+        VoltaUNETR(num_layers=3, **SMALL)
+
+
+def test_unet_tells_its_sizes() -> None:
+    network = UNet(spatial_dims=3, in_channels=1, out_channels=3, channels=(4, 8), strides=(2,), num_res_units=2)
+    assert describe_network(network) == {
+        "in_channels": 1,
+        "out_channels": 3,
+        "channels": [4, 8],
+        "strides": [2],
+        "num_res_units": 2,
+    }

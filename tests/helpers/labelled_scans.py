@@ -3,15 +3,23 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from volta_components.data.datalist import make_content
+from volta_components.data.nifti import write_nifti
 from volta_components.files import read_json, sha256_file, write_json
 
 SIDE = 32
+ORIENTATIONS = [
+    "".join(code[i] for code, i in zip(axes, signs, strict=True))
+    for axes in itertools.permutations(("RL", "AP", "SI"))
+    for signs in itertools.product((0, 1), repeat=3)
+]
 
 
 def head(shape: tuple[int, int, int], affine: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -39,14 +47,21 @@ def centred_affine(shape: tuple[int, int, int], spacing: tuple[float, float, flo
 
 def write_scan(folder: Path, name: str, volume: np.ndarray, label: np.ndarray, affine: np.ndarray) -> dict[str, str]:
     """Write a scan and its label map; an item for them."""
-    folder.mkdir(parents=True, exist_ok=True)
     item = {"image": str(folder / f"{name}_T1w.nii.gz"), "label": str(folder / f"{name}_label.nii.gz")}
     for array, path in ((volume, item["image"]), (label, item["label"])):
-        image = nib.Nifti1Image(array, affine)
-        image.set_sform(affine, code=1)
-        image.set_qform(affine, code=1)
-        nib.save(image, path)
+        write_nifti(path, array, affine)
     return {**item, "subject_id": name}
+
+
+def write_head(folder: Path) -> dict[str, str]:
+    """Write a head that is no prepared volume, with its label map; an item for them."""
+    affine = centred_affine((36, 40, 34))
+    return write_scan(folder, "sub-01", *head((36, 40, 34), affine), affine)
+
+
+def reoriented(image: nib.Nifti1Image, codes: str) -> nib.Nifti1Image:
+    """The same voxels at the same places, stored in another order."""
+    return image.as_reoriented(ornt_transform(io_orientation(image.affine), axcodes2ornt(tuple(codes))))
 
 
 def make_labelled(

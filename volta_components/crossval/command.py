@@ -18,7 +18,7 @@ from typing import Any
 from volta_components.crossval.execute import follow, run_here, submit, visible_gpus
 from volta_components.crossval.plan import Run, plan, read_assignments, split_words
 from volta_components.crossval.store import finished_runs
-from volta_components.downstream.splits import BASE_INIT
+from volta_components.downstream.inits import BASE_INIT
 from volta_components.errors import InputError
 from volta_components.files import atomic_path
 

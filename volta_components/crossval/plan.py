@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from volta_components.data.datalist import load_datalist
-from volta_components.downstream.splits import BASE_INIT
+from volta_components.downstream.inits import BASE_INIT
 from volta_components.errors import InputError, find_input_error
 from volta_components.files import read_json, sha256_file, sha256_json, write_json
 from volta_components.method.weights import find_encoder

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from volta_components.crossval.plan import Run
-from volta_components.downstream.tracking import RECIPE_TAG, TAG
+from volta_components.downstream.tracking import RECIPE_TAG, SETTINGS_TAG
 from volta_components.errors import InputError
 
 
@@ -49,7 +49,7 @@ def _search(client: Any, experiment_id: str, query: str) -> Iterator[Any]:
 def finished_runs(tracking_uri: str, experiment: str) -> set[tuple[str, str]]:
     """Names and settings of the finished runs."""
     runs = _search(mlflow_client(tracking_uri), _experiment_id(tracking_uri, experiment), "tags.finished = 'true'")
-    return {(run.info.run_name, run.data.tags.get(TAG, "")) for run in runs}
+    return {(run.info.run_name, run.data.tags.get(SETTINGS_TAG, "")) for run in runs}
 
 
 def claim(run: Run) -> str | None:
@@ -61,7 +61,7 @@ def claim(run: Run) -> str | None:
     client = mlflow_client(run.tracking_uri)
     experiment_id = _experiment_id(run.tracking_uri, run.experiment)
     known = list(_search(client, experiment_id, f"tags.`mlflow.runName` = '{run.name}'"))
-    ours = [item for item in known if item.data.tags.get(TAG) == run.settings]
+    ours = [item for item in known if item.data.tags.get(SETTINGS_TAG) == run.settings]
     if any(item.data.tags.get("finished") == "true" for item in ours):
         return None
     for item in known:
@@ -72,7 +72,7 @@ def claim(run: Run) -> str | None:
     if ours:
         client.update_run(ours[0].info.run_id, status="RUNNING")
         return str(ours[0].info.run_id)
-    tags = {TAG: run.settings, RECIPE_TAG: run.recipe, "variant": run.variant}
+    tags = {SETTINGS_TAG: run.settings, RECIPE_TAG: run.recipe, "variant": run.variant}
     return str(client.create_run(experiment_id, run_name=run.name, tags=tags).info.run_id)
 
 

@@ -3,41 +3,28 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ignite.engine import Engine, Events
-from torch import distributed as dist
+from ignite.engine import Engine
 from torch import nn
 
 from volta_components.data.datalist import Datalist
-from volta_components.distributed import process_count, process_rank
 from volta_components.downstream.leaks import check_model
 from volta_components.downstream.metrics import auroc_interval, sensitivity_specificity, youden_threshold
+from volta_components.downstream.results import FoldResults, ItemRows, Results
 from volta_components.downstream.splits import Item, Parts, item_name
-from volta_components.downstream.start import save_model
-from volta_components.downstream.tracking import Results
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, write_json
 
 logger = logging.getLogger(__name__)
 POSITIVE = 1
-
-
 YOUDEN = "youden"
-
-
 SESSIONS = ("first", "all")
-
-
-COLUMNS = ("subject_id", "patient_id", "session", "site", "sex", "age")
 
 
 @dataclass(frozen=True)
@@ -124,42 +111,15 @@ def score_only(items: Sequence[Item], fold: int | None) -> Parts:
     return Parts(training=[], validation=[], scored=scored)
 
 
-class ScoreTable:
-    """Collects what an evaluator predicts, by item, over all processes.
+class ScoreTable(ItemRows):
+    """Collects the probabilities that an evaluator predicts, by item, over all processes.
 
-    MONAI's ``ClassificationSaver`` writes file names and raw outputs; here predictions are found by the item's index,
-    which ``KeyedDataset`` gives as ``key``, so that they can be joined with the datalist.
-
-    Args:
-        items: the data set's items.
+    MONAI's ``ClassificationSaver`` writes file names and raw outputs, which could not be joined with the datalist.
     """
 
-    def __init__(self, items: Sequence[Item]) -> None:
-        self.items = list(items)
-        self.epoch: int | None = None
-        self._rows: dict[int, list[float]] = {}
-
-    def attach(self, engine: Engine) -> None:
-        """Follow every mini-batch of the evaluator."""
-        engine.add_event_handler(Events.STARTED, self._started)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
-        engine.add_event_handler(Events.COMPLETED, self._completed)
-
-    def _started(self) -> None:
-        self.epoch = None
-        self._rows.clear()
-
-    def _iteration_completed(self, engine: Any) -> None:
-        probabilities = engine.state.output["pred"].detach().float().softmax(dim=1).cpu().double()
-        for key, row in zip(engine.state.batch["key"].tolist(), probabilities.tolist(), strict=True):
-            self._rows[int(key[1])] = row
-
-    def _completed(self, engine: Engine) -> None:
-        if process_count() > 1:
-            parts: list[Any] = [None] * process_count()
-            dist.all_gather_object(parts, self._rows)
-            self._rows = {index: row for part in parts for index, row in part.items()}
-        self.epoch = engine.state.epoch
+    def batch_rows(self, output: Mapping[str, Any], items: Sequence[Item]) -> list[list[float]]:
+        """Probability of each class."""
+        return output["pred"].detach().float().softmax(dim=1).cpu().double().tolist()
 
     @property
     def labels(self) -> np.ndarray:
@@ -167,26 +127,13 @@ class ScoreTable:
         return np.array([item["label"] for item in self.items])
 
     @property
-    def probabilities(self) -> np.ndarray:
-        """``[n, classes]``, in the order of the items.
-
-        Raises:
-            RuntimeError: if the evaluator has not been through all of them.
-        """
-        if len(self._rows) != len(self.items):
-            raise RuntimeError(f"{len(self._rows)} of {len(self.items)} items have been scored")
-        return np.array([self._rows[index] for index in range(len(self.items))])
-
-    @property
     def scores(self) -> np.ndarray:
-        """Probability of the positive class, ``[n]``."""
-        return self.probabilities[:, POSITIVE]
+        """Probability of the positive class, ``[n]``, in the order of the items; see ``rows``."""
+        return np.array(self.rows)[:, POSITIVE]
 
 
-class ClassificationResults:
+class ClassificationResults(FoldResults):
     """Scores the fold with the network as it is, chooses the threshold, and writes predictions, numbers and model.
-
-    Called by ``FinishRun`` at the end of training, or through ``evaluate`` for a trained model.
 
     Args:
         parts: who is trained on, who chooses the threshold, who is scored.
@@ -197,7 +144,7 @@ class ClassificationResults:
         validation_scores: its table.
         threshold: a number, or ``youden``: chosen on the inner validation part, and beside it (``optimistic_*``) on the
             scored fold itself, which flatters the result.
-        output_dir: the run's folder.
+        output_dir: see ``FoldResults``, as ``model_path`` and ``record``.
         model_path: where the trained network goes; None to keep none.
         record: written beside the network: classes, settings, provenance.
     """
@@ -217,16 +164,12 @@ class ClassificationResults:
     ) -> None:
         if threshold != YOUDEN and not isinstance(threshold, (int, float)):
             raise InputError(f"threshold {threshold!r}: a number, or {YOUDEN!r}")
-        self.parts = parts
-        self.network = network
+        super().__init__(parts, network, output_dir, model_path, record)
         self.scoring = scoring
         self.scores = scores
         self.validation = validation
         self.validation_scores = validation_scores
         self.threshold = threshold
-        self.folder = Path(output_dir)
-        self.model_path = None if model_path is None else Path(model_path)
-        self.record = dict(record or {})
 
     def __call__(self, engine: Engine) -> Results:
         """Results of the last epoch."""
@@ -236,26 +179,16 @@ class ClassificationResults:
             if self.validation_scores.epoch != engine.state.epoch:
                 self.validation.run(engine.state.epoch)
             threshold = youden_threshold(self.validation_scores.labels, self.validation_scores.scores)
-        self.scoring.run()
-        metrics = self._write(float(threshold), self.threshold == YOUDEN)
-        patients = [str(item["patient_id"]) for item in self.parts.scored]
-        _, low, high = auroc_interval(self.scores.labels, self.scores.scores, patients)
+        metrics, interval = self._score(float(threshold))
         record = {
             "threshold": float(threshold),
             "threshold_from": "inner validation" if self.threshold == YOUDEN else "fixed",
             "metrics": metrics,
-            "intervals": {"auroc": [low, high]},
-            "subjects": {
-                name: len(getattr(self.parts, name)) for name in ("training", "validation", "scored", "unused")
-            },
+            "intervals": {"auroc": interval},
+            "subjects": self.subjects,
         }
-        if self.model_path is not None and process_rank() == 0:
-            save_model(self.model_path, self.network, {**self.record, **record})
-            logger.info("model written to %s", self.model_path)
-        artifacts = [("predictions.csv", "predictions")]
-        if (self.folder / "pretrained.txt").is_file():
-            artifacts.append(("pretrained.txt", ""))
-        return Results(metrics, artifacts, {"subjects": record["subjects"]})
+        self.keep(record)
+        return self.finished(metrics, "predictions.csv", {"subjects": self.subjects})
 
     def evaluate(self, record: Mapping[str, Any], allow_leak: bool = False) -> dict[str, float]:
         """Score a trained model at its own threshold; write ``predictions.csv`` and ``metrics.json``.
@@ -274,22 +207,19 @@ class ClassificationResults:
                 "the JSON beside the model has no threshold, which was chosen on its inner validation part; fetch the "
                 "model with its JSON, or give a threshold (--threshold NUMBER)"
             )
-        self.scoring.run()
-        metrics = self._write(float(threshold), self.threshold == YOUDEN)
-        patients = [str(item["patient_id"]) for item in self.parts.scored]
-        _, low, high = auroc_interval(self.scores.labels, self.scores.scores, patients)
+        metrics, (low, high) = self._score(float(threshold))
         metrics |= {"auroc_low": low, "auroc_high": high}
-        if process_rank() == 0:
-            content = {"metrics": metrics, "leak": leak, "scored": len(self.parts.scored)}
-            write_json(self.folder / "metrics.json", content)
-            print(
-                f"AUROC {metrics['auroc']:.3f} ({low:.3f} to {high:.3f}), sensitivity {metrics['sensitivity']:.3f}, "
-                f"specificity {metrics['specificity']:.3f} at {metrics['threshold']:.3f}, {len(patients)} scans; "
-                f"{self.folder / 'predictions.csv'}"
-            )
+        summary = (
+            f"AUROC {metrics['auroc']:.3f} ({low:.3f} to {high:.3f}), sensitivity {metrics['sensitivity']:.3f}, "
+            f"specificity {metrics['specificity']:.3f} at {metrics['threshold']:.3f}, {len(self.scores.items)} scans; "
+            f"{self.folder / 'predictions.csv'}"
+        )
+        self.write_metrics(metrics, leak, summary)
         return metrics
 
-    def _write(self, threshold: float, optimistic: bool) -> dict[str, float]:
+    def _score(self, threshold: float) -> tuple[dict[str, float], tuple[float, float]]:
+        """Score the fold and write ``predictions.csv``: the numbers, and AUROC's interval."""
+        self.scoring.run()
         labels, scores = self.scores.labels, self.scores.scores
         sensitivity, specificity = sensitivity_specificity(labels, scores, threshold)
         metrics = {
@@ -298,8 +228,8 @@ class ClassificationResults:
             "specificity": specificity,
             "threshold": threshold,
         }
-        best: float | str = ""
-        if optimistic:
+        best: float | None = None
+        if self.threshold == YOUDEN:
             best = youden_threshold(labels, scores)
             sensitivity, specificity = sensitivity_specificity(labels, scores, best)
             metrics |= {
@@ -307,17 +237,11 @@ class ClassificationResults:
                 "optimistic_specificity": specificity,
                 "optimistic_threshold": best,
             }
-        if process_rank() == 0:
-            with (
-                atomic_path(self.folder / "predictions.csv") as temporary,
-                temporary.open("w", newline="", encoding="utf-8") as stream,
-            ):
-                writer = csv.writer(stream)
-                names = ("label", "score", "prediction", "threshold", "optimistic_threshold")
-                writer.writerow([*COLUMNS, *names])
-                for item, score in zip(self.scores.items, scores, strict=True):
-                    facts = ["" if item.get(key) is None else item[key] for key in COLUMNS]
-                    writer.writerow(
-                        [*facts, item["label"], repr(float(score)), int(score >= threshold), threshold, best]
-                    )
-        return metrics
+        columns = ("label", "score", "prediction", "threshold", "optimistic_threshold")
+        rows = (
+            [label, repr(score), int(score >= threshold), threshold, best]
+            for label, score in zip(labels.tolist(), scores.tolist(), strict=True)
+        )
+        self.write_scores(self.folder / "predictions.csv", columns, self.scores.items, rows)
+        _, low, high = auroc_interval(labels, scores, [str(item["patient_id"]) for item in self.scores.items])
+        return metrics, (low, high)

@@ -13,7 +13,8 @@ from typing import Any
 from ignite.engine import Engine, Events
 
 from volta_components.distributed import process_rank
-from volta_components.downstream.tracking import Results, RunRecord, log_results
+from volta_components.downstream.results import Results
+from volta_components.downstream.tracking import RunRecord
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
 from volta_components.training.tracking import find_mlflow_handler
@@ -125,5 +126,15 @@ class FinishRun:
         if process_rank() == 0:
             if self.checkpoint_path is not None:
                 self.checkpoint_path.unlink(missing_ok=True)
-            artifacts = [(self.folder / name, folder) for name, folder in content["artifacts"]]
-            log_results(engine, content["metrics"], [*artifacts, (self.path, "")])
+            if handler is not None:
+                self._log(handler, engine.state.epoch, content)
+
+    def _log(self, handler: Any, epoch: int, content: Mapping[str, Any]) -> None:
+        """Give MLflow numbers and files, and mark the run as finished when all of it is there."""
+        client, run_id = handler.client, str(handler.cur_run.info.run_id)
+        handler._log_metrics({name: float(value) for name, value in content["metrics"].items()}, step=epoch)
+        for name, folder in [*content["artifacts"], (self.path.name, "")]:
+            path = self.folder / name
+            log = client.log_artifacts if path.is_dir() else client.log_artifact
+            log(run_id, str(path), folder or None)
+        client.set_tag(run_id, "finished", "true")

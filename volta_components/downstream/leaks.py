@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from volta_components.downstream.splits import is_pretrained, patients_of
+from volta_components.downstream.inits import is_pretrained
+from volta_components.downstream.splits import patients_of
 from volta_components.errors import InputError
 from volta_components.files import sha256_file
 from volta_components.method.weights import find_encoder, read_record

@@ -218,12 +218,12 @@ class Resampling:
 
     def __init__(
         self,
-        patients: Sequence[Hashable],
+        patients: Iterable[Hashable],
         strata: ArrayLike | None = None,
         samples: int = BOOTSTRAP,
         seed: int | Sequence[int] = 0,
     ) -> None:
-        names, owner = np.unique(np.asarray(patients), return_inverse=True)
+        names, owner = np.unique(np.asarray(list(patients)), return_inverse=True)
         self.place = {name: number for number, name in enumerate(names.tolist())}
         self.counts = np.zeros((samples, len(names)))
         stratum = np.zeros(len(names), dtype=int)

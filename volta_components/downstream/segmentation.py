@@ -3,35 +3,27 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
-from torch import distributed as dist
 
 from volta_components.data.nifti import write_label_map, write_picture_volume
 from volta_components.data.volumes import read_header, read_volume
-from volta_components.distributed import process_count, process_rank
+from volta_components.distributed import process_rank
 from volta_components.downstream.leaks import check_model
 from volta_components.downstream.metrics import score_intervals, score_mask, summarise_scores
+from volta_components.downstream.results import FoldResults, ItemRows, Results
 from volta_components.downstream.splits import Item, Parts, item_name
-from volta_components.downstream.start import save_model
-from volta_components.downstream.tracking import Results
-from volta_components.files import write_csv, write_json
+from volta_components.files import write_csv
 from volta_components.training.keep_best import KeepBest
 
-logger = logging.getLogger(__name__)
 SHOWN = ("image", "label")
-
-
-FACTS = ("subject_id", "patient_id", "session", "site", "sex", "age")
 
 
 class FloatWindowInferer(SlidingWindowInferer):
@@ -50,50 +42,30 @@ class FloatWindowInferer(SlidingWindowInferer):
         return super().__call__(inputs, in_float32, *args, **kwargs)
 
 
-class MaskTable:
+class MaskTable(ItemRows):
     """Scores what an evaluator predicts, scan by scan, over all processes; writes masks where asked to.
 
-    It only does so while ``active``, so that the evaluations during training, for which Dice suffices, stay cheap.
-
-    Args:
-        items: the data set's items, found by ``key``, which ``KeyedDataset`` gives.
+    It only does so in ``score``, so that the evaluations during training, for which Dice suffices, stay cheap.
     """
 
-    def __init__(self, items: Sequence[Item]) -> None:
-        self.items = list(items)
-        self.active = False
-        self.folder: Path | None = None
-        self._rows: dict[int, dict[str, float]] = {}
-
-    def attach(self, engine: Engine) -> None:
-        """Follow every mini-batch of the evaluator."""
-        engine.add_event_handler(Events.STARTED, self._started)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
-        engine.add_event_handler(Events.COMPLETED, self._completed)
-
-    def _started(self) -> None:
-        self._rows.clear()
+    active = False
+    folder: Path | None = None
 
     def _iteration_completed(self, engine: Any) -> None:
-        if not self.active:
-            return
-        output = engine.state.output
+        if self.active:
+            super()._iteration_completed(engine)
+
+    def batch_rows(self, output: Mapping[str, Any], items: Sequence[Item]) -> Iterator[dict[str, float]]:
+        """See ``score_mask``."""
         masks = output["pred"].argmax(dim=1).to(torch.uint8).cpu().numpy()
         truths = output["label"][:, 0].to(torch.uint8).cpu().numpy()
-        for key, mask, truth in zip(engine.state.batch["key"].tolist(), masks, truths, strict=True):
-            item = self.items[int(key[1])]
+        for item, mask, truth in zip(items, masks, truths, strict=True):
             header = read_header(item["image"])
-            self._rows[int(key[1])] = score_mask(mask, truth, header.spacing)
             if self.folder is not None:
                 write_label_map(self.folder / f"{item_name(item)}.nii.gz", mask, header.affine)
+            yield score_mask(mask, truth, header.spacing)
 
-    def _completed(self) -> None:
-        if self.active and process_count() > 1:
-            parts: list[Any] = [None] * process_count()
-            dist.all_gather_object(parts, self._rows)
-            self._rows = {index: row for part in parts for index, row in part.items()}
-
-    def score(self, evaluator: Any, folder: str | os.PathLike[str] | None = None) -> list[dict[str, float]]:
+    def score(self, evaluator: Any, folder: Path | None = None) -> list[dict[str, float]]:
         """Run an evaluator that this table is attached to.
 
         Args:
@@ -103,23 +75,19 @@ class MaskTable:
         Returns:
             A row for each item, in their order; see ``score_mask``.
         """
-        self.active, self.folder = True, None if folder is None else Path(folder)
+        self.active, self.folder = True, folder
         try:
             evaluator.run()
         finally:
             self.active = False
-        if len(self._rows) != len(self.items):
-            raise RuntimeError(f"{len(self._rows)} of {len(self.items)} items have been scored")
-        return [self._rows[index] for index in range(len(self.items))]
+        return self.rows
 
 
-class SegmentationResults:
+class SegmentationResults(FoldResults):
     """Scores the fold with the best epoch's weights, and writes scores, masks, numbers and model.
 
     The epoch is the one with the highest Dice on the inner validation part; beside it (``optimistic_*``) stands the one
     with the highest Dice on the scored fold itself, which is what the paper did and what flatters the result.
-
-    Called by ``FinishRun`` at the end of training, or through ``evaluate`` for a trained model.
 
     Args:
         parts: who is trained on, who chooses the epoch, who is scored.
@@ -129,7 +97,7 @@ class SegmentationResults:
         best: the best epoch by inner validation; without validation, the last epoch counts.
         optimistic: the best epoch by the scored fold.
         penalty: HD95 in mm that an empty mask counts as in ``hd95_with_penalty``.
-        output_dir: the run's folder.
+        output_dir: see ``FoldResults``, as ``model_path`` and ``record``.
         model_path: where the trained network goes; None to keep none.
         record: written beside the network: settings, provenance.
         show_all_below: label maps are kept beside the masks, so that a report can show and score on another machine;
@@ -151,22 +119,18 @@ class SegmentationResults:
         record: Mapping[str, Any] | None = None,
         show_all_below: int = 20,
     ) -> None:
-        self.parts = parts
-        self.network = network
+        super().__init__(parts, network, output_dir, model_path, record)
         self.scoring = scoring
         self.table = table
         self.best = best
         self.optimistic = optimistic
         self.penalty = float(penalty)
-        self.folder = Path(output_dir)
-        self.model_path = None if model_path is None else Path(model_path)
-        self.record = dict(record or {})
         self.show_all_below = show_all_below
 
     def __call__(self, engine: Engine) -> Results:
         """Results of a run that is complete."""
         chosen = self._choose(engine)
-        rows = self.table.score(self.scoring, self.folder / "predictions" / "masks")
+        rows = self._score()
         metrics = {**summarise_scores(rows, self.penalty), "epoch": float(chosen["epoch"])}
         optimistic_rows = rows
         if self.optimistic is not None and self.optimistic.epoch not in (0, chosen["epoch"]):
@@ -176,26 +140,9 @@ class SegmentationResults:
         if self.optimistic is not None and self.optimistic.epoch:
             numbers = {**summarise_scores(optimistic_rows, self.penalty), "epoch": float(self.optimistic.epoch)}
             metrics |= {f"optimistic_{name}": value for name, value in numbers.items()}
-        self._write(rows)
-        record = {
-            **chosen,
-            "metrics": metrics,
-            "intervals": score_intervals(rows, self._patients),
-            "hd95_penalty_mm": self.penalty,
-            "subjects": {
-                name: len(getattr(self.parts, name)) for name in ("training", "validation", "scored", "unused")
-            },
-        }
-        self._save(record)
-        artifacts = [("predictions", "predictions")]
-        if (self.folder / "pretrained.txt").is_file():
-            artifacts.append(("pretrained.txt", ""))
-        rest = {name: value for name, value in record.items() if name not in ("metrics", "intervals")}
-        return Results(metrics, artifacts, rest)
-
-    @property
-    def _patients(self) -> list[str]:
-        return [str(item["patient_id"]) for item in self.table.items]
+        record = {**chosen, "hd95_penalty_mm": self.penalty, "subjects": self.subjects}
+        self.keep({**record, "metrics": metrics, "intervals": self._intervals(rows)})
+        return self.finished(metrics, "predictions", record)
 
     def _choose(self, engine: Engine) -> dict[str, Any]:
         """Put the weights in place that the run ends with."""
@@ -203,10 +150,8 @@ class SegmentationResults:
             return {"epoch": self.best.epoch, "epoch_from": "inner validation"}
         return {"epoch": engine.state.epoch, "epoch_from": "last"}
 
-    def _save(self, record: Mapping[str, Any]) -> None:
-        if self.model_path is not None and process_rank() == 0:
-            save_model(self.model_path, self.network, {**self.record, **record})
-            logger.info("model written to %s", self.model_path)
+    def _intervals(self, rows: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
+        return score_intervals(rows, [str(item["patient_id"]) for item in self.table.items])
 
     def save_model(self, engine: Engine, record: Mapping[str, Any]) -> None:
         """Write the model alone, without scoring: what an annotation server wants.
@@ -215,7 +160,7 @@ class SegmentationResults:
             engine: the trainer.
             record: written into the model's record, in place of what the config says of the datalist.
         """
-        self._save({**self._choose(engine), **record})
+        self.keep({**self._choose(engine), **record})
 
     def evaluate(self, record: Mapping[str, Any], allow_leak: bool = False) -> dict[str, float]:
         """Score a trained model; write ``predictions`` and ``metrics.json``.
@@ -228,52 +173,31 @@ class SegmentationResults:
             InputError: see ``check_model``.
         """
         leak = check_model(record, self.parts.scored, allow_leak)
-        rows = self.table.score(self.scoring, self.folder / "predictions" / "masks")
+        rows = self._score()
         metrics = summarise_scores(rows, self.penalty)
-        self._write(rows)
-        for name, (low, high) in score_intervals(rows, self._patients).items():
+        for name, (low, high) in self._intervals(rows).items():
             metrics |= {f"{name}_low": low, f"{name}_high": high}
-        if process_rank() == 0:
-            content = {
-                "metrics": metrics,
-                "hd95_penalty_mm": self.penalty,
-                "leak": leak,
-                "scored": len(rows),
-            }
-            write_json(self.folder / "metrics.json", content)
-            distance = f"{metrics['hd95']:.2f} mm" if "hd95" in metrics else "none (every mask failed)"
-            print(
-                f"Dice {metrics['mean_dice']:.3f} (left {metrics['dice_left']:.3f}, right "
-                f"{metrics['dice_right']:.3f}), "
-                f"HD95 {distance}, {int(metrics['hd95_failures'])} of {2 * len(rows)} sides without a mask, "
-                f"{len(rows)} scans; {self.folder / 'predictions' / 'scores.csv'}"
-            )
+        distance = f"{metrics['hd95']:.2f} mm" if "hd95" in metrics else "none (every mask failed)"
+        summary = (
+            f"Dice {metrics['mean_dice']:.3f} (left {metrics['dice_left']:.3f}, right {metrics['dice_right']:.3f}), "
+            f"HD95 {distance}, {int(metrics['hd95_failures'])} of {2 * len(rows)} sides without a mask, "
+            f"{len(rows)} scans; {self.folder / 'predictions' / 'scores.csv'}"
+        )
+        self.write_metrics(metrics, leak, summary, hd95_penalty_mm=self.penalty)
         return metrics
 
-    def _write(self, rows: Sequence[Mapping[str, float]]) -> None:
-        if process_rank():
-            return
+    def _score(self) -> list[dict[str, float]]:
+        """Score the fold and write ``predictions``."""
         folder = self.folder / "predictions"
-        numbers = list(rows[0])
-        write_csv(
-            folder / "scores.csv",
-            [*FACTS, *numbers],
-            (
-                [
-                    *("" if item.get(key) is None else item[key] for key in FACTS),
-                    *("" if math.isnan(row[name]) else row[name] for name in numbers),
-                ]
-                for item, row in zip(self.table.items, rows, strict=True)
-            ),
+        rows = self.table.score(self.scoring, folder / "masks")
+        self.write_scores(folder / "scores.csv", list(rows[0]), self.table.items, (row.values() for row in rows))
+        if process_rank():
+            return rows
+        paths = (
+            [item["subject_id"], item.get("session"), *(Path(item[key]).resolve() for key in SHOWN)]
+            for item in self.table.items
         )
-        write_csv(
-            folder / "paths.csv",
-            ["subject_id", "session", "image", "label"],
-            (
-                [item["subject_id"], item.get("session") or "", *(str(Path(item[key]).resolve()) for key in SHOWN)]
-                for item in self.table.items
-            ),
-        )
+        write_csv(folder / "paths.csv", ["subject_id", "session", *SHOWN], paths)
         shown = shown_scans([row["dice"] for row in rows], self.show_all_below)
         for place, item in enumerate(self.table.items):
             name = f"{item_name(item)}.nii.gz"
@@ -281,6 +205,7 @@ class SegmentationResults:
             write_label_map(folder / "labels" / name, truth.voxels, truth.affine)
             if place in shown:
                 write_picture_volume(folder / "images" / name, read_volume(item["image"]))
+        return rows
 
 
 def shown_scans(dices: Sequence[float], show_all_below: int) -> set[int]:

@@ -16,26 +16,7 @@ from torch import Tensor
 from volta_components.data.identity import canonical_patient_id
 from volta_components.errors import InputError
 
-PRETRAINED = "volta"
-
-
-SCRATCH = "_scratch"
-
-
 Item = dict[str, Any]
-
-
-def is_pretrained(init: str) -> bool:
-    """Whether an init starts from pretrained weights (``volta``) or not (``..._scratch``).
-
-    Raises:
-        InputError: if it is neither.
-    """
-    if init == PRETRAINED:
-        return True
-    if init.endswith(SCRATCH):
-        return False
-    raise InputError(f"init {init!r}: choose {PRETRAINED!r}, or one that ends in {SCRATCH!r} through its overlay")
 
 
 @dataclass(frozen=True)
@@ -243,6 +224,3 @@ def class_weights(items: Sequence[Mapping[str, Any]], num_classes: int, key: str
     if counts.min() == 0:
         raise InputError(f"class {int(counts.argmin())} has no items to compute a weight from")
     return torch.tensor(len(items) / (num_classes * counts), dtype=torch.float32)
-
-
-BASE_INIT = "volta"

@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +16,10 @@ from volta_components.downstream.leaks import Origin
 from volta_components.training.record import code_version
 from volta_components.training.sampling import ResumableSampler
 from volta_components.training.tracking import find_mlflow_handler
+
+# Set by crossval: hashes of all that decides a run's result, and of what all runs of an init share.
+SETTINGS_TAG = "crossval_settings"
+RECIPE_TAG = "crossval_recipe"
 
 
 class TrainingPlan:
@@ -122,7 +123,7 @@ class RunRecord:
 def run_tags(
     bundle: str, init: str, fold: int, fraction: float, seed: int, datalist: Datalist, origin: Origin
 ) -> dict[str, str]:
-    """The tags by which MLflow's runs are found and compared; ``finished`` comes last, by ``log_results``."""
+    """The tags by which MLflow's runs are found and compared; ``finished`` comes last, by ``FinishRun``."""
     cohorts = {str(item.get("cohort", "")) for item in datalist.content["training"]} | {datalist.name}
     return {
         "bundle": bundle,
@@ -138,56 +139,3 @@ def run_tags(
         "leak": origin.leak,
         "phantom": str(any("phantom" in cohort.lower() for cohort in cohorts)).lower(),
     }
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a finished run leaves.
-
-    Attributes:
-        metrics: final numbers, for MLflow and the record.
-        artifacts: files or folders within the run's folder, each with the folder of MLflow's artifacts that it goes to.
-        record: more of the run's record: whatever JSON can hold.
-    """
-
-    metrics: Mapping[str, float]
-    artifacts: Sequence[tuple[str, str]]
-    record: Mapping[str, Any] = field(default_factory=dict)
-
-
-def log_results(
-    engine: Engine,
-    metrics: Mapping[str, float],
-    artifacts: Iterable[tuple[str | os.PathLike[str], str]],
-    tags: Mapping[str, str] | None = None,
-) -> str | None:
-    """Give MLflow a finished run's numbers and files, and mark it as finished when all of it is there.
-
-    Args:
-        engine: the trainer.
-        metrics: final numbers.
-        artifacts: files or folders, each with the folder of the run's artifacts that it goes to.
-        tags: more tags.
-
-    Returns:
-        The MLflow run's id, or None without tracking.
-    """
-    handler = find_mlflow_handler(engine)
-    if handler is None:
-        return None
-    run_id = str(handler.cur_run.info.run_id)
-    handler._log_metrics({name: float(value) for name, value in metrics.items()}, step=engine.state.epoch)
-    for path, folder in artifacts:
-        if Path(path).is_dir():
-            handler.client.log_artifacts(run_id, str(path), folder or None)
-        else:
-            handler.client.log_artifact(run_id, str(path), folder or None)
-    for name, value in {**(tags or {}), "finished": "true"}.items():
-        handler.client.set_tag(run_id, name, str(value))
-    return run_id
-
-
-TAG = "crossval_settings"
-
-
-RECIPE_TAG = "crossval_recipe"

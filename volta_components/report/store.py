@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from volta_components.downstream.splits import BASE_INIT
+from volta_components.downstream.inits import BASE_INIT
 from volta_components.downstream.tracking import RECIPE_TAG
 from volta_components.errors import InputError
 from volta_components.report.paper import TASKS, in_order

@@ -91,7 +91,7 @@ def p_text(p: float) -> str:
 
 def fold_resamplings(study: Study, samples: int = BOOTSTRAP, seed: int = 0) -> dict[int, Resampling]:
     """One draw of patients for each fold, for all inits, fractions and seeds."""
-    rows = pd.concat([run.table[["patient_id", "label"]].assign(fold=run.fold) for run in study.runs])
+    rows: Any = pd.concat([run.table[["patient_id", "label"]].assign(fold=run.fold) for run in study.runs])
     return {
         fold: Resampling(table["patient_id"], table["label"], samples, [seed, fold])
         for fold, table in rows.groupby("fold")

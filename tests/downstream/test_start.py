@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretrained weights, frozen blocks, and models that load whole or not at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fine_tuning import SIZES, make_encoder
+from monai.networks.nets import UNETR
+from torch import nn
+
+from volta_components.downstream.networks import VoltaUNETR
+from volta_components.downstream.start import freeze_encoder, load_model, save_model, start_from
+from volta_components.errors import InputError
+from volta_components.method.networks import VoltaViT
+from volta_components.method.weights import save_encoder
+
+
+def moved(network: nn.Module, image: torch.Tensor) -> set[str]:
+    """Names of the parameters that one step of SGD changes."""
+    before = {name: value.detach().clone() for name, value in network.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1.0)
+    network(image).square().sum().backward()
+    optimizer.step()
+    return {name for name, value in network.named_parameters() if not torch.equal(value, before[name])}
+
+
+class Headed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = VoltaViT(img_size=(32, 32, 32), decoder=False, **SIZES)
+        self.head = nn.Linear(32, 2)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(image))
+
+
+@pytest.mark.parametrize("unfrozen", [0, 1, 2, 3])
+def test_only_the_last_blocks_and_what_follows_them_move(unfrozen):
+    network = Headed()
+    freeze_encoder(network.encoder, unfrozen)
+    names = moved(network, torch.rand(2, 1, 32, 32, 32))
+    expected = {"head."}
+    if unfrozen:
+        expected |= {f"encoder.blocks.{index}." for index in range(3 - unfrozen, 3)}
+        expected |= {"encoder.norm.", "encoder.summariser."}
+    if unfrozen == 3:
+        expected.add("encoder.patch_embedding.")
+    for name, _ in network.named_parameters():
+        trains = name.startswith(tuple(expected)) and "norm_cross_attn" not in name
+        assert (name in names) == trains, name
+
+
+def test_more_blocks_than_there_are_is_an_error():
+    with pytest.raises(InputError, match="the encoder has 3 blocks"):
+        freeze_encoder(Headed().encoder, 4)
+
+
+def test_start_loads_freezes_and_writes_what_became_of_every_weight(tmp_path):
+    path = make_encoder(tmp_path / "encoder.safetensors", [])
+    network = Headed()
+    report = start_from(network, "volta", path, 1, "encoder.", tmp_path / "run" / "pretrained.txt")
+    assert report is not None and sorted(report.missing) == ["head.bias", "head.weight"]
+    text = (tmp_path / "run" / "pretrained.txt").read_text()
+    assert "1 blocks of the encoder unfrozen" in text and "left  head.weight" in text
+    assert "loaded  encoder.summariser.cls_token" in text
+    assert not network.encoder.blocks[0].attn.qkv.weight.requires_grad
+    assert start_from(network, "vit_scratch", tmp_path / "none", 0, "encoder.") is None
+
+
+def test_a_unetr_starts_from_a_whole_encoder_of_its_depth_and_heads_or_not_at_all(tmp_path):
+    sizes: dict[str, Any] = {"feature_size": 4, "hidden_size": 32, "mlp_dim": 48}
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, VoltaViT(img_size=(32, 32, 32), decoder=False, **{**SIZES, "num_layers": 4}), {})
+    unetr = VoltaUNETR(1, 3, (32, 32, 32), num_layers=4, num_heads=4, **sizes)
+    report = start_from(unetr, "volta", path, 0, "vit.")
+    assert report is not None and report.loaded
+    assert not any(p.requires_grad for p in unetr.vit.parameters())
+    assert all(p.requires_grad for p in unetr.decoder2.parameters())
+    # As many weights of the same shapes, but another function.
+    with pytest.raises(InputError, match=r"another configuration(?s:.)*num_heads +4 +8"):
+        start_from(VoltaUNETR(1, 3, (32, 32, 32), num_layers=4, num_heads=8, **sizes), "volta", path, 0, "vit.")
+    stock = UNETR(1, 3, (32, 32, 32), num_heads=4, proj_type="conv", **sizes)
+    with pytest.raises(InputError, match=r"another configuration(?s:.)*num_layers +4 +12"):
+        start_from(stock, "volta", path, 0, "vit.")
+
+
+def test_models_are_plain_tensors_with_a_record_and_load_whole_or_not_at_all(tmp_path):
+    network = Headed()
+    save_model(tmp_path / "model.pt", network, {"threshold": 0.3})
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert set(state) == set(network.state_dict())
+    other = Headed()
+    assert load_model(other, tmp_path / "model.pt")["threshold"] == 0.3
+    torch.testing.assert_close(other.head.weight, network.head.weight, rtol=0, atol=0)
+    with pytest.raises(InputError, match=r"another network(?s:.)*bias +- +\(2,\)") as caught:
+        load_model(nn.Linear(32, 2), tmp_path / "model.pt")
+    assert "tiny.json" in str(caught.value)
+    with pytest.raises(InputError, match="no such model"):
+        load_model(other, tmp_path / "none.pt")
+    (tmp_path / "model.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:-1] + b"x")
+    with pytest.raises(InputError, match="changed or cut"):
+        load_model(other, tmp_path / "model.pt")

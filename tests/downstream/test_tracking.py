@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What MLflow and the log get of a fine-tuning."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from volta_components.downstream.leaks import Origin
+from volta_components.downstream.tracking import RunRecord, TrainingPlan, run_tags
+from volta_components.files import write_json
+from volta_components.training.sampling import ResumableSampler
+from volta_components.training.schedules import CosineSchedule
+
+
+def engine_of(values: list[float], epochs: int) -> Any:
+    """An engine whose mini-batches have the given losses."""
+    engine: Any = Engine(lambda e, batch: {"loss": torch.tensor(batch)})
+    engine.optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    return engine
+
+
+def test_plan_sets_the_rate_of_every_step_and_the_order_of_every_epoch():
+    sampler = ResumableSampler(3, seed=1)
+    schedule = CosineSchedule(1.0, 0.0, total_steps=6, warmup_steps=2)
+    engine = engine_of([], 2)
+    TrainingPlan(sampler, schedule).attach(engine)
+    rates: list[float] = []
+    epochs: list[int] = []
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: rates.append(e.optimizer.param_groups[0]["lr"]))
+    engine.add_event_handler(Events.EPOCH_STARTED, lambda: epochs.append(sampler.epoch))
+    engine.run([0.0, 0.0, 0.0], max_epochs=2)
+    assert epochs == [1, 2]
+    cosine = [(1 + np.cos(np.pi * step / 3)) / 2 for step in range(4)]
+    np.testing.assert_allclose(rates, [0.0, 0.5, *cosine], atol=1e-12)
+
+
+def test_record_keeps_epoch_means_and_resumes_with_them():
+    engine = engine_of([], 2)
+    record = RunRecord({"seed": 0}, {"fold": 1})
+    record.attach(engine)
+    engine.run([1.0, 2.0, 6.0], max_epochs=2)
+    assert [row["train_loss"] for row in record.history] == [3.0, 3.0]
+    assert engine.state.metrics["train_loss"] == 3.0
+    again = RunRecord({}, {})
+    again.load_state_dict(record.state_dict())
+    assert again.history == record.history
+
+
+def test_tags_tell_everything_that_runs_are_compared_by(tmp_path):
+    datalist: Any = SimpleNamespace(
+        name="demo", hash="h", content={"training": [{"cohort": "phantom"}, {"cohort": "x"}]}
+    )
+    tags = run_tags("ixi_sex", "volta", 2, 0.2, 7, datalist, Origin("e", "p", "allowed", ("a",)))
+    expected = {
+        "bundle": "ixi_sex",
+        "init": "volta",
+        "fold": "2",
+        "fraction": "0.2",
+        "seed": "7",
+        "datalist_hash": "h",
+        "datalist_name": "demo",
+        "encoder_sha256": "e",
+        "pretrain_datalist_hash": "p",
+        "leak": "allowed",
+        "phantom": "true",
+    }
+    assert {name: tags[name] for name in expected} == expected
+    assert set(tags) - set(expected) == {"code_version"}
+    write_json(tmp_path / "x.json", tags)
+    assert json.loads((tmp_path / "x.json").read_text()) == tags

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The best epoch's weights, through kills and resumes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+
+from volta_components.training.keep_best import KeepBest
+
+
+def run_epochs(keep: KeepBest, network: torch.nn.Linear, evaluator: Engine, values: list[float | None]) -> list[Any]:
+    """Epochs whose weights are the epoch's number and whose metric is given; None is not evaluated.
+
+    Returns what ``keep`` reports at each epoch's end, and whose weights are there.
+    """
+    engine = Engine(lambda *_: None)
+    seen: list[Any] = []
+
+    def evaluate(trainer: Engine) -> None:
+        torch.nn.init.constant_(network.weight, trainer.state.epoch)
+        value = values[trainer.state.epoch - 1]
+        if value is not None:
+            evaluator.state.epoch, evaluator.state.metrics = trainer.state.epoch, {"dice": value}
+
+    engine.add_event_handler(Events.EPOCH_COMPLETED, evaluate)
+    keep.attach(engine)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: seen.append((e.state.metrics.get("d"), kept(keep))))
+    engine.add_event_handler(Events.STARTED, lambda e: engine.load_state_dict({"iteration": keep.epoch, **LENGTHS}))
+    engine.run([0], max_epochs=len(values), epoch_length=1)
+    return seen
+
+
+LENGTHS = {"epoch_length": 1, "max_epochs": 4}
+
+
+def kept(keep: KeepBest) -> list[str]:
+    return sorted(path.stem for path in keep.path.parent.glob("best*"))
+
+
+def test_the_first_of_the_best_epochs_is_kept(tmp_path: Path) -> None:
+    network, evaluator = torch.nn.Linear(1, 1, bias=False), Engine(lambda *_: None)
+    keep = KeepBest(network, evaluator, "dice", tmp_path / "best.pt", report_as="d")
+    assert not keep.restore()
+    seen = run_epochs(keep, network, evaluator, [0.2, 0.7, None, 0.7])
+    # Without checkpoints, the weights of the epoch before are removed when the next one starts.
+    assert seen == [(0.2, ["best-1"]), (0.7, ["best-1", "best-2"]), (None, ["best-2"]), (0.7, ["best-2"])]
+    assert keep.state_dict() == {"epoch": 2, "value": 0.7}
+    assert not kept(keep)  # the run is finished
+
+
+def test_a_kill_before_the_checkpoint_leaves_the_weights_that_the_checkpoint_before_names(tmp_path: Path) -> None:
+    network, evaluator = torch.nn.Linear(1, 1, bias=False), Engine(lambda *_: None)
+    keep = KeepBest(network, evaluator, "dice", tmp_path / "best.pt")
+    keep._completed = lambda: None  # type: ignore[method-assign]
+    run_epochs(keep, network, evaluator, [0.1, 0.3, None, None])
+    checkpoint = keep.state_dict()
+    # The weights of a better fifth epoch are written; then the process dies before it has a checkpoint.
+    keep._epoch_started(Engine(lambda *_: None))
+    evaluator.state.epoch, evaluator.state.metrics = 5, {"dice": 0.9}
+    torch.nn.init.constant_(network.weight, 5)
+    keep._epoch_completed(SimpleNamespace(state=SimpleNamespace(epoch=5)))  # type: ignore[arg-type]
+    assert kept(keep) == ["best-2", "best-5"]
+
+    again = KeepBest(network, evaluator, "dice", tmp_path / "best.pt")
+    again.load_state_dict(checkpoint)
+    again._completed = lambda: None  # type: ignore[method-assign]
+    run_epochs(again, network, evaluator, [0.1, 0.3, 0.2, 0.1])  # this time, none is better
+    assert again.epoch == 2 and again.restore() and network.weight.item() == 2
+    assert kept(again) == ["best-2"]
+
+
+def test_between_checkpoints_only_what_can_still_be_needed_is_kept(tmp_path: Path) -> None:
+    network, evaluator = torch.nn.Linear(1, 1, bias=False), Engine(lambda *_: None)
+    keep = KeepBest(network, evaluator, "dice", tmp_path / "best.pt")
+    keep._completed = lambda: None  # type: ignore[method-assign]
+    inner = keep._epoch_completed
+
+    def with_a_checkpoint_of_the_first_epoch(engine: Engine) -> None:
+        inner(engine)
+        if engine.state.epoch == 1:
+            keep.state_dict()
+
+    keep._epoch_completed = with_a_checkpoint_of_the_first_epoch  # type: ignore[method-assign]
+    seen = run_epochs(keep, network, evaluator, [0.1, 0.2, 0.3, None])
+    files = [names for _, names in seen]
+    assert files == [["best-1"], ["best-1", "best-2"], ["best-1", "best-2", "best-3"], ["best-1", "best-3"]]
+
+
+def test_its_weights_come_back_and_it_goes_on(tmp_path: Path) -> None:
+    network, evaluator = torch.nn.Linear(1, 1, bias=False), Engine(lambda *_: None)
+    keep = KeepBest(network, evaluator, "dice", tmp_path / "best.pt")
+    keep._completed = lambda: None  # type: ignore[method-assign]
+    run_epochs(keep, network, evaluator, [0.1, 0.6, 0.3, 0.2])
+    assert network.weight.item() == 4
+    assert keep.restore() and network.weight.item() == 2
+
+    later = KeepBest(network, evaluator, "dice", tmp_path / "best.pt")
+    later.load_state_dict(keep.state_dict())
+    later._completed = lambda: None  # type: ignore[method-assign]
+    run_epochs(later, network, evaluator, [0.9, 0.9, 0.5, 0.4])  # goes on at the third epoch
+    assert later.epoch == 2 and later.restore() and network.weight.item() == 2
