@@ -33,7 +33,12 @@ from volta_components.crossval.command import _adopt
 from volta_components.crossval.plan import Run
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("bundles/*/docs/README.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
+    *sorted(ROOT.glob("bundles/*/docs/README.md")),
+]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 # Which test a target of make runs.
 MAKE_TESTS = {"make test-label": "tests/integration/test_monai_label.py"}

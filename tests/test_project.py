@@ -103,3 +103,11 @@ def test_pre_commit_uses_the_ruff_of_the_constraints() -> None:
     (pinned,) = re.findall(r"^ruff==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     repositories = read_yaml(ROOT / ".pre-commit-config.yaml")["repos"]
     assert [repo["rev"] for repo in repositories if "ruff" in repo["repo"]] == [f"v{pinned}"]
+
+
+def test_the_files_that_the_guide_for_contributors_names_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    roots = "bundles|docs|benchmarks|tests|tools|volta_components"
+    paths = {path for path in re.findall(rf"`((?:{roots})/[^`\s]*)", text) if not re.search(r"\bNAME\b", path)}
+    assert len(paths) > 15
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
