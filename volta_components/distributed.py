@@ -1,5 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The few collective operations that the losses need; each is the identity in a single process."""
+"""The few collective operations that the project needs; each is the identity in a single process.
+
+``ignite.distributed`` offers the same, but its first call is itself a collective operation: a process that asks for its
+rank where the others do not come by waits for ever. In a SLURM job it also overwrites ``LOCAL_RANK`` with
+``SLURM_LOCALID``, which is the same in all processes that ``srun torchrun`` starts on a node, and fails where that is
+not set, as in an ``salloc`` shell.
+"""
 
 from __future__ import annotations
 

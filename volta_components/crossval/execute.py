@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from volta_components.cores import cores
+import joblib
+
 from volta_components.crossval.plan import Run
 from volta_components.crossval.store import claim, mlflow_client, run_lock
 from volta_components.errors import InputError
@@ -128,7 +129,7 @@ def run_here(runs: Sequence[Run], jobs: int, gpus_per_run: int) -> Generator[Out
     for job in range(jobs):
         dealt = [gpus[(job * gpus_per_run + place) % len(gpus)] for place in range(gpus_per_run)]
         slots.put(",".join(dealt) if gpus else None)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, joblib.cpu_count() // jobs)))
 
     def work(run: Run) -> Outcome:
         slot = slots.get()

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 from tqdm import tqdm
 
-from volta_components.cores import cores
 from volta_components.data.volumes import UnusableVolume, read_header, read_volume
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file, sha256_json
@@ -313,7 +313,7 @@ def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = 
 
     items = datalist.items
     share = items[process_rank() :: process_count()]
-    with ThreadPoolExecutor(workers or cores()) as pool:
+    with ThreadPoolExecutor(workers or joblib.cpu_count()) as pool:
         checked = tqdm(
             pool.map(examine, share),
             total=len(share),

@@ -18,9 +18,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import joblib
 import numpy as np
 
-from volta_components.cores import cores
 from volta_components.data import quality
 from volta_components.data.datalist import assign_folds, load_datalist, make_content
 from volta_components.data.identity import canonical_patient_id
@@ -222,7 +222,7 @@ def _shard(shard: str | None) -> tuple[int, int]:
 
 def _workers(workers: int | None) -> int:
     if workers is None:
-        return cores()
+        return joblib.cpu_count()
     if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
         raise InputError(f"--workers {workers}: a number of processes, at least 1")
     return workers

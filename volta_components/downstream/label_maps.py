@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from volta_components.cores import cores
+import joblib
+
 from volta_components.data.datalist import Datalist, load_datalist, make_content
 from volta_components.data.labels import SIDES, read_labels
 from volta_components.data.layouts.common import LabelFile
@@ -109,7 +110,7 @@ def check_label_maps(items: Iterable[Mapping[str, Any]], workers: int | None = N
         return (name, str(path), f"no voxels of {' and '.join(empty)}") if empty else None
 
     items = list(items)
-    with ThreadPoolExecutor(workers or cores()) as pool:
+    with ThreadPoolExecutor(workers or joblib.cpu_count()) as pool:
         rows = [row for row in pool.map(examine, items) if row is not None]
     if rows:
         raise InputError.many(

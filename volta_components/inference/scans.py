@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 from tqdm import tqdm
 
-from volta_components.cores import cores
 from volta_components.data.datalist import check_volumes, load_datalist
 from volta_components.data.layouts.common import LayoutOptions
 from volta_components.data.layouts.dicom import _dicom_folders, convert_series
@@ -223,7 +223,7 @@ def unusable_scans(files: Sequence[Path], workers: int | None = None) -> list[Ro
             return str(path), "does not fit in memory", "check the file's dimensions"
         return None
 
-    with ThreadPoolExecutor(workers or cores()) as pool:
+    with ThreadPoolExecutor(workers or joblib.cpu_count()) as pool:
         rows = list(tqdm(pool.map(examine, files), total=len(files), unit="scan", desc="reading", disable=not files))
     return [row for row in rows if row is not None]
 
@@ -309,7 +309,7 @@ def _convert(root: Path, target: Path) -> tuple[list[Path], list[Row]]:
     remove_partials(target)
     with tempfile.TemporaryDirectory(prefix=partial_prefix(), dir=target) as name:
         temporary = Path(name)
-        options = LayoutOptions(root, ("all",), "none", temporary=temporary, workers=cores())
+        options = LayoutOptions(root, ("all",), "none", temporary=temporary, workers=joblib.cpu_count())
         listing = read_dicom(options)
         rows = [
             (str(root / f.file), f.reason, f.remedy) for f in listing.findings if f.kind == "problem" and f.left_out

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import joblib
 import torch
 from ignite.engine import Engine, Events
 from monai.transforms import Compose
 from monai.transforms.traits import RandomizableTrait
 
-from volta_components.cores import cores
 from volta_components.training.sampling import KeyedDataset, derived_seed
 
 
@@ -59,7 +59,7 @@ class KeyedCacheDataset(KeyedDataset):
         missing = [index for index in wanted if index not in self._cache]
         if not self.cache or not missing:
             return
-        with ThreadPoolExecutor(workers or min(8, cores())) as pool:
+        with ThreadPoolExecutor(workers or min(8, joblib.cpu_count())) as pool:
             self._cache.update(zip(missing, pool.map(self._deterministic, missing)))
 
     def _deterministic(self, index: int) -> Any:

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import joblib
 import nibabel as nib
 import numpy as np
 import torch
@@ -22,7 +23,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from volta_components._version import __version__
-from volta_components.cores import cores
 from volta_components.data.phantom.render import render
 from volta_components.data.phantom.subjects import FORMAT, SESSION, SITES, Settings, Subject, draw_subject
 from volta_components.errors import InputError
@@ -326,7 +326,7 @@ def phantom(
     missing = [number for number in numbers if not _finished(folder, settings.subject_id(number))]
     subject_folders = {path.parent for n in missing for path in _paths(folder, settings.subject_id(n))}
     remove_partials(folder, folder / LABELS_FOLDER, *subject_folders)
-    _run(folder, settings, missing, cores() if workers is None else workers)
+    _run(folder, settings, missing, joblib.cpu_count() if workers is None else workers)
     pattern = re.compile(rf"sub-{settings.prefix}(\d{{4,}})")
     there = sorted(int(found[1]) for path in folder.iterdir() if (found := pattern.fullmatch(path.name)))
     whole = [draw_subject(settings, number) for number in there if _finished(folder, settings.subject_id(number))]
