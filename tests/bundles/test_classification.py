@@ -21,19 +21,16 @@ import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata
 from monai.transforms import LoadImage
-from prepared import ROOT, make_prepared
+from prepared import ROOT
 from sklearn.metrics import roc_auc_score
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from volta_components.data.datalist import load_datalist
 from volta_components.data.load import LoadScand
-from volta_components.downstream.classification import labelled_items
 from volta_components.downstream.metrics import sensitivity_specificity, youden_threshold
 from volta_components.downstream.networks import SwinClassifier, VoltaClassifier
 from volta_components.errors import InputError
 from volta_components.files import read_json
-from volta_components.inference.scans import find_volumes, scans_below
 from volta_components.method.weights import save_encoder
 
 BUNDLES = ("ixi_sex", "aibl_ad")
@@ -766,56 +763,3 @@ def test_data_or_encoder_that_is_not_there_says_what_to_run_first(tmp_path, prep
     assert "volta3d prepare --layout" in done.stderr and "Traceback" not in done.stderr
     message = cause_of("ixi_sex", prepared, tmp_path / "none.safetensors", tmp_path / "run")
     assert "bundles/pretrain/configs/train.json" in message
-
-
-@pytest.mark.filterwarnings("ignore:.*was changed since")
-def test_aibl_takes_a_patients_first_session_unless_told_otherwise(prepared, tmp_path):
-    content = read_json(prepared / "datalist.json")
-    items = content["training"]
-    later = {**items[0], "session": "ses-M018", "diagnosis": "AD"}
-    content["training"] = sorted([*items, later], key=lambda item: (item["subject_id"], item["session"]))
-    (tmp_path / "datalist.json").write_text(json.dumps(content))
-    datalist = load_datalist(tmp_path)
-    first = labelled_items(datalist, "diagnosis", ["CN", "AD"])
-    assert len(first.items) == 12 and first.items[0]["label"] == 0
-    assert first.left_out == [("sub-0000_ses-M018", "not the patient's first session")]
-    assert len(labelled_items(datalist, "diagnosis", ["CN", "AD"], "all").items) == 13
-    with pytest.raises(InputError, match="nobody with diagnosis CN"):
-        labelled_items(datalist, "diagnosis", ["CN", "AD"], "ses-M018")
-
-
-def test_of_a_bids_folder_the_t1_scans_are_found(tmp_path):
-    anat = tmp_path / "bids/sub-01/ses-M000/anat"
-    scans = [anat / "sub-01_ses-M000_T1w.nii.gz", tmp_path / "bids/sub-02/anat/sub-02_run-1_T1w.nii"]
-    others = [
-        anat / "sub-01_ses-M000_T2w.nii.gz",
-        anat / "sub-01_ses-M000_desc-brain_mask.nii.gz",
-        tmp_path / "bids/derivatives/tool/sub-01/sub-01_T1w.nii.gz",
-        tmp_path / "bids/derivatives/tool/sub-01/norm.mgz",
-    ]
-    plain = [
-        tmp_path / "plain" / name for name in ("IXI002-Guys-0828-T1.nii.gz", "my_mask_study.nii", "sub-1_ses-2.nii")
-    ]
-    for path in [*scans, *others, *plain]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    assert scans_below(tmp_path / "bids") == (sorted(scans), sorted(others))
-    assert scans_below(tmp_path / "plain") == (sorted(plain), [])
-    assert [item["image"] for item in find_volumes(tmp_path / "bids")] == [str(path) for path in sorted(scans)]
-
-
-def test_volumes_are_found_and_named_as_in_bids(tmp_path):
-    make_prepared(tmp_path / "data", count=4, shape=(8, 8, 8))
-    found = find_volumes(tmp_path / "data" / "images")
-    assert [(item["subject_id"], item["session"]) for item in found] == [
-        (f"sub-{number:04d}", "ses-M000") for number in range(4)
-    ]
-    assert find_volumes([found[0]["image"]])[0] == found[0]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no volumes"):
-        find_volumes(tmp_path / "empty")
-    with pytest.raises(InputError, match="no such folder"):
-        find_volumes(tmp_path / "none")
-    (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(InputError, match="not a volume"):
-        find_volumes(tmp_path / "notes.txt")

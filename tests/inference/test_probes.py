@@ -1,28 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probes and tables of embeddings, against scikit-learn and NumPy used by hand."""
+"""Probes, against scikit-learn and NumPy used by hand."""
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
-import torch
-from method_helpers import IMAGE, tiny_network
-from monai.data import DataLoader, Dataset, MetaTensor
-from monai.engines import SupervisedEvaluator
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
 from volta_components.downstream.metrics import auroc_interval
 from volta_components.errors import InputError
-from volta_components.inference.embeddings import EmbeddingInferer, EmbeddingTable, embedding_picture
+from volta_components.inference.embeddings import EmbeddingTable
 from volta_components.inference.probes import out_of_fold_scores, probe_report
 
 Draw = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -123,91 +117,12 @@ def test_too_few_of_a_class_and_unknown_probes_are_named(rng: np.random.Generato
         out_of_fold_scores(features, np.arange(12) % 2, np.arange(12) // 2 % 2, "svm")
 
 
-# Tables -------------------------------------------------------------------------------------------------------------
-
-
-AFFINE = np.array([[2.0, 0, 0, -7], [0, 2.0, 0, 5], [0, 0, 2.0, 11], [0, 0, 0, 1]])
-
-
-def images(count: int) -> list[dict[str, Any]]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        {
-            "image": MetaTensor(torch.rand(1, *IMAGE, generator=generator), affine=torch.tensor(AFFINE)),
-            "subject_id": f"sub-{i}",
-            "session": "" if i == 1 else "ses-M000",
-        }
-        for i in range(count)
-    ]
-
-
-def evaluate(table: EmbeddingTable, data: list[dict[str, Any]], attention: bool = False, runs: int = 1) -> Any:
-    network = tiny_network(decoder=False).eval()
-    for _ in range(runs):
-        SupervisedEvaluator(
-            device=torch.device("cpu"),
-            val_data_loader=DataLoader(Dataset(data), batch_size=2),
-            network=network,
-            inferer=EmbeddingInferer(attention),
-            val_handlers=[table],
-        ).run()
-    return network
-
-
-def test_the_table_has_a_row_for_each_volume(tmp_path: Path) -> None:
-    """Five volumes in batches of two; run twice, with the second run's rows only."""
-    data = images(5)
-    table = EmbeddingTable(tmp_path / "new" / "embeddings.csv")
-    network = evaluate(table, data, runs=2)
-    with torch.no_grad():
-        tokens = network.encode(torch.stack([torch.as_tensor(item["image"]).as_tensor() for item in data]))
-        expected = {"summary": network.summarise(tokens).numpy(), "mean": tokens.mean(dim=1).numpy()}
-    with (tmp_path / "new" / "embeddings.csv").open(newline="", encoding="utf-8") as stream:
-        header, *rows = csv.reader(stream)
-    assert header[:3] == ["subject_id", "session", "summary_0"]
-    assert header[33:36] == ["summary_31", "mean_0", "mean_1"]
-    assert [row[:2] for row in rows] == [[f"sub-{i}", "" if i == 1 else "ses-M000"] for i in range(5)]
-    values = np.array([[float(value) for value in row[2:]] for row in rows])
-    wanted = np.concatenate([expected["summary"], expected["mean"]], axis=1)
-    np.testing.assert_allclose(values, wanted, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(table.matrix("mean"), expected["mean"], rtol=1e-5, atol=1e-6)
-    assert table.matrix("summary+mean").shape == (5, 64)
-    assert table.matrix("summary+mean")[3, 32] == table.matrix("mean")[3, 0]
-    np.testing.assert_allclose(network(data[0]["image"][None]).detach().numpy()[0], expected["summary"][0], rtol=1e-4)
-
-
-def test_a_table_in_memory_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    table = EmbeddingTable()
-    evaluate(table, images(2))
-    assert table.matrix("summary").shape == (2, 32)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_attention_maps_lie_on_the_image(tmp_path: Path) -> None:
-    data = images(2)
-    folder = tmp_path / "not" / "yet" / "there"
-    network = evaluate(EmbeddingTable(attention_dir=folder), data, attention=True)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "sub-0_ses-M000_attention.nii.gz",
-        "sub-1_attention.nii.gz",
-    ]
-    for item, path in zip(data, sorted(folder.iterdir())):
-        saved = nib.load(path)
-        assert saved.shape == IMAGE
-        np.testing.assert_allclose(saved.affine, AFFINE)
-        with torch.no_grad():
-            expected = network.attention_map(item["image"].as_tensor()[None])[0, 0].numpy()
-        np.testing.assert_allclose(saved.get_fdata(), expected, rtol=1e-5)
-        assert saved.get_fdata().mean() == pytest.approx(1.0, abs=0.1)
-
-
 # Report -------------------------------------------------------------------------------------------------------------
 
 
 def table_of(summary: np.ndarray, mean: np.ndarray) -> EmbeddingTable:
     table = EmbeddingTable()
-    table.features = {"summary": list(summary), "mean": list(mean)}
+    table.rows[:] = [{"summary": one, "mean": other} for one, other in zip(summary, mean, strict=True)]
     return table
 
 
@@ -285,13 +200,3 @@ def test_a_report_without_any_label_is_refused(
     with pytest.raises(InputError, match="no label of sex has both classes in the datalist; give --targets"):
         probe_report(tables, items, {"sex": ["M", "F"]}, tmp_path / "probes.json")
     assert not (tmp_path / "probes.json").exists()
-
-
-def test_the_picture_is_written(cohort: tuple[dict[str, EmbeddingTable], list[dict[str, Any]]], tmp_path: Path) -> None:
-    tables, items = cohort
-    embedding_picture(tables["volta"], items, ["sex", "diagnosis", "site"], tmp_path / "p" / "embeddings.png")
-    from matplotlib.image import imread
-
-    picture = imread(tmp_path / "p" / "embeddings.png")
-    assert picture.shape[1] > 2.5 * picture.shape[0]  # three panels beside each other
-    assert picture[..., :3].std() > 0.05

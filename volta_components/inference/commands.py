@@ -16,7 +16,8 @@ from volta_components.inference.bundles import (
     make_workflow,
     plain_errors,
 )
-from volta_components.inference.scans import choose_scans, expand_source, find_volumes, set_folders
+from volta_components.inference.given import choose_scans, expand_source
+from volta_components.inference.scans import find_volumes, result_root
 
 
 def embed(
@@ -112,18 +113,19 @@ def _apply(
         changes["device"] = f"$torch.device({check_device(str(device))!r})"
     parts = expand_source(source, target)
     with plain_errors():
-        check_weights(make_workflow(files, changes))
+        workflow = make_workflow(files, changes)
+        check_weights(workflow)
         try:
             target.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{target}: cannot write there ({error.strerror}); choose another --output") from error
         chosen = choose_scans(parts, target, skip_bad)
-        items = find_volumes(chosen)
+        if common := result_root(chosen):
+            print(f"file names are not unique: results lie in folders like those of the scans below {common}")
         # Absolute paths as plain text: nothing in them is taken for a config's expression or reference.
-        changes |= {"source": [str(path) for path in chosen], "check_volumes": False}
-        workflow = make_workflow(files, changes)
-        set_folders(workflow.parser, items)
+        workflow.parser["source"] = [str(path) for path in chosen]
+        workflow.parser["check_volumes"] = False
         workflow.initialize()
         workflow.run()
         workflow.finalize()
-    return target, items
+    return target, find_volumes(chosen)

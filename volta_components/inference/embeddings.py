@@ -3,26 +3,25 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
-import torch
-from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.inferers import Inferer
-from scipy import ndimage
 from torch import Tensor
 
-from volta_components.data.volumes import volume_suffix
-from volta_components.files import atomic_path
+from volta_components.data.nifti import write_nifti
+from volta_components.data.volumes import volume_stem
+from volta_components.files import atomic_path, write_csv
 from volta_components.inference.journal import Journal
+from volta_components.inference.own_space import grids_of, restore_map
+from volta_components.inference.tables import ResultTable, file_of
 from volta_components.method.networks import VoltaViT
 
+IDS = ("subject_id", "session")
 FEATURES = ("summary", "mean")
 
 
@@ -50,143 +49,74 @@ class EmbeddingInferer(Inferer):
         return output
 
 
-def restore_map(
-    values: np.ndarray, affine: np.ndarray, target_affine: np.ndarray, target_shape: Sequence[int]
-) -> np.ndarray:
-    """A map on the prepared grid, interpolated linearly to a scan's own grid.
-
-    Args:
-        values: ``[D, H, W]``.
-        affine: ``[4, 4]`` of the prepared grid.
-        target_affine: ``[4, 4]`` of the scan.
-        target_shape: of the scan, voxels.
-
-    Returns:
-        ``target_shape``, float32; 0 outside the prepared grid. On equal grids nothing changes.
-    """
-    to_prepared = np.linalg.inv(affine) @ target_affine
-    snapped = np.round(to_prepared)
-    if np.abs(to_prepared - snapped).max() * max(target_shape) < 1e-3:
-        to_prepared = snapped
-    return ndimage.affine_transform(
-        np.asarray(values, np.float32), to_prepared, output_shape=tuple(target_shape), order=1, mode="constant"
-    )
-
-
-class EmbeddingTable:
+class EmbeddingTable(ResultTable):
     """Collects the embeddings that an evaluator computes; writes them as tables, and attention maps as NIfTI.
 
     The table (CSV) has a row for each volume: ``subject_id``, ``session``, ``file`` where volumes come from files, then
     ``summary_0`` ... and ``mean_0`` ... . Beside it, with the suffix ``.npz``, the same lies as arrays for NumPy:
     those columns as text (``file`` as ``path``), ``summary`` and ``mean`` ``[volumes, D]`` as float32.
 
-    An attention map lies on the grid that the volume's meta name as the scan's own (``LoadScand``), otherwise on
-    the volume's; it is named after the volume's file, or after subject and session.
+    An attention map lies on the scan's own grid (see ``grids_of``); it is named after the volume's file, or after
+    subject and session.
 
     Args:
         path: the table; ``None`` keeps it in memory only.
         attention_dir: folder for attention maps; ``None`` for none.
-        keys: columns taken from the items.
-        root: give attention maps the folders that their volumes have below this one.
-        journal: keeps rows as they are made; the table has its rows then, of this start and earlier ones.
+        root: give attention maps the folders that their volumes have below this one; empty for none.
+        journal: see ``ResultTable``.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str] | None = None,
         attention_dir: str | os.PathLike[str] | None = None,
-        keys: Sequence[str] = ("subject_id", "session"),
-        root: str | os.PathLike[str] | None = None,
+        root: str | os.PathLike[str] = "",
         journal: Journal | None = None,
     ) -> None:
-        self.path = None if path is None else Path(path)
-        self.journal = journal
+        super().__init__(path, journal)
         self.attention_dir = None if attention_dir is None else Path(attention_dir)
-        self.keys = tuple(keys)
         self.root = root
-        self.rows: list[dict[str, Any]] = []
-        self.features: dict[str, list[np.ndarray]] = {name: [] for name in FEATURES}
 
-    def attach(self, engine: Engine) -> None:
-        """Follow every mini-batch of the evaluator."""
-        engine.add_event_handler(Events.STARTED, self._started)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
-        engine.add_event_handler(Events.COMPLETED, self.write)
-
-    def _started(self) -> None:
-        self.rows.clear()
-        for values in self.features.values():
-            values.clear()
-
-    def _iteration_completed(self, engine: Any) -> None:
-        for item, output in zip(engine.state.batch, engine.state.output, strict=True):
-            meta = item["image"].meta if isinstance(item["image"], MetaTensor) else {}
-            row = {**{key: item.get(key) for key in self.keys}, "file": str(meta.get("filename_or_obj") or "")}
-            features = {name: output["pred"][name].cpu().numpy() for name in FEATURES}
-            self._append(row, features)
-            made = []
-            if self.attention_dir is not None:
-                made.append(self._write_attention(self.attention_dir, row, item["image"], output["pred"]["attention"]))
-            if self.journal is not None and self.journal.has_begun:
-                # A float32 as JSON's decimal number comes back as it was.
-                content = {name: values.astype(np.float32).tolist() for name, values in features.items()}
-                self.journal.add(row["file"], {"row": row, **content}, made)
-
-    def _append(self, row: dict[str, Any], features: Mapping[str, np.ndarray]) -> None:
-        self.rows.append(row)
-        for name in FEATURES:
-            self.features[name].append(features[name])
+    def result(self, item: Mapping[str, Any], output: Mapping[str, Any]) -> tuple[dict[str, Any], str, list[Path]]:
+        """Ids, file and embeddings; the attention map was made."""
+        file = file_of(item["image"])
+        row = {"subject_id": item.get("subject_id"), "session": item.get("session"), "file": file}
+        made = []
+        if self.attention_dir is not None:
+            made.append(self._write_attention(self.attention_dir, row, item["image"], output["pred"]["attention"]))
+        # A float32 as JSON's decimal number comes back as it was.
+        return row | {name: output["pred"][name].float().cpu().tolist() for name in FEATURES}, file, made
 
     def _write_attention(self, folder: Path, row: Mapping[str, Any], image: Tensor, attention: Tensor) -> Path:
-        values = attention[0].float().cpu().numpy()
-        affine, meta = np.eye(4), {}
-        if isinstance(image, MetaTensor):
-            affine, meta = np.asarray(torch.as_tensor(image.affine).cpu(), float), image.meta
-        own, shape = affine, values.shape
-        if "original_affine" in meta and "spatial_shape" in meta:
-            own = np.asarray(torch.as_tensor(meta["original_affine"]).cpu(), float)
-            shape = tuple(int(side) for side in torch.as_tensor(meta["spatial_shape"]))
         file = Path(row["file"])
-        name = file.name[: len(file.name) - len(volume_suffix(file) or "")]
-        name = name or "_".join(str(row[key]) for key in self.keys if row.get(key))
-        if self.root is not None and row["file"]:
+        name = volume_stem(file) or "_".join(str(row[key]) for key in IDS if row[key])
+        if self.root and row["file"]:
             folder = folder / os.path.relpath(file.parent, self.root)
-        map_ = nib.Nifti1Image(restore_map(values, affine, own, shape), own)
-        map_.header.set_xyzt_units("mm")
+        affine, own, shape = grids_of(image)
         path = folder / f"{name}_attention.nii.gz"
-        with atomic_path(path) as temporary:
-            nib.save(map_, temporary)
+        write_nifti(path, restore_map(attention[0].float().cpu().numpy(), affine, own, shape), own)
         return path
 
     def matrix(self, feature: str) -> np.ndarray:
         """All embeddings of one kind, ``[volumes, D]``, in order of the rows; ``summary+mean`` has both."""
-        return np.concatenate([np.stack(self.features[part]) for part in feature.split("+")], axis=1)
+        parts = [[row[part] for row in self.rows] for part in feature.split("+")]
+        return np.concatenate([np.array(part, np.float32) for part in parts], axis=1)
 
     def write(self) -> None:
         """Write the tables."""
-        if self.journal is not None and self.journal.has_begun:
-            self._started()
-            for content in self.journal.rows():
-                self._append(content["row"], {name: np.array(content[name], np.float32) for name in FEATURES})
-        if self.path is None or not self.rows:
+        rows = self.rows
+        if self.path is None or not rows:
             return
-        matrices = {name: self.matrix(name) for name in FEATURES}
-        keys = [*self.keys, *(["file"] if any(row["file"] for row in self.rows) else [])]
-        names = [["" if row[key] is None else str(row[key]) for key in keys] for row in self.rows]
-        header = [*keys, *(f"{n}_{i}" for n, matrix in matrices.items() for i in range(matrix.shape[1]))]
-        with atomic_path(self.path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(header)
-            for index, words in enumerate(names):
-                values = [f"{value:.7g}" for matrix in matrices.values() for value in matrix[index]]
-                writer.writerow([*words, *values])
+        keys = [*IDS, *(["file"] if any(row["file"] for row in rows) else [])]
+        arrays = {name: self.matrix(name) for name in FEATURES}
+        header = [*keys, *(f"{name}_{i}" for name, matrix in arrays.items() for i in range(matrix.shape[1]))]
+        ids = [[row[key] or "" for key in keys] for row in rows]
+        numbers = ([f"{value:.7g}" for value in line] for line in self.matrix("+".join(FEATURES)))
+        write_csv(self.path, header, ([*who, *line] for who, line in zip(ids, numbers, strict=True)))
         # "file" is np.savez's own first argument.
-        columns: dict[str, Any] = {
-            key.replace("file", "path"): np.array(column) for key, column in zip(keys, zip(*names), strict=True)
-        }
-        arrays: dict[str, Any] = {name: matrix.astype(np.float32) for name, matrix in matrices.items()}
+        columns = {key.replace("file", "path"): np.array(column) for key, column in zip(keys, zip(*ids), strict=True)}
         with atomic_path(self.path.with_suffix(".npz")) as temporary, temporary.open("wb") as binary:
-            np.savez(binary, **columns, **arrays)
+            np.savez(binary, **columns, **arrays)  # type: ignore[arg-type]
 
 
 def embedding_picture(

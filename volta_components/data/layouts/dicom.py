@@ -75,7 +75,7 @@ def read(options: LayoutOptions) -> Listing:
     """
     root = options.source
     check_folder(root)
-    folders = _dicom_folders(root)
+    folders = dicom_folders(root)
     if not folders:
         raise InputError(f"{root}: no DICOM file in it or below; NIfTI files want --layout bids or folder")
     listing = Listing(cohort=slug(options.name or root.resolve().name))
@@ -191,7 +191,7 @@ def dicom_files(folder: Path) -> list[Path]:
     )
 
 
-def _dicom_folders(root: Path) -> list[Path]:
+def dicom_folders(root: Path) -> list[Path]:
     """Folders that directly hold DICOM files, told by the suffix or by the magic word of one of their first files."""
 
     def is_dicom(path: Path) -> bool:

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scans that a user gives the commands: patterns are expanded, DICOM series converted, bad scans named or left out."""
+
+from __future__ import annotations
+
+import filecmp
+import glob
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from joblib import cpu_count
+from tqdm import tqdm
+
+from volta_components.data.datalist import check_volumes, load_datalist
+from volta_components.data.layouts.common import LayoutOptions
+from volta_components.data.layouts.dicom import convert_series, dicom_folders
+from volta_components.data.layouts.dicom import read as read_dicom
+from volta_components.data.volumes import UnusableVolume, read_volume, volume_suffix
+from volta_components.errors import InputError
+from volta_components.files import partial_prefix, remove_partials
+from volta_components.inference.bundles import split_words
+from volta_components.inference.scans import Row, bad_scans, check_outside, is_datalist, scans_below, unusable_scans
+
+CONVERTED = "converted"
+
+
+def expand_source(source: str | Sequence[str], target: Path) -> list[Path]:
+    """What the user gave, patterns expanded; all of it is there, and the output is not among it."""
+    parts: list[Path] = []
+    missing: list[tuple[str]] = []
+    for given in [source] if isinstance(source, (str, int, float)) else source:
+        text = str(given)
+        for word in [text] if Path(text).expanduser().exists() else split_words(text):
+            path = Path(word).expanduser()
+            found = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
+            parts += [path.absolute() for path in found]
+            if not found:
+                missing.append((word,))
+    if missing or not parts:
+        raise InputError.many(
+            f"{len(missing)} of the given sources are not there",
+            missing or [("(none)",)],
+            "Give a folder, a scan, a datalist.json, or a pattern in quotes, with --source.",
+        )
+    for part in parts:
+        if part.is_dir():
+            check_outside(part, target, "--output")
+    return list(dict.fromkeys(parts))
+
+
+def choose_scans(parts: Sequence[Path], target: Path, skip_bad: bool) -> list[Path]:
+    """Datalists as they are, and every scan that can be used.
+
+    Args:
+        parts: see ``expand_source``.
+        target: the output's folder; DICOM series are converted into it.
+        skip_bad: leave out scans that cannot be used.
+
+    Raises:
+        InputError: listing all scans that cannot be used; if no scan is left; if a datalist's volume is bad.
+    """
+    datalists = [part for part in parts if is_datalist(part)]
+    found = [_scans_of(part, target) for part in parts if part not in datalists]
+    files = list(dict.fromkeys(file for scans, _ in found for file in scans))
+    rows = [row for _, bad in found for row in bad]
+    count = len(files) + len(rows)
+    for datalist in datalists:
+        check_volumes(load_datalist(datalist), deep=True)
+    rows += unusable_scans(files)
+    if rows and not skip_bad:
+        raise bad_scans(rows, count)
+    if rows:
+        print(InputError.many(f"{len(rows)} of {count} scans are left out", rows, ""), file=sys.stderr)
+    bad_files = {row[0] for row in rows}
+    chosen = [*datalists, *(path for path in files if str(path) not in bad_files)]
+    if not chosen:
+        raise InputError("no scan is left; see the list above")
+    return chosen
+
+
+def _scans_of(part: Path, target: Path) -> tuple[list[Path], list[Row]]:
+    """The scans of a file or folder, and what is no scan or cannot be converted to one."""
+    if part.is_file():
+        if volume_suffix(part) is None:
+            return [], [(str(part), "not a volume", "give .nii, .nii.gz, .mgz, ...; of DICOM, the folder")]
+        return [part], []
+    volumes, others = scans_below(part)
+    if others:
+        print(f"{part}: {len(others)} volumes that are no T1w scans are left aside, such as {others[0]}")
+    has_dicom = bool(dicom_folders(part))
+    if not volumes and not has_dicom:
+        raise InputError(f"{part}: no scans in it: no volumes (.nii, .nii.gz, .mgz, ...), no DICOM files")
+    converted, bad = _convert_dicom(part, target) if has_dicom else ([], [])
+    return [*converted, *volumes], bad
+
+
+def _convert_dicom(root: Path, target: Path) -> tuple[list[Path], list[Row]]:
+    """Convert the T1 series below a folder to NIfTI in ``target/converted``, as ``volta3d prepare`` chooses them."""
+    files: list[Path] = []
+    remove_partials(target)
+    with tempfile.TemporaryDirectory(prefix=partial_prefix(), dir=target) as name:
+        temporary = Path(name)
+        options = LayoutOptions(root, ("all",), "none", temporary=temporary, workers=cpu_count())
+        listing = read_dicom(options)
+        rows = [
+            (str(root / f.file), f.reason, f.remedy) for f in listing.findings if f.kind == "problem" and f.left_out
+        ]
+        skipped = [finding for finding in listing.findings if finding.kind == "choice"]
+        for scan in tqdm(sorted(listing.scans, key=lambda scan: scan.key), unit="series", desc="converting DICOM"):
+            folder = temporary / scan.key
+            folder.mkdir(exist_ok=True)
+            try:
+                path, warnings = convert_series(scan.image, str(scan.series), folder)
+                if min(read_volume(path).voxels.shape) < 8:
+                    raise UnusableVolume(scan.image, "fewer than 8 slices", "download the series again")
+            except UnusableVolume as error:
+                rows.append((str(scan.image), error.reason, error.remedy))
+                continue
+            for warning in warnings:
+                tqdm.write(f"{scan.key}: {warning}", file=sys.stderr)
+            place = target / CONVERTED / f"{scan.key}.nii"
+            place.parent.mkdir(exist_ok=True)
+            # The same volume as before stays, and with it what was made of it.
+            if not place.is_file() or not filecmp.cmp(path, place, shallow=False):
+                path.replace(place)
+            files.append(place)
+    print(f"{root}: {len(files)} T1 series converted to {target / CONVERTED}, {len(skipped)} other series skipped")
+    for finding in skipped[:20]:
+        print(f"  {finding.subject}  {finding.reason}")
+    return files, rows

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of what an evaluator predicts, a row for each volume, kept in a journal as they are made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+
+from volta_components.inference.journal import Journal
+
+
+def file_of(image: Any) -> str:
+    """The file that a volume was read from; empty where it was not."""
+    return str(image.meta.get("filename_or_obj") or "") if isinstance(image, MetaTensor) else ""
+
+
+class ResultTable:
+    """Collects a row for each volume and writes the table at the end.
+
+    Args:
+        path: the table; ``None`` keeps it in memory only.
+        journal: keeps rows as they are made; the table then has its rows, of this start and earlier ones.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, journal: Journal | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self.journal = journal
+        self._made: list[Any] = []
+
+    def result(self, item: Mapping[str, Any], output: Mapping[str, Any]) -> tuple[Any, str, Sequence[Path]]:
+        """One volume's row (anything that JSON holds), its file, and the files that were made of it.
+
+        Args:
+            item: the volume's, with ``image``.
+            output: the evaluator's, with ``pred``.
+        """
+        raise NotImplementedError
+
+    def write(self) -> None:
+        """Write the table."""
+        raise NotImplementedError
+
+    @property
+    def rows(self) -> list[Any]:
+        """The rows, in order of the volumes."""
+        return self.journal.rows() if self.journal is not None and self.journal.has_begun else self._made
+
+    def attach(self, engine: Engine) -> None:
+        """Follow every mini-batch of the evaluator."""
+        engine.add_event_handler(Events.STARTED, self._started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
+        engine.add_event_handler(Events.COMPLETED, self.write)
+
+    def _started(self) -> None:
+        self._made.clear()
+
+    def _iteration_completed(self, engine: Any) -> None:
+        for item, output in zip(engine.state.batch, engine.state.output, strict=True):
+            row, file, made = self.result(item, output)
+            if self.journal is not None and self.journal.has_begun:
+                self.journal.add(file, row, made)
+            else:
+                self._made.append(row)
