@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from joblib import cpu_count
+import joblib
 from tqdm import tqdm
 
 from volta_components.data.datalist import check_volumes, load_datalist
@@ -102,7 +102,7 @@ def _convert_dicom(root: Path, target: Path) -> tuple[list[Path], list[Row]]:
     remove_partials(target)
     with tempfile.TemporaryDirectory(prefix=partial_prefix(), dir=target) as name:
         temporary = Path(name)
-        options = LayoutOptions(root, ("all",), "none", temporary=temporary, workers=cpu_count())
+        options = LayoutOptions(root, ("all",), "none", temporary=temporary, workers=joblib.cpu_count())
         listing = read_dicom(options)
         rows = [
             (str(root / f.file), f.reason, f.remedy) for f in listing.findings if f.kind == "problem" and f.left_out

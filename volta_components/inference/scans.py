@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
-from joblib import cpu_count
 from tqdm import tqdm
 
 from volta_components.data.datalist import check_volumes, load_datalist
@@ -218,7 +218,7 @@ def unusable_scans(files: Sequence[Path], workers: int | None = None) -> list[Ro
             return str(path), "does not fit in memory", "check the file's dimensions"
         return None
 
-    with ThreadPoolExecutor(workers or cpu_count()) as pool:
+    with ThreadPoolExecutor(workers or joblib.cpu_count()) as pool:
         rows = list(tqdm(pool.map(examine, files), total=len(files), unit="scan", desc="reading", disable=not files))
     return [row for row in rows if row is not None]
 
