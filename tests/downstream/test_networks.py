@@ -13,8 +13,7 @@ from monai.networks.nets import UNETR, UNet
 from volta_components.downstream.networks import SwinClassifier, VoltaClassifier, VoltaUNETR, describe_network
 from volta_components.downstream.start import freeze_encoder, start_from
 from volta_components.errors import InputError
-from volta_components.method.networks import VoltaViT
-from volta_components.method.positions import resample_position_embedding
+from volta_components.method.networks import VoltaViT, resample_position_embedding
 from volta_components.method.weights import load_pretrained, save_encoder
 
 SMALL: dict[str, Any] = {"img_size": (32, 32, 16), "feature_size": 4, "hidden_size": 24, "mlp_dim": 32, "num_heads": 4}

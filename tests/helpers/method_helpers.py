@@ -171,3 +171,20 @@ def record_gradients(optimizer: torch.optim.Optimizer, module: nn.Module) -> lis
 
     optimizer.register_step_pre_hook(remember)
     return steps
+
+
+def assert_equal_states(mine: Any, theirs: Any, name: str = "") -> None:
+    """Two state dicts are equal to the bit."""
+    assert type(mine) is type(theirs), name
+    if isinstance(mine, torch.Tensor):
+        assert torch.equal(mine, theirs), name
+    elif isinstance(mine, dict):
+        assert mine.keys() == theirs.keys(), name
+        for key in mine:
+            assert_equal_states(mine[key], theirs[key], f"{name}/{key}")
+    elif isinstance(mine, (list, tuple)):
+        assert len(mine) == len(theirs), name
+        for i, (a, b) in enumerate(zip(mine, theirs)):
+            assert_equal_states(a, b, f"{name}/{i}")
+    else:
+        assert mine == theirs, name

@@ -22,7 +22,7 @@ from volta_components.downstream.networks import VoltaClassifier, VoltaUNETR
 from volta_components.downstream.start import freeze_encoder, load_model, save_model
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file, write_json
-from volta_components.method.cross_attention import fit_cross_attention, settle_cross_attention
+from volta_components.method.monai_versions import fit_cross_attention, settle_cross_attention
 from volta_components.method.networks import VoltaViT
 from volta_components.method.weights import load_encoder, save_encoder
 from volta_components.sharing.annotation import SaveModel, annotation_record, find_start

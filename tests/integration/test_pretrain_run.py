@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from bundle_process import BundleProcess, last_error
+from method_helpers import assert_equal_states
 from mlflow import MlflowClient
 from prepared import PRETRAIN, ROOT, TINY_SIZES, make_prepared
 from safetensors.torch import load_file
@@ -129,22 +130,7 @@ def unbroken(workplace: Workplace) -> str:
 
 def assert_equal_runs(workplace: Workplace, one: str, other: str) -> None:
     """Student, teacher, losses, optimiser and monitor of two checkpoints are equal, and so are the exports."""
-
-    def compare(mine: Any, theirs: Any, name: str) -> None:
-        if isinstance(mine, torch.Tensor):
-            assert torch.equal(mine, theirs), name
-        elif isinstance(mine, dict):
-            assert mine.keys() == theirs.keys(), name
-            for key in mine:
-                compare(mine[key], theirs[key], f"{name}/{key}")
-        elif isinstance(mine, list):
-            assert len(mine) == len(theirs), name
-            for i, pair in enumerate(zip(mine, theirs)):
-                compare(*pair, f"{name}/{i}")
-        else:
-            assert mine == theirs, name
-
-    compare(workplace.checkpoint(one), workplace.checkpoint(other), "")
+    assert_equal_states(workplace.checkpoint(one), workplace.checkpoint(other))
     assert workplace.encoder(one).read_bytes() == workplace.encoder(other).read_bytes()
 
 

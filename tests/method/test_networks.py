@@ -9,17 +9,20 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from method_helpers import HIDDEN, IMAGE, PATCH, PROTOTYPES, TOKENS, tiny_head, tiny_network, tiny_student
+from method_helpers import HIDDEN, IMAGE, PATCH, PROTOTYPES, TOKENS, flat, tiny_network, tiny_student
 from monai.networks.nets import UNETR, ViTAutoEnc
 from scipy import ndimage
-from torch import nn
 
 from volta_components.errors import InputError
 from volta_components.method.losses import CentredTargets, GlobalAlignmentLoss, PatchAlignmentLoss, ReconstructionLoss
-from volta_components.method.networks import VoltaViT, count_parameters, make_teacher, parameter_groups
-from volta_components.method.positions import resample_position_embedding
+from volta_components.method.networks import (
+    VoltaViT,
+    count_parameters,
+    make_teacher,
+    parameter_groups,
+    resample_position_embedding,
+)
 from volta_components.method.projection import ProjectionHead
-from volta_components.method.summariser import ClsSummariser
 
 
 def stock(network: VoltaViT) -> ViTAutoEnc:
@@ -145,37 +148,6 @@ def test_position_embedding_is_untouched_on_equal_grids() -> None:
         resample_position_embedding(embedding, (3, 3, 3), (2, 2, 2))
 
 
-def reference_summary(summariser: ClsSummariser, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The whole transformer block, every row of it, by ``nn.MultiheadAttention``; and the heads' mean attention."""
-    size = tokens.shape[-1]
-    attention = nn.MultiheadAttention(size, summariser.num_heads, batch_first=True)
-    with torch.no_grad():
-        attention.in_proj_weight.copy_(summariser.attn.qkv.weight)
-        attention.in_proj_bias.zero_()
-        attention.out_proj.weight.copy_(summariser.attn.out_proj.weight)
-        attention.out_proj.bias.copy_(summariser.attn.out_proj.bias)
-    sequence = torch.cat([summariser.cls_token.expand(len(tokens), 1, size), tokens], dim=1)
-    normal = nn.functional.layer_norm(sequence, (size,), summariser.norm1.weight, summariser.norm1.bias)
-    attended, weights = attention(normal, normal, normal)
-    sequence = sequence + attended
-    normal = nn.functional.layer_norm(sequence, (size,), summariser.norm2.weight, summariser.norm2.bias)
-    inner = nn.functional.gelu(summariser.mlp.linear1(normal))
-    sequence = sequence + summariser.mlp.linear2(inner)
-    return sequence[:, 0], weights[:, 0]
-
-
-def test_summariser_equals_a_whole_transformer_block() -> None:
-    summariser = ClsSummariser(HIDDEN, num_heads=8, mlp_dim=40).eval()
-    with torch.no_grad():
-        for parameter in summariser.parameters():  # norms and biases away from 1 and 0
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    tokens = torch.randn(3, 7, HIDDEN)
-    expected, weights = reference_summary(summariser, tokens)
-    torch.testing.assert_close(summariser(tokens), expected, atol=1e-5, rtol=1e-4)
-    shares = weights[:, 1:] / weights[:, 1:].sum(dim=1, keepdim=True)
-    torch.testing.assert_close(summariser.attention(tokens), shares, atol=1e-5, rtol=1e-4)
-
-
 def test_attention_sums_to_one_and_its_map_has_the_images_size() -> None:
     network = tiny_network().eval()
     image = torch.rand(2, 1, 16, 8, 12)
@@ -214,6 +186,16 @@ def test_every_trainable_parameter_gets_a_gradient_from_the_losses() -> None:
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_a_new_teacher_is_the_student() -> None:
+    student = tiny_student()
+    teacher = make_teacher(student)
+    mine, theirs = flat(teacher), flat(student)
+    assert theirs.keys() - mine.keys() == {name for name in theirs if name.startswith("network.conv3d_transpose")}
+    assert all(np.array_equal(value, theirs[name]) for name, value in mine.items())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert {id(p) for p in teacher.parameters()}.isdisjoint({id(p) for p in student.parameters()})
+
+
 def test_the_teacher_is_made_where_the_student_is() -> None:
     student = tiny_student().to("meta")
     assert {p.device.type for p in make_teacher(student).parameters()} == {"meta"}
@@ -233,28 +215,6 @@ def test_student_output() -> None:
         taught = make_teacher(student)(crops)
     for mine, theirs in zip(out.globals_, taught):
         torch.testing.assert_close(mine, theirs)
-
-
-def test_head_gives_cosines() -> None:
-    head = tiny_head().eval()
-    tokens = torch.randn(5, 3, HIDDEN)
-    with torch.no_grad():
-        inner = tokens.double()
-        for layer in head.mlp:
-            inner = (
-                nn.functional.gelu(inner)
-                if isinstance(layer, nn.GELU)
-                else inner @ layer.weight.double().T + layer.bias
-            )
-        unit = inner / inner.norm(dim=-1, keepdim=True)
-        for layer, logits in ((head.last_layer, head(tokens[:, 0])), (head.patch_last_layer, head.patches(tokens))):
-            direction = layer.parametrizations.weight.original1.double()
-            rows = direction / direction.norm(dim=1, keepdim=True)
-            expected = (unit[:, 0] if logits.ndim == 2 else unit) @ rows.T
-            torch.testing.assert_close(logits.double(), expected, atol=1e-5, rtol=1e-4)
-            assert logits.abs().max() <= 1 + 1e-5
-            assert not layer.parametrizations.weight.original0.requires_grad
-    assert sum(isinstance(layer, nn.Linear) for layer in head.mlp) == 3
 
 
 def test_which_parameters_are_decayed() -> None:

@@ -13,7 +13,7 @@ from monai.networks.nets.vit import ViT
 from torch import Tensor, nn
 
 from volta_components.errors import InputError
-from volta_components.method.cross_attention import settle_cross_attention
+from volta_components.method.monai_versions import settle_cross_attention
 from volta_components.method.networks import VoltaViT
 from volta_components.method.summariser import check_heads
 

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from volta_components.downstream.inits import is_pretrained
 from volta_components.errors import InputError
-from volta_components.method.cross_attention import fit_cross_attention, freeze_cross_attention
+from volta_components.method.monai_versions import fit_cross_attention, freeze_cross_attention
 from volta_components.method.weights import LoadReport, load_pretrained, read_record, read_weights, write_weights
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from torch import nn
 
 from volta_components.distributed import process_rank
 from volta_components.errors import InputError
+from volta_components.method.weights import save_encoder
 from volta_components.training.tracking import find_mlflow_handler
 
 logger = logging.getLogger(__name__)
@@ -50,8 +51,6 @@ class EncoderExport:
         engine.add_event_handler(Events.COMPLETED, self._completed)
 
     def _completed(self, engine: Engine) -> None:
-        from volta_components.method.weights import save_encoder
-
         if process_rank():
             return
         progress = {"epochs": engine.state.epoch, "iterations": engine.state.iteration}

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from volta_components.errors import InputError
-from volta_components.method.cross_attention import settle_cross_attention
-from volta_components.method.positions import resample_position_embedding
-from volta_components.method.projection import ProjectionHead, check_divides
+from volta_components.method.monai_versions import settle_cross_attention
+from volta_components.method.projection import ProjectionHead
 from volta_components.method.summariser import ClsSummariser, check_heads
 
 
@@ -141,6 +140,44 @@ class VoltaViT(ViTAutoEnc):
     def forward(self, x: Tensor) -> Tensor:
         """Embedding ``[B, D]`` of an image ``[B, C, D, H, W]``: one tensor, as MONAI's bundle tools expect."""
         return self.summarise(self.encode(x))
+
+
+def resample_position_embedding(embedding: Tensor, grid: Sequence[int], new_grid: Sequence[int]) -> Tensor:
+    """Resample a learned position embedding from one token grid to another (trilinear, ``align_corners=False``).
+
+    Args:
+        embedding: ``[1, N, D]`` with ``N = prod(grid)``.
+        grid: token counts along each axis that the embedding was learned for.
+        new_grid: token counts along each axis that are wanted.
+
+    Returns:
+        ``[1, prod(new_grid), D]``; the input itself when both grids are equal.
+
+    Raises:
+        InputError: if ``N`` is not ``prod(grid)``.
+    """
+    if embedding.shape[1] != math.prod(grid):
+        raise InputError(
+            f"position embedding of {embedding.shape[1]} tokens does not fit a grid of {'x'.join(map(str, grid))}; "
+            "give the grid (image size / patch size) it was trained on"
+        )
+    if tuple(grid) == tuple(new_grid):
+        return embedding
+    volume = embedding.transpose(1, 2).reshape(1, -1, *grid)
+    # float32: the CPU kernel has no bfloat16, and the cost is that of a few thousand tokens.
+    volume = functional.interpolate(volume.float(), size=tuple(new_grid), mode="trilinear", align_corners=False)
+    return volume.flatten(2).transpose(1, 2).to(embedding.dtype)
+
+
+def check_divides(size: Sequence[int], patch_size: Sequence[int]) -> None:
+    """Refuse a size that the patch does not divide."""
+    if isinstance(patch_size, int):
+        raise InputError(f"patch_size {patch_size}: three numbers are wanted, such as [16,16,16]")
+    if len(size) != len(patch_size) or any(side % patch or side < patch for side, patch in zip(size, patch_size)):
+        raise InputError(
+            f"image size {tuple(int(side) for side in size)} cannot be cut into patches of {tuple(patch_size)}; "
+            "choose a size that is a multiple of the patch along each axis"
+        )
 
 
 class GlobalOutput(NamedTuple):

@@ -4,25 +4,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
-
-from volta_components.errors import InputError
-
-
-def check_divides(size: Sequence[int], patch_size: Sequence[int]) -> None:
-    """Refuse a size that the patch does not divide."""
-    if isinstance(patch_size, int):
-        raise InputError(f"patch_size {patch_size}: three numbers are wanted, such as [16,16,16]")
-    if len(size) != len(patch_size) or any(side % patch or side < patch for side, patch in zip(size, patch_size)):
-        raise InputError(
-            f"image size {tuple(int(side) for side in size)} cannot be cut into patches of {tuple(patch_size)}; "
-            "choose a size that is a multiple of the patch along each axis"
-        )
 
 
 class ProjectionHead(nn.Module):

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, read_json, remove_partials, sha256_file, write_json
-from volta_components.method.cross_attention import fit_cross_attention
-from volta_components.method.networks import VoltaViT
-from volta_components.method.positions import resample_position_embedding
+from volta_components.method.monai_versions import fit_cross_attention
+from volta_components.method.networks import VoltaViT, resample_position_embedding
 
 logger = logging.getLogger(__name__)
 POSITION = "patch_embedding.position_embeddings"

@@ -18,7 +18,7 @@ from volta_components.downstream.splits import Item
 from volta_components.errors import InputError
 from volta_components.files import sha256_file, sha256_json
 from volta_components.inference.scans import find_volumes
-from volta_components.method.cross_attention import fit_cross_attention
+from volta_components.method.monai_versions import fit_cross_attention
 from volta_components.method.weights import read_record, read_weights
 from volta_components.training.record import patient_key
 

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The encoder that is written at the end of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from method_helpers import flat, tiny_run
+
+from volta_components.errors import InputError
+from volta_components.method.export import EncoderExport
+from volta_components.method.weights import load_encoder
+from volta_components.training.record import provenance
+
+
+def test_the_export_at_the_end_of_a_run(tmp_path: Path) -> None:
+    parts = tiny_run(count=2, epochs=2)
+    path = tmp_path / "models" / "encoder.safetensors"
+    networks = {"teacher": parts.teacher.network, "student": parts.plain_student.network}
+    EncoderExport(path, networks, "teacher", provenance({"seed": 0}, "abc", [])).attach(parts.trainer)
+    with pytest.raises(InputError, match="export 'Teacher': choose teacher or student"):
+        EncoderExport(path, networks, "Teacher", {})
+    parts.trainer.run()
+    network = load_encoder(path)
+    mine, theirs = flat(network), flat(parts.teacher.network)
+    assert mine.keys() == theirs.keys()
+    assert all(np.array_equal(value, theirs[name]) for name, value in mine.items())
+    record = json.loads(path.with_suffix(".json").read_text())["provenance"]
+    assert (record["epochs"], record["iterations"], record["datalist_hash"]) == (2, 4, "abc")
+    assert record["settings"] == {"seed": 0}
+    assert record["exported"] == "teacher"
+    assert record["torch_version"] == torch.__version__

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures and checks of the reconstruction."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_mlflow import FakeMLFlow
+from ignite.engine import Engine, Events
+from matplotlib.image import imread
+from method_helpers import IMAGE, assert_equal_states, tiny_run
+
+from volta_components.method import monitoring
+from volta_components.method.masking import GroupMask
+from volta_components.method.monitoring import ReconstructionCheck, ReconstructionPicture
+
+
+def test_pictures_are_drawn_and_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeMLFlow({})
+    plain, drawn = (tiny_run(count=2, epochs=5) for _ in range(2))
+    plain.trainer.run()
+    monkeypatch.setattr(monitoring, "find_mlflow_handler", lambda engine: fake)
+    network = drawn.plain_student.network
+    ReconstructionPicture(tmp_path, drawn.loader.dataset[0], network, drawn.views, interval=3).attach(drawn.trainer)
+    drawn.trainer.run()
+    names = [f"reconstruction_{epoch:04d}.png" for epoch in (1, 3, 5)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert fake.client.artifacts == [(name, "pictures") for name in names]
+    picture = imread(tmp_path / names[0])
+    assert picture.shape[0] > 100
+    assert picture[..., 0].std() > 0.05
+    assert_equal_states(drawn.teacher.state_dict(), plain.teacher.state_dict())
+
+
+class StubNetwork:
+    """Gives back what it was shown (masked with zeros), or a constant."""
+
+    def __init__(self, constant: float | None) -> None:
+        self.constant = constant
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        return image
+
+    def token_grid(self, image: torch.Tensor) -> tuple[int, ...]:
+        return ()
+
+    def decode(self, tokens: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+        return tokens if self.constant is None else torch.full_like(tokens, self.constant)
+
+
+# Errors of the mean volume are 0 and 0.4 squared: a constant 0.5 is better on the second volume only.
+@pytest.mark.parametrize(
+    ("constant", "expected", "better"), [(0.5, (0.1**2 + 0.3**2) / 2, 0.5), (None, (0.4**2 + 0.8**2) / 2, 0.0)]
+)
+def test_held_out_errors_over_masked_voxels(
+    tmp_path: Path, constant: float | None, expected: float, better: float
+) -> None:
+    def items(*values: float) -> list[dict[str, torch.Tensor]]:
+        return [{"image": torch.full((1, *IMAGE), value)} for value in values]
+
+    engine: Any = Engine(lambda e, b: None)
+    engine.state.device = torch.device("cpu")
+    network: Any = StubNetwork(constant)
+    mask = GroupMask(cell=1, noise_share=0.0)
+    check = ReconstructionCheck(
+        tmp_path / "check.json", items(0.4, 0.8, 0.0), items(0.2, 0.6, 1.0), network, mask, interval=2, limit=2
+    )
+    check.attach(engine)
+    seen: list[Any] = []
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda e: seen.append(e.state.metrics.get("validation_mean_view")))
+    engine.run([0], max_epochs=3)
+    assert engine.state.metrics["validation_reconstruction"] == pytest.approx(expected, rel=1e-5)
+    # The mean of the first two training volumes is 0.4.
+    assert engine.state.metrics["validation_mean_view"] == pytest.approx((0.0**2 + 0.4**2) / 2, rel=1e-5)
+    assert [value is None for value in seen] == [True, False, False]
+    content = json.loads((tmp_path / "check.json").read_text())
+    assert content["epoch"] == 3
+    assert content["volumes"] == 2
+    assert content["reconstruction"] == pytest.approx(expected, rel=1e-5)
+    assert content["share_better"] == engine.state.metrics["validation_share_better"] == better

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: a broken run resumes bit for bit, other settings and damaged files are refused."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ignite.engine import Engine, Events
+from method_helpers import HIDDEN, PROTOTYPES, assert_equal_states, tiny_run
+from monai.transforms import Compose, RandGaussianNoised
+
+from volta_components.errors import InputError
+from volta_components.files import partial_prefix
+from volta_components.method.collapse import CollapseMonitor
+from volta_components.method.losses import GlobalAlignmentLoss, KoLeoLoss, SinkhornTargets
+from volta_components.training import checkpoint
+from volta_components.training.checkpoint import ResumableCheckpoint
+
+
+class Killed(BaseException):
+    """Stands for a process that goes away without a word."""
+
+
+def run_with_checkpoint(
+    path: Path, settings: dict[str, Any] | None = None, kill_at: int | None = None, interval: int = 2, run: bool = True
+) -> SimpleNamespace:
+    """Seven volumes, two epochs, windows of two (the last of an epoch holds one), every stateful part in use."""
+    parts = tiny_run(
+        count=7,
+        epochs=2,
+        transform=Compose([RandGaussianNoised("image", prob=1.0, std=0.02)]),
+        global_loss=GlobalAlignmentLoss(SinkhornTargets(PROTOTYPES, queue_size=6)),
+        koleo_loss=KoLeoLoss(HIDDEN, 6),
+        learning_rate=lambda step: 1e-3 / (1 + step),
+    )
+    parts.monitor = CollapseMonitor(queue_size=5, rank_interval=3)
+    parts.checkpoint = ResumableCheckpoint(
+        path,
+        {
+            "student": parts.student,
+            "teacher": parts.teacher,
+            "loss": parts.loss,
+            "optimizer": parts.optimizer,
+            "monitor": parts.monitor,
+        },
+        settings or {"seed": 0, "sizes": (8, 12)},
+        interval=interval,
+        window=2,
+    )
+    parts.monitor.attach(parts.trainer)
+    parts.checkpoint.attach(parts.trainer)
+    parts.outputs = {}
+
+    def remember(engine: Engine) -> None:
+        parts.outputs[engine.state.iteration] = dict(engine.state.output[0])
+
+    def kill(engine: Engine) -> None:
+        if engine.state.iteration == kill_at:
+            raise Killed
+
+    parts.trainer.add_event_handler(Events.ITERATION_COMPLETED, remember)
+    parts.trainer.add_event_handler(Events.ITERATION_STARTED, kill)
+    if run:
+        if kill_at is None:
+            parts.trainer.run()
+        else:
+            with pytest.raises(Killed):
+                parts.trainer.run()
+    return parts
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The unbroken run; left alone by every test."""
+    return run_with_checkpoint(tmp_path_factory.mktemp("whole") / "checkpoint.pt")
+
+
+@pytest.mark.parametrize(("kill_at", "last_saved"), [((2,), 0), ((4,), 2), ((8,), 7), ((12,), 11), ((6, 14), 13)])
+def test_a_broken_run_ends_as_an_unbroken_one_bit_for_bit(
+    tmp_path: Path, whole: SimpleNamespace, kill_at: tuple[int, ...], last_saved: int
+) -> None:
+    """Broken before the first checkpoint, inside a window, between epochs, in the second epoch, and twice."""
+    path = tmp_path / "broken.pt"
+    for iteration in kill_at:
+        torch.manual_seed(iteration)  # a new process has another state of the global generator
+        run_with_checkpoint(path, kill_at=iteration)
+    assert path.exists() == (kill_at != (2,))
+    torch.manual_seed(99)
+    rest = run_with_checkpoint(path)
+    for name in ("student", "teacher", "loss", "optimizer", "monitor"):
+        assert_equal_states(getattr(rest, name).state_dict(), getattr(whole, name).state_dict(), name)
+    # Checkpoints lie at multiples of 2 within an epoch of 7, and at its end.
+    assert min(rest.outputs) == last_saved + 1
+    assert max(rest.outputs) == 14
+    for iteration, output in rest.outputs.items():
+        for name, value in output.items():
+            if name != "volumes_per_second":
+                assert value == whole.outputs[iteration][name], (iteration, name)
+
+
+def test_the_scale_of_float16_gradients_goes_on(tmp_path: Path) -> None:
+    """The scale doubles after three good steps and halves after a gradient that is not finite, here the fourth."""
+
+    def run(epochs: int) -> list[float]:
+        weight = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([weight], lr=1.0)
+        scales: list[float] = []
+
+        def step(engine: Any, factor: float) -> None:
+            optimizer.zero_grad()
+            engine.scaler.scale((weight * factor).sum()).backward()
+            engine.scaler.step(optimizer)
+            engine.scaler.update()
+            scales.append(engine.scaler.get_scale())
+
+        engine: Any = Engine(step)
+        engine.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+        ResumableCheckpoint(tmp_path / "c.pt", {"optimizer": optimizer}, {"epochs": 2}).attach(engine)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(once=epochs), lambda e: e.terminate())
+        engine.run([1.0, 1.0, 1.0, float("inf"), 1.0], max_epochs=2)
+        return scales
+
+    assert run(1) == [8.0, 8.0, 16.0, 8.0, 8.0]
+    # One good step is remembered, so that the second of the new epoch is the third.
+    assert run(2) == [8.0, 16.0, 16.0, 8.0, 8.0]
+
+
+def test_a_finished_run_does_nothing_more(tmp_path: Path, whole: SimpleNamespace) -> None:
+    path = shutil.copy(whole.checkpoint.path, tmp_path / "c.pt")
+    again = run_with_checkpoint(path)
+    assert again.outputs == {}
+    assert_equal_states(again.teacher.state_dict(), whole.teacher.state_dict())
+
+
+def test_half_a_checkpoint_of_a_killed_run_is_removed_at_the_next_start(tmp_path: Path, whole: SimpleNamespace) -> None:
+    path = shutil.copy(whole.checkpoint.path, tmp_path / "c.pt")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = tmp_path / partial_prefix().replace(f"-{os.getpid()}-", f"-{dead.pid}-")
+    left.write_bytes(b"half a checkpoint")
+    run_with_checkpoint(path)
+    assert [item.name for item in tmp_path.iterdir()] == ["c.pt"]
+
+
+def test_checkpoints_lie_where_no_gradient_is_pending(tmp_path: Path) -> None:
+    parts = run_with_checkpoint(tmp_path / "c.pt", run=False)
+    saved: list[tuple[int, int]] = []
+    inner = parts.checkpoint.save
+    parts.checkpoint.save = lambda engine: (saved.append((engine.state.iteration, engine.state.epoch)), inner(engine))
+    parts.trainer.add_event_handler(Events.ITERATION_COMPLETED, parts.checkpoint._interval_completed)
+    parts.trainer.run()
+    for iteration, _ in saved:
+        position, window, _ = parts.trainer.window(iteration - 1)
+        assert position == window - 1
+    with pytest.raises(InputError, match="interval 3 is not a multiple of the 2"):
+        ResumableCheckpoint(tmp_path / "c.pt", {}, {}, interval=3, window=2)
+
+
+def save_settings(path: Path, settings: dict[str, Any]) -> None:
+    parts = run_with_checkpoint(path, settings, run=False)
+    parts.trainer.state.iteration = 2
+    parts.checkpoint.save(parts.trainer)
+
+
+def test_ends_of_epochs_have_a_checkpoint_after_so_many_minutes_and_the_last_always(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Epochs of four minutes; a run that goes on waits anew."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    saved: list[int] = []
+
+    def run(stop_after: int, minutes: float, name: str) -> list[int]:
+        saved.clear()
+
+        def save(state: Any, target: Path) -> None:
+            saved.append(state["engine"]["iteration"])
+            torch.serialization.save(state, target)
+
+        monkeypatch.setattr(torch, "save", save)
+        engine = Engine(lambda *_: setattr(clock, "now", clock.now + 240))
+        ResumableCheckpoint(tmp_path / name, {}, {}, minutes=minutes).attach(engine)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(once=stop_after), lambda e: e.terminate())
+        engine.run([0], max_epochs=9)
+        return list(saved)
+
+    assert run(9, 0, "each.pt") == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert run(5, 10, "some.pt") == [3]
+    clock.now += 1e6
+    assert run(9, 10, "some.pt") == [6, 9]
+
+
+def test_another_configuration_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    save_settings(path, {"seed": 0, "hidden_size": 32, "sizes": (8, 12), "old": True})
+    before = path.read_bytes()
+    with pytest.raises(InputError) as caught:
+        run_with_checkpoint(path, {"seed": 0, "hidden_size": 64, "sizes": [8, 12], "new": None})
+    message = str(caught.value)
+    assert str(path) in message
+    assert "hidden_size  32" in message
+    assert "64" in message
+    assert "old" in message
+    assert "seed" not in message
+    assert "sizes" not in message  # a list is what a tuple is stored as
+    assert "run_name" in message
+    assert path.read_bytes() == before
+
+
+def test_a_key_that_is_absent_differs_from_one_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    save_settings(path, {"seed": 0})
+    with pytest.raises(InputError, match="target_entropy"):
+        run_with_checkpoint(path, {"seed": 0, "target_entropy": 0.5})
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "pickle"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, whole: SimpleNamespace, damage: str) -> None:
+    path, trap = tmp_path / "c.pt", tmp_path / "trap"
+    shutil.copy(whole.checkpoint.path, path)
+    if damage == "pickle":
+        torch.save({"settings": Trap(trap), "engine": {}}, path)
+    else:
+        path.write_bytes({"empty": b"", "cut": path.read_bytes()[:5000], "text": b"hello"}[damage])
+    with pytest.raises(InputError, match=r"c\.pt: not a checkpoint of this project .*remove it") as caught:
+        run_with_checkpoint(path)
+    assert "weights_only" not in str(caught.value)  # PyTorch's advice is to load without protection
+    assert not trap.exists()
+
+
+class Trap:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.path,)
+
+
+def test_the_trap_works(tmp_path: Path) -> None:
+    """Otherwise the tests that it stays shut would say nothing."""
+    pickle.loads(pickle.dumps(Trap(tmp_path / "trap")))
+    assert (tmp_path / "trap").exists()
+
+
+def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.pt"
+    parts = run_with_checkpoint(path, run=False)
+    parts.trainer.state.iteration = 4
+    parts.checkpoint.save(parts.trainer)
+    before = path.read_bytes()
+
+    def broken_save(state: Any, target: Path) -> None:
+        Path(target).write_bytes(b"half of a checkpoint")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", broken_save)
+    with pytest.raises(OSError, match="no space"):
+        parts.checkpoint.save(parts.trainer)
+    assert path.read_bytes() == before
+    assert [item.name for item in tmp_path.iterdir()] == ["c.pt"]
