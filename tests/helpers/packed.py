@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def tiny_network(bundle: str) -> torch.nn.Module:
 def random_weights(bundle: str, folder: Path, **changes: Any) -> Path:
     """Random weights with a record as a training run writes it."""
     items = [{"patient_id": f"sub-{number:03d}"} for number in range(6)]
-    settings = {"seed": 5, "epochs": 3, "dataset_dir": "/home/somebody/study", **changes}
+    settings = {"seed": 5, "epochs": 3, **changes}
     origin = provenance(settings, "d" * 64, items, "phantom")
     network = tiny_network(bundle)
     if bundle == "pretrain":
@@ -60,3 +61,14 @@ def random_weights(bundle: str, folder: Path, **changes: Any) -> Path:
     }
     save_model(path, network, record)
     return path
+
+
+def names_of(path: Path) -> list[str]:
+    with zipfile.ZipFile(path) as zipped:
+        return zipped.namelist()
+
+
+def unpack(path: Path, folder: Path) -> Path:
+    with zipfile.ZipFile(path) as zipped:
+        zipped.extractall(folder)
+    return folder / path.name.split("_v")[0]

@@ -9,7 +9,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from volta_components._version import __version__
@@ -18,6 +17,7 @@ from volta_components.report.paper import TASKS, Task
 from volta_components.report.store import Study
 from volta_components.report.tables import Table
 from volta_components.report.viewer import AGREEMENT
+from volta_components.templates import template_environment
 
 
 @dataclass
@@ -64,13 +64,7 @@ def render(sections: list[Section], runs: Table, absent: list[str], root: Path) 
         absent: tables of the paper without runs.
         root: the page's folder; links to CSV, PNG and SVG are relative to it.
     """
-    environment = Environment(
-        loader=PackageLoader("volta_components.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment("volta_components.report", is_html=True)
     environment.filters["embedded"] = embedded
     environment.filters["relative"] = lambda path: Path(path).relative_to(root).as_posix()
     environment.filters["script_json"] = script_json

@@ -17,48 +17,32 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, partial_prefix, read_json, remove_partials, sha256_file, write_json
-from volta_components.sharing.card import Card, is_phantom, other_settings, voxel_mm
+from volta_components.sharing.card import fill_card, is_phantom, other_settings, voxel_mm
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
-
-
 VERSION = re.compile(r"\d+\.\d+\.\d+")
-
-
 KEPT = ("LICENSE", "configs/*.json", "configs/logging.conf", "docs/*")
-
-
 TEXT = (".json", ".md", ".txt", ".yml", ".conf", "")
-
-
 # What stays as it is in a packed bundle: where its own weights lie.
 NOT_BAKED = ("_desc_", "suffix", "encoder_path", "bundle_root")
-
-
 # What must agree between the weights' settings and the packed inference, beside the network itself.
 GRID = ("spacing", "volume_size", "global_size", "image_size", "input_extent_mm", "patch_size", "pool")
-
-
-# An absolute path within a text, POSIX or Windows: two names at least, since "/" also divides and separates.
+# An absolute path within a text. In quotes one name after "/" is enough, unless the text is joined to something, as in
+# @bundle_root + '/models'; elsewhere it takes two, since "/" also divides and separates. /usr and the like are the same
+# everywhere, and /path/to is a placeholder.
 ABSOLUTE = re.compile(
-    r"(?<![\w.:/~)\]}>@*-])/(?:[\w.~-]+/)+[\w.~-]*|\b(?:file:/{1,3}|sqlite:/{4}|sqlite:///(?=[A-Za-z]:))\w[^\s'\"]*"
-    r"|(?<!\w)[A-Za-z]:[\\/]{1,2}\w[^\s'\"]*|(?<![\\\w])\\\\\w[\w.-]*\\[^\s'\"]+"
+    r"""(?<![\w+])(?<!\+\s)["']/(?!(?:dev|proc|sys|usr|bin|etc|path/to)(?![\w.-]))\w[^"']*
+    |(?<![\w.:/~)\]}>@*"'-])/(?!(?:dev|proc|sys|usr|bin|etc|path/to)(?![\w.-]))(?:[\w.~-]+/)+[\w.~-]*
+    |\b(?:file:/{1,3}|sqlite:/{4}|sqlite:///(?=[A-Za-z]:))\w[^\s'"]*
+    |(?<!\w)[A-Za-z]:[\\/]{1,2}\w[^\s'"]*
+    |(?<![\\\w])\\{2,4}\w[\w.-]*\\[^\s'"]+""",
+    re.VERBOSE,
 )
-
-
-# The same everywhere, or a placeholder.
-COMMON = re.compile(r"/(?:dev|proc|sys|usr|bin|etc|path/to)(?:/|$)")
-
-
-# A literal that an expression joins to something else, as in ``@bundle_root + '/models'``, is no path of its own.
-JOINED = re.compile(r"\+\s*('[^']*'|\"[^\"]*\")")
-
-
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
@@ -252,8 +236,8 @@ def assemble(
     write_json(target / "configs" / "metadata.json", metadata)
     _write_weights(weights, target / "models" / "model.pt", record)
     _check_fit(target, weights, inference, record, overlays)
-    more = None if metrics is None else read_json(metrics)
-    Card(target, bundle.resolve().name, _stems(overlays), metadata, record, more).fill()
+    later = None if metrics is None else read_json(metrics)
+    fill_card(target, bundle.resolve().name, _stems(overlays), metadata, record, later)
     return target
 
 
@@ -325,7 +309,7 @@ def _find_weights(bundle: Path, baked: Mapping[str, Any], model: str | os.PathLi
 
 
 def _checked_record(weights: Path) -> dict[str, Any]:
-    """The JSON beside the weights, without anything personal.
+    """The JSON beside the weights.
 
     Raises:
         InputError: if there is none, or it is of other weights.
@@ -339,23 +323,7 @@ def _checked_record(weights: Path) -> dict[str, Any]:
     missing = [key for key in ("datalist_hash", "code_version", "settings") if key not in record.get("provenance", {})]
     if missing:
         raise InputError(f"{path}: its provenance lacks {', '.join(missing)}; train or export the weights again")
-    cleaned: dict[str, Any] = without_personal_paths(record)
-    return cleaned
-
-
-def without_personal_paths(value: Any) -> Any:
-    """A copy of JSON-like content in which absolute paths are cut to their last part."""
-    if isinstance(value, Mapping):
-        return {key: without_personal_paths(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_personal_paths(item) for item in value]
-    if isinstance(value, str) and "\n" not in value and not value.startswith("$"):
-        value = re.sub(r"^(?:file:(?://)?|sqlite:///)(?=/|[A-Za-z]:)", "", value)
-        for kind in (PurePosixPath, PureWindowsPath):
-            path = kind(value)
-            if path.is_absolute() and len(path.parts) > 1:
-                return path.name
-    return value
+    return record
 
 
 def _baked(config: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -467,55 +435,29 @@ def check_paths(folder: Path) -> None:
     """Make sure that no text below a folder has an absolute or personal path.
 
     Raises:
-        InputError: with files, and lines or ids.
+        InputError: with files and lines.
     """
     rows = []
     for path in sorted(folder.rglob("*")):
-        if not path.is_file() or path.suffix not in TEXT:
-            continue
-        if path.suffix == ".json":
-            places = list(_strings(read_json(path)))
-        else:
-            places = [(str(number), line) for number, line in enumerate(_text(path).splitlines(), 1)]
-        for place, text in places:
-            is_value = path.suffix == ".json" and not re.search(r"\s", text)
-            if found := absolute_path(text, is_value):
-                rows.append((f"{path.relative_to(folder)}:{place}", found))
+        if path.is_file() and path.suffix in TEXT:
+            for number, line in enumerate(_text(path).splitlines(), 1):
+                if found := absolute_path(line):
+                    rows.append((f"{path.relative_to(folder)}:{number}", found))
     if rows:
         raise InputError.many(
             f"{len(rows)} places have a path of somebody's machine",
             rows,
-            "Use paths relative to the bundle or to the working folder.",
+            "Use paths relative to the bundle or to the working folder. models/model.json is beside the weights.",
         )
 
 
-def absolute_path(text: str, is_value: bool = False) -> str | None:
-    """The first absolute path in a text; None where there is none.
-
-    Args:
-        text: a line, or a value of a config.
-        is_value: the text is a value of its own, so that a single name after ``/`` is a path too.
-    """
-    plain = JOINED.sub("", text) if text.startswith("$") else text
+def absolute_path(line: str) -> str | None:
+    """The first absolute path in a line of text or JSON, or the user's own folder; None where there is none."""
     own = str(Path.home())
-    if len(own) > 5 and own in plain:
+    if len(own) > 5 and own in line:
         return own
-    if is_value and re.match(r"/\w", plain) and not COMMON.match(plain):
-        return plain
-    return next((match[0] for match in ABSOLUTE.finditer(plain) if not COMMON.match(match[0])), None)
-
-
-def _strings(content: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """All texts of JSON-like content, with the id of each."""
-    if isinstance(content, Mapping):
-        for key, item in content.items():
-            yield f"{place}#{key}".lstrip("#"), str(key)
-            yield from _strings(item, f"{place}#{key}".lstrip("#"))
-    elif isinstance(content, (list, tuple)):
-        for number, item in enumerate(content):
-            yield from _strings(item, f"{place}#{number}".lstrip("#"))
-    elif isinstance(content, str):
-        yield place, content
+    found = ABSOLUTE.search(line)
+    return found[0] if found else None
 
 
 def write_zip(folder: Path, path: Path) -> None:

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card of a packed bundle says what is true of its weights."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from packed import BUNDLES, ROOT, tiny_network, unpack
+
+from volta_components import __version__
+from volta_components.errors import InputError
+from volta_components.files import read_json, write_json
+from volta_components.sharing.pack import (
+    assemble,
+    pack_bundle,
+)
+
+
+def test_the_model_card_tells_where_the_weights_come_from(packed: Path, tmp_path: Path) -> None:
+    folder = unpack(packed / f"ixi_sex_phantom_tiny_v{__version__}.zip", tmp_path)
+    card = (folder / "docs" / "README.md").read_text()
+    weights = card[card.index("## These weights") :]
+    for fact in (
+        "6 volumes of 6 subjects (phantom)",
+        "d" * 64,
+        "e" * 64,
+        "| seed | 5 |",
+        "| overlays | `tiny` |",
+        "| pretrained on | 1 subjects |",
+    ):
+        assert fact in weights, fact
+    assert "4 training, 2 validation, 2 scored, 0 unused" in weights
+    # A setting that is not what the packed config would train with.
+    assert "| `epochs` | `3` | `10` |" in weights and "| `seed` | `5` | `0` |" in weights
+    assert "| auroc | 0.75 | 0.500 to 1.000 |" in card[card.index("## Results") : card.index("## Limits")]
+    assert "Not a medical device" in weights
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+def test_the_packed_card_speaks_of_the_packed_folder(packed: Path, tmp_path: Path, bundle: str) -> None:
+    """Its own sizes, its own files; nothing of the repository's sizes, overlays and places."""
+    folder = unpack(packed / f"{bundle}_phantom_tiny_v{__version__}.zip", tmp_path)
+    card = (folder / "docs" / "README.md").read_text()
+    network = tiny_network(bundle)
+    assert f"| parameters | {sum(p.numel() for p in network.parameters()):,} |" in card
+    assert "| prepared volumes | 48 x 64 x 64 at 3 mm |" in card and "`num_layers` 6" in card
+    for stranger in ("95,447,042", "92,802,291", "89,188,608", "bundles/", "12 blocks of 768", "<!-- pack", "<!-- end"):
+        assert stranger not in card, stranger
+    named = set(re.findall(r"^\| `([\w.]+\.json)` \|", card, flags=re.MULTILINE))
+    assert named and all((folder / "configs" / name).is_file() for name in named)
+    for path in re.findall(r"configs/[\w.]+\.json", card):
+        assert (folder / path).is_file(), path
+    assert "trained on phantoms (synthetic heads): 6 volumes of 6 subjects" in card
+    assert "ship with this project" not in card and "None yet" not in card
+    assert "trained on phantoms: 6 volumes" in (folder / "docs" / "data_license.txt").read_text()
+    if bundle in ("ixi_sex", "aibl_ad"):
+        assert "| window | 144 x 192 x 192 mm |" in card and "voxels of 3 mm, one channel" in card
+    metadata = read_json(folder / "configs" / "metadata.json")
+    assert "voxels of 3 mm" in metadata["image_classes"] and "Phantoms" in metadata["data_source"]
+    assert metadata["eval_metrics"] == ({} if bundle == "pretrain" else {"auroc": 0.75})
+
+
+def clinical(weights: Path, folder: Path) -> Path:
+    """The same weights with the record of a training on patients."""
+    folder.mkdir()
+    shutil.copy(weights, folder / "model.pt")
+    record = read_json(weights.with_suffix(".json"))
+    record["tags"] |= {"phantom": "false", "datalist_name": "memory_clinic"}
+    record["provenance"]["cohort"] = "memory_clinic"
+    write_json(folder / "model.json", record)
+    return folder / "model.pt"
+
+
+@pytest.mark.parametrize("bundle", ["ixi_sex", "harp_hippocampus"])
+def test_weights_of_patients_are_not_denied(weights: dict[str, Path], tmp_path: Path, bundle: str) -> None:
+    model = clinical(weights[bundle], tmp_path / "trained")
+    packed = pack_bundle(ROOT / "bundles" / bundle, tmp_path / "out", ["tiny"], model=model)
+    assert packed.path.name == f"{bundle}_tiny_v{__version__}.zip"
+    folder = unpack(packed.path, tmp_path)
+    card = (folder / "docs" / "README.md").read_text()
+    licence = (folder / "docs" / "data_license.txt").read_text()
+    metadata = read_json(folder / "configs" / "metadata.json")
+    for text in (card, licence, metadata["data_source"]):
+        assert "memory_clinic" in text
+    assert "no weights trained on clinical data" not in re.sub(r"\s+", " ", card + licence).lower()
+    assert "trained on phantoms" not in card and "phantom" not in metadata["name"] + metadata["data_source"]
+    assert "Of phantoms only" not in card
+    limits = card[card.index("## Limits") : card.index("## These weights")]
+    original = (ROOT / "bundles" / bundle / "docs" / "README.md").read_text()
+    assert original[original.index("## Limits") :].splitlines()[3] in limits
+
+
+def test_a_card_of_ones_own(weights: dict[str, Path], tmp_path: Path) -> None:
+    """Without marks nothing is replaced, what must be said stands at the end, and a denial is refused."""
+    bundle = tmp_path / "ixi_sex"
+    shutil.copytree(ROOT / "bundles" / "ixi_sex", bundle, ignore=shutil.ignore_patterns("models", "runs", "eval"))
+    card = bundle / "docs" / "README.md"
+    card.write_text("# Ours\n\nOur own words.\n")
+    model = clinical(weights["ixi_sex"], tmp_path / "trained")
+    text = (assemble(bundle, tmp_path / "a", ["tiny"], model) / "docs" / "README.md").read_text()
+    assert text.startswith("# Ours\n\nOur own words.\n\n## These weights\n\n**These weights are trained on 6 volumes")
+    assert "| auroc | 0.75 | 0.500 to 1.000 |" in text
+    card.write_text("# Ours\n\nNo weights trained\non clinical data are here.\n")
+    with pytest.raises(InputError, match=r"docs/README\.md: says that no weights .*memory_clinic"):
+        assemble(bundle, tmp_path / "b", ["tiny"], model)
+    card.write_text("# Ours\n\n<!-- pack: wieghts -->\nx\n<!-- end -->\n")
+    with pytest.raises(InputError, match="nothing to put into block wieghts"):
+        assemble(bundle, tmp_path / "c", ["tiny"], model)
+
+
+def test_metrics_of_a_later_evaluation_come_into_the_card(weights: dict[str, Path], tmp_path: Path) -> None:
+    probes = [
+        {"label": "sex", "encoder": "volta", "embedding": "summary", "probe": "linear", "subjects": 30}
+        | {"auroc": 0.81234, "auroc_low": 0.7, "auroc_high": 0.9}
+    ]
+    warning = "out of fold; **patients whom it was pretrained on may be among them**:"
+    for leak in ("none", "allowed"):
+        write_json(tmp_path / "probes.json", [{**row, "leak": leak} for row in probes])
+        target = tmp_path / f"{leak}_phantom"
+        source = ROOT / "bundles" / "pretrain"
+        folder = assemble(source, target, ["tiny"], weights["pretrain"], tmp_path / "probes.json")
+        card = (folder / "docs" / "README.md").read_text()
+        assert (warning in card) == (leak == "allowed")
+    assert "| sex | volta | summary | linear | 30 | 0.812 | 0.700 to 0.900 |" in card and "Not scored" not in card
+    numbers = {"mean_dice": 0.5, "mean_dice_low": 0.4, "mean_dice_high": 0.6, "hd95_failures": 1.0}
+    write_json(tmp_path / "metrics.json", {"metrics": numbers, "leak": "allowed", "scored": 7})
+    folder = assemble(
+        ROOT / "bundles" / "harp_hippocampus",
+        tmp_path / "b_phantom",
+        ["tiny"],
+        weights["harp_hippocampus"],
+        tmp_path / "metrics.json",
+    )
+    card = (folder / "docs" / "README.md").read_text()
+    assert "Scored again, 7 scans; **patients whom it was trained on may be among them**" in card
+    assert "| mean_dice | 0.5 | 0.400 to 0.600 |" in card and "| hd95_failures | 1 |  |" in card
+    assert "mean_dice_low" not in card
