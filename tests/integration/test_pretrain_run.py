@@ -213,7 +213,7 @@ def test_ctrl_c_and_sigterm_lose_nothing(
     output = log.read_text()
     assert "stopping once the accumulation window is finished and saved" in output
     place = workplace.iteration(name)
-    assert f"{message} at mini-batch {place}; the same command goes on from there" in output
+    assert f"{message} at mini-batch {place}; the same command resumes there" in output
     assert "Traceback" not in output
     assert not workplace.encoder(name).exists()
     assert 6 <= place < EPOCHS * LENGTH

@@ -70,7 +70,7 @@ def test_a_lasting_collapse_stops_the_run(values: tuple[float, float], words: st
 def test_targets_of_noise_stop_the_run(branch: str) -> None:
     """The entropy is as wanted all the while; it passes by zero without the run being stopped."""
     dead = (lambda i: (0.0, 0.5)) if branch == "global" else (lambda i: (0.05, -0.01))
-    with pytest.raises(CollapseError, match=f"{branch} branch: the student tells nothing of the teacher's targets"):
+    with pytest.raises(CollapseError, match=f"{branch} branch: the student predicts nothing of the teacher's targets"):
         watched(quick_monitor(), 200, predicted=dead)
     watched(quick_monitor(), 200, predicted=lambda i: (0.1 * (i % 2) - 0.04, 0.5))
 

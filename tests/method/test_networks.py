@@ -248,7 +248,7 @@ def test_errors_name_size_and_remedy() -> None:
 def test_sizes_that_cannot_be_shared_are_refused() -> None:
     with pytest.raises(InputError, match="hidden_size 64 is not divisible by num_heads 5"):
         VoltaViT(img_size=(32, 32, 32), hidden_size=64, mlp_dim=64, num_layers=1, num_heads=5)
-    with pytest.raises(InputError, match="patch_size 5: three numbers"):
+    with pytest.raises(InputError, match="patch_size 5: give three numbers"):
         VoltaViT(img_size=(32, 32, 32), patch_size=5)  # type: ignore[arg-type]
 
 

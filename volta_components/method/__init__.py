@@ -1,2 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The method of the paper: networks, losses, masks, views, trainer, teacher, and exported weights."""
+"""The method of the paper, a module for each of its words.
+
+- ``networks``: the ViT autoencoder with its summary, student and teacher; ``summariser``: the CLS-style summariser;
+  ``projection``: the projection branch;
+- ``views``: global and local crops; ``masking``: GMML;
+- ``losses``: the DiCoM losses, eq. 1 to 6;
+- ``ema``: the EMA handler, by which the teacher follows the student; ``trainer``: a mini-batch from views to optimiser;
+- ``collapse``, ``monitoring``: what is watched during a run; ``export``, ``weights``: what is left of it;
+- ``monai_versions``: state dicts of other versions of MONAI.
+"""

@@ -18,17 +18,21 @@ class CollapseError(RuntimeError):
 class CollapseMonitor:
     """Stops a run whose teacher has collapsed, and says which branch died.
 
-    Watches, as running means: the teacher's entropy in both branches as a share of ``ln K`` (near 1: uniform, near 0:
-    a single prototype); what the student tells of the targets beyond their mean (at 0, views of a volume agree on
-    nothing: the teacher's sharpening makes targets of noise, which the entropy does not show); and the effective rank
-    of the last summaries (the exponential of the entropy of their covariance's eigenvalues; near 1: every volume has
-    the same embedding). Reads ``engine.state.output`` and ``engine.state.summaries``; adds ``effective_rank`` to the
-    former.
+    It watches three things, as running means:
+
+    - the teacher's entropy in both branches, as a share of ``ln K``. Near 1 the output is uniform, near 0 it is always
+      the same prototype;
+    - what the student predicts of the targets beyond their mean. At 0, the views of a volume agree on nothing: the
+      teacher sharpens noise, which its entropy does not show;
+    - the effective rank of the last summaries (the exponential of the entropy of their covariance's eigenvalues). Near
+      1, every volume has the same embedding.
+
+    It reads ``engine.state.output`` and ``engine.state.summaries``, and adds ``effective_rank`` to the former.
 
     Args:
         low: entropies under this share of ``ln K`` count as a collapse to a point.
         high: entropies over this share count as a uniform collapse.
-        min_predicted: shares of ``ln K`` that the student tells of the targets; less counts as targets of noise.
+        min_predicted: smallest share of ``ln K`` that the student must predict; less counts as targets of noise.
         min_rank: effective ranks under this count as a collapse of the embeddings.
         patience: mini-batches that a collapse must last to stop the run.
         grace: mini-batches at the start that never count.
@@ -95,7 +99,7 @@ class CollapseMonitor:
                 (f"{branch} branch: the teacher's output is uniform", mean > self.high, f"entropy {mean:.3f} of ln K"),
                 (f"{branch} branch: the teacher's output is a point", mean < self.low, f"entropy {mean:.3f} of ln K"),
                 (
-                    f"{branch} branch: the student tells nothing of the teacher's targets beyond their mean",
+                    f"{branch} branch: the student predicts nothing of the teacher's targets beyond their mean",
                     predicted < self.min_predicted,
                     f"predicted {predicted:.4f} of ln K",
                 ),

@@ -24,7 +24,7 @@ class EncoderExport:
     """Writes the encoder and summariser of the teacher (or student) when the run is complete.
 
     Args:
-        path: the ``.safetensors`` file; a JSON of the same name tells configuration and provenance.
+        path: the ``.safetensors`` file; a JSON of the same name holds configuration and provenance.
         networks: what can be exported, by name: ``teacher`` and ``student``.
         export: the name of the one to export.
         provenance: written into the JSON, see ``volta_components.training.record.provenance``.

@@ -120,8 +120,8 @@ class CentredTargets(nn.Module):
     Args:
         out_dim: number of prototypes, ``K``.
         momentum: share of the old centre kept at an update, in [0, 1].
-        target_entropy: wanted mean entropy of the targets as a share of ``ln K``, in (0, 1); ``None`` leaves the
-            temperature as it is given.
+        target_entropy: mean entropy that the targets should have, as a share of ``ln K``, in (0, 1); ``None`` leaves
+            the temperature as it is given.
         entropy_gain: how fast ``ln(scale)`` follows the error of the entropy, per mini-batch.
 
     Shapes:
@@ -178,9 +178,9 @@ class SinkhornTargets(nn.Module):
     Every prototype gets the same total weight over the queue, which rules out both the uniform collapse and the
     collapse to a point, however small the batch. Logits are first divided by their standard deviation over the queue
     (after subtracting each prototype's mean), so that ``epsilon`` is a width in deviations and early, nearly equal
-    logits still give distinct targets. The queue holds what a logit was above a fast running centre of its time: while
-    the network changes quickly, its drift over the queue is larger than the differences between subjects, and targets
-    would tell old outputs from new ones.
+    logits still give distinct targets. The queue holds logits minus a fast running centre. Without that, the drift of a
+    network that changes quickly is larger than the differences between subjects, and targets would separate old outputs
+    from new ones.
 
     Args:
         out_dim: number of prototypes, ``K``.
@@ -228,7 +228,7 @@ class SinkhornTargets(nn.Module):
 
         Args:
             logits: ``[..., K]``.
-            temperature: not used; ``epsilon`` takes its place.
+            temperature: not used; ``epsilon`` replaces it.
         """
         own = logits.float().flatten(0, -2)
         current = gather_rows(own)
@@ -267,16 +267,20 @@ class GlobalAlignmentLoss(nn.Module):
         teacher: ``[2, B, K]`` logits.
 
     Attributes:
-        statistics: of the last call, for monitoring; entropies are shares of ln K. ``teacher_entropy``;
-            ``information``, what the targets say beyond their running mean, drift of the teacher included;
-            ``predicted``, how much less the cross-entropy of a target is with the student's outputs for other views of
-            the same volume than with those for the volume before: at 0, views of a volume agree on nothing that tells
-            it from others, however alive the entropy looks; ``divergence`` (mean KL of the targets from the
-            student, nats); ``logit_spread`` (deviation of the teacher's logits over rows); ``centre_alignment`` (cosine
-            between the centre and this batch's mean).
+        statistics: of the last call, for monitoring.
+
+            - ``teacher_entropy``: mean entropy of the targets, as a share of ln K.
+            - ``information``: what the targets say beyond their running mean, as a share of ln K; the teacher's drift
+              is included.
+            - ``predicted``: the cross-entropy of a target with the student's outputs for the volume before, minus that
+              with its outputs for other views of the same volume, as a share of ln K. At 0, the views of a volume
+              agree on nothing that separates it from other volumes, even when the entropy looks healthy.
+            - ``divergence``: mean KL divergence of the targets from the student, in nats.
+            - ``logit_spread``: deviation of the teacher's logits over rows.
+            - ``centre_alignment``: cosine between the centre and this batch's mean.
         marginal: running mean of earlier targets, ``[K]``.
-        previous: the student's mean log-probabilities for the volumes before, over the views that each of the teacher's
-            meets in the loss, ``[2, K]``.
+        previous: the student's mean log-probabilities for the volumes before, ``[2, K]``: for each teacher view, over
+            the student views that it is compared with.
 
     Raises:
         ValueError: if the shapes do not fit.
@@ -306,7 +310,7 @@ class GlobalAlignmentLoss(nn.Module):
         loss = pairs.mean(dim=-1)[different].mean()
         self.statistics = _statistics(targets, loss, teacher, self.targets, self.marginal)
         with torch.no_grad():
-            # What the targets meet in the loss, once of the same volume and once of the one before.
+            # The student's outputs that each target is compared with: here of this volume, then of the one before.
             mean = torch.einsum("iv,vbk->ik", different.float(), log_probabilities) / (
                 different.sum(dim=1, keepdim=True) * student.shape[1]
             )
@@ -322,7 +326,8 @@ class PatchAlignmentLoss(nn.Module):
     """Cross-entropy between teacher and student distributions of every patch token of the same crop (eq. 4-5).
 
     Args:
-        targets: turns teacher logits into distributions; ``CentredTargets`` in the paper, with a centre of its own.
+        targets: turns teacher logits into distributions; ``CentredTargets`` in the paper. Not the one of the global
+            branch: each branch has its own centre.
         student_temperature: tau_s.
 
     Shapes:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GMML: group masked model learning (paper, section II-B; eq. 1 is taken over what is masked here)."""
+"""GMML, group masked model learning: masks and their filling (paper, section II-B)."""
 
 from __future__ import annotations
 
@@ -85,17 +85,17 @@ class GroupMask:
             for side, cell, big in zip(shape, self.cell, largest, strict=True)
         ]
         labels = np.zeros(counts, dtype=np.uint8)
-        wanted, largest_cell = self.coverage * float(np.prod(shape)), int(np.prod(self.cell))
-        # Boxes may overlap: what is covered is counted anew only when their volumes could add up to what is wanted.
+        enough, largest_cell = self.coverage * float(np.prod(shape)), int(np.prod(self.cell))
+        # Boxes may overlap. Counting covered voxels is slow, so it waits until the boxes' volumes could be enough.
         at_most = 0
         while True:
             for sides, starts, is_noise in self._draw_boxes(smallest, largest, counts, rng):
                 box = tuple(slice(start, start + side) for start, side in zip(starts, sides))
                 labels[box] = NOISE if is_noise else ZEROS
                 at_most += sides[0] * sides[1] * sides[2] * largest_cell
-                if at_most >= wanted:
+                if at_most >= enough:
                     at_most = int(weights[labels != VISIBLE].sum())
-                    if at_most >= wanted:
+                    if at_most >= enough:
                         return labels
 
     def _draw_boxes(

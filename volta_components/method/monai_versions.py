@@ -20,17 +20,17 @@ def _unused_modules(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def freeze_cross_attention(network: nn.Module) -> None:
-    """Freeze the cross-attention that MONAI's blocks register and never use, for whose gradient DDP would wait."""
+    """Freeze the cross-attention that MONAI's blocks register and never use; DDP would wait for its gradient."""
     for _, module in _unused_modules(network):
         module.requires_grad_(False)
 
 
 def fit_cross_attention(state: Mapping[str, Any], network: nn.Module, prefix: str = "") -> dict[str, Any]:
-    """A state dict that another version of MONAI wrote, with the cross-attention weights that this version registers.
+    """A state dict of one version of MONAI, made to fit a network of another version.
 
-    MONAI's ``TransformerBlock`` has weights of cross-attention even where it never uses them: 1.5 whole attention
-    blocks, 1.6 only their norm. Those that the network has no place for are left out, and those that the state dict
-    lacks are the network's own; nothing that a network computes depends on either. Every other key stays.
+    MONAI's ``TransformerBlock`` registers weights of cross-attention even where it never uses them: version 1.5 whole
+    attention blocks, version 1.6 only their norm. Those that the network does not have are removed, and those that the
+    state dict lacks are taken from the network. No output depends on them. Every other key stays.
 
     Args:
         state: the state dict.
@@ -50,13 +50,12 @@ def _fit_before_loading(module: nn.Module, state: dict[str, Any], prefix: str, *
 
 
 def settle_cross_attention(network: nn.Module) -> None:
-    """Keep cross-attention that is never used out of training, and out of what a state dict must have.
+    """Freeze cross-attention that is never used, and make ``load_state_dict`` accept state dicts with or without it.
 
-    From then on ``load_state_dict``, strict or not, takes state dicts of MONAI 1.5 and 1.6 alike; see
-    ``fit_cross_attention``.
+    Strict or not, it then takes state dicts of MONAI 1.5 and 1.6 alike; see ``fit_cross_attention``.
 
     Args:
-        network: with MONAI's transformer blocks in it.
+        network: a network with MONAI's transformer blocks.
     """
     freeze_cross_attention(network)
     for block in network.modules():

@@ -148,7 +148,7 @@ def resample_position_embedding(embedding: Tensor, grid: Sequence[int], new_grid
     Args:
         embedding: ``[1, N, D]`` with ``N = prod(grid)``.
         grid: token counts along each axis that the embedding was learned for.
-        new_grid: token counts along each axis that are wanted.
+        new_grid: token counts along each axis to resample to.
 
     Returns:
         ``[1, prod(new_grid), D]``; the input itself when both grids are equal.
@@ -172,7 +172,7 @@ def resample_position_embedding(embedding: Tensor, grid: Sequence[int], new_grid
 def check_divides(size: Sequence[int], patch_size: Sequence[int]) -> None:
     """Refuse a size that the patch does not divide."""
     if isinstance(patch_size, int):
-        raise InputError(f"patch_size {patch_size}: three numbers are wanted, such as [16,16,16]")
+        raise InputError(f"patch_size {patch_size}: give three numbers, such as [16,16,16]")
     if len(size) != len(patch_size) or any(side % patch or side < patch for side, patch in zip(size, patch_size)):
         raise InputError(
             f"image size {tuple(int(side) for side in size)} cannot be cut into patches of {tuple(patch_size)}; "
@@ -181,7 +181,7 @@ def check_divides(size: Sequence[int], patch_size: Sequence[int]) -> None:
 
 
 class GlobalOutput(NamedTuple):
-    """What a network gives for global crops.
+    """A network's outputs for global crops.
 
     Attributes:
         summary: ``[V, D]``, the CLS-style token.
@@ -195,7 +195,7 @@ class GlobalOutput(NamedTuple):
 
 
 class StudentOutput(NamedTuple):
-    """What the student gives in one pass.
+    """The student's outputs of one pass.
 
     Attributes:
         globals_: of the masked global crops, ``V = 2B``.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One engine for pretraining: what happens in a mini-batch (paper, section II-B, eq. 6 and implementation)."""
+"""The pretraining engine: what happens in a mini-batch (paper, section II-B, implementation)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class VoltaTrainer(Trainer):
         device: where to compute.
         max_epochs: epochs of the run.
         train_data_loader: gives ``image`` ``[B, 1, D, H, W]`` in [0, 1] and ``key`` ``[B, 2]`` (epoch, index).
-        sampler: the loader's sampler, told where each epoch begins.
+        sampler: the loader's sampler; it is set to the first mini-batch of each epoch here.
         student: the student, or its ``DistributedDataParallel`` wrapper.
         teacher: gives the targets; nothing here changes it.
         optimizer: over the student's parameters; its learning rate is set here.
@@ -124,7 +124,7 @@ class VoltaTrainer(Trainer):
         self.mixed_precision = amp
         self._clock = time.perf_counter()
         self._check_sizes()
-        self.add_event_handler(Events.EPOCH_STARTED, self._epoch_begins)
+        self.add_event_handler(Events.EPOCH_STARTED, self._epoch_started)
 
     def _check_sizes(self) -> None:
         """Crops can be cut into patches, and masked, before anything is recorded of the run."""
@@ -146,13 +146,13 @@ class VoltaTrainer(Trainer):
         assert isinstance(student, VoltaStudent)
         return student
 
-    def _epoch_begins(self) -> None:
+    def _epoch_started(self) -> None:
         self._clock = time.perf_counter()
         state = self.state
         self.sampler.set_position(state.epoch, state.iteration - (state.epoch - 1) * state.epoch_length)
 
     def window(self, iteration: int) -> tuple[int, int, int]:
-        """Where a mini-batch stands in its accumulation window.
+        """Position of a mini-batch in its accumulation window.
 
         The last window of an epoch holds what is left, and is averaged over that.
 
@@ -203,7 +203,7 @@ class VoltaTrainer(Trainer):
         numbers = dict(zip(output, values.tolist(), strict=True))
         numbers["teacher_temperature"] = temperature
         numbers["patch_teacher_temperature"] = patch_temperature
-        # From the end of the mini-batch before: waiting for data counts.
+        # Since the end of the mini-batch before, so that waiting for data counts.
         now = time.perf_counter()
         numbers["volumes_per_second"] = len(image) * process_count() / (now - self._clock)
         self._clock = now
@@ -232,7 +232,7 @@ class VoltaTrainer(Trainer):
         if not torch.isfinite(norm):
             raise RuntimeError(
                 f"the gradient is not finite at mini-batch {self.state.iteration}; lower the learning rate, or "
-                "turn mixed precision off; the last checkpoint is from before"
+                "turn mixed precision off; the last checkpoint was written before"
             )
         self.optimizer.step()
         return norm

@@ -22,9 +22,9 @@ from volta_components.training.sampling import derived_seed
 def sample_crops(volume: Tensor, affines: Sequence[np.ndarray] | np.ndarray, size: Sequence[int]) -> Tensor:
     """Crops of one volume by affine resampling (trilinear, zeros outside), all of them in one call.
 
-    MONAI's ``AffineTransform`` takes one source for each crop, which would copy the volume once for each; here the
-    sampling grids are laid end to end, and the volume is read where it lies. Crops that are coarser than 1.5 voxels
-    are taken from the volume averaged over 2 x 2 x 2 voxels (and so on), so that fine detail does not alias.
+    MONAI's ``AffineTransform`` takes one source for each crop, which would copy the volume once for each. Here the
+    sampling grids are joined, and the volume is read in place. Crops that are coarser than 1.5 voxels are taken from
+    the volume averaged over 2 x 2 x 2 voxels (and so on), so that fine detail does not alias.
 
     Args:
         volume: ``[1, C, D, H, W]``.
@@ -72,7 +72,7 @@ def _sampling_grid(matrices: np.ndarray, source: Sequence[int], size: Sequence[i
 
 
 class CropGeometry:
-    """Random placement of a crop: where it lies in the volume, how large it is, and how it is turned.
+    """Random placement of a crop: its position in the volume, its size and its rotation.
 
     Args:
         size: voxels of the crop along each axis.
@@ -230,10 +230,10 @@ class Views(NamedTuple):
 
 
 class ViewGenerator:
-    """Makes the views of a mini-batch on the device it lies on.
+    """Makes the views of a mini-batch on its own device.
 
-    What a volume's views look like depends on the seed and the volume's key (epoch, index) alone: not on the batch,
-    the worker, the process, or on what came before.
+    The views of a volume depend on the seed and the volume's key (epoch, index) alone: not on the batch, the worker,
+    the process, or earlier mini-batches.
 
     Args:
         global_geometry: placement of the two global crops.
@@ -270,7 +270,7 @@ class ViewGenerator:
         """Views of volumes ``[B, 1, D, H, W]`` in [0, 1].
 
         Args:
-            volumes: the mini-batch, on the device where the views are wanted.
+            volumes: the mini-batch; views are made on its device.
             keys: (epoch, index) of each volume.
         """
         batch = [

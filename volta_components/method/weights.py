@@ -24,22 +24,17 @@ from volta_components.method.monai_versions import fit_cross_attention
 from volta_components.method.networks import VoltaViT, resample_position_embedding
 
 logger = logging.getLogger(__name__)
+
 POSITION = "patch_embedding.position_embeddings"
-
-
-DECODER = ("conv3d_transpose.", "conv3d_transpose_1.")
-
-
 ENCODER = ("patch_embedding.", "blocks.", "norm.", "summariser.")
-
-
-# What holds the encoder in a folder, first choice first; a packed bundle has the second, as MONAI's bundles do.
+DECODER = ("conv3d_transpose.", "conv3d_transpose_1.")
+# Names of an encoder's file, first choice first; a packed bundle has the second, as MONAI's bundles do.
 ENCODERS = ("encoder{}.safetensors", "model{}.pt")
 
 
 @dataclass
 class LoadReport:
-    """What became of every weight.
+    """Which weights were loaded, resampled, missing or unused.
 
     Attributes:
         loaded: keys copied as they were.
@@ -90,8 +85,8 @@ def write_weights(
 ) -> None:
     """Write weights and, beside them, their record with the file's hash.
 
-    Both are written under other names first and moved into place one right after the other, while Ctrl-C waits. What a
-    process leaves that is killed right between the two does not pass as whole: the hash is of other weights.
+    Both are written under temporary names, then renamed one right after the other, while Ctrl-C waits. If the process
+    dies between the two renames, the hash check rejects the pair.
 
     Args:
         path: the file of weights; the record has the same name with the suffix ``.json``.
@@ -113,7 +108,7 @@ def write_weights(
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Ctrl-C and SIGTERM are acted on only when the block has ended."""
+    """Hold Ctrl-C and SIGTERM back until the block has ended."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -136,10 +131,11 @@ def find_encoder(path: str | os.PathLike[str], suffix: str = "", required: bool 
         path: the file itself; or a bundle's folder or its ``models``, where ``encoder.safetensors`` is looked for first
             and ``model.pt``, as a packed bundle has it, second.
         suffix: of the name before the dot, such as ``_phantom_tiny``.
-        required: whether a folder must have one; otherwise the name that pretraining would give it comes back.
+        required: whether a folder must have one; otherwise the name that pretraining would give it is returned.
 
     Raises:
-        InputError: if the folder has neither. A path that is no folder comes back as it is; reading it will tell.
+        InputError: if the folder has neither. A path that is no folder is returned as it is, and checked when it is
+            read.
     """
     path = Path(path)
     if path.is_file() or (path.suffix and not path.is_dir()):
@@ -161,11 +157,11 @@ def find_encoder(path: str | os.PathLike[str], suffix: str = "", required: bool 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors`` file, or of a checkpoint that holds nothing but tensors.
 
-    Neither way can run code. Where a JSON with a hash lies beside the file, the hash is verified first; weights
-    of a bundle must have one.
+    Neither can run code. If a JSON with a hash is beside the file, the hash is verified first; weights of a bundle must
+    have one.
 
     Raises:
-        InputError: if the file is missing, damaged, changed, or would need code to be read; or lies in a bundle's
+        InputError: if the file is missing, damaged, changed, or would need code to be read; or if it is in a bundle's
             ``models`` without its JSON.
     """
     path = Path(path)
@@ -195,7 +191,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def _verified(path: Path, state: dict[str, Tensor], expected: str | None) -> dict[str, Tensor]:
-    """The weights; those of a bundle only with a hash, since whoever takes the JSON away could change them unseen."""
+    """The weights, if they may be used: without its JSON, a bundle's file could have been changed unseen."""
     folder = path.absolute().parent
     if not expected and folder.name == "models" and (folder.parent / "configs" / "metadata.json").is_file():
         raise InputError(
@@ -251,7 +247,7 @@ def load_encoder(path: str | os.PathLike[str]) -> VoltaViT:
 def load_pretrained(
     module: nn.Module, path: str | os.PathLike[str], prefix: str = "", grid: tuple[int, ...] | None = None
 ) -> LoadReport:
-    """Copy pretrained weights into a network; resample the position embedding; report what happened.
+    """Copy pretrained weights into a network, with the position embedding resampled to its token grid.
 
     Args:
         module: a ``VoltaViT``, a classifier, MONAI's ``ViTAutoEnc`` or ``UNETR``.
@@ -331,9 +327,9 @@ def _fill(
 
 
 def _check_whole(encoder: nn.Module, config: Mapping[str, Any], given: set[str], source: str) -> None:
-    """An encoder computes what the pretrained one does: no weight of it is left out, and heads are as many.
+    """Check that an encoder computes what the pretrained one does: every weight is given, and the heads are as many.
 
-    The number of heads changes no weight's shape, but what is computed from them.
+    Another number of heads changes what is computed, but the shape of no weight.
 
     Raises:
         InputError: otherwise.
@@ -366,7 +362,7 @@ def _check_whole(encoder: nn.Module, config: Mapping[str, Any], given: set[str],
 
 
 def _module_grid(module: nn.Module, prefix: str) -> tuple[int, ...]:
-    """Token grid of the encoder in a module, as far as it tells; otherwise ``()``."""
+    """Token grid of the encoder in a module; ``()`` where the module does not say."""
     owner: Any = module.get_submodule(prefix.rstrip(".")) if prefix else module
     for candidate in (owner, module):
         size, patch = getattr(candidate, "img_size", None), getattr(candidate, "patch_size", None)

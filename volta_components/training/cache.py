@@ -18,10 +18,10 @@ from volta_components.training.sampling import KeyedDataset, derived_seed
 
 
 class KeyedCacheDataset(KeyedDataset):
-    """``KeyedDataset`` that computes what comes before the first random transform only once.
+    """``KeyedDataset`` that applies the transforms before the first random one only once.
 
-    MONAI's ``CacheDataset`` seeds random transforms once for each worker and fills its cache when it is built, even
-    for a run that turns out to be finished; this one is filled by ``FillCache``, or as it is used.
+    MONAI's ``CacheDataset`` seeds random transforms once for each worker, and fills its cache when it is built, even if
+    the run is finished already. This one is filled by ``FillCache``, or item by item as it is used.
 
     Args:
         data: items.
@@ -49,14 +49,14 @@ class KeyedCacheDataset(KeyedDataset):
         return self.transform
 
     def fill(self, indices: Iterable[int] | None = None, workers: int | None = None) -> None:
-        """Fill the cache with threads, before workers are forked off.
+        """Fill the cache with threads, before workers are started.
 
         Args:
-            indices: items that are wanted; all by default.
+            indices: items to cache; all by default.
             workers: threads; the number of cores, up to 8, by default.
         """
-        wanted = range(len(self.data)) if indices is None else indices
-        missing = [index for index in wanted if index not in self._cache]
+        indices = range(len(self.data)) if indices is None else indices
+        missing = [index for index in indices if index not in self._cache]
         if not self.cache or not missing:
             return
         with ThreadPoolExecutor(workers or min(8, joblib.cpu_count())) as pool:
@@ -79,7 +79,7 @@ class KeyedCacheDataset(KeyedDataset):
 
 
 class FillCache:
-    """Fills a data set's cache before an engine's first epoch: what a loader's workers cache dies with them.
+    """Fills a data set's cache in the main process before an engine's first epoch: workers lose theirs when they end.
 
     Args:
         dataset: of the engine's loader.
@@ -91,5 +91,5 @@ class FillCache:
         self.indices = indices
 
     def attach(self, engine: Engine) -> None:
-        """Fill as late as can be: a run that is finished already has no epoch."""
+        """Fill when an epoch starts: a run that is finished already has none."""
         engine.add_event_handler(Events.EPOCH_STARTED, lambda: self.dataset.fill(self.indices))

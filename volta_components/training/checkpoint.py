@@ -26,16 +26,18 @@ logger = logging.getLogger(__name__)
 
 
 class ResumableCheckpoint:
-    """Saves a run so that the same command, started again, goes on where it was.
+    """Saves a run so that the same command, started again, resumes it bit for bit.
 
-    MONAI's ``CheckpointSaver`` writes in place, so that a run killed while saving loses its only checkpoint; it also
-    knows nothing of accumulation windows. This handler writes beside and renames, saves only where no gradient is
-    pending, and refuses a checkpoint of a run with other settings. Loading is ``weights_only``. The trainer's gradient
-    scaler, which MONAI makes when the run starts, is saved with the rest.
+    MONAI's ``CheckpointSaver`` writes in place, so a run that is killed while saving loses its only checkpoint.
+    Ignite's ``Checkpoint`` with ``DiskSaver(atomic=True)`` renames, but removes the older file before it writes the new
+    one, and never removes the temporary file of a killed run. Neither knows accumulation windows, compares settings, or
+    loads by itself. This handler writes beside and renames, saves only where no gradient is pending, and refuses a
+    checkpoint of a run with other settings. Loading is ``weights_only``. The trainer's gradient scaler, which MONAI
+    makes when the run starts, is saved as well.
 
     With an ``interval``, Ctrl-C and a scheduler's SIGTERM lose nothing: the accumulation window is finished and saved
-    before the run ends; a second Ctrl-C ends it at once. The loader's workers get these signals with it and have to
-    wait, too: see ``volta_components.training.sampling.signals_wait``.
+    before the run ends. A second Ctrl-C ends it at once. The loader's workers receive these signals too and must wait:
+    see ``volta_components.training.sampling.signals_wait``.
 
     Args:
         path: the checkpoint file.
@@ -44,7 +46,7 @@ class ResumableCheckpoint:
         interval: mini-batches between two checkpoints; a multiple of the accumulation window. 0: ends of epochs only.
         window: mini-batches of an accumulation window.
         minutes: least time between two checkpoints at ends of epochs; 0: at the end of every epoch. The last epoch
-            always has one, as scoring begins after it.
+            always has one, because scoring follows it.
 
     Raises:
         InputError: if the interval is not a multiple of the window, or at the start of a run when the checkpoint
@@ -108,13 +110,13 @@ class ResumableCheckpoint:
         self._before = {}
 
     def _is_asked_to_stop(self, engine: Any) -> bool:
-        """Whether any of the processes was: they stop together, or would wait for each other."""
+        """Whether any process was: they must stop together, or some would wait for the others."""
         asked = torch.tensor(float(self._signal is not None), device=engine.state.device)
         return bool(mean_over_processes(asked) > 0)
 
     def _stop(self, engine: Engine) -> None:
         self._restore_signals()
-        message = f"saved at mini-batch {engine.state.iteration}; the same command goes on from there"
+        message = f"saved at mini-batch {engine.state.iteration}; the same command resumes there"
         if self._signal == signal.SIGTERM:
             print(message, file=sys.stderr)
             raise SystemExit(128 + signal.SIGTERM)
@@ -158,7 +160,7 @@ class ResumableCheckpoint:
         self._last_save = time.monotonic()
 
     def load(self, engine: Engine) -> None:
-        """Restore a run if there is a checkpoint; what a killed run left half written is removed."""
+        """Restore a run if there is a checkpoint; remove half-written files of killed runs."""
         self._last_save = time.monotonic()
         if not process_rank():
             remove_partials(self.path.parent)
@@ -169,7 +171,7 @@ class ResumableCheckpoint:
             settings, progress = state["settings"], state["engine"]
         except Exception as error:
             raise InputError(
-                f"{self.path}: not a checkpoint of this project ({type(error).__name__}); remove it to start anew"
+                f"{self.path}: not a checkpoint of this project ({type(error).__name__}); remove it to start again"
             ) from error
         there, here = flatten_settings(settings), flatten_settings(self.settings)
         rows = [
@@ -181,7 +183,7 @@ class ResumableCheckpoint:
             raise InputError.many(
                 f"{self.path} belongs to a run with other settings (name, there, here)",
                 rows,
-                "Choose another run_name (--run_name NAME), or remove the checkpoint to start anew.",
+                "Choose another run_name (--run_name NAME), or remove the checkpoint to start again.",
             )
         for name, item in self.objects.items():
             item.load_state_dict(state[name])

@@ -21,16 +21,19 @@ from volta_components.files import atomic_path
 class KeepBest:
     """Keeps the weights of the epoch with the highest value of an evaluator's metric.
 
-    MONAI's ``CheckpointSaver`` does so with ``save_key_metric``, but writes in place, so that a run killed while saving
-    loses its best weights, and does not remember the best value when a run goes on.
+    A run that is killed, even while saving, must find the weights that its checkpoint names. MONAI's
+    ``CheckpointSaver`` with ``save_key_metric`` writes in place and forgets the best value. Ignite's ``Checkpoint``
+    with ``DiskSaver(atomic=True)`` removes the older best file before it writes the new one, although the last
+    checkpoint still names the older. This handler removes a file only when no checkpoint needs it, and all of them when
+    the run is finished.
 
-    Put it after ``FinishRun`` and before ``ResumableCheckpoint``; what it kept is removed when the run is finished.
+    Put it after ``FinishRun`` and before ``ResumableCheckpoint``.
 
     Args:
         network: the network whose weights are kept.
         evaluator: the evaluator.
-        metric: its metric; the first epoch of several equal ones counts.
-        path: file of the weights; the epoch is added to its name, so that weights are never taken for another's.
+        metric: its metric; of several equal epochs the first counts.
+        path: file of the weights; the epoch is added to its name.
         interval: epochs between two runs of the evaluator; 0 leaves them to a ``ValidationHandler``.
         report_as: also put the value into the trainer's metrics of that epoch, under this name.
     """
@@ -76,7 +79,7 @@ class KeepBest:
     def _epoch_started(self, engine: Engine) -> None:
         if self.report_as is not None:
             engine.state.metrics.pop(self.report_as, None)
-        # Until a checkpoint knows of the new best epoch, a run that is killed goes on with the one that it does know.
+        # Until a checkpoint names the new best epoch, a run that is killed resumes with the older one.
         self._remove(but=(self.epoch, self._in_checkpoint))
 
     def _epoch_completed(self, engine: Engine) -> None:

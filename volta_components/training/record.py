@@ -18,7 +18,7 @@ from volta_components.data.identity import canonical_patient_id, is_worldwide
 
 
 def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings by dotted names, so that of a block only what differs is shown."""
+    """Settings by dotted names, so that only the differing lines of a block are shown."""
     result: dict[str, Any] = {}
     for name, value in settings.items():
         result |= (
@@ -60,11 +60,11 @@ def describe(thing: Any) -> dict[str, Any]:
 
 
 def patient_key(patient_id: str, cohort: str = "") -> str:
-    """A patient's canonical id as 16 hexadecimal digits: overlaps can be found without passing on ids.
+    """A hash of a patient's canonical id (16 hexadecimal digits): overlaps can be found without passing on ids.
 
     Args:
         patient_id: in any form.
-        cohort: the data set; it is part of the key of an id that says nothing outside of it, such as ``sub-0001``.
+        cohort: the data set. It is part of the key where ids are unique within the data set only, such as ``sub-0001``.
     """
     canonical = canonical_patient_id(patient_id)
     text = canonical if not cohort or is_worldwide(canonical) else f"{cohort}/{canonical}"
@@ -72,7 +72,7 @@ def patient_key(patient_id: str, cohort: str = "") -> str:
 
 
 def patient_keys(item: Mapping[str, Any]) -> set[str]:
-    """The keys under which a record may hold an item's patient: with its cohort, or without where none was known."""
+    """The keys that a record may hold for an item's patient: with the cohort, and without it where none was known."""
     patient = str(item["patient_id"])
     return {patient_key(patient, str(item.get("cohort") or "")), patient_key(patient)}
 
@@ -80,7 +80,7 @@ def patient_keys(item: Mapping[str, Any]) -> set[str]:
 def provenance(
     settings: Mapping[str, Any], datalist_hash: str, items: Iterable[Mapping[str, Any]], cohort: str = ""
 ) -> dict[str, Any]:
-    """Everything needed to say how a result was obtained, and whom it must not be scored on.
+    """Everything needed to say how a result was obtained, and which patients it must not be scored on.
 
     Args:
         settings: the run's settings, by name.

@@ -27,11 +27,11 @@ def derived_seed(*parts: int | str) -> int:
 class ResumableSampler(Sampler[tuple[int, ...]]):
     """Shuffled ``(epoch, index)`` pairs that can start anywhere in an epoch.
 
-    PyTorch's samplers draw from a global generator and always begin an epoch at its first sample, so an interrupted
-    run could not go on in the middle of one. Here the order of an epoch follows from seed and epoch; ``set_position``
-    tells where to begin. Over processes, the samples of one global mini-batch are adjacent in the order, so that two
-    processes with batch 1 see what one with batch 2 sees. When the samples do not fill the last global mini-batch,
-    the order's first ones are used again.
+    PyTorch's samplers draw from a global generator and always start an epoch at its first sample, so a run could not
+    resume in the middle of one. Here the order of an epoch follows from seed and epoch, and ``set_position`` sets the
+    first mini-batch. Over processes, the samples of one global mini-batch are adjacent in the order, so that two
+    processes with batch 1 see what one with batch 2 sees. When the samples do not fill the last global mini-batch, the
+    order's first samples are used again.
 
     Args:
         num_samples: size of the data set.
@@ -86,7 +86,7 @@ class ResumableSampler(Sampler[tuple[int, ...]]):
         )
 
     def set_position(self, epoch: int, iteration: int = 0) -> None:
-        """Choose the epoch (counted from 1) and the mini-batch (counted from 0) to begin with."""
+        """Set the epoch (counted from 1) and its first mini-batch (counted from 0)."""
         self.epoch = epoch
         self.first_iteration = iteration
 
@@ -116,12 +116,12 @@ WORKER_GRACE = 30  # seconds; as long as SLURM waits between SIGTERM and SIGKILL
 
 
 def signals_wait(worker_id: int) -> None:
-    """A ``worker_init_fn``: workers that are signalled together with the trainer serve the rest of its window.
+    """A ``worker_init_fn``: workers that get a signal keep loading until the trainer's window is finished.
 
     A terminal's Ctrl-C and a scheduler's SIGTERM reach every process of a job. Without this the workers would end at
-    once, and the trainer with an error. Since a SIGTERM may as well be the trainer's own, which then waits for the
-    worker, a first one ends it after ``WORKER_GRACE``, a second one at once. It takes the place of MONAI's, which seeds
-    random transforms: ``KeyedDataset`` does that for each sample.
+    once, and the trainer with an error. The trainer itself ends a worker by SIGTERM and waits for it. So a first
+    SIGTERM ends a worker after ``WORKER_GRACE`` seconds, a second one at once. It replaces MONAI's ``worker_init_fn``,
+    which seeds random transforms: ``KeyedDataset`` does that for each sample.
 
     Args:
         worker_id: as ``DataLoader`` numbers them.
@@ -138,9 +138,9 @@ def signals_wait(worker_id: int) -> None:
 class KeyedDataset(Dataset[Any]):
     """A data set whose random transforms depend on seed, epoch and sample, not on workers, processes or restarts.
 
-    MONAI's data sets seed random transforms once for each worker, so what a sample looks like depends on which
-    samples the worker had before. This one takes the keys of ``ResumableSampler``: epoch, index, and
-    perhaps how often the sample was drawn before in the epoch.
+    MONAI's data sets seed random transforms once for each worker, so a sample depends on the samples that the worker
+    had before. This one takes the keys of ``ResumableSampler``: epoch, index and, with weights, how often the sample
+    was drawn before in the epoch.
 
     Args:
         data: items, such as those of a datalist.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What MLflow and the console get of a training."""
+"""The numbers of a training for MLflow and the console."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ logger = logging.getLogger(__name__)
 
 
 def find_mlflow_handler(engine: Engine) -> Any:
-    """The MLflow handler that ``--tracking`` has attached to an engine, if any.
+    """The MLflow handler that ``--tracking`` has attached to an engine; ``None`` when there is none.
 
-    ``monai.bundle`` appends it to the list of handlers after the configuration was read, so that no configuration can
-    refer to it. ``None`` when there is none.
+    ``monai.bundle`` appends it to the list of handlers after the config was read, so no config can refer to it.
     """
     for handlers in engine._event_handlers.values():
         for handler, *_ in handlers:
@@ -36,10 +35,10 @@ def find_mlflow_handler(engine: Engine) -> Any:
 
 
 def refer(handler: Any) -> Any:
-    """The handler itself: an entry of a config's list of handlers that has an id of its own elsewhere in the config.
+    """The handler itself, for a list of handlers in a config: an entry that is defined elsewhere in the config.
 
-    Plain references would do to run it, but what looks for a handler in such a list (``check_properties``, MONAI Label)
-    expects every entry to be a dictionary with a ``_target_``.
+    A plain reference would run, but ``check_properties`` and MONAI Label expect every entry of the list to be a
+    dictionary with a ``_target_``.
 
     Args:
         handler: by reference, ``"@train#record"``.
@@ -52,8 +51,8 @@ class TrainingRecord:
 
     MONAI's MLflow handler records one loss and the learning rate; this one gives it every number that the trainer
     returns, averaged over ``interval`` mini-batches and all processes, and puts the epoch's means into
-    ``engine.state.metrics``, where all of MONAI's handlers look for them. In an epoch that a broken run goes on with,
-    means are of the mini-batches since.
+    ``engine.state.metrics``, where MONAI's handlers look for them. After a resume in the middle of an epoch, its means
+    cover only the remaining mini-batches.
 
     Args:
         settings: recorded as parameters.
@@ -112,7 +111,7 @@ def _raise(engine: Engine, error: BaseException) -> None:
 
 
 def log_epoch(engine: Engine) -> None:
-    """One line for an epoch, with what one looks at first; for MONAI's ``StatsHandler``, whose own lists everything."""
+    """One line for an epoch with the main numbers; for MONAI's ``StatsHandler``, whose own line lists all of them."""
     numbers = engine.state.metrics
     parts = [
         f"loss {numbers['loss']:.3f} (global {numbers['loss_global']:.3f}, patch {numbers['loss_patch']:.3f}, "
@@ -130,7 +129,7 @@ def log_epoch(engine: Engine) -> None:
 def _means(numbers: dict[str, list[float]], device: torch.device) -> dict[str, float]:
     """Means of the numbers, over all processes; the lists are emptied.
 
-    Computed on the training's device: NCCL reduces nothing that lies on the CPU.
+    Computed on the training's device: NCCL cannot reduce tensors on the CPU.
     """
     names = sorted(numbers)
     means = torch.tensor([float(np.mean(numbers[name])) for name in names], dtype=torch.float64, device=device)
