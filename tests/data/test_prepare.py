@@ -21,7 +21,7 @@ from broken_volumes import BROKEN
 from monai.data import load_decathlon_datalist
 
 from volta_components.cli import main
-from volta_components.data import worker
+from volta_components.data import layouts, worker
 from volta_components.data.datalist import load_datalist
 from volta_components.data.prepare import prepare
 from volta_components.errors import InputError
@@ -380,7 +380,7 @@ def test_bad_options_name_themselves(tmp_path, options, message):
         prepare(**arguments)
 
 
-@pytest.mark.parametrize("layout", ["bids", "ixi", "brats", "harp", "dicom", "folder"])
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
 def test_an_empty_folder_is_named_by_every_layout(tmp_path, layout):
     (tmp_path / "source").mkdir()
     with pytest.raises(InputError, match="source: no "):
