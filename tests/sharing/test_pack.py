@@ -317,7 +317,7 @@ class TestRefused:
             pack_bundle(self.copy(tmp_path), tmp_path / "out", ["tiny"], model=tmp_path / "model.pt")
 
     def test_unknown_overlay(self, tmp_path: Path, weights: dict[str, Path]) -> None:
-        with pytest.raises(InputError, match=r"tinny\.json: no such overlay; there are .*tiny"):
+        with pytest.raises(InputError, match=r"tinny\.json: no such overlay; this bundle has .*tiny"):
             pack_bundle(self.copy(tmp_path), tmp_path / "out", ["tinny"], model=weights["ixi_sex"])
 
     def test_name_that_is_no_folder(self, tmp_path: Path, weights: dict[str, Path]) -> None:

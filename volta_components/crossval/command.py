@@ -8,7 +8,6 @@ beside the run's log. MLflow is the only memory: a run counts as done when MLflo
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 from volta_components.crossval.execute import follow, run_here, submit, visible_gpus
 from volta_components.crossval.plan import Run, plan, read_assignments, split_words
-from volta_components.crossval.store import finished_runs
+from volta_components.crossval.store import finished_runs, tracking_address
 from volta_components.downstream.inits import BASE_INIT
 from volta_components.errors import InputError
 from volta_components.files import atomic_path
@@ -98,7 +97,7 @@ def crossval(
     if gpus_per_run is None:
         gpus_per_run = min(1, len(visible_gpus())) if executor == "local" else 1
     root = Path(output).resolve()
-    store = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root}/mlruns.db"
+    store = tracking_address(tracking_uri, root)
     runs = plan(
         bundle=Path(bundle),
         datalist=Path(datalist),

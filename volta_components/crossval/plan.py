@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from volta_components.data.datalist import load_datalist
-from volta_components.downstream.inits import BASE_INIT
+from volta_components.downstream.inits import BASE_INIT, SCRATCH, find_overlay
 from volta_components.errors import InputError, find_input_error
 from volta_components.files import read_json, sha256_file, sha256_json, write_json
 from volta_components.method.weights import find_encoder
@@ -112,10 +112,10 @@ def plan(
     if not re.fullmatch(r"[\w.-]+", experiment or "x"):
         raise InputError(f"--experiment {experiment}: letters, digits, '_', '-' and '.' only")
 
-    last = [_overlay(name, configs) for name in [*overlays, *(["multi_gpu_train.json"] if processes > 1 else [])]]
+    last = [find_overlay(configs, name) for name in [*overlays, *(["multi_gpu_train.json"] if processes > 1 else [])]]
     runs = []
     for init in inits:
-        files = [configs / "train.json", *([] if init == BASE_INIT else [_overlay(init, configs)]), *last]
+        files = [configs / "train.json", *([] if init == BASE_INIT else [find_overlay(configs, init)]), *last]
         merged = _merged(files)
         _check_ids(merged, settings, shares, files[0])
         changes = dict(settings)
@@ -223,19 +223,6 @@ def read_assignments(value: Any, option: str) -> dict[str, Any]:
     return result
 
 
-def _overlay(name: str, configs: Path) -> Path:
-    """An overlay by path, or by its name in the bundle's ``configs``."""
-    stem = name if name.endswith(".json") else f"{name}.json"
-    for path in (configs / stem, Path(stem)):
-        if path.is_file():
-            return path.resolve()
-    others = {"train", "evaluate", "inference", "metadata"}
-    known = sorted(path.stem for path in configs.glob("*.json") if path.stem not in others)
-    raise InputError(
-        f"{configs / stem}: no such overlay; this bundle has {', '.join(known) or 'none'} (and {BASE_INIT})"
-    )
-
-
 def _merged(files: Sequence[Path]) -> dict[str, Any]:
     """The configuration as ``monai.bundle`` merges it, without its comments."""
     from monai.bundle import ConfigParser
@@ -269,7 +256,7 @@ def _encoder_hash(merged: Mapping[str, Any], changes: Mapping[str, Any], bundle:
     Raises:
         InputError: if the file is not there.
     """
-    if "encoder_path" not in merged or str(changes.get("init", merged.get("init", ""))).endswith("_scratch"):
+    if "encoder_path" not in merged or str(changes.get("init", merged.get("init", ""))).endswith(SCRATCH):
         return ""
     from monai.bundle import ConfigParser
 

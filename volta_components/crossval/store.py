@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,17 +38,25 @@ def _experiment_id(tracking_uri: str, name: str) -> str:
         raise InputError(f"--tracking-uri {tracking_uri}: MLflow cannot use it ({error})") from error
 
 
-def _search(client: Any, experiment_id: str, query: str) -> Iterator[Any]:
+def tracking_address(tracking_uri: str | None, folder: Path) -> str:
+    """MLflow's store: as given, otherwise ``MLFLOW_TRACKING_URI``, otherwise a database in a folder."""
+    return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve()}/mlruns.db"
+
+
+def search_runs(client: Any, experiment_ids: Iterable[str], query: str) -> Iterator[Any]:
+    """All runs that match a query, newest first."""
     token: str | None = None
     while token != "":
-        page = client.search_runs([experiment_id], query, max_results=1000, page_token=token)
+        page = client.search_runs(list(experiment_ids), query, max_results=1000, page_token=token)
         yield from page
         token = page.token or ""
 
 
 def finished_runs(tracking_uri: str, experiment: str) -> set[tuple[str, str]]:
     """Names and settings of the finished runs."""
-    runs = _search(mlflow_client(tracking_uri), _experiment_id(tracking_uri, experiment), "tags.finished = 'true'")
+    runs = search_runs(
+        mlflow_client(tracking_uri), [_experiment_id(tracking_uri, experiment)], "tags.finished = 'true'"
+    )
     return {(run.info.run_name, run.data.tags.get(SETTINGS_TAG, "")) for run in runs}
 
 
@@ -60,7 +68,7 @@ def claim(run: Run) -> str | None:
     """
     client = mlflow_client(run.tracking_uri)
     experiment_id = _experiment_id(run.tracking_uri, run.experiment)
-    known = list(_search(client, experiment_id, f"tags.`mlflow.runName` = '{run.name}'"))
+    known = list(search_runs(client, [experiment_id], f"tags.`mlflow.runName` = '{run.name}'"))
     ours = [item for item in known if item.data.tags.get(SETTINGS_TAG) == run.settings]
     if any(item.data.tags.get("finished") == "true" for item in ours):
         return None

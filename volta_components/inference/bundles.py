@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from monai.bundle import ConfigWorkflow
 
+from volta_components.downstream.inits import find_overlay
 from volta_components.errors import InputError, find_input_error
 from volta_components.files import read_json
 
@@ -45,14 +46,7 @@ def find_bundle(given: str | None, default: str, output: tuple[str, str]) -> Pat
 def config_files(root: Path, overlays: str | Sequence[str] | None) -> list[str]:
     """The bundle's ``inference.json`` and overlays, by name or path."""
     configs = root / "configs"
-    files = [configs / "inference.json"]
-    for name in split_words(overlays):
-        stem = name if name.endswith(".json") else f"{name}.json"
-        found = next((path for path in (configs / stem, Path(stem)) if path.is_file()), None)
-        if found is None:
-            raise InputError(f"{configs / stem}: no such overlay; give a name in {configs}, or a path")
-        files.append(found.resolve())
-    return [str(file) for file in files]
+    return [str(configs / "inference.json"), *(str(find_overlay(configs, name)) for name in split_words(overlays))]
 
 
 def split_words(value: str | Sequence[Any] | None) -> list[str]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,9 +13,10 @@ from typing import Any
 import pandas as pd
 
 from volta_components.crossval.plan import read_assignments, split_words
+from volta_components.crossval.store import tracking_address
 from volta_components.downstream.metrics import BOOTSTRAP
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, remove_partials
+from volta_components.files import atomic_path, remove_partials, write_text
 from volta_components.report import figures
 from volta_components.report.classification_tables import ClassificationTables
 from volta_components.report.masks import Case, find_case, read_mask, scan_name, score_masks
@@ -59,7 +59,7 @@ def report(
     """
     if bootstrap < 100:
         raise InputError(f"--bootstrap {bootstrap}: at least 100 samples")
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('runs').resolve()}/mlruns.db"
+    uri = tracking_address(tracking_uri, Path("runs"))
     tools = {name: Path(str(folder)) for name, folder in read_assignments(masks, "--masks").items()}
     store = Store(uri)
     studies = read_studies(store, split_words(experiments) or None)
@@ -81,8 +81,7 @@ def report(
             table.frame.to_csv(temporary, index=False)
     there = {study.bundle for study in studies}
     absent = [f"Table {task.table}, {task.short}" for bundle, task in TASKS.items() if bundle not in there]
-    with atomic_path(root / "index.html") as temporary:
-        temporary.write_text(render(sections, runs, absent, root), encoding="utf-8")
+    write_text(root / "index.html", render(sections, runs, absent, root))
     for section in sections:
         for line in [*section.study.alarms, *section.study.notes]:
             print(f"{section.study.bundle}: {line}", file=sys.stderr)

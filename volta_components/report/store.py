@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from volta_components.crossval.store import search_runs
 from volta_components.downstream.inits import BASE_INIT
 from volta_components.downstream.tracking import RECIPE_TAG
 from volta_components.errors import InputError
@@ -182,11 +183,7 @@ class Store:
 
     def search(self, query: str) -> Iterator[Any]:
         """All runs that match a query, newest first."""
-        token: str | None = None
-        while token != "":
-            page = self.client.search_runs(list(self.experiments), query, max_results=1000, page_token=token)
-            yield from page
-            token = page.token or ""
+        return search_runs(self.client, self.experiments, query)
 
     def artifact(self, run_id: str, path: str) -> Path | None:
         """A local copy of an artifact, or None if the run has none."""

@@ -20,8 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from volta_components.downstream.inits import find_overlay
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, partial_prefix, read_json, remove_partials, sha256_file, write_json
+from volta_components.files import (
+    atomic_path,
+    partial_prefix,
+    read_json,
+    remove_partials,
+    sha256_file,
+    write_json,
+    write_text,
+)
 from volta_components.sharing.card import fill_card, is_phantom, other_settings, voxel_mm
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -281,11 +290,7 @@ def _overlay_values(bundle: Path, overlays: Sequence[str]) -> dict[str, Any]:
     """Ids that the overlays set."""
     values: dict[str, Any] = {}
     for overlay in overlays:
-        path = bundle / "configs" / f"{overlay}.json" if os.sep not in overlay else Path(overlay)
-        if not path.is_file():
-            known = ", ".join(sorted(other.stem for other in path.parent.glob("*.json")))
-            raise InputError(f"{path}: no such overlay; there are {known}")
-        values |= read_json(path)
+        values |= read_json(find_overlay(bundle / "configs", overlay))
     nested = sorted(name for name in values if "#" in name or name.startswith("+"))
     if nested:
         raise InputError(f"overlays {', '.join(overlays)}: {', '.join(nested)} cannot be merged; set whole ids")
@@ -486,5 +491,4 @@ def _write_sums(output: Path, paths: Sequence[Path]) -> None:
     lines = sums_path.read_text(encoding="utf-8").splitlines() if sums_path.is_file() else []
     sums = {line.split("  ", 1)[1]: line.split("  ", 1)[0] for line in lines if "  " in line}
     sums |= {path.name: sha256_file(path) for path in paths}
-    with atomic_path(sums_path) as temporary:
-        temporary.write_text("".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())), encoding="utf-8")
+    write_text(sums_path, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
