@@ -1,75 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of a phantom's head: template, effects, deformation, pose."""
+"""The shape of a phantom's head: an anatomy, effects on it, deformation, pose."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import fft, ndimage
+from scipy import ndimage
 
+from volta_components.data.phantom.deformation import (
+    Box,
+    Scales,
+    exponential,
+    follow,
+    jacobian_determinant,
+    random_velocity,
+    rotation_matrix,
+    sample_field,
+    volume_field,
+)
 from volta_components.data.phantom.subjects import FIELD_OF_VIEW, Subject, random_stream
 from volta_components.errors import InputError
 
-_BOX = np.array([[-84.0, 84.0], [-120.0, 87.0], [-84.0, 96.0]])
+TEMPLATE_BOX = Box((-84.0, -120.0, -84.0), (84.0, 87.0, 96.0), grid=3, squarings=6)
 
 
-_GRID = 3
+CENTRE = np.array([0.0, -17.0, 5.0])  # of the template's brain, mm; other brains are put there
 
 
-_CENTRE = np.array([0.0, -17.0, 5.0])
-
-
-_MARGIN = 3.0
-
-
-_SQUARINGS = 6
-
-
-_RANDOM_SCALES = ((8.0, 1.0), (24.0, 2.5))
+_MARGIN = 3.0  # mm, least distance between brain and edge of the image: as much as between points of the surface
 
 
 @dataclass(frozen=True)
-class Atlas:
-    """The template's maps over one box of MNI space, at 1 mm, and what moves its structures.
+class Anatomy:
+    """One anatomy over a box at 1 mm, and what moves its structures.
 
     Attributes:
-        maps: ``[7, X, Y, Z]`` in [0, 1], smoothed for the spacing at which they will be sampled: T1 intensity, and the
-            shares of grey matter, fluid, brain, left hippocampus, right hippocampus and ventricles.
-        hippocampus_left, hippocampus_right, ventricles: ``[3, x, y, z]`` velocities in mm on the 3 mm grid; looking the
-            template up at ``exp(velocity)`` makes the structure's log volume *fall* by 1, to first order.
-        surface: ``[n, 3]`` positions on the brain's surface, mm, one in each 3 mm.
+        name: of the anatomy; empty for the template.
+        box: the box.
+        centre: ``[3]`` mm; of the brain: what a head is scaled and turned about.
+        hippocampus_left, hippocampus_right, ventricles: ``[3, x, y, z]`` velocities in mm on the velocity grid; looking
+            the anatomy up at ``exp(velocity)`` makes the structure's log volume *fall* by 1, to first order.
+        surface: ``[n, 3]`` positions on the brain's surface, mm.
+        random_scales: smoothing and amplitude of the random velocity: standard deviations, mm; the latter of each
+            component.
+        field: size of the images, mm: left-right, posterior-anterior, inferior-superior.
+        middle: ``[3]`` mm; the middle of the images before the head is moved.
     """
 
-    maps: torch.Tensor
+    name: str
+    box: Box
+    centre: NDArray[np.float64]
     hippocampus_left: torch.Tensor
     hippocampus_right: torch.Tensor
     ventricles: torch.Tensor
     surface: torch.Tensor
+    random_scales: Scales
+    field: tuple[int, int, int]
+    middle: NDArray[np.float64]
+
+    def image_shape(self, spacing: int) -> tuple[int, ...]:
+        """Voxels of an image of a spacing (mm)."""
+        return tuple(side // spacing for side in self.field)
+
+    def image_affine(self, spacing: int) -> NDArray[np.float64]:
+        """``[4, 4]`` affine of every image of a spacing (mm): RAS."""
+        affine = np.diag([float(spacing)] * 3 + [1.0])
+        affine[:3, 3] = self.middle - (np.array(self.image_shape(spacing)) - 1) / 2 * spacing
+        return affine
 
 
-def _axes(step: int) -> list[NDArray[np.float64]]:
-    return [np.arange(low, high + step / 2, step) for low, high in _BOX]
+@dataclass(frozen=True)
+class Template(Anatomy):
+    """The MNI152 template.
+
+    Attributes:
+        maps: ``[7, X, Y, Z]`` in [0, 1], smoothed for the spacing at which they will be sampled: T1 intensity, and the
+            shares of grey matter, fluid, brain, left hippocampus, right hippocampus and ventricles.
+    """
+
+    maps: torch.Tensor
 
 
 def _cut(volume: NDArray[Any], affine: NDArray[np.float64]) -> NDArray[np.float32]:
     """Bring a template map to the box, at 1 mm, with zeros where it has no values."""
-    start = np.rint(_BOX[:, 0] - affine[:3, 3]).astype(int)
-    stop = np.rint(_BOX[:, 1] - affine[:3, 3]).astype(int) + 1
+    start = np.rint(TEMPLATE_BOX.low - affine[:3, 3]).astype(int)
+    stop = np.rint(TEMPLATE_BOX.high - affine[:3, 3]).astype(int) + 1
     inner = tuple(slice(max(a, 0), min(b, n)) for a, b, n in zip(start, stop, volume.shape))
     padding = [(max(-a, 0), max(b - n, 0)) for a, b, n in zip(start, stop, volume.shape)]
     return np.pad(volume[inner].astype(np.float32), padding)
 
 
 def _hippocampus(side: int) -> NDArray[np.bool_]:
-    """Ellipsoid around a hippocampus; ``side`` is -1 on the left, 1 on the right. See the module's notes."""
-    x, y, z = np.meshgrid(*_axes(1), indexing="ij", sparse=True)
+    """Ellipsoid around a hippocampus; ``side`` is -1 on the left, 1 on the right."""
+    x, y, z = np.meshgrid(*TEMPLATE_BOX.axes(), indexing="ij", sparse=True)
     x, y, z = x - side * 26, y + 20, z + 14
     pitch, yaw = math.radians(-25), math.radians(15) * side
     y, z = math.cos(pitch) * y + math.sin(pitch) * z, -math.sin(pitch) * y + math.cos(pitch) * z
@@ -80,7 +109,7 @@ def _hippocampus(side: int) -> NDArray[np.bool_]:
 
 def _ventricle_region() -> NDArray[np.bool_]:
     """Where cerebrospinal fluid is ventricle: frontal horns and bodies, then the atria beside the midline cisterns."""
-    x, y, z = np.meshgrid(*_axes(1), indexing="ij", sparse=True)
+    x, y, z = np.meshgrid(*TEMPLATE_BOX.axes(), indexing="ij", sparse=True)
     width = abs(x)
     front = (width < 22) & (y > -25) & (y < 30)
     atria = (width > 9) & (width < 38) & (y <= -25) & (y > -52)
@@ -89,40 +118,8 @@ def _ventricle_region() -> NDArray[np.bool_]:
     return region
 
 
-def _volume_field(share: NDArray[np.float32], fine: float, wide: float) -> torch.Tensor:
-    """Velocity whose divergence is 1 on average over a structure, and less than 0 around it.
-
-    Args:
-        share: ``[X, Y, Z]`` the structure, at 1 mm.
-        fine: deviation (mm) of the blur that is the divergence's positive part.
-        wide: deviation (mm) of the blur that is taken from it; the integral is 0, so that nothing moves far away.
-
-    Returns:
-        ``[3, x, y, z]`` mm, on the velocity grid: the gradient of a potential (Poisson's equation, in Fourier space).
-    """
-    blurred = [
-        ndimage.gaussian_filter(share, deviation, truncate=3)[::_GRID, ::_GRID, ::_GRID] for deviation in (fine, wide)
-    ]
-    divergence = blurred[0].astype(np.float64) - blurred[1]
-    weight = share[::_GRID, ::_GRID, ::_GRID]
-    divergence /= (divergence * weight).sum() / weight.sum()
-    spectrum = fft.rfftn(divergence)
-    waves = _waves(divergence.shape)
-    square = sum(wave**2 for wave in waves)
-    square[0, 0, 0] = 1.0
-    spectrum[0, 0, 0] = 0.0
-    parts = [fft.irfftn(-1j * wave * spectrum / square, s=divergence.shape) for wave in waves]
-    return torch.from_numpy(np.stack(parts).astype(np.float32))
-
-
-def _waves(shape: tuple[int, ...]) -> list[Any]:
-    """Angular wave numbers (1/mm) of a real Fourier transform over the velocity grid, one array an axis."""
-    steps = [fft.fftfreq(shape[0], _GRID), fft.fftfreq(shape[1], _GRID), fft.rfftfreq(shape[2], _GRID)]
-    return list(np.meshgrid(*(2 * np.pi * step for step in steps), indexing="ij", sparse=True))
-
-
 @functools.lru_cache(maxsize=3)
-def load_atlas(spacing: int) -> Atlas:
+def load_template(spacing: int) -> Template:
     """Load the template for phantoms of one spacing (mm); kept for the process.
 
     Maps are smoothed so that a voxel of that size sees about its own share of the template, and nothing aliases.
@@ -150,205 +147,143 @@ def load_atlas(spacing: int) -> Atlas:
 
     tissues = [prepare(volume) for volume in (t1 * (brain > 0), grey * (brain > 0), fluid)]
     shares = [prepare(share, least=0.5) for share in (brain, *sides, ventricles)]
-    coarse = ndimage.maximum_filter(brain, _GRID)[::_GRID, ::_GRID, ::_GRID] > 0
-    surface = np.argwhere(coarse & ~ndimage.binary_erosion(coarse))
-    return Atlas(
+    return Template(
+        name="",
+        box=TEMPLATE_BOX,
+        centre=CENTRE,
+        hippocampus_left=volume_field(sides[0], TEMPLATE_BOX, 1, 3.0, 10.0),
+        hippocampus_right=volume_field(sides[1], TEMPLATE_BOX, 1, 3.0, 10.0),
+        ventricles=volume_field(ventricles, TEMPLATE_BOX, 1, 3.0, 16.0),
+        surface=surface_points(brain > 0, TEMPLATE_BOX, 3),
+        random_scales=((8.0, 1.0), (24.0, 2.5)),
+        field=FIELD_OF_VIEW,
+        middle=CENTRE,
         maps=torch.stack([*tissues, *shares]),
-        hippocampus_left=_volume_field(sides[0], 3.0, 10.0),
-        hippocampus_right=_volume_field(sides[1], 3.0, 10.0),
-        ventricles=_volume_field(ventricles, 3.0, 16.0),
-        surface=torch.from_numpy(_BOX[:, 0] + surface * _GRID).float(),
     )
 
 
-def sample_field(volume: torch.Tensor, points: torch.Tensor, padding: str = "zeros") -> torch.Tensor:
-    """Sample ``[C, X, Y, Z]`` over the box at ``[x, y, z, 3]`` positions, -1 to 1 from edge to edge, trilinearly."""
-    sampled = torch.nn.functional.grid_sample(
-        volume[None], points.flip(-1)[None], mode="bilinear", padding_mode=padding, align_corners=True
-    )
-    return sampled[0]
+def surface_points(brain: NDArray[np.bool_], box: Box, step: int) -> torch.Tensor:
+    """``[n, 3]`` positions on a brain's surface, mm, one in each ``step`` mm; outside rather than inside."""
+    coarse = ndimage.maximum_filter(brain, step)[::step, ::step, ::step]
+    surface = np.argwhere(coarse & ~ndimage.binary_erosion(coarse))
+    return torch.from_numpy(np.array(box.low) + surface * step).float()
 
 
-def _grid_positions() -> torch.Tensor:
-    """``[x, y, z, 3]`` positions of the velocity grid, -1 to 1."""
-    return torch.stack(
-        torch.meshgrid(*(torch.linspace(-1, 1, len(axis)) for axis in _axes(_GRID)), indexing="ij"), dim=-1
-    )
-
-
-_HALF = torch.from_numpy((_BOX[:, 1] - _BOX[:, 0]) / 2).float()
-
-
-_MIDDLE = torch.from_numpy(_BOX.mean(axis=1)).float()
-
-
-def exponential(velocity: torch.Tensor) -> torch.Tensor:
-    """Flow of a stationary velocity field after unit time, by scaling and squaring.
+def draw_velocity(subject: Subject, anatomy: Anatomy, strength: float = 1.0) -> torch.Tensor:
+    """Velocity field of a subject: ``[3, x, y, z]`` mm; look the anatomy up at its exponential.
 
     Args:
-        velocity: ``[3, x, y, z]`` mm, on the velocity grid.
-
-    Returns:
-        ``[3, x, y, z]`` displacement in mm: position ``p`` goes to ``p + displacement(p)``.
+        subject: the subject.
+        anatomy: what is deformed.
+        strength: factor of the random part.
     """
-    identity = _grid_positions()
-    half = _HALF[:, None, None, None]
-    step = velocity / half / 2**_SQUARINGS
-    for _ in range(_SQUARINGS):
-        step = step + sample_field(step, identity + step.permute(1, 2, 3, 0), padding="border")
-    return step * half
-
-
-def follow(velocity: torch.Tensor, points: torch.Tensor, steps: int = 16) -> torch.Tensor:
-    """Carry points along a stationary velocity field for unit time, by the midpoint rule.
-
-    Args:
-        velocity: ``[3, x, y, z]`` mm, on the velocity grid.
-        points: ``[n, 3]`` mm.
-        steps: of equal length.
-
-    Returns:
-        ``[n, 3]`` mm; what `exponential` gives, for a few points.
-    """
-
-    def speed(places: torch.Tensor) -> torch.Tensor:
-        return sample_field(velocity, ((places - _MIDDLE) / _HALF)[:, None, None], padding="border")[:, :, 0, 0].T
-
-    for _ in range(steps):
-        points = points + speed(points + speed(points) / (2 * steps)) / steps
-    return points
-
-
-@functools.lru_cache(maxsize=1)
-def _random_spectrum() -> NDArray[np.float64]:
-    """Factors that turn the spectrum of white noise over the velocity grid into that of one component of velocity."""
-    shape = tuple(len(axis) for axis in _axes(_GRID))
-    waves = sum(wave**2 for wave in _waves(shape))
-    power = np.zeros(waves.shape)
-    for width, deviation in _RANDOM_SCALES:
-        part = np.exp(-waves * width**2)
-        part[0, 0, 0] = 0.0  # no shift of the whole
-        twice = np.full(part.shape[2], 2.0)  # a real transform keeps one of each pair of conjugates
-        twice[0] = 1.0
-        if shape[2] % 2 == 0:
-            twice[-1] = 1.0
-        power += deviation**2 * part * math.prod(shape) / (part * twice).sum()
-    spectrum: NDArray[np.float64] = np.sqrt(power)
-    return spectrum
-
-
-def draw_velocity(subject: Subject, atlas: Atlas) -> torch.Tensor:
-    """Velocity field of a subject's anatomy: ``[3, x, y, z]`` mm; look the template up at its exponential."""
-    rng = random_stream(subject.seed, 5, subject.number)
-    shape = tuple(len(axis) for axis in _axes(_GRID))
-    random = [fft.irfftn(fft.rfftn(rng.standard_normal(shape)) * _random_spectrum(), s=shape) for _ in range(3)]
+    random = random_velocity(random_stream(subject.seed, 5, subject.number), anatomy.box, anatomy.random_scales)
+    left, right = subject.log_hippocampus_left, subject.log_hippocampus_right
+    if subject.mirrored:
+        left, right = right, left
     return (
-        torch.from_numpy(np.stack(random).astype(np.float32))
-        - subject.log_hippocampus_left * atlas.hippocampus_left
-        - subject.log_hippocampus_right * atlas.hippocampus_right
-        - subject.log_ventricles * atlas.ventricles
+        strength * subject.deformation * random
+        - left * anatomy.hippocampus_left
+        - right * anatomy.hippocampus_right
+        - subject.log_ventricles * anatomy.ventricles
     )
-
-
-def jacobian_determinant(displacement: torch.Tensor) -> NDArray[np.float32]:
-    """Local change of volume of ``p -> p + displacement(p)``: ``[x, y, z]``, by finite differences on the grid."""
-    rows = [np.stack(np.gradient(part.numpy(), _GRID)) for part in displacement]
-    for axis, row in enumerate(rows):
-        row[axis] += 1
-    determinant: NDArray[np.float32] = (rows[0] * np.cross(rows[1], rows[2], axis=0)).sum(axis=0)
-    return determinant
-
-
-def _rotation(degrees: Iterable[float]) -> NDArray[np.float64]:
-    """Rotation about x, then y, then z."""
-    matrix = np.eye(3)
-    for axis, angle in enumerate(degrees):
-        cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-        turn = np.eye(3)
-        first, second = (axis + 1) % 3, (axis + 2) % 3
-        turn[first, first] = turn[second, second] = cosine
-        turn[first, second], turn[second, first] = -sine, sine
-        matrix = turn @ matrix
-    return matrix
 
 
 def _fit(
-    matrix: NDArray[np.float64], translation: NDArray[np.float64], brain: NDArray[np.float64]
+    matrix: NDArray[np.float64], translation: NDArray[np.float64], brain: NDArray[np.float64], anatomy: Anatomy
 ) -> tuple[float, NDArray[np.float64]]:
     """Smallest change of size and place that brings a brain into the field of view.
 
     Args:
-        matrix: ``[3, 3]`` from the deformed template to the head.
+        matrix: ``[3, 3]`` from the deformed anatomy to the head.
         translation: ``[3]`` mm.
-        brain: ``[n, 3]`` positions of the brain's surface in the deformed template, mm from its centre.
+        brain: ``[n, 3]`` positions of the brain's surface in the deformed anatomy, mm from its centre.
+        anatomy: the anatomy.
 
     Returns:
         A factor of at most 1, and the translation, mm.
     """
-    room = np.array(FIELD_OF_VIEW) / 2 - _MARGIN
+    room = np.array(anatomy.field) / 2 - _MARGIN
+    shift = anatomy.middle - anatomy.centre
     placed = brain @ matrix.T
     low, high = placed.min(axis=0), placed.max(axis=0)
     factor = min(1.0, float((2 * room / (high - low)).min()))
-    return factor, np.clip(translation, -room - factor * low, room - factor * high)
-
-
-def image_affine(spacing: int) -> NDArray[np.float64]:
-    """``[4, 4]`` affine of every phantom of a spacing (mm): RAS, with the template's centre in the middle."""
-    affine = np.diag([float(spacing)] * 3 + [1.0])
-    shape = np.array(FIELD_OF_VIEW) // spacing
-    affine[:3, 3] = _CENTRE - (shape - 1) / 2 * spacing
-    return affine
+    return factor, np.clip(translation, shift - room - factor * low, shift + room - factor * high)
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A subject's whole map from head to template.
+    """A subject's whole map from head to anatomy.
 
     Attributes:
+        box: the anatomy's.
         displacement: ``[3, x, y, z]`` mm; the diffeomorphism, on the velocity grid.
-        matrix, offset: ``[3, 3]`` and ``[3]``: from world positions of the head (mm) to those of the deformed template.
+        matrix, offset: ``[3, 3]`` and ``[3]``: from world positions of the head (mm) to those of the deformed anatomy.
         fit: factor by which the head was made smaller to fit the field of view; 1 for nearly all.
         translation: mm, as used.
     """
 
+    box: Box
     displacement: torch.Tensor
     matrix: NDArray[np.float64]
     offset: NDArray[np.float64]
     fit: float
     translation: NDArray[np.float64]
 
-    def template_positions(self, affine: NDArray[np.float64], shape: tuple[int, ...]) -> torch.Tensor:
-        """Where each voxel of an image looks the template up: ``[X, Y, Z, 3]``, -1 to 1 over the box."""
+    def positions(self, affine: NDArray[np.float64], shape: tuple[int, ...]) -> torch.Tensor:
+        """Where each voxel of an image looks the anatomy up: ``[X, Y, Z, 3]``, -1 to 1 over the box."""
+        places = self._affine_positions(affine, shape)
+        displacement = self.displacement / self.box.half[:, None, None, None]
+        # The displacement is smooth: where voxels are small, every second one is enough, and eight times faster.
+        fine = np.linalg.norm(affine[:3, :3], axis=0).max() <= self.box.grid / 2 and min(shape) > 3
+        if not fine:
+            places += sample_field(displacement, places, padding="border").permute(1, 2, 3, 0)
+            return places
+        wide = affine @ np.diag([2.0, 2.0, 2.0, 1.0])
+        coarse = sample_field(
+            displacement, self._affine_positions(wide, tuple(n // 2 + 1 for n in shape)), padding="border"
+        )
+        size = [2 * (n // 2) + 1 for n in shape]
+        between = torch.nn.functional.interpolate(coarse[None], size=size, mode="trilinear", align_corners=True)[0]
+        places += between[:, : shape[0], : shape[1], : shape[2]].permute(1, 2, 3, 0)
+        return places
+
+    def _affine_positions(self, affine: NDArray[np.float64], shape: tuple[int, ...]) -> torch.Tensor:
         matrix = self.matrix @ affine[:3, :3]
         offset = self.matrix @ affine[:3, 3] + self.offset
-        parts = []
+        places = torch.empty((*shape, 3))
         for axis in range(3):
             ramps = [np.arange(n) * matrix[axis, other] for other, n in enumerate(shape)]
             ramps[0] = ramps[0] + offset[axis]
             x, y, z = (torch.from_numpy(ramp).float() for ramp in ramps)
-            parts.append((x[:, None, None] + y[None, :, None] + z - _MIDDLE[axis]) / _HALF[axis])
-        positions = torch.stack(parts, dim=-1)
-        displacement = self.displacement / _HALF[:, None, None, None]
-        positions += sample_field(displacement, positions, padding="border").permute(1, 2, 3, 0)
-        return positions
+            ramp = x[:, None, None] + y[None, :, None] + z - self.box.middle[axis]
+            places[..., axis] = ramp.div_(self.box.half[axis])
+        return places
 
 
-def geometry(subject: Subject, atlas: Atlas) -> Geometry:
+def geometry(subject: Subject, anatomy: Anatomy) -> Geometry:
     """Compose deformation, size and pose of a subject.
 
+    The random part of a deformation that would fold is halved until it does not.
+
     Raises:
-        InputError: if the effects are so strong that the deformation folds.
+        InputError: if the effects are so strong that the deformation folds without any random part.
     """
-    velocity = draw_velocity(subject, atlas)
-    displacement = exponential(velocity)
-    if (least := jacobian_determinant(displacement).min()) <= 0:
+    for strength in (1.0, 0.5, 0.25, 0.0):
+        velocity = draw_velocity(subject, anatomy, strength)
+        displacement = exponential(velocity, anatomy.box)
+        if (least := jacobian_determinant(displacement, anatomy.box.grid).min()) > 0:
+            break
+    else:
         raise InputError(
             f"subject {subject.number} of seed {subject.seed} would fold (Jacobian determinant {least:.3f}); "
             "give smaller --effect-hippocampus or --effect-ventricles"
         )
-    brain = follow(-velocity, atlas.surface).double().numpy()
-    matrix = _rotation(subject.rotation) @ np.diag(subject.scale)
-    fit, translation = _fit(matrix, np.array(subject.translation), brain - _CENTRE)
+    brain = follow(-velocity, anatomy.box, anatomy.surface, steps=8).double().numpy()
+    matrix = rotation_matrix(subject.rotation) @ np.diag(subject.scale)
+    if subject.mirrored:
+        matrix = matrix @ np.diag([-1.0, 1.0, 1.0])
+    fit, translation = _fit(matrix, np.array(subject.translation), brain - anatomy.centre, anatomy)
     inverse: NDArray[Any] = np.linalg.inv(fit * matrix)
-    offset = _CENTRE - inverse @ (_CENTRE + translation)
-    return Geometry(displacement, inverse, offset, fit, translation)
+    offset = anatomy.centre - inverse @ (anatomy.centre + translation)
+    return Geometry(anatomy.box, displacement, inverse, offset, fit, translation)

@@ -3,72 +3,202 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import ndimage
+from numpy.typing import NDArray
 
-from volta_components.data.phantom.anatomy import geometry, image_affine, load_atlas, sample_field
-from volta_components.data.phantom.subjects import FIELD_OF_VIEW, Phantom, Subject, random_stream
+from volta_components.data.phantom.anatomy import Anatomy, Geometry, Template, geometry
+from volta_components.data.phantom.deformation import sample_field
+from volta_components.data.phantom.heads import (
+    BRAIN,
+    VENTRICLES,
+    Head,
+    code_positions,
+    hippocampus_shares,
+    lookup_codes,
+    sample_tables,
+)
+from volta_components.data.phantom.labels import CODES
+from volta_components.data.phantom.scanner import BiasField, Scanner, blur, slices
+from volta_components.data.phantom.subjects import Phantom, Subject, random_stream
+
+STRUCTURES = ("brain", "hippocampus_left", "hippocampus_right", "ventricles")
 
 
-def _bias_field(rng: np.random.Generator, shape: tuple[int, ...], deviation: float) -> torch.Tensor:
-    """Smooth multiplicative field ``[X, Y, Z]`` around 1: the exponential of a random polynomial of third degree."""
-    axes = np.meshgrid(*[np.linspace(-1, 1, 24)] * 3, indexing="ij", sparse=True)
-    powers = [(i, j, k) for i in range(4) for j in range(4) for k in range(4) if 0 < i + j + k <= 3]
-    field: Any = sum(rng.standard_normal() * axes[0] ** i * axes[1] ** j * axes[2] ** k for i, j, k in powers)
-    field = (field - np.mean(field)) / np.std(field) * deviation
-    coarse = torch.from_numpy(np.exp(field).astype(np.float32))
-    return torch.nn.functional.interpolate(coarse[None, None], size=list(shape), mode="trilinear", align_corners=True)[
-        0, 0
-    ]
+@dataclass(frozen=True)
+class View:
+    """A grid that is rendered: the whole image of a subject, or a part of it.
+
+    Attributes:
+        affine: ``[4, 4]`` voxel to world, mm; axes along the world's.
+        shape: voxels.
+        rough: without partial volume, for a first look.
+    """
+
+    affine: NDArray[np.float64]
+    shape: tuple[int, ...]
+    rough: bool = False
+
+    @property
+    def spacing(self) -> float:
+        """Size of the voxels, mm."""
+        return float(self.affine[0, 0])
+
+    def within(self, anatomy: Anatomy) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """First and last voxel in units of the whole image, whose edges are -1 and 1."""
+        half = np.array(anatomy.field) / 2
+        low = (self.affine[:3, 3] - anatomy.middle) / half
+        high = low + (np.array(self.shape) - 1) * self.spacing / half
+        return tuple(low.tolist()), tuple(high.tolist())
 
 
-def render(subject: Subject, spacing: int) -> Phantom:
+def whole_view(anatomy: Anatomy, spacing: int, rough: bool = False) -> View:
+    """The whole image."""
+    return View(anatomy.image_affine(spacing), anatomy.image_shape(spacing), rough)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What a view shows.
+
+    Attributes:
+        image: ``[X, Y, Z]`` intensities from 0; white matter has about 1.
+        hippocampi: ``[2, X, Y, Z]`` shares of the left and the right hippocampus, by the side of the image.
+        volumes: mm^3 of ``STRUCTURES`` within the view.
+        inside: ``[X, Y, Z]`` bool, the head, or the brain where the rest is taken off.
+    """
+
+    image: torch.Tensor
+    hippocampi: torch.Tensor
+    volumes: tuple[float, ...]
+    inside: NDArray[np.bool_]
+
+
+def render(subject: Subject, anatomy: Anatomy, spacing: int, scanner: Scanner) -> Phantom:
     """Make the image and the label map of one subject.
 
     Args:
         subject: from `draw_subject`.
+        anatomy: the anatomy that it grows from.
         spacing: voxel size, mm: 1, 2 or 3.
+        scanner: from `scanner_of`.
 
     Raises:
         InputError: if the subject's deformation folds.
     """
-    atlas = load_atlas(spacing)
-    shape = tuple(side // spacing for side in FIELD_OF_VIEW)
-    affine = image_affine(spacing)
-    where = geometry(subject, atlas)
-    sampled = sample_field(atlas.maps, where.template_positions(affine, shape))
-    shares = sampled[3:]
-    contrast = torch.clamp(sampled[0] + subject.grey * sampled[1] + subject.fluid * sampled[2], min=0)
-
-    rng = random_stream(subject.seed, 6, subject.number)
-    intensity = contrast**subject.gamma * _bias_field(rng, shape, subject.bias)
-    pixels = ndimage.gaussian_filter(intensity.numpy(), subject.blur / spacing, truncate=3)
-    # Magnitude of a complex signal with Gaussian noise in both parts, as in MRI.
-    pixels = np.hypot(
-        pixels + subject.noise * rng.standard_normal(shape, dtype=np.float32),
-        subject.noise * rng.standard_normal(shape, dtype=np.float32),
-    )
-    image = np.where(shares[0].numpy() > 0.5, np.clip(np.rint(pixels * subject.gain), 1, 32767), 0).astype(np.int16)
-    labels = np.zeros(shape, np.uint8)
-    labels[shares[1].numpy() > 0.5] = 1
-    labels[shares[2].numpy() > 0.5] = 2
-
-    volumes = [float(share.double().sum()) * spacing**3 for share in shares]
-    truth = asdict(subject)
+    where = geometry(subject, anatomy)
+    view = whole_view(anatomy, spacing)
+    seen = render_view(subject, anatomy, where, scanner, view)
+    image = np.clip(np.rint(seen.image.numpy() * subject.gain), 0, 32767).astype(np.int16)
+    if scanner.mask != "head":
+        image = np.where(seen.inside, np.maximum(image, 1), 0).astype(np.int16)
+    labels = np.zeros(view.shape, np.uint8)
+    labels[seen.hippocampi[0].numpy() > 0.5] = 1
+    labels[seen.hippocampi[1].numpy() > 0.5] = 2
+    truth = {name: value for name, value in asdict(subject).items() if value not in ("", False)}
     truth["scale"] = [where.fit * factor for factor in subject.scale]
     truth["rotation"] = list(subject.rotation)
     truth["translation"] = where.translation.tolist()
-    for name, volume in zip(("brain", "hippocampus_left", "hippocampus_right", "ventricles"), volumes):
+    for name, volume in zip(STRUCTURES, seen.volumes, strict=True):
         truth[f"volume_{name}"] = volume
+    if isinstance(anatomy, Head):
+        truth["scanner"] = scanner.describe()
     truth = {key: _rounded(value) for key, value in truth.items()}
-    return Phantom(image, labels, affine, truth)
+    return Phantom(image, labels, view.affine, truth)
+
+
+def render_view(
+    subject: Subject, anatomy: Anatomy, where: Geometry, scanner: Scanner, view: View, stream: int = 6
+) -> Pixels:
+    """Make what a view shows of a subject.
+
+    Args:
+        subject: the subject.
+        anatomy: its anatomy.
+        where: its geometry.
+        scanner: its scanner.
+        view: the grid.
+        stream: of the random numbers of texture and noise.
+    """
+    rng = random_stream(subject.seed, stream, subject.number)
+    positions = where.positions(view.affine, view.shape)
+    if isinstance(anatomy, Head):
+        clean, hippocampi, brain, ventricles, inside = _head_tissues(rng, anatomy, positions, scanner, view, subject)
+    else:
+        assert isinstance(anatomy, Template)
+        clean, hippocampi, brain, ventricles, inside = _template_tissues(anatomy, positions, scanner)
+    bias = BiasField.draw(rng, scanner.bias).over(view.shape, *view.within(anatomy))
+    image = clean.clamp_(min=0).pow_(scanner.gamma).mul_(bias)
+    image = blur(image, scanner.blur / view.spacing)
+    image = slices(image, scanner.thickness, scanner.slice_axis, view.spacing)
+    # Magnitude of a complex signal with Gaussian noise in both parts, as in MRI.
+    noise = torch.from_numpy(rng.standard_normal(view.shape, dtype=np.float32)).mul_(scanner.noise)
+    # The second part's noise is the first one's of the opposite voxel: half the random numbers, and no two alike here.
+    image = torch.hypot(image.add_(noise), noise.flip(0, 1, 2))
+    voxel = view.spacing**3
+    sides = [float(share.double().sum()) * voxel for share in hippocampi]
+    return Pixels(image, hippocampi, (brain * voxel, *sides, ventricles * voxel), inside)
+
+
+Tissues = tuple[torch.Tensor, torch.Tensor, float, float, NDArray[np.bool_]]
+
+
+def _template_tissues(template: Template, positions: torch.Tensor, scanner: Scanner) -> Tissues:
+    """Intensities, shares of the hippocampi, voxels of brain and ventricles, and the brain."""
+    sampled = sample_field(template.maps, positions)
+    shares = sampled[3:]
+    grey, fluid = (float(scanner.means[CODES[name]]) for name in ("cortex_left", "fluid"))
+    clean = sampled[0] + grey * sampled[1] + fluid * sampled[2]
+    brain, ventricles = (float(shares[index].double().sum()) for index in (0, 3))
+    return clean, shares[1:3], brain, ventricles, shares[0].numpy() > 0.5
+
+
+def _head_tissues(
+    rng: np.random.Generator, head: Head, positions: torch.Tensor, scanner: Scanner, view: View, subject: Subject
+) -> Tissues:
+    """As for the template: one Gaussian a label, with partial volume."""
+    voxels = code_positions(head, positions)
+    codes = lookup_codes(head, voxels)
+    table = scanner.table
+    if view.rough:
+        clean = torch.from_numpy(table.take(codes))
+    else:
+        clean = sample_tables(head, table[None], voxels, max(1, round(view.spacing)))[0]
+    texture = _texture(rng, view, scanner.texture)
+    clean.add_(texture.mul_(torch.from_numpy(scanner.deviations.take(codes))))
+    if scanner.cut:
+        clean[:, :, : max(0, round((scanner.cut - _height(head, view)) / view.spacing))] = 0
+    hippocampi = hippocampus_shares(head, voxels)
+    if subject.mirrored:
+        hippocampi = hippocampi.flip(0)
+    inside = table.take(codes) > 0 if scanner.mask == "head" else scanner.kept[codes]
+    if scanner.mask != "head":
+        clean.mul_(torch.from_numpy(inside))
+    brain = float(np.count_nonzero(BRAIN[codes] & (codes != CODES["fluid"])))
+    return clean, hippocampi, brain, float(np.count_nonzero(VENTRICLES[codes])), inside
+
+
+def _height(head: Head, view: View) -> float:
+    """Of the view's lower edge above the whole image's, mm."""
+    return float(view.affine[2, 3] - (head.middle[2] - head.field[2] / 2))
+
+
+def _texture(rng: np.random.Generator, view: View, smooth: float) -> torch.Tensor:
+    """``[X, Y, Z]`` of deviation 1, a part of which varies over about 5 mm."""
+    coarse = tuple(max(2, round(n * view.spacing / 5)) for n in view.shape)
+    slow = torch.from_numpy(rng.standard_normal(coarse, dtype=np.float32))[None, None]
+    texture = torch.nn.functional.interpolate(slow, size=list(view.shape), mode="trilinear", align_corners=False)[0, 0]
+    # Linear interpolation between nodes takes away about half of the deviation.
+    fine = torch.from_numpy(rng.standard_normal(view.shape, dtype=np.float32))
+    return texture.mul_(1.8 * smooth).add_(fine, alpha=1 - smooth)
 
 
 def _rounded(value: Any) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
         return [_rounded(item) for item in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value

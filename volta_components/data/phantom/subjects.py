@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from volta_components.data.phantom.labels import CODES
+from volta_components.data.phantom.scanner import Contrast, Scanner, draw_scanner
 from volta_components.errors import InputError
 
 FIELD_OF_VIEW = (144, 192, 192)
 
 
-FORMAT = 1
+FORMAT = 2  # raised whenever the same parameters begin to give other images
 
 
 SESSION = "ses-M000"
@@ -47,6 +49,12 @@ class Settings:
         effect_age: log volume that the ventricles gain in ten years; the hippocampi lose a third of it.
         effect_hippocampus: log volume that the hippocampi lose at a severity of 1.
         effect_ventricles: log volume that the ventricles gain at a severity of 1.
+        anatomies: names of the anatomies that heads grow from; none for the template.
+        contrast: ``t1`` or ``any``; with anatomies.
+        skull_share: share of subjects whose skull is not taken off, in [0, 1]; with anatomies.
+        mirrored_share: share of subjects that are their anatomy's mirror image, in [0, 1]; with anatomies.
+        variation: how far a head's pose, size and shape differ from its anatomy's, and its scanner from the mean one:
+            1 as in one study, 2 and more for training; with anatomies.
 
     Raises:
         InputError: if a value is out of its range.
@@ -61,6 +69,11 @@ class Settings:
     effect_age: float = 0.1
     effect_hippocampus: float = 0.45
     effect_ventricles: float = 0.75
+    anatomies: tuple[str, ...] = ()
+    contrast: Contrast = "t1"
+    skull_share: float = 0.8
+    mirrored_share: float = 0.0
+    variation: float = 1.0
 
     def __post_init__(self) -> None:
         def demand(good: bool, name: str, wanted: str) -> None:
@@ -83,11 +96,15 @@ class Settings:
             ("effect_age", 0.0, 0.3),
             ("effect_hippocampus", 0.0, 0.8),
             ("effect_ventricles", 0.0, 1.0),
+            ("skull_share", 0.0, 1.0),
+            ("mirrored_share", 0.0, 1.0),
+            ("variation", 0.0, 5.0),
         ):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             demand(number and low <= value <= high, name, f"a number from {low} to {high}")
             object.__setattr__(self, name, float(value))
+        demand(self.contrast in ("t1", "any"), "contrast", "t1 or any")
 
     def subject_id(self, number: int) -> str:
         """BIDS id of a subject, such as ``sub-PH0001``."""
@@ -122,6 +139,9 @@ class Subject:
     blur: float
     noise: float
     gain: float
+    anatomy: str = ""
+    mirrored: bool = False
+    deformation: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -188,9 +208,12 @@ def draw_subject(settings: Settings, number: int) -> Subject:
     severity = round(severity, 3) if patient else 0.0
     decades = (age - 72.0) / 10
     size = normal(math.log(_MEAN_SCALE), 0.022) + settings.effect_sex * (0.5 if sex == "M" else -0.5)
-    scale = [math.exp(size + normal(0.0, 0.008)) for _ in range(3)]
-    rotation = [normal(0.0, 3.0) for _ in range(3)]
-    translation = [normal(0.0, deviation) for deviation in (1.5, 2.5, 2.5)]
+    wide = settings.variation if settings.anatomies else 1.0
+    if settings.anatomies:  # heads of anatomies have their own size; the template is large
+        size = wide * (size - math.log(_MEAN_SCALE))
+    scale = [math.exp(size + normal(0.0, 0.008 if not settings.anatomies else 0.02 * wide)) for _ in range(3)]
+    rotation = [normal(0.0, 3.0 * wide) for _ in range(3)]
+    translation = [normal(0.0, deviation * wide) for deviation in (1.5, 2.5, 2.5)]
     hippocampus = normal(0.0, 0.08) - settings.effect_age / 3 * decades - settings.effect_hippocampus * severity
     sides = [hippocampus + normal(0.0, 0.03) for _ in range(2)]
     ventricles = normal(0.0, 0.2) + settings.effect_age * decades + settings.effect_ventricles * severity
@@ -216,4 +239,52 @@ def draw_subject(settings: Settings, number: int) -> Subject:
         blur=scanner["blur"] * math.exp(normal(0.0, 0.2)),
         noise=scanner["noise"] * math.exp(normal(0.0, 0.2)),
         gain=math.exp(normal(math.log(1200.0), 0.3)),
+        anatomy=_anatomy(settings, number),
+        mirrored=bool(rng.random() < settings.mirrored_share) if settings.anatomies else False,
+        deformation=wide,
+    )
+
+
+def _anatomy(settings: Settings, number: int) -> str:
+    """Anatomies in turn, each round in a random order of its own."""
+    if not settings.anatomies:
+        return ""
+    round_, turn = divmod(number - 1, len(settings.anatomies))
+    return settings.anatomies[int(random_stream(settings.seed, 7, round_).permutation(len(settings.anatomies))[turn])]
+
+
+def scanner_of(settings: Settings, subject: Subject, has_outside: bool = True) -> Scanner:
+    """The scanner of a subject.
+
+    A subject of the template has its site's, with a shift of its own. A subject of an anatomy has one of its own; its
+    site shifts grey matter and fluid, and scales gamma, bias field, blur and noise.
+
+    Args:
+        settings: the cohort's.
+        subject: the subject.
+        has_outside: whether its anatomy has anything outside the brain.
+    """
+    rng = random_stream(settings.seed, 8, subject.number)
+    with_skull = bool(rng.random() < settings.skull_share) and has_outside
+    scanner = draw_scanner(rng, settings.contrast, with_skull, settings.variation)
+    if not settings.anatomies:
+        means = np.zeros(256, np.float32)
+        means[CODES["cortex_left"]], means[CODES["fluid"]] = subject.grey, subject.fluid
+        return replace(
+            scanner,
+            means=means,
+            gamma=subject.gamma,
+            bias=subject.bias,
+            blur=subject.blur,
+            noise=subject.noise,
+            thickness=1.0,
+            mask="brain",
+            cut=0.0,
+        )
+    site, mean = SITES[subject.site], SITES["A"]
+    return replace(
+        scanner,
+        gamma=scanner.gamma * site["gamma"] / mean["gamma"],
+        noise=scanner.noise * site["noise"] / 0.03,
+        blur=scanner.blur * site["blur"] / 0.5,
     )

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the small hippocampus model on endless heads; see the hippocampus bundle's card.
+
+    python benchmarks/hippocampus_model.py --anatomies DIR --output DIR --hours 1.5
+
+A run that was interrupted resumes from its last checkpoint. Without --hours left, it only exports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.inferers import sliding_window_inference
+from monai.losses import DiceCELoss
+from monai.networks.nets import UNet
+
+from volta_components.files import atomic_path
+from volta_components.training.endless import EndlessHeads
+
+CHANNELS, STRIDES, RES_UNITS = (16, 32, 64, 128, 256), (2, 2, 2, 2), 2
+SPACING = 1.5
+WINDOW = (112, 112, 112)
+RENDERED = (80, 64, 64)
+CROP = (64, 48, 48)
+BATCH = 2
+CROPS_OF_A_HEAD = 4
+KEPT = 48
+SCORED = ("05", "10", "15", "20")
+LEFT_OUT = (*SCORED, "07")  # 07: its left hippocampus has 1.4 ml and its right one 4.8 ml
+
+
+def build_network() -> UNet:
+    """The U-Net of ``unet_scratch.json``."""
+    return UNet(3, 1, 3, CHANNELS, STRIDES, num_res_units=RES_UNITS)
+
+
+def dice(mask: torch.Tensor, truth: torch.Tensor, side: int) -> float:
+    """Dice coefficient of one side."""
+    found, there = mask == side, truth == side
+    return float(2 * (found & there).sum() / (found.sum() + there.sum() + 1e-9))
+
+
+@torch.no_grad()
+def evaluate(network: UNet, items: list[dict[str, Any]]) -> list[tuple[str, float]]:
+    """Mean Dice of both sides of each item."""
+    network.eval()
+    rows = []
+    for item in items:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = sliding_window_inference(item["image"][None], CROP, 4, network, overlap=0.25, mode="gaussian")
+        mask = logits[0].float().argmax(dim=0)
+        rows.append((item["anatomy"], float(np.mean([dice(mask, item["label"][0], side) for side in (1, 2)]))))
+    network.train()
+    return rows
+
+
+class Replay:
+    """The last heads that were rendered; each gives a few random crops, mirrored (with sides exchanged) half the time.
+
+    A head takes as long to render as two training steps take, and a crop of it is new every time.
+
+    Args:
+        heads: where they come from, with ``shares``.
+        step: the training step to begin with; heads are a function of it.
+    """
+
+    def __init__(self, heads: EndlessHeads, step: int) -> None:
+        self.heads = heads
+        self.items: list[dict[str, Any]] = []
+        self.index = step * BATCH // CROPS_OF_A_HEAD
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images ``[B, 1, ...]`` and targets ``[B, 3, ...]`` of a step."""
+        wanted = (step + 1) * BATCH // CROPS_OF_A_HEAD + 8
+        while self.index < wanted:
+            self.items = [*self.items[-KEPT + 1 :], self.heads[(1, self.index)]]
+            self.index += 1
+        rng = np.random.default_rng([7, step])
+        images, targets = [], []
+        for place in rng.choice(len(self.items), BATCH, replace=False):
+            item = self.items[place]
+            start = [int(rng.integers(big - small + 1)) for big, small in zip(RENDERED, CROP, strict=True)]
+            part = (slice(None), *(slice(a, a + n) for a, n in zip(start, CROP, strict=True)))
+            image, shares = item["image"][part], item["shares"][part]
+            if rng.random() < 0.5:
+                image, shares = image.flip(1), shares.flip(1).flip(0)
+            image = image ** float(np.exp(rng.normal(0, 0.15))) + 0.01 * float(rng.random()) * torch.randn(image.shape)
+            images.append(image.clamp(0, 1))
+            targets.append(torch.cat([1 - shares.sum(dim=0, keepdim=True).clamp(max=1), shares]))
+        return torch.stack(images), torch.stack(targets)
+
+
+def main() -> None:
+    """Train, evaluate now and then, and write checkpoints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--anatomies", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--hours", type=float, default=1.5)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--prefix", default="anatomy-")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    heads = EndlessHeads(
+        arguments.anatomies,
+        length=10_000_000,
+        shape=RENDERED,
+        window=WINDOW,
+        spacing=SPACING,
+        hippocampus_share=0.8,
+        jitter=20.0,
+        leave_out=[arguments.prefix + name for name in LEFT_OUT],
+        shares=True,
+        seed=1,
+    )
+    used = [name for name in heads.paths if name.removeprefix(arguments.prefix) not in SCORED]
+    print(f"{len(used)} anatomies: {', '.join(used)}", flush=True)
+    everybody = EndlessHeads(
+        arguments.anatomies, 100, (96, 80, 80), WINDOW, SPACING, hippocampus_share=1.0, jitter=8.0,
+        leave_out=[name for name in heads.paths] + [arguments.prefix + "07"], variation=1.0, mirrored_share=0.0, seed=99,
+    )  # fmt: skip
+    scored = [everybody[(0, index)] for index in range(8)]
+    network = build_network()
+    average = torch.optim.swa_utils.AveragedModel(
+        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+    )
+    optimizer = torch.optim.AdamW(network.parameters(), arguments.learning_rate, weight_decay=1e-4)
+    loss_function = DiceCELoss(include_background=False, softmax=True, batch=True)
+    step, spent, best = 0, 0.0, 0.0
+    path = arguments.output / "checkpoint.pt"
+    if path.is_file():
+        state = torch.load(path, weights_only=True)
+        network.load_state_dict(state["network"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, spent, best = state["step"], state["spent"], state["best"]
+    replay = Replay(heads, step)
+    budget = arguments.hours * 3600
+    last_saved, recent = time.monotonic(), []
+    while spent < budget:
+        began = time.monotonic()
+        rate = arguments.learning_rate * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * spent / budget))
+        for group in optimizer.param_groups:
+            group["lr"] = rate + 1e-6
+        images, targets = replay.batch(step)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network(images)
+        loss = loss_function(logits.float(), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        optimizer.step()
+        average.update_parameters(network)
+        step += 1
+        recent.append(float(loss.detach()))
+        spent += time.monotonic() - began
+        if step % 50 == 0:
+            print(f"step {step}  {spent / 60:.1f} min  loss {np.mean(recent[-50:]):.3f}  rate {rate:.2g}", flush=True)
+        if step % 500 == 0 or spent >= budget:
+            rows = evaluate(average.module, scored)
+            means = [np.mean([d for name, d in rows if name == one]) for one in sorted({name for name, _ in rows})]
+            print(f"step {step}  held-out Dice {np.mean(means):.3f}, worst {min(means):.3f}", flush=True)
+            best = max(best, float(np.mean(means)))
+        if time.monotonic() - last_saved > 180 or spent >= budget:
+            with atomic_path(path) as temporary:
+                torch.save(
+                    {
+                        "network": network.state_dict(),
+                        "average": average.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "step": step,
+                        "spent": spent,
+                        "best": best,
+                    },
+                    temporary,
+                )
+            last_saved = time.monotonic()
+
+
+if __name__ == "__main__":
+    main()

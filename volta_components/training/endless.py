@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heads that are rendered while a network trains: no data on disk, and never the same head twice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.transforms import Randomizable
+from torch.utils.data import Dataset
+
+from volta_components.data.phantom.anatomy import geometry
+from volta_components.data.phantom.heads import Head, load_head
+from volta_components.data.phantom.labels import find_label_maps
+from volta_components.data.phantom.render import Pixels, View, render_view, whole_view
+from volta_components.data.phantom.scanner import Contrast
+from volta_components.data.phantom.subjects import Settings, draw_subject, random_stream, scanner_of
+from volta_components.errors import InputError
+from volta_components.training.sampling import derived_seed
+
+_COARSE = 4  # mm
+_PERCENTILES = (0.5, 99.5)
+
+
+class EndlessHeads(Dataset[Any]):
+    """Heads grown from label maps, each a function of seed, epoch and index alone.
+
+    What an item looks like does not depend on workers, processes or restarts. Items are as ``volta3d prepare`` would
+    make them of the head's scan: RAS, in [0, 1] between percentiles of the head, the window's top at the head's.
+
+    Args:
+        anatomies: folder of label maps; see ``labels.find_label_maps``.
+        length: heads of one epoch.
+        shape: voxels of an item: the whole window, or crops of it.
+        window: voxels of the whole window; ``shape`` by default.
+        spacing: mm.
+        leave_out: names of anatomies that are never used, such as those that are scored.
+        hippocampus_share: with crops, share of them that lie around the hippocampi; the others lie anywhere.
+        jitter: how far a crop's middle lies from that of the hippocampi at most, mm on each axis.
+        scanners: pictures of one head; more than one give ``image``, ``image_2``, ... of the same deformed head.
+        contrast, skull_share, mirrored_share, variation: see ``subjects.Settings``.
+        shares: whether items also have ``shares`` ``[2, *shape]``: of each voxel, that of the left and the right
+            hippocampus, float32.
+        transform: applied to each item; random ones are seeded for each.
+        seed: base seed.
+
+    Shapes:
+        items: ``image`` ``[1, *shape]`` float32 in [0, 1]; ``label`` ``[1, *shape]`` uint8 with 1 left, 2 right;
+        ``key``: epoch and index, as ``KeyedDataset`` gives.
+
+    Raises:
+        InputError: if there are no label maps, or none are left.
+    """
+
+    def __init__(
+        self,
+        anatomies: str | os.PathLike[str],
+        length: int,
+        shape: Sequence[int],
+        window: Sequence[int] | None = None,
+        spacing: float = 1.0,
+        leave_out: Sequence[str] = (),
+        hippocampus_share: float = 0.75,
+        jitter: float = 16.0,
+        scanners: int = 1,
+        contrast: Contrast = "t1",
+        skull_share: float = 0.7,
+        mirrored_share: float = 0.5,
+        variation: float = 2.0,
+        shares: bool = False,
+        transform: Callable[[Any], Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        found = find_label_maps(Path(anatomies).expanduser())
+        unknown = sorted(set(leave_out) - set(found))
+        if unknown:
+            raise InputError(f"{anatomies}: no label maps {', '.join(unknown)} to leave out; there are {', '.join(found)}")
+        self.paths = {name: str(path) for name, path in found.items() if name not in set(leave_out)}
+        if not self.paths:
+            raise InputError(f"{anatomies}: every label map is left out; leave out fewer")
+        self.settings = Settings(
+            seed=seed,
+            anatomies=tuple(self.paths),
+            contrast=contrast,
+            skull_share=skull_share,
+            mirrored_share=mirrored_share,
+            variation=variation,
+        )
+        self.length = length
+        self.shape = tuple(int(side) for side in shape)
+        self.window = self.shape if window is None else tuple(int(side) for side in window)
+        self.spacing = spacing
+        self.hippocampus_share = hippocampus_share
+        self.jitter = jitter
+        self.scanners = scanners
+        self.shares = shares
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, key: tuple[int, ...] | int) -> Any:
+        epoch, index, *repeat = (0, key) if isinstance(key, int) else key
+        item = self.render(epoch, index, *repeat)
+        item["key"] = torch.tensor([epoch, index, *repeat])
+        if self.transform is None:
+            return item
+        if isinstance(self.transform, Randomizable):
+            self.transform.set_random_state(seed=derived_seed(self.seed, "transform", epoch, index, *repeat) % 2**32)
+        return self.transform(item)
+
+    def render(self, epoch: int, index: int, *repeat: int) -> dict[str, Any]:
+        """One item without ``key`` and transform."""
+        settings = Settings(**{**vars(self.settings), "seed": derived_seed(self.seed, "heads", epoch, *repeat)})
+        subject = draw_subject(settings, index + 1)
+        head = load_head(subject.anatomy, self.paths[subject.anatomy])
+        where = geometry(subject, head)
+        rng = random_stream(settings.seed, 9, index)
+        item: dict[str, Any] = {"anatomy": subject.anatomy}
+        view: View | None = None
+        for number in range(self.scanners):
+            drawn = settings if not number else Settings(**{**vars(settings), "seed": derived_seed(settings.seed, number)})
+            scanner = scanner_of(drawn, subject, head.has_outside)
+            survey = render_view(subject, head, where, scanner, whole_view(head, _COARSE, rough=True), stream=10 + 2 * number)
+            if view is None:
+                view = self._place(rng, head, survey)
+            seen = render_view(subject, head, where, scanner, view, stream=11 + 2 * number)
+            item["image" if not number else f"image_{number + 1}"] = self._unit(rng, seen, survey)[None]
+            if not number:
+                label = torch.zeros(self.shape, dtype=torch.uint8)
+                label[seen.hippocampi[0] > 0.5] = 1
+                label[seen.hippocampi[1] > 0.5] = 2
+                item["label"] = label[None]
+                if self.shares:
+                    item["shares"] = seen.hippocampi.clone()
+        return item
+
+    def _place(self, rng: np.random.Generator, head: Head, survey: Pixels) -> View:
+        """The window, or a crop of it: top at the head's, centred on it left-right and back-front."""
+        affine = head.image_affine(_COARSE)
+        low, high = (
+            np.array([edge(np.flatnonzero(survey.inside.any(axis=tuple({0, 1, 2} - {axis})))) for axis in range(3)])
+            for edge in (np.min, np.max)
+        )
+        low, high = (corner * _COARSE + affine[:3, 3] for corner in (low, high))
+        size = np.array(self.window) * self.spacing
+        start = (low + high) / 2 - size / 2
+        start[2] = high[2] + _COARSE / 2 - size[2]
+        crop = np.array(self.shape) * self.spacing
+        room = size - crop
+        if rng.random() < self.hippocampus_share and room.any():
+            places = np.argwhere((survey.hippocampi.sum(dim=0) > 0.3).numpy())
+            if len(places):
+                middle = places.mean(axis=0) * _COARSE + affine[:3, 3] + rng.uniform(-self.jitter, self.jitter, 3)
+                start += np.clip(middle - crop / 2 - start, 0, room)
+            else:
+                start += room / 2
+        else:
+            start += rng.uniform(0, 1, 3) * room
+        grid = np.diag([float(self.spacing)] * 3 + [1.0])
+        grid[:3, 3] = start + self.spacing / 2
+        return View(grid, self.shape)
+
+    def _unit(self, rng: np.random.Generator, seen: Pixels, survey: Pixels) -> torch.Tensor:
+        """Intensities in [0, 1] between percentiles of the whole head, which a coarse picture tells roughly."""
+        low, high = np.percentile(survey.image.numpy()[survey.inside], _PERCENTILES)
+        high = low + (high - low) * rng.uniform(0.85, 1.15)
+        image: torch.Tensor = seen.image.sub(float(low)).div(float(high - low)).clamp(0, 1)
+        return image
