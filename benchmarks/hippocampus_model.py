@@ -23,20 +23,20 @@ from monai.networks.nets import UNet
 from volta_components.files import atomic_path
 from volta_components.training.endless import EndlessHeads
 
-CHANNELS, STRIDES, RES_UNITS = (16, 32, 64, 128, 256), (2, 2, 2, 2), 2
+CHANNELS, STRIDES, RES_UNITS = (16, 32, 64, 128), (2, 2, 2), 1
 SPACING = 1.5
 WINDOW = (112, 112, 112)
-RENDERED = (80, 64, 64)
-CROP = (64, 48, 48)
+RENDERED = (72, 64, 56)
+CROP = (56, 48, 40)
 BATCH = 2
-CROPS_OF_A_HEAD = 4
-KEPT = 48
+CROPS_OF_A_HEAD = 6
+KEPT = 96
 SCORED = ("05", "10", "15", "20")
 LEFT_OUT = (*SCORED, "07")  # 07: its left hippocampus has 1.4 ml and its right one 4.8 ml
 
 
 def build_network() -> UNet:
-    """The U-Net of ``unet_scratch.json``."""
+    """A small U-Net."""
     return UNet(3, 1, 3, CHANNELS, STRIDES, num_res_units=RES_UNITS)
 
 
@@ -77,7 +77,7 @@ class Replay:
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images ``[B, 1, ...]`` and targets ``[B, 3, ...]`` of a step."""
-        wanted = (step + 1) * BATCH // CROPS_OF_A_HEAD + 8
+        wanted = (step + 1) * BATCH // CROPS_OF_A_HEAD + 12
         while self.index < wanted:
             self.items = [*self.items[-KEPT + 1 :], self.heads[(1, self.index)]]
             self.index += 1
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--anatomies", required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--hours", type=float, default=1.5)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--prefix", default="anatomy-")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -114,7 +114,7 @@ def main() -> None:
         window=WINDOW,
         spacing=SPACING,
         hippocampus_share=0.8,
-        jitter=20.0,
+        jitter=16.0,
         leave_out=[arguments.prefix + name for name in LEFT_OUT],
         shares=True,
         seed=1,

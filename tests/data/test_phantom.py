@@ -17,27 +17,22 @@ import torch
 from scipy.linalg import expm
 
 from volta_components.cli import main
-from volta_components.data.phantom.anatomy import (
-    _BOX,
-    _RANDOM_SCALES,
-    draw_velocity,
-    exponential,
-    follow,
-    geometry,
-    image_affine,
-    load_atlas,
-    sample_field,
-)
+from volta_components.data.phantom.anatomy import TEMPLATE_BOX, draw_velocity, geometry, load_template
 from volta_components.data.phantom.dataset import _finished, phantom
+from volta_components.data.phantom.deformation import exponential, follow, sample_field
 from volta_components.data.phantom.render import render
-from volta_components.data.phantom.subjects import SITES, Settings, draw_subject
+from volta_components.data.phantom.subjects import SITES, Settings, draw_subject, scanner_of
 from volta_components.errors import InputError
 from volta_components.files import partial_prefix, sha256_file
 
 
+def render_template(subject, spacing):
+    return render(subject, load_template(spacing), spacing, scanner_of(Settings(), subject))
+
+
 @pytest.fixture(scope="module")
 def atlas():
-    return load_atlas(3)
+    return load_template(3)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +102,7 @@ def test_exponential_of_a_linear_field_is_the_matrix_exponential():
     places = np.stack(np.meshgrid(*axes, indexing="ij"))
     centre = np.array([0.0, -15.0, 6.0])
     velocity = np.einsum("ij,j...->i...", matrix, places - centre[:, None, None, None])
-    moved = exponential(torch.from_numpy(velocity).float()).numpy()
+    moved = exponential(torch.from_numpy(velocity).float(), TEMPLATE_BOX).numpy()
     expected = np.einsum("ij,j...->i...", expm(matrix) - np.eye(3), places - centre[:, None, None, None])
     near = np.linalg.norm(places - centre[:, None, None, None], axis=0) < 40  # the flow stays within the box
     assert np.abs(moved - expected)[:, near].max() < 0.02
@@ -116,13 +111,13 @@ def test_exponential_of_a_linear_field_is_the_matrix_exponential():
 
 def test_following_the_reversed_field_undoes_the_exponential(atlas):
     velocity = draw_velocity(draw_subject(Settings(), 2), atlas)
-    displacement = exponential(velocity)
+    displacement = exponential(velocity, TEMPLATE_BOX)
     nodes = torch.tensor([[20, 30, 30], [28, 20, 25], [35, 45, 40], [15, 35, 20]])
-    low, _ = _BOX.T
+    low = np.array(TEMPLATE_BOX.low)
     start = torch.from_numpy(low).float() + 3.0 * nodes
     moved = start + displacement[:, nodes[:, 0], nodes[:, 1], nodes[:, 2]].T
     assert (moved - start).norm(dim=1).max() > 2
-    assert (follow(-velocity, moved) - start).norm(dim=1).max() < 0.3
+    assert (follow(-velocity, TEMPLATE_BOX, moved) - start).norm(dim=1).max() < 0.3
 
 
 def test_random_velocity_has_the_amplitude_that_is_written(atlas):
@@ -130,7 +125,7 @@ def test_random_velocity_has_the_amplitude_that_is_written(atlas):
         draw_subject(Settings(), 1), log_hippocampus_left=0.0, log_hippocampus_right=0.0, log_ventricles=0.0
     )
     fields = torch.stack([draw_velocity(replace(neutral, number=number), atlas) for number in range(1, 9)])
-    expected = np.sqrt(sum(deviation**2 for _, deviation in _RANDOM_SCALES))
+    expected = np.sqrt(sum(deviation**2 for _, deviation in atlas.random_scales))
     assert fields.std().item() == pytest.approx(expected, rel=0.08)
 
 
@@ -150,9 +145,9 @@ def test_volume_fields_diverge_in_their_structure_and_move_nothing_far_away(atla
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_jacobian_is_positive_everywhere_even_with_the_strongest_effects(number):
     settings = Settings(effect_sex=0.1, effect_age=0.3, effect_hippocampus=0.8, effect_ventricles=1.0)
-    where = geometry(draw_subject(settings, number), load_atlas(3))
-    places = where.template_positions(image_affine(2), (72, 96, 96)).double().numpy()
-    places = places * (_BOX[:, 1] - _BOX[:, 0]) / 2  # mm
+    where = geometry(draw_subject(settings, number), load_template(3))
+    places = where.positions(load_template(2).image_affine(2), (72, 96, 96)).double().numpy()
+    places = places * (np.array(TEMPLATE_BOX.high) - TEMPLATE_BOX.low) / 2  # mm
     for side in (slice(1, None), slice(None, -1)):  # differences to one neighbour: folds cannot average out
         edges = [
             np.diff(places, axis=axis)[tuple(side if a != axis else slice(None) for a in range(3))] for axis in range(3)
@@ -163,20 +158,20 @@ def test_jacobian_is_positive_everywhere_even_with_the_strongest_effects(number)
 
 
 def test_heads_fit_the_field_of_view():
-    atlas = load_atlas(3)
+    atlas = load_template(3)
     settings = Settings(effect_sex=0.1)
     shrunk = 0
     for number in range(1, 7):
         subject = draw_subject(settings, number)
         where = geometry(subject, atlas)
         shrunk += where.fit < 1
-        image = render(subject, 3).image
+        image = render_template(subject, 3).image
         for axis in range(3):
             occupied = np.flatnonzero(image.any(axis=tuple({0, 1, 2} - {axis})))
             assert occupied[0] > 0
             assert occupied[-1] < image.shape[axis] - 1
     giant = replace(draw_subject(settings, 1), scale=(1.3, 1.3, 1.3))
-    made = render(giant, 3)
+    made = render_template(giant, 3)
     assert geometry(giant, atlas).fit < 1
     assert made.truth["scale"][0] < 1.3
     assert not made.image[[0, -1]].any()
@@ -184,7 +179,7 @@ def test_heads_fit_the_field_of_view():
 
 
 def test_mean_head_needs_no_fitting():
-    atlas = load_atlas(3)
+    atlas = load_template(3)
     fits = [geometry(draw_subject(Settings(), number), atlas).fit for number in range(1, 31)]
     assert np.mean(np.array(fits) == 1) > 0.8
 
@@ -194,19 +189,19 @@ def test_mean_head_needs_no_fitting():
 
 @pytest.mark.parametrize(("index", "side"), [(4, -1), (5, 1)])
 def test_hippocampi_of_the_template_lie_where_they_should(index, side):
-    share = load_atlas(1).maps[index].numpy()
+    share = load_template(1).maps[index].numpy()
     where = np.argwhere(share > 0.5)
-    centre = where.mean(axis=0) + _BOX[:, 0]
+    centre = where.mean(axis=0) + np.array(TEMPLATE_BOX.low)
     assert centre == pytest.approx([26 * side, -20, -14], abs=3)
     assert 3000 < len(where) < 5000  # mm^3; adults have 3 to 4.5 ml a side
-    assert load_atlas(1).maps[1].numpy()[share > 0.5].min() > 0.3  # grey matter
+    assert load_template(1).maps[1].numpy()[share > 0.5].min() > 0.3  # grey matter
 
 
 def test_ventricles_of_the_template():
-    share = load_atlas(1).maps[6].numpy()
+    share = load_template(1).maps[6].numpy()
     assert 10_000 < share.sum() < 25_000
-    assert load_atlas(1).maps[0].numpy()[share > 0.8].mean() < 0.4  # dark in T1
-    x = np.arange(share.shape[0]) + _BOX[0, 0]
+    assert load_template(1).maps[0].numpy()[share > 0.8].mean() < 0.4  # dark in T1
+    x = np.arange(share.shape[0]) + TEMPLATE_BOX.low[0]
     assert (share.sum(axis=(1, 2)) * x).sum() / share.sum() == pytest.approx(0, abs=0.5)
 
 
@@ -221,7 +216,7 @@ def test_severity_shrinks_hippocampi_and_widens_ventricles():
             log_hippocampus_right=healthy.log_hippocampus_right - effect.effect_hippocampus * severity,
             log_ventricles=healthy.log_ventricles + effect.effect_ventricles * severity,
         )
-        made = render(ill, 2)
+        made = render_template(ill, 2)
         volumes.append(
             [made.truth[f"volume_{n}"] for n in ("hippocampus_left", "hippocampus_right", "ventricles", "brain")]
         )
@@ -239,7 +234,7 @@ def test_severity_shrinks_hippocampi_and_widens_ventricles():
 
 @pytest.mark.parametrize("spacing", [1, 2, 3])
 def test_image_and_labels_of_each_spacing(spacing):
-    made = render(draw_subject(Settings(), 2), spacing)
+    made = render_template(draw_subject(Settings(), 2), spacing)
     assert made.image.shape == made.labels.shape == (144 // spacing, 192 // spacing, 192 // spacing)
     assert nib.aff2axcodes(made.affine) == ("R", "A", "S")
     assert set(np.unique(made.labels)) == {0, 1, 2}
@@ -252,7 +247,7 @@ def test_image_and_labels_of_each_spacing(spacing):
         centre = made.affine @ [*np.argwhere(made.labels == label).mean(axis=0), 1]
         assert centre[0] * (-1 if name == "left" else 1) > 12
     # The anatomy does not depend on the spacing.
-    other = render(draw_subject(Settings(), 2), 3)
+    other = render_template(draw_subject(Settings(), 2), 3)
     for name in ("brain", "hippocampus_left", "ventricles"):
         assert made.truth[f"volume_{name}"] == pytest.approx(other.truth[f"volume_{name}"], rel=0.03)
 
@@ -262,9 +257,9 @@ def test_ventricles_are_darker_than_tissue_at_every_site():
         subject = draw_subject(Settings(), number)
         for site, scanner in SITES.items():
             seen = replace(subject, site=site, **{k: scanner[k] for k in ("grey", "fluid", "gamma", "bias", "noise")})
-            made = render(seen, 3)
-            where = geometry(seen, load_atlas(3)).template_positions(made.affine, made.image.shape)
-            maps = sample_field(load_atlas(3).maps, where).numpy()
+            made = render_template(seen, 3)
+            where = geometry(seen, load_template(3)).positions(made.affine, made.image.shape)
+            maps = sample_field(load_template(3).maps, where).numpy()
             fluid, grey = made.image[maps[6] > 0.6].mean(), made.image[maps[1] > 0.8].mean()
             assert fluid < 0.85 * grey
         if number == 2:
@@ -364,16 +359,16 @@ def test_started_again_it_makes_only_what_is_missing(cohort):
 
 
 def test_an_interrupted_run_leaves_whole_files_only(tmp_path, monkeypatch):
-    save, calls = nib.save, []
+    write, calls = Path.write_bytes, []
 
-    def fail(image, path):
+    def fail(path, content):
         calls.append(path)
         if len(calls) == 4:  # the second subject's label map
-            path.write_bytes(b"half a file")
+            write(path, b"half a file")
             raise OSError("No space left on device")
-        save(image, path)
+        return write(path, content)
 
-    monkeypatch.setattr(nib, "save", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="No space"):
         phantom(str(tmp_path / "d"), 3, spacing=3, workers=1)
     names = files(tmp_path / "d")

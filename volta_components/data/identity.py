@@ -9,6 +9,7 @@ _ADNI = re.compile(r"(?<!\d)(\d{3})_?S_?(\d{4,5})(?!\d)")
 _BRATS = re.compile(r"(BraTS-[A-Za-z]+(?:-[A-Za-z]+)*-\d{4,6})(?:-(\d{3}))?(?!\d)")
 _IXI = re.compile(r"IXI(\d{1,4})(?!\d)")
 _AIBL = re.compile(r"AIBL[-_]?(\d+)")
+_ANATOMY = re.compile(r"ANATOMY[0-9a-f]{12}")
 
 
 def canonical_patient_id(text: str) -> str:
@@ -41,8 +42,11 @@ def canonical_patient_id(text: str) -> str:
 
 
 def is_worldwide(patient_id: str) -> bool:
-    """Whether a canonical id names one patient whatever the data set; ``sub-0001`` does not, ``002_S_0295`` does."""
-    return any(pattern.fullmatch(patient_id) for pattern in (_ADNI, _BRATS, _IXI, _AIBL))
+    """Whether a canonical id names one patient whatever the data set.
+
+    ``sub-0001`` does not; ``002_S_0295`` does, and so does the id of the anatomy that a phantom grew from.
+    """
+    return any(pattern.fullmatch(patient_id) for pattern in (_ADNI, _BRATS, _IXI, _AIBL, _ANATOMY))
 
 
 def cohort_of(patient_id: str) -> str | None:

@@ -15,11 +15,10 @@ from torch.utils.data import Dataset
 
 from volta_components.data.phantom.anatomy import geometry
 from volta_components.data.phantom.heads import Head, load_head
-from volta_components.data.phantom.labels import find_label_maps
+from volta_components.data.phantom.labels import choose_label_maps
 from volta_components.data.phantom.render import Pixels, View, render_view, whole_view
 from volta_components.data.phantom.scanner import Contrast
 from volta_components.data.phantom.subjects import Settings, draw_subject, random_stream, scanner_of
-from volta_components.errors import InputError
 from volta_components.training.sampling import derived_seed
 
 _COARSE = 4  # mm
@@ -75,13 +74,8 @@ class EndlessHeads(Dataset[Any]):
         transform: Callable[[Any], Any] | None = None,
         seed: int = 0,
     ) -> None:
-        found = find_label_maps(Path(anatomies).expanduser())
-        unknown = sorted(set(leave_out) - set(found))
-        if unknown:
-            raise InputError(f"{anatomies}: no label maps {', '.join(unknown)} to leave out; there are {', '.join(found)}")
-        self.paths = {name: str(path) for name, path in found.items() if name not in set(leave_out)}
-        if not self.paths:
-            raise InputError(f"{anatomies}: every label map is left out; leave out fewer")
+        chosen = choose_label_maps(Path(anatomies).expanduser(), leave_out)
+        self.paths = {name: str(path) for name, path in chosen.items()}
         self.settings = Settings(
             seed=seed,
             anatomies=tuple(self.paths),
@@ -124,9 +118,13 @@ class EndlessHeads(Dataset[Any]):
         item: dict[str, Any] = {"anatomy": subject.anatomy}
         view: View | None = None
         for number in range(self.scanners):
-            drawn = settings if not number else Settings(**{**vars(settings), "seed": derived_seed(settings.seed, number)})
+            drawn = (
+                settings if not number else Settings(**{**vars(settings), "seed": derived_seed(settings.seed, number)})
+            )
             scanner = scanner_of(drawn, subject, head.has_outside)
-            survey = render_view(subject, head, where, scanner, whole_view(head, _COARSE, rough=True), stream=10 + 2 * number)
+            survey = render_view(
+                subject, head, where, scanner, whole_view(head, _COARSE, rough=True), stream=10 + 2 * number
+            )
             if view is None:
                 view = self._place(rng, head, survey)
             seen = render_view(subject, head, where, scanner, view, stream=11 + 2 * number)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from volta_components.data.identity import canonical_patient_id, cohort_of
+from volta_components.data.identity import canonical_patient_id, cohort_of, is_worldwide
 from volta_components.data.layouts.common import (
     LabelFile,
     LayoutOptions,
@@ -54,8 +56,15 @@ def read(options: LayoutOptions) -> Listing:
     for name in sorted(set(people) - {path.name for path in subjects}):
         listing.note("problem", name, "participants.tsv", "has a row but no folder", "fetch the scan, or drop the row")
     _labels_without_images(listing, options, scans)
-    listing.scans = drop_doubles(listing, select_sessions(listing, scans, options.sessions))
+    chosen = drop_doubles(listing, select_sessions(listing, scans, options.sessions))
+    listing.scans = [_with_anatomy(scan, people.get(scan.subject_id, {})) for scan in chosen]
     return listing
+
+
+def _with_anatomy(scan: Scan, row: Mapping[str, str]) -> Scan:
+    """All phantoms of one anatomy are one patient: none of them may be scored by what was trained on another."""
+    anatomy = row.get("anatomy_id", "")
+    return replace(scan, patient_id=anatomy) if is_worldwide(anatomy) else scan
 
 
 def _cohort(root: Path, names: list[str]) -> str:

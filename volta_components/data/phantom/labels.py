@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from numpy.typing import NDArray
@@ -134,6 +133,11 @@ class LabelMap:
     codes: NDArray[np.uint8]
     digest: str
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def patient_id(self) -> str:
+        """Who it is, whatever the file's name: an anatomy is a patient for folds, fractions and checks for leaks."""
+        return f"ANATOMY{self.digest[:12]}"
 
     @property
     def has_outside(self) -> bool:
@@ -287,15 +291,31 @@ def _check(path: Path, codes: NDArray[np.uint8]) -> None:
         )
 
 
-def read_label_maps(folder: Path) -> list[LabelMap]:
-    """Read every label map of a folder.
+def choose_label_maps(folder: Path, leave_out: Sequence[str] = ()) -> dict[str, Path]:
+    """Label maps of a folder, by name, without those that are left out.
+
+    Raises:
+        InputError: if there are none, none are left, or one to leave out is not there.
+    """
+    found = find_label_maps(folder)
+    if unknown := sorted(set(leave_out) - set(found)):
+        raise InputError(f"{folder}: no anatomies {', '.join(unknown)} to leave out; there are {', '.join(found)}")
+    kept = {name: path for name, path in found.items() if name not in set(leave_out)}
+    if not kept:
+        raise InputError(f"{folder}: every anatomy is left out; leave out fewer")
+    return kept
+
+
+def read_label_maps(folder: Path, leave_out: Sequence[str] = ()) -> list[LabelMap]:
+    """Read the label maps of a folder, but for those that are left out.
 
     Raises:
         InputError: if there are none, or some cannot be used; names them all.
     """
     maps: list[LabelMap] = []
     bad: list[tuple[str, str, str]] = []
-    for name, path in find_label_maps(folder).items():
+    chosen = choose_label_maps(folder, leave_out)
+    for name, path in chosen.items():
         try:
             maps.append(read_label_map(name, path))
         except UnusableVolume as error:
@@ -306,7 +326,7 @@ def read_label_maps(folder: Path) -> list[LabelMap]:
             bad.append((each.name, f"is the same as {first.name}", "one anatomy must have one name: remove a copy"))
     if bad:
         raise InputError.many(
-            f"{len(bad)} of {len(find_label_maps(folder))} label maps in {folder} cannot be used",
+            f"{len(bad)} of {len(chosen)} label maps in {folder} cannot be used",
             bad,
             "Mend them, or move them out of the folder.",
         )
