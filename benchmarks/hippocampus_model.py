@@ -122,9 +122,18 @@ def main() -> None:
     used = [name for name in heads.paths if name.removeprefix(arguments.prefix) not in SCORED]
     print(f"{len(used)} anatomies: {', '.join(used)}", flush=True)
     everybody = EndlessHeads(
-        arguments.anatomies, 100, (96, 80, 80), WINDOW, SPACING, hippocampus_share=1.0, jitter=8.0,
-        leave_out=[name for name in heads.paths] + [arguments.prefix + "07"], variation=1.0, mirrored_share=0.0, seed=99,
-    )  # fmt: skip
+        arguments.anatomies,
+        length=100,
+        shape=(96, 80, 80),
+        window=WINDOW,
+        spacing=SPACING,
+        hippocampus_share=1.0,
+        jitter=8.0,
+        leave_out=[*heads.paths, arguments.prefix + "07"],
+        variation=1.0,
+        mirrored_share=0.0,
+        seed=99,
+    )
     scored = [everybody[(0, index)] for index in range(8)]
     network = build_network()
     average = torch.optim.swa_utils.AveragedModel(

@@ -168,8 +168,8 @@ def find_label_maps(folder: Path) -> dict[str, Path]:
         found.setdefault(_plain_name(path.name.removesuffix(suffix)), []).append(path)
     if not found:
         raise InputError(
-            f"--anatomies {folder}: holds no label maps; give a folder with .nii, .nii.gz or .mgz files in FreeSurfer's "
-            "numbering (aseg.mgz, aparc+aseg.mgz, SynthSeg's output)"
+            f"--anatomies {folder}: holds no label maps; give a folder with .nii, .nii.gz or .mgz files in "
+            "FreeSurfer's numbering (aseg.mgz, aparc+aseg.mgz, SynthSeg's output)"
         )
     doubles = [
         (name, *map(str, paths[:2]))

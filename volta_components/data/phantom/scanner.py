@@ -207,7 +207,8 @@ class BiasField:
 
         Args:
             shape: voxels.
-            low, high: the part's first and last voxel; the image's are -1 and 1.
+            low: the part's first voxel; the image's edges are -1 and 1.
+            high: the part's last voxel.
         """
         axes = [np.linspace(a, b, 24) for a, b in zip(low, high, strict=True)]
         field = np.exp((_polynomial(self.terms, axes) - self.mean) * self.scale)
