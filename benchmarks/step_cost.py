@@ -21,7 +21,13 @@ from monai.networks.nets import ViTAutoEnc
 from torch import Tensor, nn
 
 from volta_components.method.ema import TeacherEMAHandler
-from volta_components.method.losses import CentredTargets, GlobalAlignmentLoss, PatchAlignmentLoss, ReconstructionLoss
+from volta_components.method.losses import (
+    CentredTargets,
+    DiCoMLoss,
+    GlobalAlignmentLoss,
+    PatchAlignmentLoss,
+    ReconstructionLoss,
+)
 from volta_components.method.networks import VoltaStudent, VoltaViT, make_teacher, parameter_groups
 from volta_components.method.projection import ProjectionHead
 
@@ -39,8 +45,9 @@ def volta_step(
     teacher = make_teacher(student)
     ema = TeacherEMAHandler(teacher, student, lambda _: 0.996)
     optimizer = torch.optim.AdamW(parameter_groups(student, 0.04), lr=1e-4)
-    global_loss = GlobalAlignmentLoss(CentredTargets(out_dim))
-    patch_loss = PatchAlignmentLoss(CentredTargets(out_dim))
+    losses = DiCoMLoss(
+        GlobalAlignmentLoss(CentredTargets(out_dim)), PatchAlignmentLoss(CentredTargets(out_dim)), ReconstructionLoss()
+    )
     images = torch.rand(2, 1, *global_size)
     local = torch.rand(num_local, 1, *[local_size] * 3)
     masked = torch.rand(2, 1, *global_size) < 0.5
@@ -50,10 +57,7 @@ def volta_step(
         with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
             taught = teacher(images)
             learnt = student(images.masked_fill(masked, 0.0), local)
-        logits = torch.cat([learnt.globals_.logits, learnt.local_logits])[:, None]
-        loss = global_loss(logits, taught.logits[:, None], 0.04)
-        loss = loss + patch_loss(learnt.globals_.patch_logits, taught.patch_logits, 0.04)
-        (loss + 100 * ReconstructionLoss()(learnt.reconstruction, images, masked)).backward()
+        losses(learnt, taught, images[:, None], masked[:, None], 0.04, 0.04)["loss"].backward()
         optimizer.step()
         ema.update(0.996)
 

@@ -151,8 +151,7 @@ def tiny_run(
         optimizer=parts.optimizer,
         views=parts.views,
         loss=parts.loss,
-        train_handlers=[*handlers, parts.ema],
-        **settings,
+        **{"train_handlers": [*handlers, parts.ema], **settings},
     )
     return parts
 

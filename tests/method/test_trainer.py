@@ -271,6 +271,8 @@ def test_no_local_crops() -> None:
 
 
 def test_bad_settings_are_refused() -> None:
+    with pytest.raises(InputError, match=r"no TeacherEMAHandler .* add it to train#handlers"):
+        tiny_run(train_handlers=[])
     with pytest.raises(InputError, match="accumulation_steps 0 is not a positive number"):
         tiny_run(accumulation_steps=0)
     with pytest.raises(InputError, match="amp_dtype float16: its gradients would need scaling"):

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from volta_components.distributed import gather_rows, process_count
 from volta_components.errors import InputError
+from volta_components.method.ema import TeacherEMAHandler
 from volta_components.method.losses import DiCoMLoss
 from volta_components.method.networks import VoltaStudent, VoltaTeacher
 from volta_components.method.views import ViewGenerator, Views
@@ -66,7 +67,7 @@ class VoltaTrainer(Trainer):
         train_handlers: attached to the engine; a ``TeacherEMAHandler`` has to be among them.
 
     Raises:
-        InputError: if a setting is out of range.
+        InputError: if a setting is out of range, or no handler moves the teacher.
     """
 
     def __init__(
@@ -93,6 +94,11 @@ class VoltaTrainer(Trainer):
     ) -> None:
         if accumulation_steps < 1:
             raise InputError(f"accumulation_steps {accumulation_steps} is not a positive number")
+        if not any(isinstance(handler, TeacherEMAHandler) for handler in train_handlers or ()):
+            raise InputError(
+                "no TeacherEMAHandler among the trainer's handlers: the teacher would never follow the student; add it "
+                "to train#handlers"
+            )
         if amp and amp_dtype is torch.float16:
             raise InputError(
                 "amp_dtype float16: its gradients would need scaling, which pretraining does not have; use bfloat16 "
