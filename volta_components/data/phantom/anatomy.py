@@ -18,7 +18,7 @@ from volta_components.data.phantom.deformation import (
     Scales,
     exponential,
     follow,
-    jacobian_determinant,
+    least_jacobian,
     random_velocity,
     rotation_matrix,
     sample_field,
@@ -272,7 +272,7 @@ def geometry(subject: Subject, anatomy: Anatomy) -> Geometry:
     for strength in (1.0, 0.5, 0.25, 0.0):
         velocity = draw_velocity(subject, anatomy, strength)
         displacement = exponential(velocity, anatomy.box)
-        if (least := jacobian_determinant(displacement, anatomy.box.grid).min()) > 0:
+        if (least := least_jacobian(displacement, anatomy.box.grid)) > 0.02:
             break
     else:
         raise InputError(

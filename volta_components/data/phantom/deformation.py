@@ -176,13 +176,26 @@ def random_velocity(rng: np.random.Generator, box: Box, scales: Scales) -> torch
     return torch.from_numpy(np.stack(parts).astype(np.float32))
 
 
-def jacobian_determinant(displacement: torch.Tensor, grid: int) -> NDArray[np.float32]:
-    """Local change of volume of ``p -> p + displacement(p)``: ``[x, y, z]``, by finite differences on the grid."""
-    rows = [np.stack(np.gradient(part.numpy(), grid)) for part in displacement]
-    for axis, row in enumerate(rows):
-        row[axis] += 1
-    determinant: NDArray[np.float32] = (rows[0] * np.cross(rows[1], rows[2], axis=0)).sum(axis=0)
-    return determinant
+def least_jacobian(displacement: torch.Tensor, grid: int) -> float:
+    """Smallest change of volume of ``p -> p + displacement(p)`` by differences to neighbours on either side.
+
+    Central differences would average a fold with its surroundings.
+
+    Args:
+        displacement: ``[3, x, y, z]`` mm, on the velocity grid.
+        grid: its spacing, mm.
+    """
+    steps = [displacement.diff(dim=axis) / grid for axis in (1, 2, 3)]
+    least = []
+    for side in (slice(None, -1), slice(1, None)):
+        rows = []
+        for axis, step in enumerate(steps):
+            cut = tuple(slice(None) if other == axis else side for other in range(3))
+            row = step[(slice(None), *cut)].clone()
+            row[axis] += 1
+            rows.append(row)
+        least.append((rows[0] * torch.linalg.cross(rows[1], rows[2], dim=0)).sum(dim=0).min())
+    return float(min(least))
 
 
 def rotation_matrix(degrees: Iterable[float]) -> NDArray[np.float64]:

@@ -160,18 +160,24 @@ def sample_tables(head: Head, tables: NDArray[np.float32], voxels: torch.Tensor,
 _SIDES = np.stack([is_code(CODES[name]) for name in ("hippocampus_left", "hippocampus_right")]).astype(np.float32)
 
 
-def hippocampus_shares(head: Head, voxels: torch.Tensor) -> torch.Tensor:
-    """Shares of the left and the right hippocampus of the anatomy, linear between voxels: ``[2, X, Y, Z]``."""
+def hippocampus_shares(head: Head, voxels: torch.Tensor, spacing: int) -> torch.Tensor:
+    """Shares of the left and the right hippocampus of the anatomy in each voxel: ``[2, X, Y, Z]``.
+
+    Args:
+        head: the anatomy.
+        voxels: ``[X, Y, Z, 3]`` fractional voxels of the label map.
+        spacing: mm that a voxel is wide, whole.
+    """
     shares = torch.zeros((2, *voxels.shape[:-1]))
     near: torch.Tensor | None = None
     for axis, side in enumerate(head.hippocampi):
         along = voxels[..., axis]
-        within = (along > side.start) & (along < side.stop - 1)
+        within = (along > side.start - spacing) & (along < side.stop - 1 + spacing)
         near = within if near is None else near.logical_and_(within)
     assert near is not None
     chosen = voxels[near]
     if len(chosen):
-        shares[:, near] = sample_tables(head, _SIDES, chosen[:, None, None], 1)[:, :, 0, 0]
+        shares[:, near] = sample_tables(head, _SIDES, chosen[:, None, None], spacing)[:, :, 0, 0]
     return shares
 
 

@@ -163,15 +163,16 @@ def _head_tissues(
     voxels = code_positions(head, positions)
     codes = lookup_codes(head, voxels)
     table = scanner.table
+    width = 1 if view.rough else max(1, round(view.spacing))
     if view.rough:
         clean = torch.from_numpy(table.take(codes))
     else:
-        clean = sample_tables(head, table[None], voxels, max(1, round(view.spacing)))[0]
+        clean = sample_tables(head, table[None], voxels, width)[0]
     texture = _texture(rng, view, scanner.texture)
     clean.add_(texture.mul_(torch.from_numpy(scanner.deviations.take(codes))))
     if scanner.cut:
         clean[:, :, : max(0, round((scanner.cut - _height(head, view)) / view.spacing))] = 0
-    hippocampi = hippocampus_shares(head, voxels)
+    hippocampi = hippocampus_shares(head, voxels, width)
     if subject.mirrored:
         hippocampi = hippocampi.flip(0)
     inside = table.take(codes) > 0 if scanner.mask == "head" else scanner.kept[codes]
