@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
-from tests.helpers.toy_anatomies import toy_folder
 
+from tests.helpers.toy_anatomies import toy_folder
 from volta_components.data.phantom.anatomy import geometry
 from volta_components.data.phantom.dataset import phantom
 from volta_components.data.phantom.heads import code_positions, load_head, lookup_codes, sample_tables
@@ -62,7 +62,7 @@ def test_without_changes_a_head_is_its_anatomy(head, settings):
         assert made.truth[f"volume_{name}"] == pytest.approx(count(head, name), rel=0.01)
         centre = made.affine @ [*np.argwhere(made.labels == label).mean(axis=0), 1]
         own = np.argwhere(head.codes == CODES[name]).mean(axis=0) + head.box.low
-        assert centre[:3] == pytest.approx(own, abs=0.1)
+        assert centre[:3] == pytest.approx(own, abs=0.2)
     ventricles = count(head, "lateral_ventricle_left", "lateral_ventricle_right")
     assert made.truth["volume_ventricles"] == pytest.approx(ventricles, rel=0.01)
 

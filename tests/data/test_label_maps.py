@@ -2,8 +2,8 @@
 import nibabel as nib
 import numpy as np
 import pytest
-from tests.helpers.toy_anatomies import SHAPE, toy_folder, toy_labels, write_labels
 
+from tests.helpers.toy_anatomies import SHAPE, toy_folder, toy_labels, write_labels
 from volta_components.data.phantom.labels import CODES, find_label_maps, read_label_map, read_label_maps
 from volta_components.errors import InputError
 
@@ -124,7 +124,7 @@ def test_one_anatomy_under_two_names_is_named(tmp_path):
     toy_folder(tmp_path, 2)
     image = nib.load(tmp_path / "head-1.nii.gz").as_reoriented(nib.orientations.axcodes2ornt("LIP"))
     nib.save(image, tmp_path / "z.nii.gz")
-    with pytest.raises(InputError, match="z +is the same as head-1"):
+    with pytest.raises(InputError, match=r"z +is the same as head-1"):
         read_label_maps(tmp_path)
 
 

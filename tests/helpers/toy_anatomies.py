@@ -41,7 +41,7 @@ def toy_labels(seed: int = 0, skull: bool = True, scale: float = 1.0) -> np.ndar
     both((9, -2, -2), (6, 8, 6), (10, 49))
     both((19.5, -3, -10), np.array((5, 13, 5.5)) * scale, (17, 53))
     both((19.5, 14, -10), (4, 4, 4), (18, 54))
-    labels[ellipsoid(middle + (0, -14, -26), (8, 8, 14))] = 16
+    labels[ellipsoid(middle + np.array((0, -14, -26)), (8, 8, 14))] = 16
     return labels
 
 

@@ -164,10 +164,7 @@ def _head_tissues(
     codes = lookup_codes(head, voxels)
     table = scanner.table
     width = 1 if view.rough else max(1, round(view.spacing))
-    if view.rough:
-        clean = torch.from_numpy(table.take(codes))
-    else:
-        clean = sample_tables(head, table[None], voxels, width)[0]
+    clean = torch.from_numpy(table.take(codes)) if view.rough else sample_tables(head, table[None], voxels, width)[0]
     texture = _texture(rng, view, scanner.texture)
     clean.add_(texture.mul_(torch.from_numpy(scanner.deviations.take(codes))))
     if scanner.cut:
