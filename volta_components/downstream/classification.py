@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from ignite.engine import Engine
-from torch import nn
 
 from volta_components.data.datalist import Datalist
 from volta_components.downstream.leaks import check_model
@@ -132,44 +130,28 @@ class ScoreTable(ItemRows):
         return np.array(self.rows)[:, POSITIVE]
 
 
+@dataclass(kw_only=True, eq=False)
 class ClassificationResults(FoldResults):
     """Scores the fold with the network as it is, chooses the threshold, and writes predictions, numbers and model.
 
-    Args:
-        parts: who is trained on, who chooses the threshold, who is scored.
-        network: the network.
+    Attributes:
         scoring: evaluator of the scored fold, with the metric ``auroc`` (MONAI's ``ROCAUC``).
         scores: its table.
         validation: evaluator of the inner validation part.
         validation_scores: its table.
         threshold: a number, or ``youden``: chosen on the inner validation part, and beside it (``optimistic_*``) on the
             scored fold itself, which flatters the result.
-        output_dir: see ``FoldResults``, as ``model_path`` and ``record``.
-        model_path: where the trained network goes; None to keep none.
-        record: written beside the network: classes, settings, provenance.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        network: nn.Module,
-        scoring: Any,
-        scores: ScoreTable,
-        validation: Any,
-        validation_scores: ScoreTable,
-        threshold: float | str,
-        output_dir: str | os.PathLike[str],
-        model_path: str | os.PathLike[str] | None = None,
-        record: Mapping[str, Any] | None = None,
-    ) -> None:
-        if threshold != YOUDEN and not isinstance(threshold, (int, float)):
-            raise InputError(f"threshold {threshold!r}: a number, or {YOUDEN!r}")
-        super().__init__(parts, network, output_dir, model_path, record)
-        self.scoring = scoring
-        self.scores = scores
-        self.validation = validation
-        self.validation_scores = validation_scores
-        self.threshold = threshold
+    scoring: Any
+    scores: ScoreTable
+    validation: Any
+    validation_scores: ScoreTable
+    threshold: float | str
+
+    def __post_init__(self) -> None:
+        if self.threshold != YOUDEN and not isinstance(self.threshold, (int, float)):
+            raise InputError(f"threshold {self.threshold!r}: a number, or {YOUDEN!r}")
 
     def __call__(self, engine: Engine) -> Results:
         """Results of the last epoch."""

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from volta_components.training.tracking import find_mlflow_handler
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class FinishRun:
     """Scores a run once, when it is complete, and keeps a complete run from being done again.
 
@@ -32,7 +34,7 @@ class FinishRun:
     Put it after ``ValidationHandler`` and before ``ResumableCheckpoint``. It attaches ``record`` as well: MONAI's
     ``check_properties`` cannot read a list of handlers in which one is a reference.
 
-    Args:
+    Attributes:
         output_dir: the run's folder.
         settings: must be the same when the run is started again.
         tags: see ``run_tags``.
@@ -44,22 +46,18 @@ class FinishRun:
         InputError: at the start, if the folder holds a finished run of other settings.
     """
 
-    def __init__(
-        self,
-        output_dir: str | os.PathLike[str],
-        settings: Mapping[str, Any],
-        tags: Mapping[str, Any],
-        results: Callable[[Engine], Results],
-        record: RunRecord | None = None,
-        checkpoint_path: str | os.PathLike[str] | None = None,
-    ) -> None:
-        self.folder = Path(output_dir)
-        # As JSON gives it back.
-        self.settings = json.loads(json.dumps(dict(settings), default=str))
-        self.tags = {name: str(value) for name, value in tags.items()}
-        self.results = results
-        self.record = record
-        self.checkpoint_path = None if checkpoint_path is None else Path(checkpoint_path)
+    output_dir: str | os.PathLike[str]
+    settings: Mapping[str, Any]
+    tags: Mapping[str, Any]
+    results: Callable[[Engine], Results]
+    record: RunRecord | None = None
+    checkpoint_path: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.output_dir)
+        # As JSON gives them back.
+        self.settings = json.loads(json.dumps(dict(self.settings), default=str))
+        self.tags = {name: str(value) for name, value in self.tags.items()}
         self._before: dict[str, Any] | None = None
 
     @property
@@ -125,7 +123,7 @@ class FinishRun:
                 return
         if process_rank() == 0:
             if self.checkpoint_path is not None:
-                self.checkpoint_path.unlink(missing_ok=True)
+                Path(self.checkpoint_path).unlink(missing_ok=True)
             if handler is not None:
                 self._log(handler, engine.state.epoch, content)
 

@@ -38,16 +38,10 @@ class VoltaClassifier(nn.Module):
     ``encoder.``) and ``head.*``.
 
     Args:
-        in_channels: image channels.
         num_classes: size of the output.
         img_size: size ``(D, H, W)`` in voxels for which position embeddings are learned.
-        patch_size: voxels of a patch along each axis.
-        hidden_size: token size.
-        mlp_dim: hidden size of each block's MLP.
-        num_layers: transformer blocks.
-        num_heads: attention heads of each block.
-        summary_heads: attention heads of the summariser.
         pool: what the head sees: ``summary``, the CLS-style token, or ``mean``, the mean of the patch tokens.
+        encoder: its other sizes, see ``VoltaViT``.
 
     Shapes:
         ``[B, in_channels, D, H, W]`` to logits ``[B, num_classes]``.
@@ -58,32 +52,16 @@ class VoltaClassifier(nn.Module):
 
     def __init__(
         self,
-        in_channels: int = 1,
         num_classes: int = 2,
         img_size: Sequence[int] = (96, 96, 96),
-        patch_size: Sequence[int] = (16, 16, 16),
-        hidden_size: int = 768,
-        mlp_dim: int = 3072,
-        num_layers: int = 12,
-        num_heads: int = 12,
-        summary_heads: int = 8,
         pool: str = "summary",
+        **encoder: Any,
     ) -> None:
         super().__init__()
         if pool not in POOLS:
             raise InputError(f"pool {pool!r}: choose {' or '.join(POOLS)}")
-        self.encoder = VoltaViT(
-            in_channels=in_channels,
-            img_size=img_size,
-            patch_size=patch_size,
-            hidden_size=hidden_size,
-            mlp_dim=mlp_dim,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            summary_heads=summary_heads,
-            decoder=False,
-        )
-        self.head = nn.Linear(hidden_size, num_classes)
+        self.encoder = VoltaViT(img_size=img_size, decoder=False, **encoder)
+        self.head = nn.Linear(self.encoder.config["hidden_size"], num_classes)
         self.pool = pool
         if pool == "mean":
             # Without gradient it must not be waited for by DDP.

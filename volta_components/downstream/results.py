@@ -90,32 +90,30 @@ class ItemRows:
         return [self._rows[index] for index in range(len(self.items))]
 
 
+@dataclass(kw_only=True, eq=False)
 class FoldResults:
     """The results of a fold.
 
     ``FinishRun`` calls them at the end of a training; ``evaluate`` scores a trained model.
 
-    Args:
+    Attributes:
         parts: who is trained on, who validates, who is scored.
         network: the network, without any distributed wrapper.
         output_dir: the run's folder.
         model_path: where the trained network goes; None to keep none.
-        record: written beside the network: settings, provenance.
+        record: written beside the network: classes, settings, provenance.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        network: nn.Module,
-        output_dir: str | os.PathLike[str],
-        model_path: str | os.PathLike[str] | None,
-        record: Mapping[str, Any] | None,
-    ) -> None:
-        self.parts = parts
-        self.network = network
-        self.folder = Path(output_dir)
-        self.model_path = None if model_path is None else Path(model_path)
-        self.record = dict(record or {})
+    parts: Parts
+    network: nn.Module
+    output_dir: str | os.PathLike[str]
+    model_path: str | os.PathLike[str] | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.output_dir)
 
     @property
     def subjects(self) -> dict[str, int]:

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from ignite.engine import Engine
 from monai.inferers import SlidingWindowInferer
-from torch import Tensor, nn
+from torch import Tensor
 
 from volta_components.data.nifti import write_label_map, write_picture_volume
 from volta_components.data.volumes import read_header, read_volume
@@ -19,7 +19,7 @@ from volta_components.distributed import process_rank
 from volta_components.downstream.leaks import check_model
 from volta_components.downstream.metrics import score_intervals, score_mask, summarise_scores
 from volta_components.downstream.results import FoldResults, ItemRows, Results
-from volta_components.downstream.splits import Item, Parts, item_name
+from volta_components.downstream.splits import Item, item_name
 from volta_components.files import write_csv
 from volta_components.training.keep_best import KeepBest
 
@@ -83,49 +83,30 @@ class MaskTable(ItemRows):
         return self.rows
 
 
+@dataclass(kw_only=True, eq=False)
 class SegmentationResults(FoldResults):
     """Scores the fold with the best epoch's weights, and writes scores, masks, numbers and model.
 
     The epoch is the one with the highest Dice on the inner validation part; beside it (``optimistic_*``) stands the one
     with the highest Dice on the scored fold itself, which is what the paper did and what flatters the result.
 
-    Args:
-        parts: who is trained on, who chooses the epoch, who is scored.
-        network: the network, without any distributed wrapper.
+    Attributes:
         scoring: evaluator of the scored fold.
         table: its table.
         best: the best epoch by inner validation; without validation, the last epoch counts.
         optimistic: the best epoch by the scored fold.
         penalty: HD95 in mm that an empty mask counts as in ``hd95_with_penalty``.
-        output_dir: see ``FoldResults``, as ``model_path`` and ``record``.
-        model_path: where the trained network goes; None to keep none.
-        record: written beside the network: settings, provenance.
         show_all_below: label maps are kept beside the masks, so that a report can show and score on another machine;
             volumes too, with fewer scored scans than this of all, otherwise of the worst, median and best by Dice.
             ``paths.csv`` names those of all.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        network: nn.Module,
-        scoring: Any,
-        table: MaskTable,
-        best: KeepBest | None,
-        optimistic: KeepBest | None,
-        penalty: float,
-        output_dir: str | os.PathLike[str],
-        model_path: str | os.PathLike[str] | None = None,
-        record: Mapping[str, Any] | None = None,
-        show_all_below: int = 20,
-    ) -> None:
-        super().__init__(parts, network, output_dir, model_path, record)
-        self.scoring = scoring
-        self.table = table
-        self.best = best
-        self.optimistic = optimistic
-        self.penalty = float(penalty)
-        self.show_all_below = show_all_below
+    scoring: Any
+    table: MaskTable
+    best: KeepBest | None
+    optimistic: KeepBest | None
+    penalty: float
+    show_all_below: int = 20
 
     def __call__(self, engine: Engine) -> Results:
         """Results of a run that is complete."""

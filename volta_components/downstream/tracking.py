@@ -15,7 +15,7 @@ from volta_components.distributed import mean_over_processes
 from volta_components.downstream.leaks import Origin
 from volta_components.training.record import code_version
 from volta_components.training.sampling import ResumableSampler
-from volta_components.training.tracking import find_mlflow_handler
+from volta_components.training.tracking import describe_run, find_mlflow_handler
 
 # Set by crossval: hashes of all that decides a run's result, and of what all runs of an init share.
 SETTINGS_TAG = "crossval_settings"
@@ -65,7 +65,7 @@ class RunRecord:
 
     def __init__(self, settings: Mapping[str, Any], tags: Mapping[str, Any], evaluator: Engine | None = None) -> None:
         self.settings = dict(settings)
-        self.tags = {name: str(value) for name, value in tags.items()}
+        self.tags = dict(tags)
         self.evaluator = evaluator
         self.history: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
@@ -97,11 +97,7 @@ class RunRecord:
             return
         self._recorded = True
         handler.iteration_logger = lambda _: None
-        run_id = handler.cur_run.info.run_id
-        known = handler.client.get_run(run_id).data.params
-        handler._log_params({name: value for name, value in self.settings.items() if name not in known})
-        for name, value in self.tags.items():
-            handler.client.set_tag(run_id, name, value)
+        describe_run(handler, self.settings, self.tags)
 
     def _iteration_completed(self, engine: Engine) -> None:
         output: Any = engine.state.output

@@ -49,7 +49,7 @@ class SaveModel:
 
     def _started(self) -> None:
         path = self.results.model_path
-        self._start = {} if path is None else find_start(self.results.network, path.parent)
+        self._start = {} if path is None else find_start(self.results.network, Path(path).parent)
 
     def _completed(self, engine: Any) -> None:
         training = list(engine.data_loader.dataset.data)

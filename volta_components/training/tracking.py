@@ -46,6 +46,21 @@ def refer(handler: Any) -> Any:
     return handler
 
 
+def describe_run(handler: Any, settings: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
+    """Give MLflow a run's settings, as parameters that it does not have yet, and its tags.
+
+    Args:
+        handler: see ``find_mlflow_handler``.
+        settings: by name.
+        tags: by name.
+    """
+    run_id = handler.cur_run.info.run_id
+    known = handler.client.get_run(run_id).data.params
+    handler._log_params({name: value for name, value in settings.items() if name not in known})
+    for name, value in tags.items():
+        handler.client.set_tag(run_id, name, str(value))
+
+
 class TrainingRecord:
     """Means of a mini-batch's numbers, for the log, MLflow and the end of an epoch.
 
@@ -82,11 +97,7 @@ class TrainingRecord:
             self._epoch[name].append(value)
         mlflow_handler = find_mlflow_handler(engine)
         if mlflow_handler is not None and not self._described:
-            run_id = mlflow_handler.cur_run.info.run_id
-            known = mlflow_handler.client.get_run(run_id).data.params
-            mlflow_handler._log_params({k: v for k, v in self.settings.items() if k not in known})
-            for name, value in self.tags.items():
-                mlflow_handler.client.set_tag(run_id, name, str(value))
+            describe_run(mlflow_handler, self.settings, self.tags)
         self._described = True
         if engine.state.iteration % self.interval == 0:
             means = _means(self._recent, engine.state.device)
