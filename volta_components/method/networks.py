@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from monai.networks.nets import ViTAutoEnc
@@ -67,7 +67,7 @@ class VoltaViT(ViTAutoEnc):
             num_heads=num_heads,
             proj_type="conv",
         )
-        self.config = {
+        self.config: dict[str, Any] = {
             "in_channels": in_channels,
             "img_size": list(img_size),
             "patch_size": list(patch_size),
