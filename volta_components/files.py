@@ -22,6 +22,15 @@ PARTIAL = ".partial-"
 FOREIGN_SECONDS = 24 * 3600.0
 
 
+def readable(text: str) -> str:
+    """A file name that can be written as UTF-8: bytes of it that are none are taken as those of Windows (cp1252)."""
+    # Python keeps such bytes as the code points U+DC80 to U+DCFF.
+    return "".join(
+        bytes([ord(letter) - 0xDC00]).decode("cp1252", "backslashreplace") if "\udc80" <= letter <= "\udcff" else letter
+        for letter in text
+    )
+
+
 def partial_prefix() -> str:
     """How names of files that are not whole yet begin: whose they are stands in them, for ``remove_partials``."""
     return f"{PARTIAL}{_machine()}-{os.getpid()}-"

@@ -10,7 +10,7 @@ import tiny_datasets as tiny
 from broken_volumes import BROKEN, SHAPE, edit, good, pixdim, ramp
 
 from volta_components.data.preprocess import UnusableVoxels, survey
-from volta_components.data.volumes import UnusableVolume, read_header, read_volume, volume_stem, volumes_below
+from volta_components.data.volumes import UnusableVolume, read_header, read_volume, volume_stem
 
 
 @pytest.mark.parametrize("kind", BROKEN)
@@ -128,14 +128,6 @@ def test_a_header_costs_no_voxels(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", watched)
     read_header(path)
     assert max(reads) <= 540
-
-
-def test_volumes_below_a_folder_are_told_by_their_suffix(tmp_path):
-    names = ["b/mri/T1.mgz", "a.nii.gz", "b/a.NII", "note.txt", ".hidden.nii", ".trash/old.nii.gz"]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    assert volumes_below(tmp_path) == [tmp_path / name for name in ("a.nii.gz", "b/a.NII", "b/mri/T1.mgz")]
 
 
 @pytest.mark.parametrize(

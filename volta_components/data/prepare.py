@@ -13,32 +13,24 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import joblib
 import numpy as np
 
-from volta_components.data import quality
-from volta_components.data.datalist import assign_folds, load_datalist, make_content
+from volta_components.data.datalist import load_datalist
+from volta_components.data.finish import finish, print_findings
 from volta_components.data.identity import canonical_patient_id
-from volta_components.data.layouts import Finding, LayoutOptions, Listing, Scan, reader
+from volta_components.data.layouts import LayoutOptions, Listing, Scan, reader
 from volta_components.data.overlaps import _check_folds, check_phantom_name
 from volta_components.data.preprocess import Settings
+from volta_components.data.tables import KNOWN_DIAGNOSES, parse_diagnosis
 from volta_components.data.worker import DTYPES, STATE, Task, finished, read_record, run
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
-
-# What the paper used of each data set (its section II), to be read beside what was found.
-PAPER_COUNTS = {
-    "adni": "773 scans (CN, SMC, EMCI, LMCI, AD)",
-    "brats": "1,229 scans (GLI, MET, PED)",
-    "harp": "135 scans with both hippocampi",
-    "ixi": "619 scans: 342 male, 277 female",
-    "aibl": "420 scans: 347 healthy, 73 AD",
-}
 
 
 def prepare(
@@ -62,6 +54,7 @@ def prepare(
     skip_bad: bool = False,
     strict: bool = False,
     assume_orientation: str | None = None,
+    patients_from: str | None = None,
 ) -> int:
     """Turn a data set into volumes that the bundles read, a datalist with folds, and a QC page.
 
@@ -90,6 +83,8 @@ def prepare(
         skip_bad: accept what cannot be used: it is listed, and the exit status stays 0.
         strict: leave out volumes that the QC marks.
         assume_orientation: axis codes such as RAS for scans whose header has none; otherwise these are errors.
+        patients_from: who a DICOM scan is of: id (its PatientID) or folder (the first below the source). By default
+            the id, and the folder where the id says nothing or is of several people, which counts as a problem.
     """
     started = time.monotonic()
     settings = _settings(layout, spacing, shape, dtype, assume_orientation)
@@ -106,6 +101,8 @@ def prepare(
     for word in needed:
         _choice("require", word, ("sex", "age", "diagnosis", "site"))
     wanted_sessions = _words(sessions) or (("all",) if layout in {"brats", "harp"} else ("baseline",))
+    if patients_from is not None:
+        _choice("patients-from", patients_from, ("id", "folder"))
     excluded_patients = _patients_of(_words(exclude_patients_of))
     _check_apart(layout, root, target)
     _make_folder(target)
@@ -119,6 +116,7 @@ def prepare(
                 labels=wanted_labels,  # type: ignore[arg-type]
                 table=Path(str(table)) if table else None,
                 name=str(name) if name else None,
+                patients=patients_from,  # type: ignore[arg-type]
                 work=state / "dicom",
                 temporary=temporary,
                 workers=n_workers,
@@ -128,7 +126,7 @@ def prepare(
         check_phantom_name(cohort, "phantom" in listing.cohort.lower())
         scans = _select(listing, wanted_labels, needed, _words(diagnoses), excluded_patients)
         if not scans:
-            _print_findings(listing.findings)
+            print_findings(listing.findings)
             reasons = Counter(finding.reason for finding in listing.findings if finding.left_out)
             common = "".join(f"; {count} times: {reason}" for reason, count in reasons.most_common(3))
             raise InputError(
@@ -145,7 +143,7 @@ def prepare(
             print(f"shard {index + 1} of {n_shards} is done; {waiting} volumes are left to others")
             print("The last shard to end writes the datalist (so does the same command without --shard).")
             return 0
-        return _finish(
+        return finish(
             target,
             temporary,
             cohort,
@@ -321,193 +319,29 @@ def _select(
     excluded_patients: Mapping[str, str],
 ) -> list[Scan]:
     kept = []
-    wanted_diagnoses = {word.upper() for word in diagnoses}
+    wanted_diagnoses = {parse_diagnosis(word) for word in diagnoses}
     some_labels = any(scan.labels for scan in listing.scans)
     for scan in sorted(listing.scans, key=lambda scan: scan.key):
-
-        def leave(kind: Literal["problem", "choice"], reason: str, remedy: str, scan: Scan = scan) -> None:
-            listing.note(kind, scan.subject_id, scan.source, reason, remedy)
-
         lacking = [word for word in require if getattr(scan, word) is None]
         if scan.patient_id in excluded_patients:
             other = excluded_patients[scan.patient_id]
-            leave("choice", f"patient {scan.patient_id} is in {other} (--exclude-patients-of)", "")
-        elif wanted_diagnoses and (scan.diagnosis or "").upper() not in wanted_diagnoses:
-            leave("choice", f"diagnosis {scan.diagnosis} is not asked for", f"--diagnoses {','.join(diagnoses)}")
+            listing.note_scan("choice", scan, f"patient {scan.patient_id} is in {other} (--exclude-patients-of)")
+        elif wanted_diagnoses and scan.diagnosis not in wanted_diagnoses:
+            asked = f"--diagnoses {','.join(diagnoses)}"
+            if scan.diagnosis is None:
+                listing.note_scan("problem", scan, f"has no diagnosis, so not taken by {asked}", "complete the table")
+            elif scan.diagnosis in KNOWN_DIAGNOSES:
+                listing.note_scan("choice", scan, f"diagnosis {scan.diagnosis} is not asked for", asked)
+            else:
+                reason = f"diagnosis {scan.diagnosis!r} is not understood, so not taken by {asked}"
+                listing.note_scan("problem", scan, reason, "write it as CN, MCI, AD, ... in the table, or ask for it")
         elif lacking:
-            leave("problem", f"has no {' and no '.join(lacking)}", "complete the table, or take it with --require none")
+            remedy = "complete the table, or take it with --require none"
+            listing.note_scan("problem", scan, f"has no {' and no '.join(lacking)}", remedy)
         elif labels == "require" and not scan.labels:
-            leave("problem", "image without label", "fetch its label, or choose --labels auto")
+            listing.note_scan("problem", scan, "image without label", "fetch its label, or choose --labels auto")
         else:
             if labels == "auto" and some_labels and not scan.labels:
-                listing.note("problem", scan.subject_id, scan.source, "image without label", "kept unlabelled", False)
+                listing.note_scan("problem", scan, "image without label", "kept unlabelled", False)
             kept.append(scan)
     return kept
-
-
-# --- the end ---------------------------------------------------------------------------------------------------------
-
-
-def _finish(
-    target: Path,
-    temporary: Path,
-    cohort: str,
-    layout: str,
-    settings: Settings,
-    scans: Sequence[Scan],
-    records: Sequence[dict[str, Any]],
-    listing: Listing,
-    folds: int,
-    seed: int,
-    skip_bad: bool,
-    strict: bool,
-    started: float,
-) -> int:
-    """Findings, marks, folds, datalist, QC files and summary; gives the exit status."""
-    good: list[tuple[Scan, dict[str, Any]]] = []
-    for scan, record in zip(scans, records, strict=True):
-        if "error" in record:
-            error = record["error"]
-            listing.note("problem", scan.subject_id, error["file"], error["reason"], error["remedy"])
-        else:
-            good.append((scan, record))
-            for file, what in record["quirks"]:
-                listing.note("quirk", scan.subject_id, file, _with_cross_check(listing, scan, what))
-            if scan.subject_id in listing.swapped and not any("swapped" in what for _, what in record["quirks"]):
-                listing.note(
-                    "quirk",
-                    scan.subject_id,
-                    scan.source,
-                    "listed as swapped, but its centroids say otherwise: left alone",
-                )
-    _note_twins(listing, good)
-    marks = quality.find_marks([{**record["quality"], "warnings": record["warnings"]} for _, record in good])
-    if strict:
-        for (scan, _), found in zip(good, marks, strict=True):
-            if found:
-                listing.note("problem", scan.subject_id, scan.source, "; ".join(found), "marked by the QC (--strict)")
-        good = [pair for pair, found in zip(good, marks, strict=True) if not found]
-        marks = [[] for _ in good]
-    if not good:
-        _print_findings(listing.findings)
-        raise InputError(f"{target}: no volume could be prepared; see the findings above")
-    items = [_item(scan, record, cohort) for scan, record in good]
-    fold_of = assign_folds(items, folds, seed)
-    for item in items:
-        item["fold"] = fold_of[item["patient_id"]]
-    findings = sorted(listing.findings, key=lambda f: (f.kind, f.subject, f.file, f.reason))
-    excluded = [{"subject_id": f.subject, "source": f.file, "reason": f.reason} for f in findings if f.left_out]
-    content = make_content(cohort, settings.spacing, settings.shape, seed, folds, items, excluded)
-    problems = sum(f.kind == "problem" for f in findings)
-    rows = [
-        {**item, **record["quality"], "key": scan.key, "marks": found}
-        for item, (scan, record), found in zip(items, good, marks, strict=True)
-    ]
-    summary = _summary(cohort, layout, listing, items, marks, findings)
-    qc, fresh = target / "qc", temporary / "qc"
-    thumbnails = [qc / "thumbnails" / f"{scan.key}.png" for scan, _ in good]
-    entries = [(scan.key, path, bool(found)) for (scan, _), path, found in zip(good, thumbnails, marks, strict=True)]
-    sheets = quality.write_contact_sheets(fresh, entries)
-    quality.write_table(fresh / "quality.csv", rows)
-    quality.write_table(fresh / "findings.csv", map(asdict, findings), list(Finding.__dataclass_fields__))
-    quality.write_page(fresh / "index.html", f"{cohort}: prepared volumes", summary, rows, list(map(asdict, findings)))
-    write_json(temporary / "datalist.json", content)
-    # Whole files are moved to their places one after the other, the datalist last.
-    for path in sorted(fresh.iterdir()):
-        path.replace(qc / path.name)
-    for old in set(qc.glob("contact_sheet*.png")) - {qc / path.name for path in sheets}:
-        old.unlink()
-    (temporary / "datalist.json").replace(target / "datalist.json")
-    _print_findings(findings)
-    print("\n".join(summary))
-    print(f"{target / 'datalist.json'}: {len(items)} volumes, {folds} folds, hash {content['hash'][:16]}")
-    print(f"{qc / 'index.html'}: look at it; {time.monotonic() - started:.0f} s")
-    if problems and not skip_bad:
-        print(
-            f"{problems} problems, so the exit status is 1; mend them and run it again, or accept them with --skip-bad"
-        )
-        return 1
-    return 0
-
-
-def _with_cross_check(listing: Listing, scan: Scan, what: str) -> str:
-    """Say whether a swapped pair is one of those that the data set is known for."""
-    if "swapped" not in what or not listing.swapped:
-        return what
-    return what + ("; known of this scan" if scan.subject_id in listing.swapped else "; NOT among the known ones")
-
-
-def _note_twins(listing: Listing, good: Iterable[tuple[Scan, dict[str, Any]]]) -> None:
-    """Report scans that hold the same voxels under two ids."""
-    first: dict[str, Scan] = {}
-    for scan, record in good:
-        other = first.setdefault(record["voxels_sha256"], scan)
-        if other is not scan:
-            listing.note(
-                "problem",
-                scan.subject_id,
-                scan.source,
-                f"the same voxels as {other.subject_id} ({other.source})",
-                "remove one; both are kept",
-                False,
-            )
-
-
-def _item(scan: Scan, record: Mapping[str, Any], cohort: str) -> dict[str, Any]:
-    return {
-        "image": record["image"],
-        **({"label": record["label"]} if record["label"] else {}),
-        "subject_id": scan.subject_id,
-        "patient_id": scan.patient_id,
-        "session": scan.session,
-        "site": scan.site,
-        "cohort": cohort,
-        "sex": scan.sex,
-        "diagnosis": scan.diagnosis,
-        "age": scan.age,
-        "fold": 0,
-        "source": scan.source,
-        "source_sha256": record["source_sha256"],
-        "sha256": record["sha256"],
-        "voxels_sha256": record["voxels_sha256"],
-    }
-
-
-def _summary(
-    cohort: str,
-    layout: str,
-    listing: Listing,
-    items: Sequence[Mapping[str, Any]],
-    marks: Sequence[Sequence[str]],
-    findings: Sequence[Finding],
-) -> list[str]:
-    """Counts beside the paper's."""
-    patients = len({item["patient_id"] for item in items})
-    parts = [f"{len(items)} scans of {patients} patients"]
-    for key in ("sex", "diagnosis", "site"):
-        counts = Counter(str(item[key]) for item in items if item[key] is not None)
-        if counts and len(counts) <= 12:
-            parts.append(f"{key} " + ", ".join(f"{value} {n}" for value, n in sorted(counts.items())))
-    lines = [f"{cohort}: " + "; ".join(parts)]
-    if listing.found:
-        lines.append("found: " + ", ".join(f"{what} {n}" for what, n in listing.found.items()))
-    if paper := PAPER_COUNTS.get(cohort) or PAPER_COUNTS.get(layout):
-        lines.append(f"the paper used: {paper}")
-    kinds = Counter(f.kind for f in findings)
-    lines.append(
-        f"{sum(map(bool, marks))} volumes marked; {kinds['problem']} problems, {kinds['quirk']} quirks handled, "
-        f"{kinds['choice']} left out by choice"
-    )
-    return lines
-
-
-def _print_findings(findings: Sequence[Finding], limit: int = 30) -> None:
-    """Print problems and quirks as a table; choices are only counted (all are in qc/findings.csv)."""
-    for kind in ("problem", "quirk"):
-        rows = [
-            (f.subject, f.file or "(none)", f.reason + (f"; {f.remedy}" if f.remedy else ""))
-            for f in findings
-            if f.kind == kind
-        ]
-        if rows:
-            print(str(InputError.many(f"{len(rows)} {kind}s", rows, "", limit)).rstrip())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from volta_components.errors import InputError
+from volta_components.files import readable
 
 
 class UnusableVolume(InputError):
@@ -31,6 +32,33 @@ class UnusableVolume(InputError):
         return type(self), (self.path, self.reason, self.remedy)
 
 
+def missing_content(path: Path) -> tuple[str, str] | None:
+    """Why a file's content is not there: DataLad and Git LFS keep links or notes in the place of files.
+
+    Returns:
+        Reason and remedy; None where the file has its content, or does not exist at all.
+    """
+    fetch = "fetch it: datalad get FILE, or git annex get FILE"
+    try:
+        if path.is_symlink() and not path.exists():
+            target = path.readlink()
+            if "annex" in target.parts:
+                return "its content was not fetched (a git-annex link)", fetch
+            return (
+                f"no such file: a link to {readable(str(target))}, which is not there",
+                "mend the link, or fetch the file",
+            )
+        with path.open("rb") as stream:
+            start = stream.read(40)
+    except OSError:
+        return None
+    if start.startswith(b"/annex/objects/"):
+        return "its content was not fetched (a git-annex pointer)", fetch
+    if start.startswith(b"version https://git-lfs"):
+        return "its content was not fetched (a Git LFS pointer)", "fetch it: git lfs pull"
+    return None
+
+
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
     """Turn whatever goes wrong while a file is opened and read into an UnusableVolume that names it.
@@ -40,30 +68,33 @@ def named_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except UnusableVolume:
-        raise
-    except FileNotFoundError as error:
-        raise UnusableVolume(path, "no such file", "fetch it again or mend the link") from error
-    except PermissionError as error:
-        raise UnusableVolume(path, "permission denied", "make it readable (chmod u+r)") from error
-    except IsADirectoryError as error:
-        raise UnusableVolume(path, "a folder, not a file", "give the volume file itself") from error
-    except EOFError as error:
-        raise UnusableVolume(path, "truncated: the gzip stream ends early", "fetch it again") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise UnusableVolume(path, f"damaged gzip stream ({error})", "fetch it again") from error
-    except MemoryError as error:
-        raise UnusableVolume(
-            path, "does not fit in memory", "use fewer workers, or check the file's dimensions"
-        ) from error
-    except OSError as error:
-        raise UnusableVolume(
-            path, f"cannot be read ({error.strerror or error})", "check the disk and the permissions"
-        ) from error
     except Exception as error:
-        raise UnusableVolume(path, f"damaged header ({one_line(error)})", "fetch it again, or convert it again") from (
-            error
-        )
+        if isinstance(error, UnusableVolume) and Path(error.path) != path:
+            raise
+        if why := missing_content(path):
+            raise UnusableVolume(path, *why) from error
+        if isinstance(error, UnusableVolume):
+            raise
+        raise UnusableVolume(path, *_reason(error)) from error
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """What an error says of the file, and what to do."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file", "fetch it again"
+    if isinstance(error, PermissionError):
+        return "permission denied", "make it readable (chmod u+r)"
+    if isinstance(error, IsADirectoryError):
+        return "a folder, not a file", "give the volume file itself"
+    if isinstance(error, EOFError):
+        return "truncated: the gzip stream ends early", "fetch it again"
+    if isinstance(error, (gzip.BadGzipFile, zlib.error)):
+        return f"damaged gzip stream ({error})", "fetch it again"
+    if isinstance(error, MemoryError):
+        return "does not fit in memory", "use fewer workers, or check the file's dimensions"
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror or error})", "check the disk and the permissions"
+    return f"damaged header ({one_line(error)})", "fetch it again, or convert it again"
 
 
 def one_line(error: BaseException) -> str:

@@ -67,15 +67,6 @@ def volume_stem(path: Path) -> str:
     return path.name[: len(path.name) - len(volume_suffix(path) or "")]
 
 
-def volumes_below(folder: Path) -> list[Path]:
-    """All volume files below a folder, sorted; hidden ones and those in hidden folders are left alone."""
-    found = []
-    for parent, names, files in os.walk(folder):
-        names[:] = [name for name in names if not name.startswith(".")]
-        found += [Path(parent, name) for name in files if not name.startswith(".") and volume_suffix(Path(name))]
-    return sorted(found)
-
-
 def _read_nifti(path: Path, assume_orientation: str | None) -> Volume:
     header = read_header(path, assume_orientation)
     with named_errors(header.data):

@@ -30,11 +30,11 @@ from volta_components.data import quality
 from volta_components.data.labels import read_labels
 from volta_components.data.layouts import Scan
 from volta_components.data.layouts.common import relative
-from volta_components.data.layouts.dicom import convert_series, dicom_files
+from volta_components.data.layouts.series import convert_series
 from volta_components.data.preprocess import Prepared, Settings, UnusableVoxels, prepare_volume
 from volta_components.data.volumes import UnusableVolume, Volume, read_volume
 from volta_components.errors import InputError
-from volta_components.files import read_json, sha256_file
+from volta_components.files import read_json, readable, sha256_file
 
 DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float32", "uint16", "uint8")}
 STATE = ".prepare"
@@ -62,18 +62,14 @@ class Task:
 
 
 def _image_files(scan: Scan) -> list[Path]:
-    """The files that a scan is made of; for DICOM, all of its folder."""
-    return dicom_files(scan.image) if scan.series else [scan.image]
+    """The files that a scan is made of; for DICOM, those of its series."""
+    return list(scan.series) or [scan.image]
 
 
 def _stamp(scan: Scan, source: Path) -> list[list[Any]]:
     """Name, size and time of each file that a volume is made from."""
     stamps: list[list[Any]] = []
-    try:
-        files = _image_files(scan)
-    except OSError:
-        files = []
-    for path in [*files, *(label.path for label in scan.labels)]:
+    for path in [*_image_files(scan), *(label.path for label in scan.labels)]:
         try:
             status = path.stat()
             stamps.append([relative(path, source), status.st_size, status.st_mtime_ns])
@@ -163,14 +159,8 @@ def _load(task: Task) -> Volume:
         return read_volume(scan.image, task.settings.assume_orientation)
     task.temporary.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=task.temporary) as folder:
-        path, warnings = convert_series(scan.image, scan.series, Path(folder))
+        path, warnings = convert_series(scan.series, Path(folder))
         volume = read_volume(path)  # mapped into memory: the file may go while the voxels are in use
-    if min(volume.voxels.shape) < 8:
-        raise UnusableVolume(
-            scan.image,
-            f"only {min(volume.voxels.shape)} slices: a localiser, or incomplete",
-            "download the series again",
-        )
     return replace(volume, warnings=tuple(warnings))
 
 
@@ -189,8 +179,8 @@ def process(task: Task) -> dict[str, Any]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         record["error"] = {
-            "file": error.filename or scan.source,
-            "reason": f"{error.strerror or error}",
+            "file": readable(str(error.filename or scan.source)),
+            "reason": readable(str(error.strerror or error)),
             "remedy": "check the disk and the permissions",
         }
     except MemoryError:
@@ -198,7 +188,7 @@ def process(task: Task) -> dict[str, Any]:
     except Exception as error:
         record["error"] = {
             "file": scan.source,
-            "reason": f"unexpected {type(error).__name__}: {error}",
+            "reason": readable(f"unexpected {type(error).__name__}: {error}"),
             "remedy": "please report it",
         }
     text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"

@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from volta_components.data.datalist import check_volumes, load_datalist
 from volta_components.data.layouts.common import LayoutOptions
-from volta_components.data.layouts.dicom import convert_series, dicom_folders
 from volta_components.data.layouts.dicom import read as read_dicom
-from volta_components.data.volumes import UnusableVolume, read_volume, volume_suffix
+from volta_components.data.layouts.series import convert_series, may_be_dicom
+from volta_components.data.volumes import UnusableVolume, volume_suffix
+from volta_components.data.walk import walk
 from volta_components.errors import InputError
 from volta_components.files import partial_prefix, remove_partials
 from volta_components.inference.bundles import split_words
@@ -34,7 +35,8 @@ def expand_source(source: str | Sequence[str], target: Path) -> list[Path]:
         text = str(given)
         for word in [text] if Path(text).expanduser().exists() else split_words(text):
             path = Path(word).expanduser()
-            found = [path] if path.exists() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
+            is_there = path.exists() or path.is_symlink()
+            found = [path] if is_there else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
             parts += [path.absolute() for path in found]
             if not found:
                 missing.append((word,))
@@ -63,7 +65,11 @@ def choose_scans(parts: Sequence[Path], target: Path, skip_bad: bool) -> list[Pa
     """
     datalists = [part for part in parts if is_datalist(part)]
     found = [_scans_of(part, target) for part in parts if part not in datalists]
-    files = list(dict.fromkeys(file for scans, _ in found for file in scans))
+    # The same file under the same name, by whatever links, is one scan.
+    files = list(
+        {(file.name, file.resolve()): file for scans, _ in reversed(found) for file in reversed(scans)}.values()
+    )
+    files.reverse()
     rows = [row for _, bad in found for row in bad]
     count = len(files) + len(rows)
     for datalist in datalists:
@@ -82,14 +88,14 @@ def choose_scans(parts: Sequence[Path], target: Path, skip_bad: bool) -> list[Pa
 
 def _scans_of(part: Path, target: Path) -> tuple[list[Path], list[Row]]:
     """The scans of a file or folder, and what is no scan or cannot be converted to one."""
-    if part.is_file():
+    if not part.is_dir():
         if volume_suffix(part) is None:
             return [], [(str(part), "not a volume", "give .nii, .nii.gz, .mgz, ...; of DICOM, the folder")]
         return [part], []
     volumes, others = scans_below(part)
     if others:
         print(f"{part}: {len(others)} volumes that are no T1w scans are left aside, such as {others[0]}")
-    has_dicom = bool(dicom_folders(part))
+    has_dicom = any(map(may_be_dicom, walk(part).files))
     if not volumes and not has_dicom:
         raise InputError(f"{part}: no scans in it: no volumes (.nii, .nii.gz, .mgz, ...), no DICOM files")
     converted, bad = _convert_dicom(part, target) if has_dicom else ([], [])
@@ -104,17 +110,18 @@ def _convert_dicom(root: Path, target: Path) -> tuple[list[Path], list[Row]]:
         temporary = Path(name)
         options = LayoutOptions(root, ("all",), "none", temporary=temporary, workers=joblib.cpu_count())
         listing = read_dicom(options)
+        # Volumes beside the DICOM files are no problem here.
         rows = [
-            (str(root / f.file), f.reason, f.remedy) for f in listing.findings if f.kind == "problem" and f.left_out
+            (str(root / f.file), f"{f.subject}: {f.reason}", f.remedy)
+            for f in listing.findings
+            if f.kind == "problem" and f.left_out and volume_suffix(Path(f.file)) is None
         ]
-        skipped = [finding for finding in listing.findings if finding.kind == "choice"]
+        skipped = [f for f in listing.findings if f.kind == "skipped" and volume_suffix(Path(f.file)) is None]
         for scan in tqdm(sorted(listing.scans, key=lambda scan: scan.key), unit="series", desc="converting DICOM"):
             folder = temporary / scan.key
             folder.mkdir(exist_ok=True)
             try:
-                path, warnings = convert_series(scan.image, str(scan.series), folder)
-                if min(read_volume(path).voxels.shape) < 8:
-                    raise UnusableVolume(scan.image, "fewer than 8 slices", "download the series again")
+                path, warnings = convert_series(scan.series, folder)
             except UnusableVolume as error:
                 rows.append((str(scan.image), error.reason, error.remedy))
                 continue

@@ -15,10 +15,14 @@ import numpy as np
 from tqdm import tqdm
 
 from volta_components.data.datalist import check_volumes, load_datalist
+from volta_components.data.layouts.bids import ASIDE
+from volta_components.data.names import parse_name
 from volta_components.data.preprocess import UnusableVoxels, survey
-from volta_components.data.volumes import UnusableVolume, read_volume, volume_stem, volume_suffix, volumes_below
+from volta_components.data.volumes import UnusableVolume, read_volume, volume_stem, volume_suffix
+from volta_components.data.walk import VolumeFile, walk
 from volta_components.downstream.splits import Item
 from volta_components.errors import InputError
+from volta_components.files import readable
 
 PathLike = str | os.PathLike[str]
 # A folder, a datalist, a volume, or a list of these.
@@ -69,10 +73,8 @@ def find_volumes(source: Source, output: PathLike | None = None) -> list[Item]:
         for file in files:
             if volume_suffix(file) is None:
                 raise InputError(f"{file}: not a volume (.nii, .nii.gz, .mgz, ...)")
-            words = volume_stem(file).split("_")
-            session = next((word for word in words if word.startswith("ses-")), None)
-            subject = words[0] if words[0].startswith("sub-") else "_".join(words)
-            items.append({"image": str(file), "subject_id": subject, "session": session})
+            name = parse_name(VolumeFile.of(file).stem)
+            items.append({"image": str(file), "subject_id": name.subject, "session": name.session})
     return items
 
 
@@ -105,11 +107,10 @@ def scans_below(folder: Path) -> tuple[list[Path], list[Path]]:
     """
     scans: list[Path] = []
     others: list[Path] = []
-    aside = ("derivatives", "sourcedata", "code") if any(folder.glob("sub-*/")) else ()
-    for path in volumes_below(folder):
-        words = volume_stem(path).split("_")
-        is_other = words[0].startswith("sub-") and "-" not in words[-1] and words[-1] != "T1w"
-        (others if is_other or path.relative_to(folder).parts[0] in aside else scans).append(path)
+    aside = ASIDE if any(folder.glob("sub-*/")) else frozenset()
+    for volume in walk(folder).volumes():
+        name, top = parse_name(volume.stem), volume.path.relative_to(folder).parts[0]
+        (others if top in aside or (name.is_bids and name.is_other) else scans).append(volume.path)
     return scans, others
 
 
@@ -207,6 +208,8 @@ def unusable_scans(files: Sequence[Path], workers: int | None = None) -> list[Ro
     """
 
     def examine(path: Path) -> Row | None:
+        if readable(str(path)) != str(path):
+            return str(path), "its name is not UTF-8", f"rename it, for example to {readable(path.name)}"
         try:
             if not survey(read_volume(path)).foreground.any():
                 return str(path), "nothing stands out from the background", "look at it; it may hold no head"

@@ -1,86 +1,126 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BraTS 2023 and later as downloaded: ``BraTS-GLI-00005-100/BraTS-GLI-00005-100-t1n.nii.gz``, at any depth."""
+"""BraTS as downloaded, at any depth.
+
+``BraTS-GLI-00005-100/BraTS-GLI-00005-100-t1n.nii.gz`` since 2023, ``BraTS2021_00000/BraTS2021_00000_t1.nii.gz`` before.
+"""
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from pathlib import Path
 
-from volta_components.data.identity import canonical_patient_id
+from volta_components.data.identity import canonical_patient_id, is_old_brats
 from volta_components.data.layouts.common import (
     LayoutOptions,
     Listing,
     Scan,
+    align,
+    choose,
     describe_person,
-    drop_doubles,
-    find_volumes,
-    read_people,
+    look,
+    read_table_of_people,
     relative,
-    select_sessions,
 )
+from volta_components.data.walk import VolumeFile, tidy
 from volta_components.errors import InputError
 
-_CASE = re.compile(r"BraTS-([A-Za-z]+(?:-[A-Za-z]+)*)-(\d{4,6})(?:-(\d{3}))?")
-_MODALITY = re.compile(r"-(t1n|t1c|t2w|t2f|seg|gtv)\.nii(\.gz)?$")
+_CASE = re.compile(r"BraTS-([A-Za-z]+(?:-[A-Za-z]+)*)-(\d{4,6})(?:-(\d{1,3}))?(?![\dA-Za-z])", re.IGNORECASE)
+_OLD_CASE = re.compile(r"BraTS(?:20)?(?:1[3-9]|2[0-2])(?:_[A-Za-z0-9]+)*?_\d+(?=_[a-z]\w*|$)", re.IGNORECASE)
+_MODALITY = re.compile(r"[-_](t1n|t1c|t2w|t2f|t1ce|t1|t2|flair|seg|gtv)$", re.IGNORECASE)
+_NATIVE = ("t1n", "t1")
 
 
 def read(options: LayoutOptions) -> Listing:
     """List the native T1 (``t1n``) of each case; time points of one patient share the patient's id.
 
-    Cases without a ``t1n`` are named; where one is there both as ``.nii`` and ``.nii.gz``, the compressed one is used.
+    Cases without a ``t1n`` are named, and so is every file that is not understood; where one is there both as ``.nii``
+    and ``.nii.gz``, the compressed one is used.
 
     Raises:
         InputError: if there is no such folder, or no case in it.
     """
     root = options.source
     listing = Listing(cohort="brats")
-    cases: dict[str, dict[str, list[Path]]] = {}
-    for path in find_volumes(root):
-        kind = _MODALITY.search(path.name)
-        case = _CASE.match(path.name)
+    tree = look(listing, root)
+    cases: dict[str, dict[str, list[VolumeFile]]] = {}
+    strange: list[VolumeFile] = []
+    for volume in tree.volumes():
+        kind, case = _MODALITY.search(volume.stem), _case(volume.stem)
         if kind and case:
-            cases.setdefault(case[0], {}).setdefault(kind[1], []).append(path)
-    for folder, _, _ in os.walk(root):
-        if case := _CASE.fullmatch(Path(folder).name):
-            cases.setdefault(case[0], {})
+            cases.setdefault(case, {}).setdefault(kind[1].lower(), []).append(volume)
+        else:
+            strange.append(volume)
+    for folder in tree.folders:
+        if (case := _case(tidy(folder.name))) == tidy(folder.name) and case:
+            cases.setdefault(case, {})
     if not cases:
-        packed = sorted(path.name for pattern in ("*.zip", "*.tar*") for path in root.rglob(pattern))
+        packed = sorted(path.name for path in tree.files if re.search(r"\.(zip|tar(\.\w+)?|tgz|7z)$", path.name))
         hint = f"unpack {packed[0]} first" if packed else "give the folder that holds them as --source"
         raise InputError(f"{root}: no case like BraTS-GLI-00005-100; {hint}")
-    people = read_people(listing, options.table) if options.table else {}
+    people = read_table_of_people(listing, options.table) if options.table else None
+    if people:
+        align(listing, people, map(canonical_patient_id, cases))
     tasks: Counter[str] = Counter()
     for name, files in sorted(cases.items()):
-        match = _CASE.fullmatch(name)
-        assert match
-        if "t1n" not in files:
-            there = f"only {', '.join(sorted(files))}" if files else "its folder is empty"
-            listing.note("problem", name, "", f"has no t1n ({there})", "download the case again, or leave it out")
-            continue
-        tasks[match[1]] += 1
-        paths = sorted(files["t1n"], key=lambda path: (not path.name.endswith(".gz"), str(path)))
-        same_place = [path for path in paths[1:] if path.parent == paths[0].parent]
-        for other in same_place:
-            listing.note(
-                "quirk",
-                name,
-                relative(other, root),
-                f"there both compressed and not: {paths[0].name} is used",
-                "",
-                True,
+        native = next((files[kind] for kind in _NATIVE if kind in files), [])
+        tasks[match[1] if (match := _CASE.match(name)) else name.split("_")[0]] += bool(native)
+        if not native:
+            unknown = [volume for volume in strange if _is_below(volume.path, name)]
+            there = (
+                f"only {', '.join(sorted(files))}"
+                if files
+                else f"but {unknown[0].name}"
+                if unknown
+                else "its folder is empty"
             )
-        patient = canonical_patient_id(name)
-        facts = describe_person(listing, patient, options.table.name if options.table else "", people.get(patient))
-        for path in paths:
-            if path not in same_place:
-                listing.scans.append(
-                    Scan(f"BraTS-{match[1]}-{match[2]}", match[3], patient, path, relative(path, root), **facts)
-                )
+            remedy = (
+                f"name it {name}-t1n.nii.gz if it is one" if unknown else "download the case again, or leave it out"
+            )
+            listing.note("problem", name, "", f"has no t1n ({there})", remedy)
+        _scans(listing, options, name, native, people)
+    for volume in strange:
+        if not any(_is_below(volume.path, name) for name in cases):
+            who = volume.path.relative_to(root).parts[0]
+            remedy = "name it as BraTS does (BraTS-GLI-00005-100-t1n.nii.gz), or leave it out"
+            listing.note(
+                "problem", tidy(who), relative(volume.path, root), "is not named as BraTS names images", remedy
+            )
+    old = sorted({scan.patient_id for scan in listing.scans if is_old_brats(scan.patient_id)})
+    mixed = len(old) < len({scan.patient_id for scan in listing.scans})
+    for patient in old:
+        reason = "a case of BraTS before 2023, whose patients have other names since then" + "; here are both" * mixed
+        remedy = "prepare either, or be sure that nobody is in both" if mixed else "do not mix it with later ones"
+        listing.note("problem" if mixed else "quirk", patient, "", reason, remedy, False)
     listing.found = {
-        **{task: n for task, n in sorted(tasks.items())},
+        **{task: n for task, n in sorted(tasks.items()) if n},
         "cases": len(cases),
         "patients": len({scan.patient_id for scan in listing.scans}),
     }
-    listing.scans = drop_doubles(listing, select_sessions(listing, listing.scans, options.sessions))
-    return listing
+    return choose(listing, options.sessions)
+
+
+def _case(name: str) -> str | None:
+    """The case that a name begins with."""
+    match = _CASE.match(name) or _OLD_CASE.match(name)
+    return match[0] if match else None
+
+
+def _is_below(path: Path, case: str) -> bool:
+    return any(tidy(part) == case for part in path.parts[:-1])
+
+
+def _scans(listing: Listing, options: LayoutOptions, name: str, volumes: list[VolumeFile], people: object) -> None:
+    """Add the native scans of a case; two of one folder are one scan, compressed and not."""
+    patient, match = canonical_patient_id(name), _CASE.match(name)
+    facts = describe_person(listing, people, patient) if volumes else {}  # type: ignore[arg-type]
+    used: dict[Path, str] = {}
+    for volume in sorted(volumes, key=lambda volume: (not volume.path.name.endswith(".gz"), str(volume.path))):
+        place = relative(volume.path, options.source)
+        if (folder := volume.folder) in used:
+            listing.note("quirk", name, place, f"there both compressed and not: {used[folder]} is used", "", True)
+            continue
+        used[folder] = volume.name
+        session = match[3] if match else None
+        subject = patient if match else name
+        listing.add(Scan(subject, session, patient, volume.path, place, **facts))

@@ -1,28 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all layout readers share: the records they make, and the reading of tables, sexes and ages."""
+"""What all layout readers share: the records they make, and the choice among several scans of one person."""
 
 from __future__ import annotations
 
-import csv
-import io
-import math
+import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from volta_components.data.identity import canonical_patient_id, cohort_of
-from volta_components.data.volumes import volumes_below
-from volta_components.errors import InputError
+from volta_components.data.sessions import in_order, spelled_alike
+from volta_components.data.tables import (
+    AGE_COLUMNS,
+    DIAGNOSIS_COLUMNS,
+    SEX_COLUMNS,
+    SITE_COLUMNS,
+    People,
+    Row,
+    parse_age,
+    parse_diagnosis,
+    parse_sex,
+    pick,
+    read_people,
+)
+from volta_components.data.volumes import volume_suffix
+from volta_components.data.walk import Tree, VolumeFile, tidy, walk
+from volta_components.files import readable
 
 LEFT, RIGHT = 1, 2  # values of the hippocampi in label maps
-Kind = Literal["problem", "quirk", "choice"]
-MISSING = {"", "n/a", "na", "nan", "none", "null", "unknown", "-4", "-1", "."}
-# Names of one thing in the public tables, brought to Clinica's.
-DIAGNOSES = {"HC": "CN", "NL": "CN", "NC": "CN", "NORMAL": "CN", "CONTROL": "CN", "DEMENTIA": "AD", "DAT": "AD"}
-_SEXES = {"m": "M", "male": "M", "man": "M", "f": "F", "female": "F", "woman": "F"}
+Kind = Literal["problem", "quirk", "choice", "skipped"]
+MAX_KEY_BYTES = 150
 
 
 @dataclass(frozen=True)
@@ -30,13 +40,15 @@ class Finding:
     """Something about the data set that its user should know.
 
     Attributes:
-        kind: ``problem``: broken or missing, counts in the exit status; ``quirk``: known of this data set, handled;
-            ``choice``: left out because of an option or by the layout's own rules.
+        kind: ``problem``: broken, missing, ambiguous or not understood, counts in the exit status; ``quirk``: known of
+            this data set, handled; ``choice``: left out because of an option that the user gave; ``skipped``: no T1
+            scan, or not the one of its session that the layout's rules take. Nobody is lost by what is skipped.
         subject: whom it is about.
         file: which file, relative to the source, or empty.
         reason: what was found.
         remedy: what the user can do, or what was done.
         left_out: whether the scan is missing from the result because of it.
+        patient_id: canonical; empty where it is about nobody in particular.
     """
 
     kind: Kind
@@ -45,6 +57,7 @@ class Finding:
     reason: str
     remedy: str = ""
     left_out: bool = True
+    patient_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,10 +80,12 @@ class Scan:
     Attributes:
         subject_id, session: name the prepared files; together unique.
         patient_id: canonical (:func:`volta_components.data.identity.canonical_patient_id`).
-        image: the volume file, or a folder of DICOM files.
+        image: the volume file, or the first folder of DICOM files.
         source: ``image`` relative to the source, with forward slashes.
         labels: its label files.
-        series: for DICOM, the UID of the one series in the folder; None for a volume file.
+        series: for DICOM, the files of the series; empty for a volume file.
+        date: of the scan, ``YYYY-MM-DD``, where known.
+        visit: which of the patient's prepared scans it is in the order of time, from 0; None where that is not known.
         site, sex, diagnosis, age: where known. Sex is ``F`` or ``M``; age in years.
     """
 
@@ -80,7 +95,9 @@ class Scan:
     image: Path
     source: str
     labels: tuple[LabelFile, ...] = ()
-    series: str | None = None
+    series: tuple[Path, ...] = ()
+    date: str | None = None
+    visit: int | None = None
     site: str | None = None
     sex: str | None = None
     diagnosis: str | None = None
@@ -88,8 +105,13 @@ class Scan:
 
     @property
     def key(self) -> str:
-        """Stem of the prepared files."""
-        return self.subject_id if self.session is None else f"{self.subject_id}_{self.session}"
+        """Stem of the prepared files; file systems hold no more than 255 bytes."""
+        name = self.subject_id if self.session is None else f"{self.subject_id}_{self.session}"
+        encoded = name.encode()
+        if len(encoded) <= MAX_KEY_BYTES:
+            return name
+        short = encoded[: MAX_KEY_BYTES - 10].decode(errors="ignore")
+        return f"{short}-{hashlib.sha256(encoded).hexdigest()[:8]}"
 
 
 @dataclass
@@ -100,6 +122,7 @@ class Listing:
         cohort: name of the data set, lower case.
         scans: to prepare, unsorted.
         findings: about everything else.
+        people: everybody of whom there is a scan, a folder or a row: canonical id, and the name in the data set.
         found: counts to print beside the paper's, such as ``{"rows": 619, "male": 342}``.
         swapped: subjects whose left and right label files are known to be swapped.
     """
@@ -107,16 +130,54 @@ class Listing:
     cohort: str
     scans: list[Scan] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    people: dict[str, str] = field(default_factory=dict)
     found: dict[str, int] = field(default_factory=dict)
     swapped: frozenset[str] = frozenset()
 
+    def meet(self, patient_id: str, subject: str | None = None) -> None:
+        """Count somebody among the people found: at the end it must be said what became of everyone."""
+        if patient_id:
+            self.people.setdefault(patient_id, subject or patient_id)
+
     def note(
-        self, kind: Kind, subject: str, file: str, reason: str, remedy: str = "", left_out: bool | None = None
+        self,
+        kind: Kind,
+        subject: str,
+        file: str,
+        reason: str,
+        remedy: str = "",
+        left_out: bool | None = None,
+        patient_id: str | None = None,
     ) -> None:
-        """Add a finding; only quirks keep the scan unless told otherwise."""
-        self.findings.append(
-            Finding(kind, subject, file, reason, remedy, kind != "quirk" if left_out is None else left_out)
-        )
+        """Add a finding; only quirks keep the scan unless told otherwise.
+
+        The patient follows from the subject unless given; a subject in brackets, as ``(all)``, is nobody.
+        """
+        if patient_id is None:
+            patient_id = "" if subject.startswith("(") else canonical_patient_id(subject)
+        self.meet(patient_id, subject)
+        lost = kind != "quirk" if left_out is None else left_out
+        finding = Finding(kind, subject, file, reason, remedy, lost, patient_id)
+        if finding not in self.findings[-100:]:  # of a person with many scans, once
+            self.findings.append(finding)
+
+    def note_scan(
+        self,
+        kind: Kind,
+        scan: Scan,
+        reason: str,
+        remedy: str = "",
+        left_out: bool | None = None,
+        file: str | None = None,
+    ) -> None:
+        """Add a finding about a scan."""
+        place = scan.source if file is None else file
+        self.note(kind, scan.subject_id, place, reason, remedy, left_out, scan.patient_id)
+
+    def add(self, scan: Scan) -> None:
+        """Add a scan, and its patient to the people found."""
+        self.meet(scan.patient_id, scan.subject_id)
+        self.scans.append(scan)
 
 
 @dataclass(frozen=True)
@@ -129,6 +190,7 @@ class LayoutOptions:
         labels: ``auto`` (take those there are), ``require`` or ``none``.
         table: a table of subjects to read instead of the layout's own, or None.
         name: the cohort's name, where the user gave one; tells whose numbers bare ids are (``aibl``).
+        patients: for DICOM, what says who a scan is of: ``id``, ``folder``, or None for the id where it can be trusted.
         work: a folder to keep what was learnt of DICOM folders.
         temporary: a folder of this run's own, on the file system of ``work``, for files that are not whole yet.
         workers: threads for reading DICOM headers.
@@ -139,14 +201,15 @@ class LayoutOptions:
     labels: Literal["auto", "require", "none"] = "auto"
     table: Path | None = None
     name: str | None = None
+    patients: Literal["id", "folder"] | None = None
     work: Path | None = None
     temporary: Path | None = None
     workers: int = 1
 
 
 def relative(path: Path, root: Path) -> str:
-    """``path`` relative to ``root`` with forward slashes, as it goes into tables and datalists."""
-    return Path(os.path.relpath(path, root)).as_posix()
+    """``path`` relative to ``root`` with forward slashes, readable, as it goes into tables and datalists."""
+    return readable(Path(os.path.relpath(path, root)).as_posix())
 
 
 def slug(text: str) -> str:
@@ -154,158 +217,190 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "dataset"
 
 
-def read_delimited(path: Path) -> list[dict[str, str]]:
-    """Rows of a TSV or CSV table (tab, comma or semicolon, told from its first line), cells stripped.
+def look(listing: Listing, root: Path) -> Tree:
+    """Walk over the source; say which links are left out, and what cannot be looked into.
 
     Raises:
-        InputError: if it cannot be read.
+        InputError: if the folder is missing, is none, or cannot be listed.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = path.read_bytes().decode("latin-1")
-    except PermissionError as error:
-        raise InputError(f"{path}: permission denied; make it readable (chmod u+r)") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    first = text.split("\n", 1)[0]
-    delimiter = max("\t,;", key=first.count)
-    rows = csv.DictReader(io.StringIO(text), delimiter=delimiter)
-    return [
-        {str(k).strip(): (v or "").strip() for k, v in row.items() if k is not None and not isinstance(v, list)}
-        for row in rows
-    ]
+    tree = walk(root)
+    for link, other in tree.again:
+        place, file = relative(link, root), relative(other, root)
+        if link.is_dir() or tidy(link.name) == tidy(other.name):
+            listing.note("quirk", "(links)", place, f"a link to {file}, which is taken once")
+        elif volume_suffix(link):
+            who = VolumeFile(link, tidy(link.name)).stem
+            remedy = "remove the link, or put the scan itself there"
+            listing.note("problem", who, place, f"a link to {file}, which has another name", remedy)
+    for folder in tree.locked:
+        place = relative(folder, root)
+        listing.note("problem", place.split("/")[0], place, "permission denied", "make it readable (chmod u+rx)")
+    for folder in tree.folders:
+        if volume_suffix(folder):
+            inside = [path for path in tree.files if path.parent == folder and volume_suffix(path)]
+            if len(inside) != 1:
+                reason = f"a folder with the name of a file, which holds {len(inside)} volumes"
+                name = VolumeFile(folder, tidy(folder.name)).stem
+                listing.note("problem", name, relative(folder, root), reason, "put the one volume in its place")
+    return tree
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV, TSV or Excel table, as text; whole numbers that Excel holds as floats lose their ``.0``.
-
-    Raises:
-        InputError: if it cannot be read.
-    """
-    if path.suffix.lower() not in {".xls", ".xlsx"}:
-        return read_delimited(path)
-    import pandas as pd
-
-    try:
-        frame = pd.read_excel(path, dtype=object)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except PermissionError as error:
-        raise InputError(f"{path}: permission denied; make it readable (chmod u+r)") from error
-    except Exception as error:  # xlrd and openpyxl raise anything at a damaged workbook
-        raise InputError(f"{path}: not a readable Excel sheet ({error}); download it again") from error
-
-    def text(cell: Any) -> str:
-        if cell is None or (isinstance(cell, float) and math.isnan(cell)):
-            return ""
-        if isinstance(cell, float) and cell.is_integer():
-            return str(int(cell))
-        return str(cell).strip()
-
-    return [
-        {str(k).strip(): text(v) for k, v in zip(frame.columns, row, strict=True)}
-        for row in frame.itertuples(index=False)
-    ]
+# --- people ----------------------------------------------------------------------------------------------------------
 
 
-def pick(row: Mapping[str, str], *names: str) -> str | None:
-    """The first of the named columns (case does not matter) whose cell is not missing."""
-    lower = {key.lower(): value for key, value in row.items()}
-    for name in names:
-        value = lower.get(name.lower(), "")
-        if value.strip().lower() not in MISSING:
-            return value.strip()
-    return None
-
-
-def parse_sex(text: str | None, codes: Mapping[str, str] | None = None) -> str | None:
-    """``F``, ``M`` or None where it is missing.
-
-    Args:
-        text: the cell.
-        codes: further codes of the table, such as ``{"1": "M", "2": "F"}``.
-
-    Raises:
-        ValueError: if the code is unknown.
-    """
-    if text is None or text.strip().lower() in MISSING:
-        return None
-    key = text.strip().lower()
-    sex = (codes or {}).get(key) or _SEXES.get(key)
-    if sex is None:
-        raise ValueError(f"unknown sex code {text!r}")
-    return sex
-
-
-def parse_age(text: str | None) -> float | None:
-    """Years, or None where it is missing; HIPAA's ``90+`` is 90.
-
-    Raises:
-        ValueError: if it is no number of years.
-    """
-    if text is None or text.strip().lower() in MISSING:
-        return None
-    try:
-        age = float(text.strip().rstrip("+").replace(",", "."))
-    except ValueError:
-        raise ValueError(f"age {text!r} is not a number") from None
-    if not 0 <= age <= 130:
-        raise ValueError(f"age {text!r} is out of range (0 to 130 years)")
-    return round(age, 4)
-
-
-def parse_diagnosis(text: str | None) -> str | None:
-    """Upper case, brought to Clinica's names (CN, SMC, EMCI, LMCI, MCI, AD); None where it is missing."""
-    if text is None or text.strip().lower() in MISSING:
-        return None
-    key = text.strip().upper()
-    return DIAGNOSES.get(key, key)
-
-
-def describe(listing: Listing, subject: str, file: str, row: Mapping[str, str], **columns: tuple[str, ...]) -> dict:
-    """Sex, age, diagnosis and site out of a table's row; what cannot be read is noted and left empty.
+def read_table_of_people(listing: Listing, path: Path, name: Callable[[str], str] = canonical_patient_id) -> People:
+    """Read a table of people; note what is wrong with it.
 
     Args:
         listing: takes the notes.
-        subject: whom the row is about.
-        file: the table, for the notes.
-        row: cells by column name.
-        columns: names of the columns for ``sex``, ``age``, ``diagnosis``, ``site``.
+        path: CSV, TSV or Excel.
+        name: gives the canonical patient id of what the table has as an id.
+
+    Raises:
+        InputError: if the table cannot be read or has no column of ids.
     """
-    result: dict[str, Any] = {"site": pick(row, *columns.get("site", ())) if columns.get("site") else None}
-    result["diagnosis"] = parse_diagnosis(pick(row, *columns.get("diagnosis", ("diagnosis",))))
-    for name, parse in (("sex", parse_sex), ("age", parse_age)):
+
+    def complain(who: str, what: str, remedy: str) -> None:
+        listing.note("problem", who, path.name, what, remedy, False, "")
+
+    return read_people(path, complain, name)
+
+
+def align(listing: Listing, people: People, patients: Iterable[str]) -> None:
+    """Match ids that are spelled differently in scans and table; note each."""
+    for patient, spelled in people.find(patients):
+        listing.note("quirk", patient, people.file, f"taken for {spelled!r} of the table", patient_id=patient)
+
+
+def describe(listing: Listing, patient_id: str, file: str, row: Row) -> dict[str, Any]:
+    """Sex, age, diagnosis and site out of a table's row; what cannot be read is noted and left empty."""
+    result: dict[str, Any] = {
+        "site": pick(row, *SITE_COLUMNS),
+        "diagnosis": parse_diagnosis(pick(row, *DIAGNOSIS_COLUMNS)),
+    }
+    for name, parse, columns in (("sex", parse_sex, SEX_COLUMNS), ("age", parse_age, AGE_COLUMNS)):
         try:
-            result[name] = parse(pick(row, *columns.get(name, (name,))))
+            result[name] = parse(pick(row, *columns))
         except ValueError as error:
             result[name] = None
-            listing.note("problem", subject, file, str(error), f"correct the table; kept without {name}", False)
+            remedy = f"correct the table; kept without {name}"
+            who = listing.people.get(patient_id, patient_id)
+            listing.note("problem", who, file, str(error), remedy, False, patient_id)
+    if result["site"] is None and cohort_of(patient_id) == "adni":
+        result["site"] = patient_id[:3]
     return result
 
 
+def describe_person(
+    listing: Listing,
+    people: People | None,
+    patient_id: str,
+    session: str | None = None,
+    date: str | None = None,
+    more: Row | None = None,
+) -> dict[str, Any]:
+    """Sex, age, diagnosis and site of a patient at a session.
+
+    Args:
+        listing: takes notes of what is missing or contradictory.
+        people: the table; None if there is none.
+        patient_id: canonical.
+        session: of the scan.
+        date: of the scan.
+        more: cells of the session's own table, which win.
+    """
+    row, differ = people.row(patient_id, session, date) if people else (None, [])
+    file, who = people.file if people else "", listing.people.get(patient_id, patient_id)
+    if people and row is None:
+        listing.note("problem", who, file, "has no row", "add one; kept with what else is known", False, patient_id)
+    missing = [name for name in differ if not (more and pick(more, name))]
+    if missing:
+        where = f"session {session}" if session or date else "one row"
+        listing.note(
+            "problem",
+            who,
+            file,
+            f"rows differ in {' and '.join(missing)}, and none is surely this scan's",
+            f"keep one row, or name its session ({where}); left empty",
+            False,
+            patient_id,
+        )
+    return describe(listing, patient_id, file, {**(row or {}), **(more or {})})
+
+
+def note_rows_without_scans(listing: Listing, people: People, patients: Iterable[str], what: str = "scan") -> None:
+    """Note everybody in a table of whom there is nothing else."""
+    for patient in people.without(patients):
+        remedy = f"fetch the {what}, or drop the row"
+        listing.note("problem", people.spelled[patient], people.file, f"has a row but no {what}", remedy, True, patient)
+
+
+# --- one scan of several ---------------------------------------------------------------------------------------------
+
+
+def one_of_session(listing: Listing, scans: Sequence[Scan], rank: Callable[[Scan], tuple[Any, ...]]) -> list[Scan]:
+    """Keep one scan of each patient and session, the one of lowest rank.
+
+    Others are skipped by name. Where the rank does not decide, the first by name is kept, and that is a problem.
+    """
+    groups: dict[tuple[str, str | None], list[Scan]] = {}
+    for scan in scans:
+        groups.setdefault((scan.patient_id, scan.session), []).append(scan)
+    kept = []
+    for group in groups.values():
+        first, *others = sorted(group, key=lambda scan: (rank(scan), scan.image.name, scan.source))
+        kept.append(first)
+        for other in others:
+            used = f"{readable(first.image.name)} is used"
+            same = other.image.name.removesuffix(".gz") == first.image.name.removesuffix(".gz")
+            if same and other.image.parent == first.image.parent:
+                listing.note_scan("quirk", other, f"same scan, compressed and not: {used}", left_out=True)
+            elif rank(other) == rank(first):
+                reason = f"another T1w of this session: {used}, by name alone"
+                listing.note_scan("problem", other, reason, "which is the better one cannot be told; remove the other")
+            else:
+                listing.note_scan("quirk", other, f"another T1w of this session: {used}", left_out=True)
+    return kept
+
+
 def select_sessions(listing: Listing, scans: Iterable[Scan], sessions: tuple[str, ...]) -> list[Scan]:
-    """Keep each patient's wanted sessions; the others are noted as left out by choice."""
-    if sessions == ("all",):
-        return list(scans)
+    """Keep each patient's wanted sessions; the others are noted as left out by choice.
+
+    The first session is the one of the first date, else of the first name (``M6`` before ``M12``, ``pre`` before all),
+    else of the lowest age. Where none of these decides, what is not used is a problem.
+    """
     kept: list[Scan] = []
     patients: dict[str, list[Scan]] = {}
     for scan in scans:
         patients.setdefault(scan.patient_id, []).append(scan)
+    is_named = sessions not in (("all",), ("baseline",))
+    wanted = {*sessions, *map(spelled_alike, sessions)} if is_named else set()
+    remedy = "--sessions all takes every one"
+    asked = f"is not asked for (--sessions {','.join(sessions)})"
+    met = set()
     for group in patients.values():
-        group.sort(key=lambda scan: (scan.session or "", scan.subject_id, scan.source))
-        for scan in group:
-            wanted = scan is group[0] if sessions == ("baseline",) else (scan.session or "") in sessions
-            if wanted:
-                kept.append(scan)
+        ordered, tied = in_order(group, lambda scan: scan.session, lambda scan: scan.date, lambda scan: scan.age)
+        unsure = next((part for part in tied if ordered[0] in part), [])
+        taken = []
+        for scan in ordered:
+            names = {scan.session, spelled_alike(scan.session or "")}
+            met |= names
+            if sessions == ("all",) or (sessions == ("baseline",) and scan is ordered[0]) or names & wanted:
+                taken.append(scan)
+            elif sessions == ("baseline",) and scan in unsure:
+                names_of = [other.session or other.source for other in unsure]
+                reason = f"which of {' and '.join(names_of)} is the first cannot be told; {names_of[0]} is used"
+                how = "give their dates (acq_time in the sessions' table), number them, or name one with --sessions"
+                listing.note_scan("problem", scan, reason, how)
             else:
-                listing.note(
-                    "choice",
-                    scan.subject_id,
-                    scan.source,
-                    f"session {scan.session} is not asked for (--sessions {','.join(sessions)})",
-                    "--sessions all takes every one",
-                )
+                listing.note_scan("choice", scan, f"session {scan.session} {asked}", remedy)
+        if len(taken) > 1 and not tied:
+            taken = [replace(scan, visit=visit) for visit, scan in enumerate(taken)]
+        kept += taken
+    if is_named:
+        for name in sessions:
+            if spelled_alike(name) not in met and name not in met:
+                listing.note("problem", "(all)", "", f"nobody has a session {name}", "name one that there is", False)
     return kept
 
 
@@ -314,109 +409,15 @@ def drop_doubles(listing: Listing, scans: Iterable[Scan]) -> list[Scan]:
     kept: dict[str, Scan] = {}
     for scan in sorted(scans, key=lambda scan: (scan.key, scan.source)):
         if scan.key in kept:
-            listing.note(
-                "problem",
-                scan.subject_id,
-                scan.source,
-                f"double subject: {kept[scan.key].source} has the same id and session",
-                "remove or rename one",
-            )
+            other = kept[scan.key].source
+            reason = f"double subject: {other} has the same id and session"
+            listing.note_scan("problem", scan, reason, "remove or rename one")
         else:
             kept[scan.key] = scan
     return list(kept.values())
 
 
-def find_volumes(root: Path) -> list[Path]:
-    """All volume files under a folder, sorted; hidden ones and those of hidden folders are left alone.
-
-    Raises:
-        InputError: if the folder is missing or cannot be listed.
-    """
-    check_folder(root)
-    return volumes_below(root)
-
-
-def check_folder(root: Path) -> None:
-    """Raise InputError unless ``root`` is a folder that can be listed."""
-    if not root.exists():
-        raise InputError(f"{root}: no such folder; give the data set's root as --source")
-    if not root.is_dir():
-        raise InputError(f"{root}: not a folder; give the data set's root as --source")
-    if not os.access(root, os.R_OK | os.X_OK):
-        raise InputError(f"{root}: permission denied; make it readable (chmod u+rx)")
-
-
-# Columns of the tables that come with the data sets (ADNIMERGE, the image archive's search results, BIDS and others).
-ID_COLUMNS = (
-    "participant_id",
-    "subject_id",
-    "PTID",
-    "Subject",
-    "Subject ID",
-    "patient_id",
-    "ID",
-    "name",
-    "file",
-    "RID",
-)
-SEX_COLUMNS = ("sex", "PTGENDER", "gender")
-AGE_COLUMNS = ("age", "age_bl", "age_at_scan", "Age at scan")
-DIAGNOSIS_COLUMNS = ("diagnosis", "DX_bl", "DX", "diagnosis_sc", "Research Group", "group", "label")
-SITE_COLUMNS = ("site", "site_id", "acquisition_site", "institution", "scanner")
-
-
-def read_people(listing: Listing, path: Path, prefix: str = "") -> dict[str, dict[str, str]]:
-    """Rows of a table of people by canonical patient id; of several rows (visits) the first with a value counts.
-
-    Args:
-        listing: takes notes of rows that contradict each other.
-        path: CSV, TSV or Excel.
-        prefix: put before ids that are bare numbers, such as ``AIBL``.
-
-    Raises:
-        InputError: if the table cannot be read or has no column of ids.
-    """
-    if not path.exists():
-        raise InputError(f"{path}: no such file; give the table of subjects as --table")
-    rows = read_table(path)
-    if rows and not any(pick(row, *ID_COLUMNS) for row in rows):
-        raise InputError(
-            f"{path}: no column of subject ids among {', '.join(rows[0])}; name one of them {ID_COLUMNS[0]}"
-        )
-    people: dict[str, dict[str, str]] = {}
-    for row in rows:
-        text = pick(row, *ID_COLUMNS)
-        if text is None:
-            continue
-        person = canonical_patient_id(f"{prefix}{text}" if text.isdigit() else text)
-        known = people.setdefault(person, {})
-        for key, value in row.items():
-            if value.strip().lower() in MISSING:
-                continue
-            if known.setdefault(key, value) != value and key.lower() in {name.lower() for name in SEX_COLUMNS}:
-                listing.note(
-                    "problem",
-                    person,
-                    path.name,
-                    f"rows differ in {key}: {known[key]!r}, {value!r}",
-                    "the first is used",
-                    False,
-                )
-    return people
-
-
-def describe_person(listing: Listing, patient_id: str, file: str, row: Mapping[str, str] | None) -> dict[str, Any]:
-    """Sex, age, diagnosis and site out of a row of :func:`read_people`; an ADNI patient's site is in the id."""
-    facts = describe(
-        listing,
-        patient_id,
-        file,
-        row or {},
-        sex=SEX_COLUMNS,
-        age=AGE_COLUMNS,
-        diagnosis=DIAGNOSIS_COLUMNS,
-        site=SITE_COLUMNS,
-    )
-    if facts["site"] is None and cohort_of(patient_id) == "adni":
-        facts["site"] = patient_id[:3]
-    return facts
+def choose(listing: Listing, sessions: tuple[str, ...]) -> Listing:
+    """The end of every reader: each id and session once, and of each patient the sessions that are asked for."""
+    listing.scans = select_sessions(listing, drop_doubles(listing, listing.scans), sessions)
+    return listing

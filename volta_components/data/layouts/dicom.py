@@ -1,44 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Raw DICOM, as ADNI's and AIBL's archive gives it: folders of 2-D slices, one folder a series or several mixed.
+"""Raw DICOM, as ADNI's and AIBL's archive gives it: folders of 2-D slices, in whatever folders these lie.
 
-``dcm2niix`` reads the headers (``-b o`` writes a sidecar and no volume) and later converts the one series that was
-chosen. What it learns of each folder is kept, so that a second start or another shard does not read tens of thousands
-of files again.
+What is learnt of each folder is kept, so that a second start or another shard does not read tens of thousands of files
+again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import subprocess
-import tempfile
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from volta_components.data.identity import canonical_patient_id, cohort_of
+from volta_components.data.identity import canonical_patient_id, cohort_of, is_worldwide
 from volta_components.data.layouts.common import (
     LayoutOptions,
     Listing,
     Scan,
-    check_folder,
+    align,
+    choose,
     describe_person,
-    drop_doubles,
-    read_people,
+    look,
+    read_table_of_people,
     relative,
-    select_sessions,
     slug,
 )
-from volta_components.data.volumes import UnusableVolume
+from volta_components.data.layouts.series import (
+    MIN_SLICES,
+    Folder,
+    Image,
+    distance,
+    magnitude,
+    may_be_dicom,
+    read_folder,
+    slices,
+    why_not_whole,
+    without_copies,
+)
+from volta_components.data.names import date_in, date_of_folders, split_visit
+from volta_components.data.tables import People, parse_age
+from volta_components.data.walk import Tree, tidy
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
 
-_LOCALISER = re.compile(r"loc(?!al.?shim)|scout|survey|surview|3.?pl(ane)?|plane", re.IGNORECASE)
+_LOCALISER = re.compile(
+    r"locali[sz]er|(?<![a-z])loc(?![a-z]|al.?shim)|scout|survey|surview|3.?plane|(?<![a-z])3?.?pl(?![a-z])",
+    re.IGNORECASE,
+)
 _OTHER = re.compile(
     r"t2|flair|\bpd\b|dti|dwi|diff|trace|\badc\b|\bfa\b|asl|perf|cbf|fmri|rest|bold|\bepi\b|field.?map|b1|calib|"
     r"swi|tof|angio|mra|hippo|phase|shim|circle|average",
@@ -46,247 +60,415 @@ _OTHER = re.compile(
 )
 _T1 = re.compile(r"mp.?rage|ir.?f?spgr|f?spgr|bravo|\btfl|tfe|t1|ir-?prep|3d.?mpr", re.IGNORECASE)
 _REPEAT = re.compile(r"rep(eat)?|rpt|_r\d*$", re.IGNORECASE)
-_SUFFIXES = {".dcm", ".ima", ".dicom"}
-_WARNINGS = re.compile(r"missing|interslice|gap|inconsisten|not stacked|slice(s)? (order|distance)", re.IGNORECASE)
+_CONTRAST = re.compile(r"\+ ?c\b|\bc\+|\bgd|gad|contrast|(?<![a-z])(km|ce|post)(?![a-z])", re.IGNORECASE)
+# What anonymisers and test systems write for a PatientID.
+_NOBODY = re.compile(
+    r"((anon[a-z]*|de-?identified|removed|unknown|none|null|nil|n/?a|no.?(name|id)|x+|patient|subject|test|volunteer"
+    r"|phantom|id|0+)?[\W_]*)*",
+    re.IGNORECASE,
+)
+THIN = 2.0  # mm
 
 
 @dataclass(frozen=True)
 class _Series:
-    """One series of a folder."""
+    """One series of whatever folders.
 
-    folder: Path
+    Attributes:
+        uid: SeriesInstanceUID.
+        images: each once.
+        facts: of its first image.
+        folders: that its images lie in.
+        shared: whether its first folder holds other series too.
+        problem: why it is no whole volume, and what to do; None if it is one.
+    """
+
     uid: str
+    images: tuple[Image, ...]
     facts: dict[str, Any]
+    folders: tuple[Path, ...]
     shared: bool
+    problem: tuple[str, str] | None
 
     @property
     def description(self) -> str:
         return str(self.facts.get("SeriesDescription") or self.facts.get("ProtocolName") or "no description")
 
+    @property
+    def is_3d(self) -> bool:
+        kind, gap = self.facts.get("MRAcquisitionType"), distance(self.images)
+        return kind == "3D" or (kind is None and len(slices(self.images)) >= 60 and gap is not None and gap <= THIN)
+
+    @property
+    def rank(self) -> tuple[object, ...]:
+        """Of a session's T1s the lowest is taken: 3-D, thin slices, no contrast agent, whole, no repeat."""
+        thick = max(
+            distance(self.images) or 0.0, float(self.facts.get("SliceThickness") or 0) if not self.is_3d else 0.0
+        )
+        text = f"{self.description} {self.facts.get('ProtocolName', '')}"
+        agent = bool(self.facts.get("ContrastBolusAgent")) or _CONTRAST.search(text) is not None
+        is_thick = 0 if thick <= THIN else round(thick)
+        return not self.is_3d, is_thick, agent, self.problem is not None, bool(_REPEAT.search(self.description))
+
 
 def read(options: LayoutOptions) -> Listing:
     """List the T1 series (MPRAGE, IR-SPGR and the like) of a folder of DICOM files; say why each other was skipped.
 
-    The patient is the PatientID, else the first folder below the root; the session is the day of the scan. Of several
-    T1 series in a session, the first that is no repeat is taken.
+    A series is taken together whatever folders its images lie in. The patient is the PatientID (``options.patients``),
+    the session the day of the scan. Of several T1 series in a session, a 3-D one of thin slices without contrast agent
+    that is no repeat is taken.
 
     Raises:
         InputError: if there is no such folder, or no DICOM file in it.
     """
     root = options.source
-    check_folder(root)
-    folders = dicom_folders(root)
+    listing = Listing(cohort=slug(options.name or root.resolve().name))
+    tree = look(listing, root)
+    folders = dicom_folders(tree)
     if not folders:
         raise InputError(f"{root}: no DICOM file in it or below; NIfTI files want --layout bids or folder")
-    listing = Listing(cohort=slug(options.name or root.resolve().name))
-    prefix = "AIBL" if listing.cohort == "aibl" else ""
-    people = read_people(listing, options.table, prefix) if options.table else {}
+    series = _all_series(listing, options, folders)
+    who = _patients(listing, options, series)
+    people = _people(listing, options)
+    if people:
+        align(listing, people, set(who.values()))
     groups: dict[tuple[str, str], list[_Series]] = {}
-    count = 0
-    with ThreadPoolExecutor(options.workers) as pool:
-        catalogues = pool.map(lambda folder: _catalogue(folder, options), folders)
-        bar = tqdm(catalogues, total=len(folders), unit="folder", desc="reading DICOM headers")
-        for folder, (series, message) in zip(folders, bar, strict=True):
-            place = relative(folder, root)
-            if not series:
-                listing.note("problem", _first_part(folder, root), place, message, "download the series again")
-            for uid, facts in series:
-                count += 1
-                one = _Series(folder, uid, facts, len(series) > 1)
-                patient = _patient(one, root, prefix)
-                if reason := why_not_t1(facts):
-                    listing.note("choice", patient, place, f"series {one.description!r} skipped: {reason}")
-                    continue
-                groups.setdefault((patient, _session(one, root)), []).append(one)
+    skipped: dict[str, list[str]] = {}
+    sessions = _sessions(series, who, root)
+    for one in series:
+        patient, place = who[one.uid], relative(one.folders[0], root)
+        listing.meet(patient)
+        if reason := why_not_t1(one.facts, one.images):
+            listing.note("skipped", patient, place, f"series {one.description!r} skipped: {reason}", patient_id=patient)
+            skipped.setdefault(patient, []).append(f"{one.description!r}: {reason}")
+        else:
+            groups.setdefault((patient, sessions[one.uid]), []).append(one)
     for (patient, session), several in sorted(groups.items()):
-        several.sort(key=lambda s: (bool(_REPEAT.search(s.description)), s.facts.get("SeriesNumber") or 0, s.uid))
-        for other in several[1:]:
-            listing.note(
-                "choice",
-                patient,
-                relative(other.folder, root),
-                f"series {other.description!r} skipped: of this session's T1s, {several[0].description!r} is used",
-            )
-        listing.scans.append(_scan(listing, options, patient, session, several[0], people.get(patient)))
+        _one_of_session(listing, options, patient, session, several, people)
+    _note_without_t1(listing, root, tree, series, {patient for patient, _ in groups}, skipped)
     cohorts = {cohort_of(scan.patient_id) for scan in listing.scans}
     if options.name is None and len(cohorts) == 1 and (only := cohorts.pop()):
         listing.cohort = only
-    listing.found = {"series": count, "T1 sessions": len(groups), "patients": len({p for p, _ in groups})}
-    listing.scans = drop_doubles(listing, select_sessions(listing, listing.scans, options.sessions))
-    return listing
+    listing.found = {"series": len(series), "T1 sessions": len(groups), "patients": len(set(who.values()))}
+    return choose(listing, options.sessions)
 
 
-def why_not_t1(facts: dict[str, Any]) -> str | None:
-    """Why a series is not taken, from dcm2niix's sidecar; None for a native T1."""
+def _people(listing: Listing, options: LayoutOptions) -> People | None:
+    if options.table is None:
+        return None
+    prefix = "AIBL" if listing.cohort == "aibl" else ""
+    return read_table_of_people(
+        listing, options.table, lambda text: canonical_patient_id(f"{prefix}{text}" if text.isdigit() else text)
+    )
+
+
+# --- which series ----------------------------------------------------------------------------------------------------
+
+
+def dicom_folders(tree: Tree) -> dict[Path, list[Path]]:
+    """The DICOM files of each folder that has some."""
+    folders: dict[Path, list[Path]] = {}
+    for path in tree.files:
+        if may_be_dicom(path):
+            folders.setdefault(path.parent, []).append(path)
+    return folders
+
+
+def _all_series(listing: Listing, options: LayoutOptions, folders: dict[Path, list[Path]]) -> list[_Series]:
+    """Read all headers and put together what belongs together; name what is damaged, absent, doubled or uneven."""
+    root = options.source
+    images: dict[str, list[Image]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    in_folder: dict[Path, set[str]] = {}
+    with ThreadPoolExecutor(options.workers) as pool:
+        catalogues = pool.map(lambda folder: _catalogue(folder, folders[folder], options), folders)
+        bar = tqdm(catalogues, total=len(folders), unit="folder", desc="reading DICOM headers")
+        for folder, found in zip(folders, bar, strict=True):
+            _note_bad_files(listing, root, folder, found)
+            in_folder[folder] = set(found.facts)
+            for image in found.images:
+                images.setdefault(image.series, []).append(image)
+            for uid, known in found.facts.items():
+                facts.setdefault(uid, known)
+    result = []
+    for uid, several in sorted(images.items()):
+        kept, copies = without_copies(several)
+        kept = magnitude(kept)
+        places = tuple(sorted({image.path.parent for image in kept}))
+        names = " and ".join(relative(place, root) for place in places[:3])
+        problem = why_not_whole(kept, facts[uid])
+        one = _Series(uid, tuple(kept), facts[uid], places, len(in_folder[places[0]]) > 1, problem)
+        if why_not_t1(facts[uid], kept) is None:
+            who = _first_part(places[0], root)
+            if copies:
+                what = f"{len(copies)} doubled instances of series {one.description!r}"
+                reason = f"{what}: copies with the same SOPInstanceUID, of which one is used"
+                listing.note("quirk", who, relative(copies[0].path.parent, root), reason, patient_id="")
+            if len(places) > 1:
+                reason = f"series {one.description!r} lies in {len(places)} folders, taken together: {names}"
+                listing.note("quirk", who, relative(places[0], root), reason, patient_id="")
+        result.append(one)
+    return result
+
+
+def _note_bad_files(listing: Listing, root: Path, folder: Path, found: Folder) -> None:
+    place, who = relative(folder, root), _first_part(folder, root)
+    for bad, what, remedy in (
+        (found.absent, "have no content", next(iter(found.absent.values()), "")),
+        (found.damaged, f"are damaged ({next(iter(found.damaged.values()), '')})", "download the series again"),
+    ):
+        if bad:
+            count = len(found.images) + len(found.damaged) + len(found.absent)
+            names = ", ".join(sorted(bad)[:3]) + (", ..." if len(bad) > 3 else "")
+            reason = f"{len(bad)} of {count} DICOM files {what}: {names}"
+            listing.note("problem", who, place, reason, remedy, not found.images, "" if found.images else None)
+
+
+def _catalogue(folder: Path, files: list[Path], options: LayoutOptions) -> Folder:
+    """What a folder's files hold; kept for the next start."""
+    stamp = []
+    for path in files:
+        try:
+            status = path.stat()
+            stamp.append([tidy(path.name), status.st_size, status.st_mtime_ns])
+        except OSError:
+            stamp.append([tidy(path.name), None, None])
+    key = hashlib.sha256(json.dumps(["2", relative(folder, options.source), stamp]).encode()).hexdigest()[:32]
+    cache = options.work / f"{key}.json" if options.work else None
+    if cache and cache.exists():
+        kept = read_json(cache)
+        return Folder(
+            [_image(folder, image) for image in kept["images"]], kept["facts"], kept["damaged"], kept["absent"]
+        )
+    found = read_folder(files)
+    names = [image.path.name for image in found.images]
+    if cache and options.temporary and not found.absent and all(tidy(name) == name for name in names):
+        whole = options.temporary / f"{key}.json"
+        images = [{**asdict(image), "path": image.path.name} for image in found.images]
+        write_json(whole, {"images": images, "facts": found.facts, "damaged": found.damaged, "absent": {}})
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        whole.replace(cache)
+    return found
+
+
+def _image(folder: Path, kept: dict[str, Any]) -> Image:
+    """An image as the cache has it."""
+    lists = {name: tuple(kept[name]) for name in ("direction", "places")}
+    return Image(**{**kept, **lists, "path": folder / kept["path"]})
+
+
+def why_not_t1(facts: dict[str, Any], images: Sequence[Image] = ()) -> str | None:
+    """Why a series is not taken, from the header of its first image and its slices; None for a native T1."""
     kinds = {str(kind).upper() for kind in facts.get("ImageType") or ()}
     text = " ".join(str(facts.get(key) or "") for key in ("SeriesDescription", "ProtocolName"))
     if facts.get("Modality", "MR") != "MR":
         return f"modality {facts['Modality']}"
-    if "LOCALIZER" in kinds or (_LOCALISER.search(text) and not _T1.search(text)):
+    if "LOCALIZER" in kinds or _LOCALISER.search(text):
         return "localiser"
+    if images and len(slices(images)) < MIN_SLICES and any(image.places for image in images):
+        return f"only {len(slices(images))} slices: a localiser, or incomplete"
     if "DERIVED" in kinds or "SECONDARY" in kinds:
         return f"derived (ImageType {'/'.join(map(str, facts['ImageType']))})"
     if kinds & {"P", "PHASE", "PHASE MAP"}:
         return "phase image"
     if _OTHER.search(text) and not re.search(r"mp.?rage", text, re.IGNORECASE):
         return "another contrast"
-    guess = " ".join(map(str, facts.get("BidsGuess") or ()))
-    if not _T1.search(text) and facts.get("PulseSequenceType") != "MPRAGE" and "T1w" not in guess:
+    sequence = " ".join(str(facts.get(key) or "") for key in ("SequenceName", "PulseSequenceName"))
+    if not _T1.search(f"{text} {sequence}") and not _is_mprage(facts):
         return "not known as a T1 (MPRAGE, IR-SPGR and the like)"
     return None
 
 
+def _is_mprage(facts: dict[str, Any]) -> bool:
+    """Whether the physics are those of an inversion-prepared 3-D gradient echo."""
+    try:
+        inversion, echo = float(facts.get("InversionTime") or 0), float(facts.get("EchoTime") or 99)
+    except ValueError:
+        return False
+    sequence = facts.get("ScanningSequence")
+    return facts.get("MRAcquisitionType") == "3D" and "GR" in str(sequence) and 300 <= inversion <= 1500 and echo < 8
+
+
+# --- who and when ----------------------------------------------------------------------------------------------------
+
+
 def _first_part(folder: Path, root: Path) -> str:
     parts = folder.relative_to(root).parts
-    return parts[0] if parts else root.resolve().name
+    return tidy(parts[0]) if parts else tidy(root.resolve().name)
 
 
-def _patient(series: _Series, root: Path, prefix: str) -> str:
-    text = str(series.facts.get("PatientID") or "").strip() or _first_part(series.folder, root)
-    return canonical_patient_id(f"{prefix}{text}" if text.isdigit() else text)
+def _patients(listing: Listing, options: LayoutOptions, series: list[_Series]) -> dict[str, str]:
+    """The patient of each series; whatever is guessed is a problem that names both ways out."""
+    root, prefix = options.source, "AIBL" if listing.cohort == "aibl" else ""
+
+    def canonical(text: str) -> str:
+        return canonical_patient_id(f"{prefix}{text}" if text.isdigit() else text)
+
+    tops = {one.uid: _first_part(one.folders[0], root) for one in series}
+    by_folder = {uid: canonical(top) for uid, top in tops.items()}
+    if options.patients == "folder":
+        return by_folder
+    given: dict[str, list[_Series]] = {}
+    for one in series:
+        given.setdefault(str(one.facts.get("PatientID") or "").strip(), []).append(one)
+    who: dict[str, str] = {}
+    guesses: dict[str, str] = {}
+    for text, several in given.items():
+        patient = canonical(text)
+        studies = {str(one.facts.get("StudyInstanceUID")): tops[one.uid] for one in several}
+        people, is_confirmed = _same_person(several)
+        is_apart = len(set(studies.values())) > 1
+        # Folders that are visits by their names do not say who.
+        folders_say_who = any(split_visit(top)[0] and not date_in(top) for top in studies.values())
+        if not text or (_NOBODY.fullmatch(text) and options.patients is None):
+            who |= {one.uid: by_folder[one.uid] for one in several}
+            why = f"PatientID {text!r} says nothing" if text else "there is no PatientID"
+        elif options.patients == "id" or is_worldwide(patient) or not (people or (is_apart and not is_confirmed)):
+            who |= {one.uid: patient for one in several}
+            continue
+        else:
+            split = is_apart and folders_say_who
+            who |= {one.uid: canonical(f"{tops[one.uid]}-{text}") if split else patient for one in several}
+            places = ", ".join(sorted(set(studies.values()))[:4])
+            why = (
+                f"PatientID {text!r} has {people}" if people else f"PatientID {text!r} is in several folders ({places})"
+            )
+        guesses |= {one.uid: why for one in several}
+    shared: dict[str, set[str]] = {}
+    for one in series:
+        shared.setdefault(str(one.facts.get("StudyInstanceUID") or one.uid), set()).add(who[one.uid])
+    for one in series:
+        others = shared[str(one.facts.get("StudyInstanceUID") or one.uid)]
+        if len(others) > 1:
+            guesses.setdefault(one.uid, f"one study (StudyInstanceUID) has the patients {' and '.join(sorted(others))}")
+    noted = set()
+    for one in series:
+        patient = who[one.uid]
+        if one.uid in guesses and (patient, guesses[one.uid]) not in noted:
+            noted.add((patient, guesses[one.uid]))
+            reason = f"{guesses[one.uid]}: taken for {patient!r}"
+            remedy = "if folders are people, say --patients-from folder; if it is right, --patients-from id"
+            listing.note("problem", patient, relative(one.folders[0], root), reason, remedy, False, patient)
+    return who
 
 
-def _session(series: _Series, root: Path) -> str:
-    when = str(series.facts.get("AcquisitionDateTime") or "")[:10]
-    if not re.fullmatch(r"\d{4}-\d\d-\d\d", when):
-        found = re.search(r"(\d{4})[-_](\d\d)[-_](\d\d)", relative(series.folder, root))
-        when = "-".join(found.groups()) if found else ""
-    return f"ses-{when.replace('-', '')}" if when else "ses-1"
+def _same_person(several: Iterable[_Series]) -> tuple[str, bool]:
+    """What contradicts that series of one PatientID are of one person, and whether anything confirms it.
+
+    Sex, birth date and name; a name that repeats the id says nothing.
+    """
+    values: dict[str, set[str]] = {"sexes": set(), "birth dates": set(), "names": set()}
+    for one in several:
+        facts = {key: str(one.facts.get(key) or "").strip() for key in ("PatientID", "PatientSex", "PatientBirthDate")}
+        name = str(one.facts.get("PatientName") or "").strip("^ ").casefold()
+        if facts["PatientSex"] in ("F", "M"):
+            values["sexes"].add(facts["PatientSex"])
+        if facts["PatientBirthDate"]:
+            values["birth dates"].add(facts["PatientBirthDate"])
+        if name != facts["PatientID"].casefold() and not _NOBODY.fullmatch(name):
+            values["names"].add(name)
+    contradict = [f"{len(found)} {what}" for what, found in values.items() if len(found) > 1]
+    return " and ".join(contradict), bool(values["birth dates"] or values["names"])
+
+
+def _date(one: _Series, root: Path) -> str | None:
+    """Day of the scan, by its header, else by its folders."""
+    for name in ("AcquisitionDate", "AcquisitionDateTime", "SeriesDate", "StudyDate", "ContentDate"):
+        if found := date_in(str(one.facts.get(name) or "")[:8]):
+            return found
+    return date_of_folders([tidy(part) for part in one.folders[0].relative_to(root).parts])
+
+
+def _sessions(series: Sequence[_Series], who: dict[str, str], root: Path) -> dict[str, str]:
+    """The session of each series: the day, or where that is not known, the study."""
+    studies: dict[str, list[str]] = {}
+    for one in series:
+        if _date(one, root) is None:
+            studies.setdefault(who[one.uid], []).append(str(one.facts.get("StudyInstanceUID") or one.uid))
+    result: dict[str, str] = {}
+    for one in series:
+        if day := _date(one, root):
+            result[one.uid] = f"ses-{day.replace('-', '')}"
+            continue
+        known = sorted(set(studies[who[one.uid]]))
+        number = known.index(str(one.facts.get("StudyInstanceUID") or one.uid))
+        # Of several studies nobody knows which is the first; numbers would say so.
+        result[one.uid] = "ses-1" if len(known) == 1 else f"ses-undated{chr(ord('a') + number)}"
+    return result
+
+
+def _one_of_session(
+    listing: Listing, options: LayoutOptions, patient: str, session: str, several: list[_Series], people: People | None
+) -> None:
+    """Take the best of a session's T1s; others are skipped, or problems where they are as good and of another kind."""
+    root = options.source
+    several = sorted(several, key=lambda one: (one.rank, one.facts.get("SeriesNumber") or 0, one.uid))
+    best = several[0]
+    studies = {str(one.facts.get("StudyInstanceUID")) for one in several if one.rank == best.rank}
+    for other in several[1:]:
+        place = relative(other.folders[0], root)
+        reason = f"series {other.description!r} skipped: of this session's T1s, {best.description!r} is used"
+        reason += f" ({other.problem[0]})" if other.problem else ""
+        is_tie = other.rank == best.rank and (other.description != best.description or len(studies) > 1)
+        remedy = "which is the better one cannot be told; remove the other" if is_tie else ""
+        listing.note("problem" if is_tie else "skipped", patient, place, reason, remedy, True, patient)
+    if best.problem:
+        names = " and ".join(relative(folder, root) for folder in best.folders[:3])
+        listing.note("problem", patient, names, best.problem[0], best.problem[1], True, patient)
+        return
+    scan = _scan(listing, options, patient, session, best, people)
+    if not best.is_3d:
+        gap = f"{distance(best.images) or 0:.1f} mm"
+        listing.note_scan("quirk", scan, f"no 3-D scan: {len(slices(best.images))} slices {gap} apart")
+    if best.rank[2]:
+        listing.note_scan("quirk", scan, "with contrast agent, as it seems; there is no T1 without")
+    listing.add(scan)
 
 
 def _scan(
-    listing: Listing,
-    options: LayoutOptions,
-    patient: str,
-    session: str,
-    series: _Series,
-    row: dict[str, str] | None,
+    listing: Listing, options: LayoutOptions, patient: str, session: str, series: _Series, people: People | None
 ) -> Scan:
     root = options.source
-    place = relative(series.folder, root)
-    if options.table and row is None:
-        listing.note("problem", patient, options.table.name, "has no row", "kept with what DICOM says", left_out=False)
-    facts = describe_person(listing, patient, options.table.name if options.table else place, row)
+    place, date = relative(series.folders[0], root), _date(series, root)
+    facts = describe_person(listing, people, patient, session, date)
     if facts["sex"] is None and series.facts.get("PatientSex") in ("F", "M"):
         facts["sex"] = series.facts["PatientSex"]
-    if facts["age"] is None and isinstance(series.facts.get("PatientAge"), int | float):
-        facts["age"] = float(series.facts["PatientAge"]) or None
+    if facts["age"] is None:
+        try:
+            facts["age"] = parse_age(str(series.facts.get("PatientAge") or "")) or None
+        except ValueError as error:
+            listing.note("quirk", patient, place, f"{error} (PatientAge); left empty", patient_id=patient)
     return Scan(
         subject_id="sub-" + re.sub(r"[^A-Za-z0-9]", "", f"{'ADNI' if cohort_of(patient) == 'adni' else ''}{patient}"),
         session=session,
         patient_id=patient,
-        image=series.folder,
+        image=series.folders[0],
         source=place + (f"#{series.uid}" if series.shared else ""),
-        series=series.uid,
+        series=tuple(image.path for image in series.images),
+        date=date,
         **facts,
     )
 
 
-def dicom_files(folder: Path) -> list[Path]:
-    """The files directly in a folder, sorted; hidden ones and DICOMDIR are left out."""
-    return sorted(
-        Path(entry.path)
-        for entry in os.scandir(folder)
-        if entry.is_file() and not entry.name.startswith(".") and entry.name != "DICOMDIR"
-    )
-
-
-def dicom_folders(root: Path) -> list[Path]:
-    """Folders that directly hold DICOM files, told by the suffix or by the magic word of one of their first files."""
-
-    def is_dicom(path: Path) -> bool:
-        if path.suffix.lower() in _SUFFIXES:
-            return True
-        try:
-            with path.open("rb") as stream:
-                return stream.read(132)[128:] == b"DICM"
-        except OSError:
-            return False
-
-    found = []
-    for folder, names, files in os.walk(root):
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        first = [Path(folder, name) for name in sorted(files) if not name.startswith(".")][:3]
-        if any(map(is_dicom, first)):
-            found.append(Path(folder))
-    return sorted(found)
-
-
-def _catalogue(folder: Path, options: LayoutOptions) -> tuple[list[tuple[str, dict[str, Any]]], str]:
-    """Series of one folder as (uid, sidecar), and what dcm2niix said when there is none."""
-    try:
-        stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in dicom_files(folder)]
-    except OSError as error:
-        return [], f"cannot be read ({error.strerror})"
-    key = hashlib.sha256(json.dumps([relative(folder, options.source), stamp]).encode()).hexdigest()[:32]
-    cache = options.work / f"{key}.json" if options.work else None
-    if cache and cache.exists():
-        kept = read_json(cache)
-        return [(uid, facts) for uid, facts in kept["series"]], kept["message"]
-    with tempfile.TemporaryDirectory(prefix="volta3d-", dir=options.temporary) as temporary:
-        done = run_dcm2niix(folder, Path(temporary), "-b", "o")
-        series: dict[str, dict[str, Any]] = {}
-        for path in sorted(Path(temporary).glob("*.json")):
-            facts = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-            series.setdefault(str(facts.get("SeriesInstanceUID") or path.stem), facts)
-        message = "" if series else _complaint(done)
-        if cache and options.temporary:
-            whole = Path(temporary) / "catalogue"
-            write_json(whole, {"series": sorted(series.items()), "message": message})
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            whole.replace(cache)
-    return sorted(series.items()), message
-
-
-def _complaint(done: subprocess.CompletedProcess[str]) -> str:
-    lines = [line.strip() for line in (done.stdout + "\n" + done.stderr).splitlines()]
-    said = [line for line in lines if line.startswith(("Error", "Warning: File", "FileSize"))] or lines[-1:]
-    return f"no series can be read: dcm2niix says {said[0]!r}" if said else "no series can be read"
-
-
-def run_dcm2niix(folder: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run dcm2niix on the files directly in a folder; outputs are named by series UID, identity is kept.
-
-    Raises:
-        InputError: if the program is not installed.
-    """
-    try:
-        from dcm2niix import bin as program
-    except ImportError:
-        program = "dcm2niix"
-    # -g i: the user's own dcm2niix defaults must not change what comes out
-    fixed = ["-g", "i", "-ba", "n", "-d", "0", "-z", "n", "-f", "%j"]
-    command = [program, *fixed, *options, "-o", str(output), str(folder)]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    except FileNotFoundError as error:
-        raise InputError("dcm2niix is not installed; pip install dcm2niix") from error
-
-
-def convert_series(folder: Path, uid: str, output: Path) -> tuple[Path, list[str]]:
-    """Convert one series to NIfTI.
-
-    Args:
-        folder: that holds its files.
-        uid: SeriesInstanceUID.
-        output: an empty folder.
-
-    Returns:
-        The NIfTI file; warnings of dcm2niix about missing or uneven slices.
-
-    Raises:
-        UnusableVolume: if the series does not become exactly one volume.
-    """
-    done = run_dcm2niix(folder, output, "-b", "y")
-    found = sorted(output.glob(f"{uid}*.nii"))
-    if len(found) > 1:
-        plain = [path for path in found if not re.search(r"_(ph|ROI|i\d{5}|real|imaginary)", path.stem[len(uid) :])]
-        found = plain or found
-    if not found:
-        raise UnusableVolume(folder, _complaint(done), "download the series again")
-    if len(found) > 1:
-        raise UnusableVolume(
-            folder, f"its series becomes {len(found)} volumes", "convert it yourself and use --layout folder"
-        )
-    lines = {line.strip() for line in done.stdout.splitlines() if line.startswith("Warning") and _WARNINGS.search(line)}
-    return found[0], [f"dcm2niix: {line.removeprefix('Warning:').strip()}"[:200] for line in sorted(lines)]
+def _note_without_t1(
+    listing: Listing,
+    root: Path,
+    tree: Tree,
+    series: list[_Series],
+    with_t1: set[str],
+    skipped: dict[str, list[str]],
+) -> None:
+    """Name everybody of whom there is no T1, and volumes that are no DICOM."""
+    for patient, reasons in sorted(skipped.items()):
+        if patient not in with_t1:
+            some = "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
+            remedy = "if one is a T1, convert it with dcm2niix and use --layout folder"
+            listing.note("problem", patient, "", f"has no T1 series ({some})", remedy, True, patient)
+    tops = {_first_part(folder, root) for one in series for folder in one.folders}
+    for volume in tree.volumes():
+        top = _first_part(volume.path.parent, root)
+        place, remedy = relative(volume.path, root), "use --layout folder"
+        if top in tops:
+            listing.note("skipped", top, place, "no DICOM file, so not read", remedy, patient_id="")
+        else:
+            listing.note("problem", top, place, "no DICOM file, so not read", remedy)

@@ -4,88 +4,296 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from volta_components.data.identity import canonical_patient_id
+from volta_components.data.identity import canonical_patient_id, is_worldwide
+from volta_components.data.layouts.bids import ASIDE, plainness
 from volta_components.data.layouts.common import (
     LabelFile,
     LayoutOptions,
     Listing,
     Scan,
+    align,
+    choose,
     describe_person,
-    drop_doubles,
-    find_volumes,
-    read_people,
+    look,
+    note_rows_without_scans,
+    one_of_session,
+    read_table_of_people,
     relative,
-    select_sessions,
     slug,
 )
-from volta_components.data.volumes import volume_stem
+from volta_components.data.names import Name, date_in, date_of_folders, parse_name, split_visit
+from volta_components.data.tables import People
+from volta_components.data.walk import Tree, VolumeFile, is_hidden, tidy
 from volta_components.errors import InputError
 
 _LABEL = re.compile(r"[._-](label|labels|seg|mask|dseg)$", re.IGNORECASE)
-_SESSION = re.compile(r"[._-](ses-[A-Za-z0-9]+)(?=[._-]|$)")
+_BRAIN = re.compile(r"brain|skull|bet|head", re.IGNORECASE)
+_LABEL_FOLDERS = {"labels", "label", "labelstr"}
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A volume, and who and when it is of.
+
+    Attributes:
+        volume: the file.
+        name: its name, taken apart.
+        subject: who, for the names of results.
+        session: ``ses-X`` by the file's name, its folders, or the word for a visit at the name's end.
+        patient: canonical id.
+        date: of the scan, by the folders.
+    """
+
+    volume: VolumeFile
+    name: Name
+    subject: str
+    session: str | None
+    patient: str
+    date: str | None
 
 
 def read(options: LayoutOptions) -> Listing:
     """List all volumes under a folder.
 
-    A file's name without its suffix is its subject id (a ``_ses-X`` in it is the session). A file in a folder
-    ``labels``, or whose name ends in ``_label``, ``_seg``, ``_mask`` or ``_dseg``, is the label of the volume of that
-    name. A table (``participants.tsv``, ``participants.csv`` or ``--table``) may give sex, age, diagnosis and site.
+    The name of a file in BIDS' way says who it is of (``sub-01_ses-1_run-2_T1w``); of any other, the name without its
+    suffix and the word for the contrast is the subject, and ``_ses-X`` in it the session. Names that differ only in
+    what looks like a visit (``p1_visit1``, ``p1_visit2``) are taken for one person, which is a problem unless the table
+    says so. Where file names are not unique, the folders are the names. A date in the name of a folder is the scan's.
+
+    A file in a folder ``labels``, or whose name ends in ``_label``, ``_seg``, ``_mask`` or ``_dseg``, is the label of
+    the volume of that name. A table (``participants.tsv``, ``participants.csv`` or ``--table``) may give sex, age,
+    diagnosis and site.
 
     Raises:
         InputError: if there is no such folder, or no volume in it.
     """
     root = options.source
-    files = find_volumes(root)
     listing = Listing(cohort=slug(root.resolve().name))
-    labels: dict[str, Path] = {}
-    images: list[tuple[str, Path]] = []
-    for path in files:
-        stem = volume_stem(path)
-        inside = {part.lower() for part in path.relative_to(root).parts[:-1]}
-        if inside & {"labels", "label", "labelstr"} or _LABEL.search(stem):
-            name = _LABEL.sub("", stem)
-            if name in labels:
-                listing.note("problem", name, relative(path, root), "double label file", "the first is used", False)
-            labels.setdefault(name, path)
-        else:
-            images.append((stem, path))
+    tree = look(listing, root)
+    images, labels, others = _sorted_out(tree)
     if not images:
-        raise InputError(f"{root}: no volume (.nii, .nii.gz, .mnc, .mgz) in it or below; DICOM wants --layout dicom")
-    table = options.table or next(
-        (root / name for name in ("participants.tsv", "participants.csv") if (root / name).exists()), None
-    )
-    people = read_people(listing, table) if table else {}
-    for stem, path in images:
-        session = _SESSION.search(stem)
-        subject = stem[: session.start()] if session else stem
-        patient = canonical_patient_id(subject)
-        row = people.get(patient) or people.get(canonical_patient_id(stem))
-        if table and row is None:
-            listing.note("problem", subject, table.name, "has no row", "kept without sex and site", left_out=False)
-        facts = describe_person(listing, patient, table.name if table else "", row)
-        label = labels.get(stem) if options.labels != "none" else None
-        listing.scans.append(
-            Scan(
-                subject,
-                session[1] if session else None,
-                patient,
-                path,
-                relative(path, root),
-                labels=(LabelFile(label),) if label else (),
-                **facts,
-            )
+        contrasts = f", only {others[0].name} and the like" if others else ""
+        raise InputError(
+            f"{root}: no volume (.nii, .nii.gz, .mnc, .mgz) in it or below{contrasts}; DICOM wants --layout dicom"
         )
+    people = _people(listing, options)
+    found = _identified(listing, root, images, people)
+    if people:
+        align(listing, people, (one.patient for one in found))
+    scans = [
+        Scan(
+            one.subject,
+            one.session,
+            one.patient,
+            one.volume.path,
+            relative(one.volume.path, root),
+            date=one.date,
+            **describe_person(listing, people, one.patient, one.session, one.date),
+        )
+        for one in found
+    ]
+    names = {one.volume.path: one for one in found}
+    # Without a session, files of other names than BIDS' may be of several.
+    sure = [scan for scan in scans if scan.session or names[scan.image].name.is_bids]
+    unsure = [scan for scan in scans if scan not in sure]
+    for scan in one_of_session(listing, sure, lambda scan: _order(names[scan.image].name, scan)) + unsure:
+        listing.add(scan)
+    _other_contrasts(listing, root, others, found)
     if options.labels != "none":
-        for name in sorted(set(labels) - {stem for stem, _ in images}):
-            listing.note("problem", name, relative(labels[name], root), "label without image", "add the image")
-    known = {scan.patient_id for scan in listing.scans}
-    for person in sorted(set(people) - known - {canonical_patient_id(stem) for stem, _ in images}):
-        listing.note(
-            "problem", person, table.name if table else "", "has a row but no volume", "add it, or drop the row"
-        )
+        _give_labels(listing, root, labels, names)
+    if people:
+        note_rows_without_scans(listing, people, listing.people, "volume")
     listing.found = {"volumes": len(images), "labels": len(labels)}
-    listing.scans = drop_doubles(listing, select_sessions(listing, listing.scans, options.sessions))
-    return listing
+    return choose(listing, options.sessions)
+
+
+def _sorted_out(tree: Tree) -> tuple[list[VolumeFile], list[VolumeFile], list[VolumeFile]]:
+    """Images, labels, and volumes of other contrasts; of a BIDS folder, derivatives are no images."""
+    root = tree.root
+    aside = ASIDE if any(path.parent == root and path.name.startswith("sub-") for path in tree.folders) else frozenset()
+    images, labels, others = [], [], []
+    for volume in tree.volumes():
+        parts = [part.lower() for part in volume.path.relative_to(root).parts[:-1]]
+        is_label = bool(set(parts) & _LABEL_FOLDERS or _LABEL.search(volume.stem))
+        if is_label and not _BRAIN.search(volume.stem.removeprefix(parse_name(volume.stem).subject)):
+            labels.append(volume)
+        elif (parts and parts[0] in aside) or is_label or parse_name(volume.stem).is_other:
+            if not (parts and parts[0] in aside):
+                others.append(volume)
+        else:
+            images.append(volume)
+    return images, labels, others
+
+
+def _people(listing: Listing, options: LayoutOptions) -> People | None:
+    table = options.table
+    if table is None:
+        names = ("participants.tsv", "participants.csv", "participants.xlsx")
+        table = next((path for name in names if (path := options.source / name).exists() or path.is_symlink()), None)
+    return read_table_of_people(listing, table) if table and not is_hidden(table.name) else None
+
+
+# --- who -------------------------------------------------------------------------------------------------------------
+
+
+def _identified(listing: Listing, root: Path, images: list[VolumeFile], people: People | None) -> list[_Found]:
+    """Who each image is of, by its name or by its folders; guesses are problems."""
+    places = {volume.path: _folders(volume, root) for volume in images}
+    holders: dict[str, set[tuple[str, ...]]] = {}
+    crowd = Counter(places.values())
+    for volume in images:
+        holders.setdefault(volume.stem, set()).add(places[volume.path])
+    # Folders with files of names that other folders have as well: there, names alone do not say who.
+    alike = sorted({place for several in holders.values() if len(several) > 1 for place in several})
+    found, plain = [], []
+    for volume in images:
+        name, folders = parse_name(volume.stem), places[volume.path]
+        date = date_of_folders(folders)
+        session = name.session or next((part for part in folders if re.fullmatch(r"ses-\w+", part)), None)
+        own = canonical_patient_id(volume.stem)
+        by_table = people is not None and people.knows(name.subject)
+        above = next((part for part in folders if _is_person(part, people)), None)
+        if name.is_bids:
+            found.append(_Found(volume, name, name.subject, session, canonical_patient_id(name.subject), date))
+        elif is_worldwide(own):
+            visit = date or split_visit(name.subject)[1]
+            found.append(_Found(volume, name, name.subject, session or _session(visit), own, date))
+        elif not by_table and (above or folders in alike):
+            others = [place for place in alike if place != folders]
+            differ = [part for i, part in enumerate(folders) if any(place[i : i + 1] != (part,) for place in others)]
+            who = above or next(iter(differ or folders), tidy(root.resolve().name))
+            rest = [part for part in differ if part != who and not above] + [volume.stem] * (crowd[folders] > 1)
+            session = session or _session(date or "".join(rest))
+            found.append(_Found(volume, name, who, session, canonical_patient_id(who), date))
+            if not above:
+                _note_folder(listing, relative(volume.path, root), who, session if rest else None)
+        else:
+            plain.append(_Found(volume, name, name.subject, session, canonical_patient_id(name.subject), date))
+    return found + _by_name(listing, root, plain, people)
+
+
+def _folders(volume: VolumeFile, root: Path) -> tuple[str, ...]:
+    """The folders below the source that a volume lies in, without the one that it was unpacked into."""
+    return tuple(tidy(part) for part in volume.folder.relative_to(root).parts)
+
+
+def _is_person(folder: str, people: People | None) -> bool:
+    """Whether the name of a folder surely is somebody's."""
+    return (
+        re.fullmatch(r"sub-[A-Za-z0-9]+", folder) is not None
+        or is_worldwide(canonical_patient_id(folder))
+        or (people is not None and people.knows(folder))
+    )
+
+
+def _session(text: str) -> str | None:
+    """A session's name out of a date, a word for a visit, or names of folders."""
+    plain = re.sub(r"[\W_]", "", text)
+    return f"ses-{plain}" if plain else None
+
+
+def _note_folder(listing: Listing, place: str, who: str, session: str | None) -> None:
+    """Say that folders, not file names, told who a scan is of (``anna/T1.mgz``, ``bert/T1.mgz``)."""
+    reason = f"other folders have files of these names too, so taken for {who}'s"
+    if session:
+        remedy = f"name it sub-..._{session}_T1w.nii.gz to be sure, or give a --table of people"
+        listing.note("problem", who, place, f"{reason}, session {session}", remedy, False)
+    else:
+        listing.note("quirk", who, place, f"{reason}, by the folder")
+
+
+def _by_name(listing: Listing, root: Path, plain: list[_Found], people: People | None) -> list[_Found]:
+    """Join those whose names differ only in what looks like a visit, unless a table has each of them."""
+    bases: dict[str, list[_Found]] = {}
+    for one in plain:
+        base, visit = split_visit(one.subject)
+        known = people is not None and people.knows(one.subject)
+        bases.setdefault(base if base and visit and not known else one.subject, []).append(one)
+    result = []
+    for base, group in bases.items():
+        patient = canonical_patient_id(base)
+        is_known = people is not None and people.knows(base)
+        subjects = sorted({one.subject for one in group})
+        if subjects == [base] or (len(subjects) == 1 and not is_known):
+            result += group
+            continue
+        if not is_known:
+            some = f"{subjects[0]} and {subjects[1]}" + (f" and {len(subjects) - 2} more" if len(subjects) > 2 else "")
+            reason = f"{some}: taken for one person, since their names differ only in what looks like a visit"
+            bids = f"sub-{re.sub(r'[^A-Za-z0-9]', '', base)}_ses-..."
+            remedy = f"if so, name them {bids}, or give a --table with {base}; if not, a --table with each of them"
+            listing.note("problem", base, relative(group[0].volume.path, root), reason, remedy, False, patient)
+        for one in group:
+            visit = split_visit(one.subject)[1]
+            session = one.session or _session(visit)
+            date = one.date or date_in(visit)
+            result.append(replace(one, subject=base, patient=patient, session=session, date=date))
+    return result
+
+
+def _order(name: Name, scan: Scan) -> tuple[object, ...]:
+    """Of a session's scans the lowest is taken: BIDS' rules, and no repeat where there is an original."""
+    repeat = re.search(r"(?<![a-z])(repeat|rep|mpr-r|rescan)(?![a-z])", scan.image.name, re.IGNORECASE)
+    return (bool(repeat), *plainness(scan)) if name.is_bids else (bool(repeat),)
+
+
+def _other_contrasts(listing: Listing, root: Path, others: Iterable[VolumeFile], found: list[_Found]) -> None:
+    """Set volumes aside whose names say that they are no T1 scans; whoever has nothing else is a problem."""
+    known = {one.patient for one in found}
+    subjects = {one.subject for one in found}
+    visits = {split_visit(one.subject)[0] for one in found if re.search(r"[_. -]t\d+$", one.subject, re.IGNORECASE)}
+    for volume in others:
+        name, place = parse_name(volume.stem), relative(volume.path, root)
+        patient = canonical_patient_id(name.subject)
+        if name.contrast.lower() == "t2" and name.subject in visits:
+            remedy = "name it ses-2 or T2w"
+            listing.note("problem", name.subject, place, "T2 may be a contrast or a time point", remedy, True, patient)
+        elif patient in known or name.subject in subjects:
+            listing.note(
+                "skipped", name.subject, place, f"no T1 scan by its name ({name.contrast})", patient_id=patient
+            )
+        else:
+            remedy = "add the T1 scan, or name this one T1w if it is one"
+            reason = f"has no T1 scan, only {name.contrast or 'a mask'}"
+            listing.note("problem", name.subject, place, reason, remedy, True, patient)
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+def _give_labels(listing: Listing, root: Path, labels: list[VolumeFile], names: dict[Path, _Found]) -> None:
+    """Give each scan the label of its name, else the one of its subject and session; note those without a scan."""
+    chosen: dict[Path, VolumeFile] = {}
+    for label in sorted(labels, key=lambda volume: ("hippocamp" not in volume.stem.lower(), volume.path)):
+        place = relative(label.path, root)
+        stem, name = _LABEL.sub("", label.stem), parse_name(label.stem)
+        same = [one for one in names.values() if one.volume.stem in (stem, label.stem)]
+        if not same and name.is_bids:
+            same = [one for one in names.values() if (one.subject, one.session) == (name.subject, name.session)]
+            same = [one for one in same if one.name.entities.get("run") == name.entities.get("run")] or same
+        shared = [_shared(one.volume.path, label.path) for one in same]
+        near = [one for one, depth in zip(same, shared, strict=True) if depth == max(shared)]
+        if len(near) != 1:
+            reason = "label of several images" if near else "label without image"
+            remedy = "name it as its image" if near else "add the image"
+            listing.note("problem", name.subject if name.is_bids else stem, place, reason, remedy)
+        elif near[0].volume.path in chosen:
+            reason = f"double label file: {chosen[near[0].volume.path].name} is used"
+            listing.note("problem", near[0].subject, place, reason, "remove one", False, near[0].patient)
+        else:
+            chosen[near[0].volume.path] = label
+    listing.scans = [
+        replace(scan, labels=(LabelFile(chosen[scan.image].path),)) if scan.image in chosen else scan
+        for scan in listing.scans
+    ]
+
+
+def _shared(one: Path, other: Path) -> int:
+    """How many folders two paths share from the top."""
+    pairs = zip(one.parent.parts, other.parent.parts, strict=False)
+    return next((number for number, (a, b) in enumerate(pairs) if a != b), len(one.parent.parts))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from volta_components.data.layouts.common import (
     LEFT,
@@ -13,17 +12,18 @@ from volta_components.data.layouts.common import (
     LayoutOptions,
     Listing,
     Scan,
+    align,
+    choose,
     describe_person,
-    drop_doubles,
-    find_volumes,
-    read_people,
+    look,
+    read_table_of_people,
     relative,
-    select_sessions,
 )
+from volta_components.data.walk import VolumeFile
 from volta_components.errors import InputError
 
-_SCAN = re.compile(r"(ADNI_(\d{3}_S_\d{4})_(\d+))(_ACPC)?\.(mnc|nii|nii\.gz)$")
-_LABEL = re.compile(r"(ADNI_(\d{3}_S_\d{4})_(\d+))(_ACPC)?_([LR])\.(mnc|nii|nii\.gz)$")
+_SCAN = re.compile(r"(ADNI_(\d{3}_S_\d{4})_(\d+))(_ACPC)?$")
+_LABEL = re.compile(r"(ADNI_(\d{3}_S_\d{4})_(\d+))(_ACPC)?_([LR])$")
 # Scans whose left and right label files are swapped in the release. Only a cross-check: sides are told by centroids.
 SWAPPED = frozenset(
     {
@@ -43,54 +43,49 @@ def read(options: LayoutOptions) -> Listing:
     """
     root = options.source
     listing = Listing(cohort="harp", swapped=SWAPPED)
-    scans: list[tuple[Path, re.Match[str]]] = []
-    labels: dict[str, dict[int, Path]] = {}
-    for path in find_volumes(root):
-        if match := _LABEL.search(path.name):
+    scans: list[tuple[VolumeFile, re.Match[str]]] = []
+    labels: dict[str, dict[int, VolumeFile]] = {}
+    for volume in look(listing, root).volumes():
+        place = relative(volume.path, root)
+        if match := _LABEL.search(volume.stem):
             side = LEFT if match[5] == "L" else RIGHT
             if side in labels.setdefault(match[1], {}):
-                listing.note(
-                    "problem", match[1], relative(path, root), "double label file", "the first is used", left_out=False
-                )
+                listing.note("problem", match[1], place, "double label file", "the first is used", left_out=False)
             else:
-                labels[match[1]][side] = path
-        elif match := _SCAN.search(path.name):
-            scans.append((path, match))
+                labels[match[1]][side] = volume
+        elif match := _SCAN.search(volume.stem):
+            scans.append((volume, match))
+        else:
+            remedy = (
+                "name it as HarP does (ADNI_002_S_0295_13722_ACPC.mnc, ADNI_002_S_0295_13722_L.nii), or move it away"
+            )
+            listing.note("problem", volume.stem, place, "is not named as HarP names scans and labels", remedy)
     if not scans:
         raise InputError(
             f"{root}: no scan like 100/ADNI_002_S_0295_13722_ACPC.mnc; give the folder that holds 100 and 35"
         )
-    people = read_people(listing, options.table) if options.table else {}
+    people = read_table_of_people(listing, options.table) if options.table else None
+    if people:
+        align(listing, people, (match[2] for _, match in scans))
     complete = 0
-    for path, match in scans:
+    for volume, match in scans:
         name, patient = match[1], match[2]
         found = labels.get(name, {})
         if options.labels != "none" and len(found) == 1:
             missing = "right" if LEFT in found else "left"
-            listing.note(
-                "problem", name, relative(path, root), f"has no {missing} label file", "download the labels again"
-            )
+            place = relative(volume.path, root)
+            listing.note("problem", name, place, f"has no {missing} label file", "download the labels again")
             continue
         complete += len(found) == 2
-        facts = describe_person(listing, patient, options.table.name if options.table else "", people.get(patient))
-        listing.scans.append(
-            Scan(
-                name,
-                None,
-                patient,
-                path,
-                relative(path, root),
-                labels=tuple(LabelFile(found[side], side) for side in sorted(found)),
-                **facts,
-            )
-        )
+        both = tuple(LabelFile(found[side].path, side) for side in sorted(found))
+        facts = describe_person(listing, people, patient)
+        listing.add(Scan(name, None, patient, volume.path, relative(volume.path, root), both, **facts))
     for name in sorted(set(labels) - {match[1] for _, match in scans}):
-        file = relative(min(labels[name].values()), root)
+        file = relative(min(label.path for label in labels[name].values()), root)
         listing.note("problem", name, file, "label without image", "download the scan, or remove the label")
     listing.found = {
         "scans": len(scans),
         "with both labels": complete,
         "patients": len({match[2] for _, match in scans}),
     }
-    listing.scans = drop_doubles(listing, select_sessions(listing, listing.scans, options.sessions))
-    return listing
+    return choose(listing, options.sessions)

@@ -6,22 +6,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from volta_components.data.layouts.common import (
-    LayoutOptions,
-    Listing,
-    Scan,
-    drop_doubles,
-    find_volumes,
-    parse_age,
-    parse_sex,
-    pick,
-    read_table,
-    relative,
-    select_sessions,
-)
+from volta_components.data.layouts.common import LayoutOptions, Listing, Scan, choose, look, relative
+from volta_components.data.tables import parse_age, parse_sex, pick, read_table
+from volta_components.data.walk import Tree
 from volta_components.errors import InputError
 
-_NAME = re.compile(r"IXI(\d{1,4})-([A-Za-z]+)-(\d+)-T1\.nii(\.gz)?$")
+_NAME = re.compile(r"IXI(\d{1,4})-([A-Za-z]+)-(\d+)-T1$")
+# IXI's other contrasts.
+_OTHER = re.compile(r"-(T2|PD|MRA|DTI(-\d+)?)$")
 _CODES = {"1": "M", "2": "F"}
 
 
@@ -36,19 +28,29 @@ def read(options: LayoutOptions) -> Listing:
     """
     root = options.source
     listing = Listing(cohort="ixi")
-    scans = [(path, match) for path in find_volumes(root) if (match := _NAME.search(path.name))]
+    tree = look(listing, root)
+    scans = []
+    for volume in tree.volumes():
+        if match := _NAME.search(volume.stem):
+            scans.append((volume.path, match))
+        elif not _OTHER.search(volume.stem):
+            remedy = "name it as IXI does (IXI002-Guys-0828-T1.nii.gz), or move it away"
+            place = relative(volume.path, root)
+            listing.note("problem", volume.stem, place, "is not named as IXI names scans", remedy)
     if not scans:
         raise InputError(f"{root}: no file like IXI002-Guys-0828-T1.nii.gz; unpack IXI-T1.tar there")
-    table = options.table or _find_table(root)
+    table = options.table or _find_table(tree)
     rows = _people(listing, table)
     for path, match in scans:
         person = f"IXI{int(match[1]):03d}"
         sex, age, known = rows.get(person, (None, None, False))
         if not known:
             listing.note("quirk", person, relative(path, root), f"scan without a row in {table.name}")
-        listing.scans.append(Scan(person, None, person, path, relative(path, root), site=match[2], sex=sex, age=age))
+        listing.add(Scan(person, None, person, path, relative(path, root), site=match[2], sex=sex, age=age))
     for person in sorted(set(rows) - {scan.subject_id for scan in listing.scans}):
-        listing.note("quirk", person, table.name, "row without a T1 scan", "IXI has some of these", True)
+        listing.note(
+            "problem", person, table.name, "row without a T1 scan", "IXI itself has some of these; check yours"
+        )
     sexes = [sex for sex, _, _ in rows.values()]
     listing.found = {
         "people in the table": len(rows),
@@ -57,22 +59,22 @@ def read(options: LayoutOptions) -> Listing:
         "T1 scans": len(scans),
         "T1 scans with sex": sum(scan.sex is not None for scan in listing.scans),
     }
-    listing.scans = drop_doubles(listing, select_sessions(listing, listing.scans, ("all",)))
-    return listing
+    return choose(listing, ("all",))
 
 
-def _find_table(root: Path) -> Path:
-    found = [path for path in sorted(root.rglob("IXI*")) if path.suffix.lower() in {".xls", ".xlsx", ".csv"}]
+def _find_table(tree: Tree) -> Path:
+    kinds = {".xls", ".xlsx", ".csv", ".tsv"}
+    found = [path for path in tree.files if path.name.startswith("IXI") and path.suffix.lower() in kinds]
     if not found:
-        raise InputError(f"{root}: IXI.xls is missing; download it beside the scans, or give it as --table")
+        raise InputError(f"{tree.root}: IXI.xls is missing; download it beside the scans, or give it as --table")
     return found[0]
 
 
 def _people(listing: Listing, table: Path) -> dict[str, tuple[str | None, float | None, bool]]:
     """Sex and age of each id, as ``(sex, age, True)``."""
-    if not table.exists():
-        raise InputError(f"{table}: no such file; give IXI's table as --table")
-    rows = read_table(table)
+    rows = read_table(
+        table, lambda who, what, remedy: listing.note("problem", who, table.name, what, remedy, False, "")
+    )
     if not rows or pick(rows[0], "IXI_ID", "IXI ID", "ID") is None:
         raise InputError(f"{table}: no column IXI_ID; is it IXI's own table?")
     sexes: dict[str, list[str]] = {}

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What became of everybody who was found: nobody is lost without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from volta_components.data.layouts import Listing
+from volta_components.data.names import look_alikes
+
+
+@dataclass(frozen=True)
+class Books:
+    """Everybody found, each once, by their names in the data set.
+
+    Attributes:
+        prepared: of whom there is at least one volume.
+        by_option: left out by options that the user gave, and by nothing else.
+        problems: left out because something is missing, ambiguous, broken or not understood.
+    """
+
+    prepared: tuple[str, ...]
+    by_option: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    def line(self, limit: int = 20) -> str:
+        """The books in one line, with names of those who are left out."""
+
+        def named(people: tuple[str, ...]) -> str:
+            some = ", ".join(people[:limit]) + (f" and {len(people) - limit} more" if len(people) > limit else "")
+            return f" ({some})" if people else ""
+
+        total = len(self.prepared) + len(self.by_option) + len(self.problems)
+        return (
+            f"people: {total} found = {len(self.prepared)} prepared + {len(self.by_option)} left out by your options"
+            f"{named(self.by_option)} + {len(self.problems)} left out by problems{named(self.problems)}"
+        )
+
+
+def balance(listing: Listing, items: Iterable[Mapping[str, Any]]) -> Books:
+    """Say of everybody in a listing what became of them.
+
+    Whoever is neither prepared nor left out by a finding gets one: a problem.
+
+    Args:
+        listing: what was found, with all findings.
+        items: of the datalist, with ``patient_id``.
+    """
+    prepared = {str(item["patient_id"]) for item in items}
+    for patient in prepared:
+        listing.meet(patient)
+    places: dict[str, list[str]] = {"prepared": [], "choice": [], "problem": []}
+    kinds: dict[str, set[str]] = {}
+    for finding in listing.findings:
+        if finding.left_out:
+            kinds.setdefault(finding.patient_id, set()).add(finding.kind)
+    for patient, name in sorted(listing.people.items()):
+        why = kinds.get(patient, set())
+        if patient in prepared:
+            places["prepared"].append(name)
+        elif "choice" in why and "problem" not in why:
+            places["choice"].append(name)
+        else:
+            if "problem" not in why:
+                listing.note(
+                    "problem", name, "", "was found, but no volume came of it", "please report it", True, patient
+                )
+            places["problem"].append(name)
+    return Books(tuple(places["prepared"]), tuple(places["choice"]), tuple(places["problem"]))
+
+
+def note_look_alikes(listing: Listing, patients: Iterable[str]) -> None:
+    """Note ids that may be one person's: the same but for case, leading zeros and separators."""
+    for group in look_alikes(patients):
+        listing.note(
+            "problem",
+            group[0],
+            "",
+            f"{' and '.join(group)}: taken for different people, although their names are nearly the same",
+            "if they are one, name them alike",
+            False,
+            group[0],
+        )

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end of ``volta3d prepare``: findings, marks, folds, datalist, QC files and the summary."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from volta_components.data import quality
+from volta_components.data.books import Books, balance, note_look_alikes
+from volta_components.data.datalist import assign_folds, make_content
+from volta_components.data.layouts import Finding, Listing, Scan
+from volta_components.data.preprocess import Settings
+from volta_components.errors import InputError
+from volta_components.files import write_json
+
+# What the paper used of each data set (its section II), to be read beside what was found.
+PAPER_COUNTS = {
+    "adni": "773 scans (CN, SMC, EMCI, LMCI, AD)",
+    "brats": "1,229 scans (GLI, MET, PED)",
+    "harp": "135 scans with both hippocampi",
+    "ixi": "619 scans: 342 male, 277 female",
+    "aibl": "420 scans: 347 healthy, 73 AD",
+}
+
+
+def finish(
+    target: Path,
+    temporary: Path,
+    cohort: str,
+    layout: str,
+    settings: Settings,
+    scans: Sequence[Scan],
+    records: Sequence[dict[str, Any]],
+    listing: Listing,
+    folds: int,
+    seed: int,
+    skip_bad: bool,
+    strict: bool,
+    started: float,
+) -> int:
+    """Findings, marks, folds, datalist, QC files and summary; gives the exit status."""
+    good: list[tuple[Scan, dict[str, Any]]] = []
+    for scan, record in zip(scans, records, strict=True):
+        if "error" in record:
+            error = record["error"]
+            listing.note_scan("problem", scan, error["reason"], error["remedy"], file=error["file"])
+        else:
+            good.append((scan, record))
+            for file, what in record["quirks"]:
+                listing.note_scan("quirk", scan, _with_cross_check(listing, scan, what), file=file)
+            if scan.subject_id in listing.swapped and not any("swapped" in what for _, what in record["quirks"]):
+                listing.note_scan("quirk", scan, "listed as swapped, but its centroids say otherwise: left alone")
+    _note_twins(listing, good)
+    note_look_alikes(listing, {scan.patient_id for scan, _ in good})
+    marks = quality.find_marks([{**record["quality"], "warnings": record["warnings"]} for _, record in good])
+    if strict:
+        for (scan, _), found in zip(good, marks, strict=True):
+            if found:
+                listing.note_scan("problem", scan, "; ".join(found), "marked by the QC (--strict)")
+        good = [pair for pair, found in zip(good, marks, strict=True) if not found]
+        marks = [[] for _ in good]
+    if not good:
+        print_findings(listing.findings)
+        raise InputError(f"{target}: no volume could be prepared; see the findings above")
+    items = [_item(scan, record, cohort) for scan, record in good]
+    fold_of = assign_folds(items, folds, seed)
+    for item in items:
+        item["fold"] = fold_of[item["patient_id"]]
+    books = balance(listing, items)
+    findings = sorted(listing.findings, key=lambda f: (f.kind, f.subject, f.file, f.reason))
+    excluded = [
+        {"subject_id": f.subject, "source": f.file, "reason": f.reason, "kind": f.kind} for f in findings if f.left_out
+    ]
+    content = make_content(cohort, settings.spacing, settings.shape, seed, folds, items, excluded)
+    problems = sum(f.kind == "problem" for f in findings)
+    rows = [
+        {**item, **record["quality"], "key": scan.key, "marks": found}
+        for item, (scan, record), found in zip(items, good, marks, strict=True)
+    ]
+    summary = _summary(cohort, layout, listing, items, marks, findings, books)
+    qc, fresh = target / "qc", temporary / "qc"
+    thumbnails = [qc / "thumbnails" / f"{scan.key}.png" for scan, _ in good]
+    entries = [(scan.key, path, bool(found)) for (scan, _), path, found in zip(good, thumbnails, marks, strict=True)]
+    sheets = quality.write_contact_sheets(fresh, entries)
+    quality.write_table(fresh / "quality.csv", rows)
+    quality.write_table(fresh / "findings.csv", map(asdict, findings), list(Finding.__dataclass_fields__))
+    quality.write_page(fresh / "index.html", f"{cohort}: prepared volumes", summary, rows, list(map(asdict, findings)))
+    write_json(temporary / "datalist.json", content)
+    # Whole files are moved to their places one after the other, the datalist last.
+    for path in sorted(fresh.iterdir()):
+        path.replace(qc / path.name)
+    for old in set(qc.glob("contact_sheet*.png")) - {qc / path.name for path in sheets}:
+        old.unlink()
+    (temporary / "datalist.json").replace(target / "datalist.json")
+    print_findings(findings)
+    print("\n".join(summary))
+    print(f"{target / 'datalist.json'}: {len(items)} volumes, {folds} folds, hash {content['hash'][:16]}")
+    print(f"{qc / 'index.html'}: look at it; {time.monotonic() - started:.0f} s")
+    if problems and not skip_bad:
+        print(
+            f"{problems} problems, so the exit status is 1; mend them and run it again, or accept them with --skip-bad"
+        )
+        return 1
+    return 0
+
+
+def _with_cross_check(listing: Listing, scan: Scan, what: str) -> str:
+    """Say whether a swapped pair is one of those that the data set is known for."""
+    if "swapped" not in what or not listing.swapped:
+        return what
+    return what + ("; known of this scan" if scan.subject_id in listing.swapped else "; NOT among the known ones")
+
+
+def _note_twins(listing: Listing, good: Iterable[tuple[Scan, dict[str, Any]]]) -> None:
+    """Report scans that hold the same voxels under two ids."""
+    first: dict[str, Scan] = {}
+    for scan, record in good:
+        other = first.setdefault(record["voxels_sha256"], scan)
+        if other is not scan:
+            reason = f"the same voxels as {other.subject_id} ({other.source})"
+            listing.note_scan("problem", scan, reason, "remove one; both are kept", False)
+
+
+def _item(scan: Scan, record: Mapping[str, Any], cohort: str) -> dict[str, Any]:
+    return {
+        "image": record["image"],
+        **({"label": record["label"]} if record["label"] else {}),
+        "subject_id": scan.subject_id,
+        "patient_id": scan.patient_id,
+        "session": scan.session,
+        **({} if scan.visit is None else {"visit": scan.visit}),
+        "site": scan.site,
+        "cohort": cohort,
+        "sex": scan.sex,
+        "diagnosis": scan.diagnosis,
+        "age": scan.age,
+        "fold": 0,
+        "source": scan.source,
+        "source_sha256": record["source_sha256"],
+        "sha256": record["sha256"],
+        "voxels_sha256": record["voxels_sha256"],
+    }
+
+
+def _summary(
+    cohort: str,
+    layout: str,
+    listing: Listing,
+    items: Sequence[Mapping[str, Any]],
+    marks: Sequence[Sequence[str]],
+    findings: Sequence[Finding],
+    books: Books,
+) -> list[str]:
+    """Counts beside the paper's, and what became of everybody."""
+    patients = len({item["patient_id"] for item in items})
+    parts = [f"{len(items)} scans of {patients} patients"]
+    for key in ("sex", "diagnosis", "site"):
+        counts = Counter(str(item[key]) for item in items if item[key] is not None)
+        if counts and len(counts) <= 12:
+            parts.append(f"{key} " + ", ".join(f"{value} {n}" for value, n in sorted(counts.items())))
+    lines = [f"{cohort}: " + "; ".join(parts)]
+    if listing.found:
+        lines.append("found: " + ", ".join(f"{what} {n}" for what, n in listing.found.items()))
+    if paper := PAPER_COUNTS.get(cohort) or PAPER_COUNTS.get(layout):
+        lines.append(f"the paper used: {paper}")
+    kinds = Counter(f.kind for f in findings)
+    lines.append(
+        f"{sum(map(bool, marks))} volumes marked; {kinds['problem']} problems, {kinds['quirk']} quirks handled, "
+        f"{kinds['choice']} scans left out by your options, {kinds['skipped']} files skipped"
+    )
+    lines.append(books.line())
+    return lines
+
+
+def print_findings(findings: Sequence[Finding], limit: int = 30) -> None:
+    """Print problems and quirks as a table; the others are only counted (all are in qc/findings.csv)."""
+    for kind in ("problem", "quirk"):
+        rows = [
+            (f.subject, f.file or "(none)", f.reason + (f"; {f.remedy}" if f.remedy else ""))
+            for f in findings
+            if f.kind == kind
+        ]
+        if rows:
+            print(str(InputError.many(f"{len(rows)} {kind}s", rows, "", limit)).rstrip())

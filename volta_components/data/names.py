@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the name of a scan's file says: who, which session, which run, which contrast."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import date
+
+from volta_components.data.identity import canonical_patient_id
+
+_OTHER_WORDS = """
+t2w t2 flair t2star t2starw pd pdw pdt2 inplanet1 inplanet2 angio defacemask t1map t2map r1map r2starmap mtr mtrmap mts
+mtsat mtvmap pdmap t1rho bold sbref cbv dwi dti adc fa md epi phasediff phase phase1 phase2 magnitude magnitude1
+magnitude2 fieldmap fmap tb1afi tb1dam tb1ep tb1map tb1tfl rb1cor asl m0scan pet swi swan unit1 mp2rage megre mese irt1
+vfa dseg probseg mask seg segmentation bet brain t2f t1c t1ce t1gd t1post t1km aseg aparc label labels
+"""
+# Last words of names that are no T1 scan: those of BIDS, and usual ones of other names.
+OTHER_CONTRASTS = frozenset(_OTHER_WORDS.split())
+_T1 = re.compile(r"(t1w?|t1n|mprage|spgr|bravo|tfe|tfl)", re.IGNORECASE)
+_SESSION = re.compile(r"[._-](ses-[A-Za-z0-9]+)(?=[._-]|$)")
+# Words at the end of a name that tell visits and repeats of one person apart.
+_WORD = (
+    r"(?:ses|sess|session|visit|tp|timepoint|time|wave|scan|run|rep|repeat|rescan|retest|mr|bl|baseline|base|sc"
+    r"|screening|fu|followup|pre|post)(?:[_. -]?\d{1,3})?"
+)
+_LETTER = (
+    r"(?:v|m|mo|month|w|wk|week|y|yr|year|d|day|t)-?\d{1,4}|\d{1,3}(?:m|mo|months?|y|yr|years?|w|wk|weeks?|d|days?)"
+)
+_DATE = r"(?:19|20)\d\d-?[01]\d-?[0-3]\d(?:[T_-]?\d{6})?"
+_VISIT = re.compile(rf"(.*?)((?:(?:^|[_. -]+)(?:{_WORD}|{_LETTER}|{_DATE}))+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Name:
+    """A scan's name, taken apart.
+
+    Attributes:
+        subject: who, as files of results are named; ``sub-XX`` where BIDS says so, otherwise the name without the word
+            for the contrast.
+        session: ``ses-XX``, or None.
+        entities: the further parts of a BIDS name, such as ``{"run": "2"}``; empty for other names.
+        contrast: the last word, such as ``T1w`` or ``dseg``; empty where it is none that is known.
+    """
+
+    subject: str
+    session: str | None = None
+    entities: dict[str, str] = field(default_factory=dict)
+    contrast: str = ""
+
+    @property
+    def is_bids(self) -> bool:
+        """Whether the name says by itself who the scan is of."""
+        return self.subject.startswith("sub-")
+
+    @property
+    def is_other(self) -> bool:
+        """Whether the name says that this is no T1 scan."""
+        if self.contrast:
+            return self.contrast.lower() in OTHER_CONTRASTS or (self.is_bids and self.contrast.lower() != "t1w")
+        return False
+
+
+def parse_name(stem: str) -> Name:
+    """Take the name of a volume apart.
+
+    Args:
+        stem: the file's name without suffix, such as ``sub-01_ses-1_run-2_T1w`` or ``anna T1``.
+    """
+    words = stem.split("_")
+    if re.match(r"sub-\w", words[0], re.IGNORECASE):
+        parts = dict(word.split("-", 1) for word in words[1:] if "-" in word)
+        session = f"ses-{value}" if (value := parts.pop("ses", "")) else None
+        contrast = words[-1] if len(words) > 1 and "-" not in words[-1] else ""
+        return Name("sub-" + words[0][4:], session, parts, contrast)
+    rest, last = match.groups() if (match := re.fullmatch(r"(.+?)[_. -]+([^_. -]+)", stem)) else (stem, "")
+    contrast = last if _T1.fullmatch(last) or last.lower() in OTHER_CONTRASTS else ""
+    subject = rest if contrast else stem
+    found = _SESSION.search(subject)
+    return Name(subject[: found.start()] if found else subject, found[1] if found else None, {}, contrast)
+
+
+def split_visit(subject: str) -> tuple[str, str]:
+    """A name, and the words at its end that tell visits of one person apart: ``p01`` and ``visit2`` of ``p01_visit2``.
+
+    Returns:
+        The name without them, empty where there is nothing else in it; the words, empty where there are none.
+    """
+    match = _VISIT.fullmatch(subject)
+    return (match[1], match[2].strip("_. -")) if match else (subject, "")
+
+
+def look_alikes(patients: Iterable[str]) -> list[list[str]]:
+    """Ids that are one but for case, leading zeros and separators: ``sub-1`` and ``sub-01``, ``P_3`` and ``p3``."""
+    groups: dict[str, list[str]] = {}
+    for patient in sorted(set(patients)):
+        groups.setdefault(loose(patient), []).append(patient)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def loose(text: str) -> str:
+    """An id without what spreadsheets and people change in it: case, leading zeros, separators, ``sub-``."""
+    plain = re.sub(r"\.0$", "", canonical_patient_id(text).casefold().removeprefix("sub-"))
+    return " ".join(str(int(run)) if run.isdecimal() else run for run in re.findall(r"\d+|[^\W\d_]+", plain)) or plain
+
+
+def date_in(text: str) -> str | None:
+    """The date that a text begins with or has as a part of its own, as ``YYYY-MM-DD``: ``2006-04-18_08_20_30.0``."""
+    for match in re.finditer(r"(?<!\d)((?:19|20)\d\d)[-_./]?([01]\d)[-_./]?([0-3]\d)(?!\d)", text):
+        try:
+            return date(int(match[1]), int(match[2]), int(match[3])).isoformat()
+        except ValueError:
+            continue
+    return None
+
+
+def date_of_folders(parts: Sequence[str]) -> str | None:
+    """The date in the names of folders, the innermost first."""
+    return next((found for part in reversed(parts) if (found := date_in(part))), None)

@@ -1,0 +1,416 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of people as spreadsheets and archives write them: any usual encoding, separator and spelling."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import functools
+import io
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from volta_components.data.identity import canonical_patient_id
+from volta_components.data.names import date_in, loose
+from volta_components.data.sessions import in_order, spelled_alike
+from volta_components.data.unusable import missing_content
+from volta_components.data.volumes import volume_suffix
+from volta_components.errors import InputError
+
+MISSING = {"", "n/a", "na", "nan", "none", "null", "unknown", "-4", "-1", ".", "#n/a", "nat"}
+# Names of one thing in the public tables, brought to Clinica's.
+_HEALTHY = "HC NL NC NORMAL CONTROL CONTROLS HEALTHY CTRL CTL"
+_DEMENTED = ("DEMENTIA", "DAT", "ALZHEIMER", "ALZHEIMERS", "ALZHEIMER'S DISEASE", "ALZHEIMER DISEASE")
+DIAGNOSES = {**dict.fromkeys(_HEALTHY.split(), "CN"), **dict.fromkeys(_DEMENTED, "AD")}
+_DIAGNOSES = """
+CN SMC SCD EMCI LMCI MCI SMCI PMCI AD FTD BVFTD PPA DLB LBD PD PDD PSP CBS VAD VCI MSA ALS HD MS OTHER PATIENT
+DEPRESSION SCZ BD ADHD ASD EPILEPSY STROKE TBI GLIOMA
+"""
+# Those that are surely not meant by the name of another.
+KNOWN_DIAGNOSES = frozenset(_DIAGNOSES.split())
+_SEXES = {"m": "M", "male": "M", "man": "M", "f": "F", "female": "F", "woman": "F"}
+
+# Columns of the tables that come with the data sets (ADNIMERGE, the image archive's search results, BIDS and others).
+ID_COLUMNS = (
+    "participant_id",
+    "subject_id",
+    "PTID",
+    "Subject",
+    "Subject ID",
+    "patient_id",
+    "ID",
+    "name",
+    "file",
+    "RID",
+)
+SEX_COLUMNS = ("sex", "PTGENDER", "gender")
+AGE_COLUMNS = ("age", "age_bl", "age_at_scan", "Age at scan")
+DIAGNOSIS_COLUMNS = ("diagnosis", "DX_bl", "DX", "diagnosis_sc", "Research Group", "group", "label")
+SITE_COLUMNS = ("site", "site_id", "acquisition_site", "institution", "scanner")
+SESSION_COLUMNS = ("session_id", "session", "ses", "VISCODE", "visit", "visit_id", "timepoint", "wave")
+DATE_COLUMNS = ("acq_time", "scan_date", "EXAMDATE", "examination_date", "Acq Date", "Study Date", "date", "MRI_date")
+
+Row = dict[str, str]
+# Takes what is wrong with a table: whose row, what, what to do.
+Complain = Callable[[str, str, str], None]
+
+
+def read_table(path: Path, complain: Complain | None = None) -> list[Row]:
+    """Rows of a CSV, TSV or Excel table, as text; whole numbers that Excel holds as floats lose their ``.0``.
+
+    Text may be UTF-8, UTF-16 or of an old Windows, lines may end in any way, cells be separated by tabs, commas,
+    semicolons or bars, told from the header. What is an Excel sheet is told from the content, not the name.
+
+    Args:
+        path: the table.
+        complain: called for rows and columns that are left out; without it, they are an error.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    content = _content(path)
+    kinds = (b"PK\3\4", b"\xd0\xcf\x11\xe0", b"\x09\x00", b"\x09\x02", b"\x09\x04", b"\x09\x08")
+    excel = path.suffix.lower() in {".xls", ".xlsx"}
+    lines = (
+        _excel(path) if content.startswith(kinds) or (excel and not _is_text(content)) else _delimited(path, content)
+    )
+    return _rows(path, lines, complain)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        reason, remedy = missing_content(path) or ("no such file", "give the table of subjects as --table")
+        raise InputError(f"{path}: {reason}; {remedy}") from error
+    except PermissionError as error:
+        raise InputError(f"{path}: permission denied; make it readable (chmod u+r)") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        return "\0" not in _decoded(content)
+    except UnicodeDecodeError:
+        return False
+
+
+def _decoded(content: bytes) -> str:
+    marks = {
+        codecs.BOM_UTF8: "utf-8-sig",
+        codecs.BOM_UTF32_LE: "utf-32",
+        codecs.BOM_UTF32_BE: "utf-32",
+        codecs.BOM_UTF16_LE: "utf-16",
+        codecs.BOM_UTF16_BE: "utf-16",
+    }
+    for mark, name in marks.items():
+        if content.startswith(mark):
+            return content.decode(name)
+    even, odd = content[:400:2].count(0), content[1:400:2].count(0)
+    if even or odd:
+        return content.decode("utf-16-le" if odd > even else "utf-16-be")
+    for name in ("utf-8", "cp1252"):
+        try:
+            return content.decode(name)
+        except UnicodeDecodeError:
+            continue
+    return content.decode("latin-1")
+
+
+Lines = list[tuple[int, list[str]]]
+
+
+def _delimited(path: Path, content: bytes) -> Lines:
+    """Cells of a text, with the number of each line."""
+    try:
+        text = _decoded(content)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not text in UTF-8, UTF-16 or of Windows; save it as CSV in UTF-8") from error
+    if "\0" in text:
+        raise InputError(f"{path}: not a table but a binary file; save it as CSV, TSV or Excel sheet")
+    text = text.replace("\r\n", "\n").replace("\r", "\n").lstrip("\n")
+    # Excel's own word for the separator.
+    hint = re.match(r'"?sep=(.)"?\n', text, re.IGNORECASE)
+    text = text[hint.end() :] if hint else text
+    header = re.sub(r'"[^"]*"', "", text.split("\n", 1)[0])
+    separator = hint[1] if hint else max("\t;,|", key=header.count)
+    for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
+        reader = csv.reader(io.StringIO(text), delimiter=separator, quoting=quoting, skipinitialspace=separator != "\t")
+        try:
+            lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
+        except csv.Error:
+            continue
+        # A quotation mark that is never closed would swallow the lines after it.
+        if not any("\n" in cell and separator in cell for _, cells in lines for cell in cells):
+            return lines
+    return [(number, [cell.strip('"') for cell in cells]) for number, cells in lines]
+
+
+def _excel(path: Path) -> Lines:
+    import pandas as pd
+
+    try:
+        frame = pd.read_excel(path, dtype=object, header=None)
+    except Exception as error:  # xlrd and openpyxl raise anything at a damaged workbook
+        raise InputError(f"{path}: not a readable Excel sheet ({error}); download it again") from error
+
+    def text(cell: Any) -> str:
+        if cell is None or cell is pd.NaT or (isinstance(cell, float) and math.isnan(cell)):
+            return ""
+        if isinstance(cell, float) and cell.is_integer():
+            return str(int(cell))
+        return str(cell).strip()
+
+    return [(number, [text(cell) for cell in cells]) for number, cells in enumerate(frame.itertuples(index=False), 1)]
+
+
+def _rows(path: Path, lines: Lines, complain: Complain | None) -> list[Row]:
+    """Lines of cells as rows by the names of the columns; the first line that is not empty has these."""
+
+    def tell(who: str, what: str, remedy: str) -> None:
+        if complain is None:
+            raise InputError(f"{path}: {what}; {remedy}")
+        complain(who, what, remedy)
+
+    filled = [(number, cells) for number, cells in lines if any(cells)]
+    if not filled:
+        return []
+    names = list(filled[0][1])
+    while names and not names[-1]:
+        names.pop()
+    rows = []
+    for number, cells in filled[1:]:
+        if any(cells[len(names) :]):
+            what = f"line {number} has {len(cells)} cells where the header has {len(names)} columns"
+            tell(
+                cells[0] or "(all)", what, "quote cells with commas in them, or save it with tabs; the row is left out"
+            )
+            continue
+        row: Row = {}
+        for place, name in enumerate(names):
+            row.setdefault(name, cells[place] if place < len(cells) else "")
+        rows.append(row)
+    folded = [name.casefold() for name in names if name]
+    for name in sorted({name for name in folded if folded.count(name) > 1}):
+        places = [i for i, other in enumerate(names) if other.casefold() == name]
+        if any(len({cells[i] for i in places if i < len(cells)}) > 1 for _, cells in filled[1:]):
+            tell("(all)", f"{len(places)} columns are named {name!r} and differ", "remove one; the first is used")
+    return rows
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def is_missing(text: str | None) -> bool:
+    """Whether a cell has no value."""
+    return text is None or text.strip().lower() in MISSING
+
+
+def pick(row: Mapping[str, str], *names: str) -> str | None:
+    """The first of the named columns (case does not matter) whose cell is not missing."""
+    lower: Row = {}
+    for key, cell in row.items():
+        lower.setdefault(key.lower(), cell)
+    for name in names:
+        value = lower.get(name.lower(), "")
+        if not is_missing(value):
+            return value.strip()
+    return None
+
+
+def parse_sex(text: str | None, codes: Mapping[str, str] | None = None) -> str | None:
+    """``F``, ``M`` or None where it is missing.
+
+    Args:
+        text: the cell.
+        codes: further codes of the table, such as ``{"1": "M", "2": "F"}``.
+
+    Raises:
+        ValueError: if the code is unknown.
+    """
+    if text is None or is_missing(text):
+        return None
+    key = text.strip().lower()
+    sex = (codes or {}).get(key) or _SEXES.get(key)
+    if sex is None:
+        raise ValueError(f"unknown sex code {text!r}")
+    return sex
+
+
+def parse_age(text: str | None) -> float | None:
+    """Years, or None where it is missing; HIPAA's ``90+`` is 90, DICOM's ``018M`` one and a half.
+
+    Raises:
+        ValueError: if it is no number of years.
+    """
+    if text is None or is_missing(text):
+        return None
+    match = re.fullmatch(r"(\d+(?:[.,]\d+)?|[.,]\d+)\s*(y|m|w|d|years?|yrs?)?\+?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"age {text!r} is not a number")
+    years = float(match[1].replace(",", ".")) / {"m": 12, "w": 365.25 / 7, "d": 365.25}.get((match[2] or "").lower(), 1)
+    if not 0 <= years <= 130:
+        raise ValueError(f"age {text!r} is out of range (0 to 130 years)")
+    return round(years, 4)
+
+
+def parse_diagnosis(text: str | None) -> str | None:
+    """Upper case, brought to Clinica's names (CN, SMC, EMCI, LMCI, MCI, AD); None where it is missing."""
+    if text is None or is_missing(text):
+        return None
+    key = text.strip().upper()
+    return DIAGNOSES.get(key, key)
+
+
+# --- people ----------------------------------------------------------------------------------------------------------
+
+_FACTS = {"sex": SEX_COLUMNS, "age": AGE_COLUMNS, "diagnosis": DIAGNOSIS_COLUMNS, "site": SITE_COLUMNS}
+
+
+@dataclass
+class People:
+    """A table of people, a row or several for each.
+
+    Attributes:
+        file: the table's name, for messages.
+        rows: of each canonical patient id.
+        spelled: how the table writes each of them.
+        also: ids of scans that are spelled in another way than in the table, and how they are spelled there.
+    """
+
+    file: str = ""
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    spelled: dict[str, str] = field(default_factory=dict)
+    also: dict[str, str] = field(default_factory=dict)
+
+    def find(self, patients: Iterable[str]) -> list[tuple[str, str]]:
+        """Match ids that are spelled in another way: ``sub-1``, ``SUB_01`` and ``1`` are ``sub-01`` if nobody else is.
+
+        Args:
+            patients: canonical ids of all scans.
+
+        Returns:
+            Id of the scan and id of the table, for each that was matched in this way.
+        """
+        known = set(patients)
+        scans, table = (_by_loose(ids) for ids in (known - set(self.rows), set(self.rows) - known))
+        # Those that stand in both are nobody else's.
+        taken = {loose(patient) for patient in known & set(self.rows)}
+        for key, ids in scans.items():
+            if len(ids) == len(table.get(key, [])) == 1 and key not in taken:
+                self.also[ids[0]] = table[key][0]
+        return sorted(self.also.items())
+
+    def has(self, patient: str) -> bool:
+        """Whether there is a row of a patient."""
+        return self.also.get(patient, patient) in self.rows
+
+    def knows(self, name: str) -> bool:
+        """Whether a name stands in the table, in whatever spelling."""
+        return loose(name) in self._loose
+
+    @functools.cached_property
+    def _loose(self) -> set[str]:
+        return {loose(patient) for patient in self.rows}
+
+    def without(self, patients: Iterable[str]) -> list[str]:
+        """Ids of the table of whom there is no scan."""
+        return sorted(set(self.rows) - {self.also.get(patient, patient) for patient in patients})
+
+    def row(self, patient: str, session: str | None = None, date: str | None = None) -> tuple[Row | None, list[str]]:
+        """What the table says of a patient at a session.
+
+        Of several rows the session's own counts, told by its name or its date; without a session the first one. Where
+        that cannot be told, and for the sex, only what all rows agree on is taken.
+
+        Returns:
+            Cells by column, or None if there is no row; and what is unknown because the rows differ in it.
+        """
+        rows = self.rows.get(self.also.get(patient, patient))
+        if rows is None:
+            return None, []
+        merged: Row = {}
+        for row in rows:
+            for column, cell in row.items():
+                if is_missing(merged.get(column)):
+                    merged[column] = cell
+        differ = [name for name in _FACTS if len({_plain(name, row) for row in rows} - {None}) > 1]
+        if not differ:
+            return merged, []
+        own = session_row(rows, session, date)
+        if session is None and date is None:
+            ordered, tied = in_order(rows, lambda row: pick(row, *SESSION_COLUMNS), _date_of)
+            own = None if any(ordered[0] in group for group in tied) else ordered[0]
+        if own is not None:
+            merged |= {column: cell for column, cell in own.items() if not is_missing(cell)}
+            differ = [name for name in differ if name == "sex"]
+        unknown = {column.lower() for name in differ for column in _FACTS[name]}
+        return {column: "" if column.lower() in unknown else cell for column, cell in merged.items()}, differ
+
+
+def _plain(name: str, row: Row) -> object:
+    """A fact of a row in the one form in which it can be compared."""
+    text = pick(row, *_FACTS[name])
+    parsers: dict[str, Callable[[str], object]] = {"sex": parse_sex, "age": parse_age, "diagnosis": parse_diagnosis}
+    try:
+        return parsers.get(name, str)(text or "") or None
+    except ValueError:
+        return text
+
+
+def _by_loose(ids: Iterable[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for patient in ids:
+        groups.setdefault(loose(patient), []).append(patient)
+    return groups
+
+
+def _date_of(row: Row) -> str | None:
+    return date_in(pick(row, *DATE_COLUMNS) or "")
+
+
+def session_row(rows: Iterable[Row], session: str | None, date: str | None = None) -> Row | None:
+    """The row of a session, by its name in any spelling or by its date; None if there is none, or several."""
+    rows = list(rows)
+    names = [pick(row, *SESSION_COLUMNS) for row in rows]
+    if session is not None:
+        exact = [row for row, name in zip(rows, names, strict=True) if name in (session, session.removeprefix("ses-"))]
+        alike = [
+            r for r, name in zip(rows, names, strict=True) if name and spelled_alike(name) == spelled_alike(session)
+        ]
+        if found := exact or alike:
+            return found[0] if len(found) == 1 else None
+    day = date or date_in(session or "")
+    same = [row for row in rows if day and _date_of(row) == day]
+    return same[0] if len(same) == 1 else None
+
+
+def read_people(
+    path: Path, complain: Complain | None = None, name: Callable[[str], str] = canonical_patient_id
+) -> People:
+    """Read a table of people.
+
+    Args:
+        path: CSV, TSV or Excel.
+        complain: see :func:`read_table`.
+        name: gives the canonical patient id of what the table has as an id.
+
+    Raises:
+        InputError: if the table cannot be read or has no column of ids.
+    """
+    rows = read_table(path, complain)
+    if not rows or not any(pick(row, *ID_COLUMNS) for row in rows):
+        columns = f"no column of subject ids among {', '.join(rows[0])}" if rows else "no rows"
+        raise InputError(f"{path}: {columns}; name one of them {ID_COLUMNS[0]}, or give another table as --table")
+    people = People(path.name)
+    for row in rows:
+        if text := pick(row, *ID_COLUMNS):
+            text = text[: len(text) - len(volume_suffix(Path(text)) or "")]
+            people.rows.setdefault(name(text), []).append(row)
+            people.spelled.setdefault(name(text), text)
+    return people

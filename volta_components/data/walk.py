@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one way to look through a folder of scans: hidden files left alone, links followed once, names readable."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from volta_components.data.volumes import volume_suffix
+from volta_components.errors import InputError
+from volta_components.files import readable
+
+# Folders that programs leave among the data: of macOS's zip, of Synology, of Windows.
+_LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
+_OFFICE_LOCK = "~$"
+
+
+@dataclass(frozen=True)
+class VolumeFile:
+    """A volume's file and the name that it goes by.
+
+    Attributes:
+        path: the file.
+        name: its name with suffix, readable; that of the folder for a folder ``scan.nii.gz/`` that holds one file,
+            as some programs unpack ``scan.nii.gz``.
+    """
+
+    path: Path
+    name: str
+
+    @classmethod
+    def of(cls, path: Path) -> VolumeFile:
+        """A file with the name that it goes by."""
+        return cls(path, tidy(path.parent.name if volume_suffix(path.parent) else path.name))
+
+    @property
+    def is_unpacked(self) -> bool:
+        """Whether the file lies in a folder of its own, which has its name."""
+        return volume_suffix(self.path.parent) is not None
+
+    @property
+    def folder(self) -> Path:
+        """The folder that the file lies in, without the one that it was unpacked into."""
+        return self.path.parent.parent if self.is_unpacked else self.path.parent
+
+    @property
+    def stem(self) -> str:
+        """The name without the volume format's suffix."""
+        return self.name[: len(self.name) - len(volume_suffix(Path(self.name)) or "")]
+
+
+@dataclass
+class Tree:
+    """What a folder holds.
+
+    Attributes:
+        root: the folder.
+        files: all visible files below it, sorted; links whose content is missing are among them.
+        folders: all visible folders below it, sorted.
+        again: links that lead to what is there already, and what that is.
+        locked: folders that cannot be listed.
+    """
+
+    root: Path
+    files: list[Path] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+    again: list[tuple[Path, Path]] = field(default_factory=list)
+    locked: list[Path] = field(default_factory=list)
+
+    def volumes(self) -> list[VolumeFile]:
+        """The volume files, in order of their paths."""
+        return [VolumeFile.of(path) for path in self.files if volume_suffix(path)]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's data: ``.git``, ``._scan.nii``, ``__MACOSX``, ``~$table.xlsx``."""
+    return name.startswith((".", _OFFICE_LOCK)) or name.lower() in _LITTER
+
+
+def tidy(name: str) -> str:
+    """A file name as text that goes into ids and tables: readable, one form of accents (NFC), no control characters."""
+    text = unicodedata.normalize("NFC", readable(name))
+    return "".join(letter if letter.isprintable() else "_" for letter in text).strip()
+
+
+def walk(root: Path) -> Tree:
+    """Look through a folder.
+
+    Hidden files and folders below it are left alone. Links to folders and files are followed, each folder and file
+    once: where a link leads to what is there under its own name too, that name counts. Links that lead to a folder
+    above are not followed.
+
+    Raises:
+        InputError: if the folder is missing, is none, or cannot be listed.
+    """
+    check_folder(root)
+    tree = Tree(root)
+    seen: dict[tuple[int, int], Path] = {}
+    for above in (place := root.resolve(), *place.parents):
+        status = above.stat()
+        seen[status.st_dev, status.st_ino] = above
+    links: list[Path] = []
+    _visit(root, tree, seen, links)
+    # Later than the folders themselves, so that these count and not the links to them.
+    while links:
+        status = (link := links.pop(0)).stat()
+        if other := seen.get((status.st_dev, status.st_ino)):
+            tree.again.append((link, other))
+        else:
+            seen[status.st_dev, status.st_ino] = link
+            tree.folders.append(link)
+            _visit(link, tree, seen, links)
+    _leave_out_links(tree)
+    tree.files.sort()
+    tree.folders.sort()
+    return tree
+
+
+def _visit(folder: Path, tree: Tree, seen: dict[tuple[int, int], Path], links: list[Path]) -> None:
+    """List a folder and the folders in it; links to folders are put aside."""
+    todo = [folder]
+    while todo:
+        parent = todo.pop()
+        try:
+            entries = sorted(os.scandir(parent), key=lambda entry: entry.name)
+        except OSError:
+            tree.locked.append(parent)
+            continue
+        for entry in entries:
+            if is_hidden(entry.name):
+                continue
+            path = Path(entry.path)
+            if entry.is_symlink():
+                (links if path.is_dir() else tree.files).append(path)
+            elif not entry.is_dir():
+                tree.files.append(path)
+            else:
+                status = path.stat()
+                if other := seen.get((status.st_dev, status.st_ino)):
+                    tree.again.append((path, other))
+                    continue
+                seen[status.st_dev, status.st_ino] = path
+                tree.folders.append(path)
+                todo.append(path)
+
+
+def _leave_out_links(tree: Tree) -> None:
+    """Keep one of a file and the links to it.
+
+    Links that lead out of the folder, or to what is hidden in it, are the files themselves: two of them with different
+    names may be two scans that happen to be the same, as git-annex stores such, and stay.
+    """
+    links = sorted(path for path in tree.files if path.is_symlink())
+    if not links:
+        return
+    targets = {os.path.realpath(path): path for path in tree.files if not path.is_symlink()}
+    visible = set(targets)
+    for link in links:
+        target = os.path.realpath(link)
+        other = targets.setdefault(target, link)
+        if other is not link and link.exists() and (target in visible or other.name == link.name):
+            tree.files.remove(link)
+            tree.again.append((link, other))
+
+
+def check_folder(root: Path) -> None:
+    """Refuse a source that is no folder.
+
+    Raises:
+        InputError: if it is missing, no folder, or cannot be listed.
+    """
+    if not root.exists():
+        raise InputError(f"{root}: no such folder; give the data set's root as --source")
+    if not root.is_dir():
+        raise InputError(f"{root}: not a folder; give the data set's root as --source")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise InputError(f"{root}: permission denied; make it readable (chmod u+rx)")
