@@ -21,18 +21,15 @@ from volta_components.report.tables import (
     SEEDS,
     Table,
     aligned_rows,
-    by_paper,
-    cell_lines,
+    cell,
     compare_by,
     comparison_table,
     fold_resamplings,
     fraction_table,
     groups_of,
+    main_table,
     members_of,
-    no_estimate,
-    number_record,
     plus_minus,
-    rows_of_paper,
     subjects_of,
     task_of,
 )
@@ -75,37 +72,24 @@ class ClassificationTables:
     def main(self) -> Table:
         """Table I or II."""
         full = self.study.fractions[-1]
-        names = {
+        labels = {
             "auroc": "AUROC",
             "sensitivity": f"Sensitivity ({self.task.positive})",
             "specificity": f"Specificity ({self.task.negative})",
         }
-        rows, numbers = [], []
-        for variant in rows_of_paper(self.task, self.study.variants):
-            ours, paper = self.estimates.get((variant, full)), self.task.paper.get(variant, {})
-            runs = self.study.select(variant)
-            row = [name_of(variant)]
-            for metric in self.METRICS:
-                value = ours[metric] if ours else no_estimate()
-                row.append(cell_lines(value.mean, value.sd, value.low, value.high))
-                row.append(plus_minus(*paper[metric]) if metric in paper else "–")
-                numbers.append(number_record(variant, metric, value, paper.get(metric), subjects_of(runs), full))
-            rows.append([*row, str(len({run.fold for run in runs})), str(subjects_of(runs))])
         note = f"{self._thresholds()} "
         note += "Here: mean ± SD over folds (n − 1), and the 95 % CI: patients resampled within folds and classes."
         if self.study.several_seeds:
             note += " " + SEEDS.format("within the fold")
         if full < 1:
             note += f" The largest fraction of the training part that was run is {full:.0%}."
-        return Table(
-            name=f"{self.study.bundle}_main",
-            title=(f"Table {self.task.table}. " if self.task.table else "") + self.task.title,
-            frame=pd.DataFrame(numbers),
-            groups=[("", 1), *((names[metric], 2) for metric in self.METRICS), ("scored", 2)],
-            columns=["init", *by_paper("folds", self.task) * 3, "folds", "patients"],
-            rows=rows,
-            note=note,
-        )
+        runs = {variant: self.study.select(variant) for variant in self.study.variants}
+        scored = {
+            "folds": {variant: str(len({run.fold for run in found})) for variant, found in runs.items()},
+            "patients": {variant: str(subjects_of(found)) for variant, found in runs.items()},
+        }
+        estimates = {variant: self.estimates[variant, full] for variant in runs if (variant, full) in self.estimates}
+        return main_table(self.study, labels, estimates, "folds", scored, note)
 
     def _thresholds(self) -> str:
         """Where sensitivity and specificity are taken, here and in the paper."""
@@ -218,7 +202,7 @@ class ClassificationTables:
                 counts = everyone["patient_id"].nunique(), everyone.loc[label, "patient_id"].nunique()
                 row[1:3] = [str(count) for count in counts]
                 row += [
-                    cell_lines(area, math.nan, low, high),
+                    cell(Estimate(area, low=low, high=high)),
                     " / ".join(plus_minus(item, math.nan) for item in shares),
                 ]
                 record = {

@@ -18,19 +18,16 @@ from volta_components.report.store import Study
 from volta_components.report.tables import (
     SEEDS,
     Table,
-    by_paper,
-    cell_lines,
+    cell,
     compare_by,
     comparison_table,
     count_failures,
     fraction_table,
     groups_of,
+    main_table,
     members_of,
-    no_estimate,
-    number_record,
     penalty_of,
     plus_minus,
-    rows_of_paper,
     scored_table,
     task_of,
     with_penalty,
@@ -87,39 +84,27 @@ class SegmentationTables:
 
     def main(self) -> Table:
         """Table III."""
-        rows, numbers = [], []
-        for variant in [*rows_of_paper(self.task, self.study.variants), *self._tools()]:
-            table, paper = self.tables.get(variant), self.task.paper.get(variant, {})
-            count = 0 if table is None else table["patient_id"].nunique()
-            row = [name_of(variant)]
-            for metric in self.METRICS:
-                value = no_estimate() if table is None else self._estimate(table, metric)
-                row.append(cell_lines(value.mean, value.sd, value.low, value.high))
-                row.append(plus_minus(*paper[metric]) if metric in paper else "–")
-                numbers.append(
-                    number_record(variant, metric, value, paper.get(metric), count, self.study.fractions[-1])
-                )
-            rows.append([*row, count_failures(table), str(count)])
-        return Table(
-            name=f"{self.study.bundle}_main",
-            title=(f"Table {self.task.table}. " if self.task.table else "") + self.task.title,
-            frame=pd.DataFrame(numbers),
-            groups=[("", 1), ("Dice", 2), ("HD95 (mm)", 2), ("scored", 2)],
-            columns=["init", *by_paper("subjects", self.task) * 2, "empty masks", "patients"],
-            rows=rows,
-            note="Here: mean of left and right ± SD between subjects (n − 1), and the 95 % CI: patients resampled. "
+        note = (
+            "Here: mean of left and right ± SD between subjects (n − 1), and the 95 % CI: patients resampled. "
             + ("The paper's SD is per epoch, which is another thing. " if self.task.spread == "epochs" else "")
             + "An empty mask has Dice 0 and no HD95: HD95 is over the scans that have both sides; the table of left "
             "and right has it with a penalty as well."
-            + (" " + SEEDS.format("for each scan") if self.study.several_seeds else ""),
+            + (" " + SEEDS.format("for each scan") if self.study.several_seeds else "")
         )
+        scored = {
+            "empty masks": {variant: count_failures(table) for variant, table in self.tables.items()},
+            "patients": {variant: str(table["patient_id"].nunique()) for variant, table in self.tables.items()},
+        }
+        labels = {"dice": "Dice", "hd95": "HD95 (mm)"}
+        estimates = {
+            variant: {metric: self._estimate(table, metric) for metric in labels}
+            for variant, table in self.tables.items()
+        }
+        return main_table(self.study, labels, estimates, "subjects", scored, note)
 
     def fractions(self) -> Table | None:
         """Dice with less data."""
         return fraction_table(self.study, "dice", self.estimates, "Mean ± SD between subjects and 95 % CI.")
-
-    def _tools(self) -> list[str]:
-        return [name for name in self.tables if name not in self.study.variants]
 
     def sides(self) -> Table:
         """Left and right apart, failures and the penalty."""
@@ -129,7 +114,7 @@ class SegmentationTables:
             row = [name_of(variant)]
             record: dict[str, Any] = {"init": variant}
             for column, digits in columns.items():
-                value = self._estimate(table, column) if column in table else no_estimate()
+                value = self._estimate(table, column) if column in table else Estimate()
                 row.append(plus_minus(value.mean, value.sd, digits))
                 record |= {f"{column}_mean": value.mean, f"{column}_sd": value.sd}
             penalised = self._estimate(table, "hd95_with_penalty")
@@ -138,7 +123,7 @@ class SegmentationTables:
             record |= {"hd95_with_penalty_low": penalised.low, "hd95_with_penalty_high": penalised.high}
             numbers.append(record)
             row.append(count_failures(table))
-            rows.append([*row, cell_lines(penalised.mean, penalised.sd, penalised.low, penalised.high)])
+            rows.append([*row, cell(penalised)])
         return Table(
             name=f"{self.study.bundle}_sides",
             title="Left, right, and failures",
@@ -179,8 +164,8 @@ class SegmentationTables:
                 count = chosen["patient_id"].nunique()
                 record: dict[str, Any] = {"group": group, "value": value, "init": variant, "patients": count}
                 for metric in self.METRICS:
-                    item = self._estimate(chosen, metric) if count else no_estimate()
-                    row.append(cell_lines(item.mean, item.sd, item.low, item.high))
+                    item = self._estimate(chosen, metric) if count else Estimate()
+                    row.append(cell(item))
                     record |= {f"{metric}_mean": item.mean, f"{metric}_sd": item.sd}
                     record |= {f"{metric}_low": item.low, f"{metric}_high": item.high}
                 if count:

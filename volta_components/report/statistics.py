@@ -31,11 +31,11 @@ class Estimate:
         count: how many values were averaged.
     """
 
-    mean: float
-    sd: float
-    low: float
-    high: float
-    count: int
+    mean: float = math.nan
+    sd: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    count: int = 0
 
 
 @dataclass(frozen=True)

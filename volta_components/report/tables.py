@@ -72,16 +72,14 @@ def plus_minus(mean: float, sd: float, digits: int = 2) -> str:
 
 def bracket(low: float, high: float, digits: int = 2) -> str:
     """``[0.81, 0.90]``."""
-    return (
-        f"[{low:.{digits}f}, {high:.{digits}f}]".replace("-", "−")
-        if math.isfinite(low) and math.isfinite(high)
-        else "–"
-    )
+    known = math.isfinite(low) and math.isfinite(high)
+    return f"[{low:.{digits}f}, {high:.{digits}f}]".replace("-", "−") if known else "–"
 
 
-def cell_lines(mean: float, sd: float, low: float, high: float) -> str:
+def cell(value: Estimate) -> str:
     """Mean and SD, and the interval on a line of its own."""
-    return plus_minus(mean, sd) + ("\n" + bracket(low, high) if math.isfinite(low) and math.isfinite(high) else "")
+    known = math.isfinite(value.low) and math.isfinite(value.high)
+    return plus_minus(value.mean, value.sd) + ("\n" + bracket(value.low, value.high) if known else "")
 
 
 def p_text(p: float) -> str:
@@ -106,11 +104,6 @@ def subjects_of(runs: Sequence[FinishedRun]) -> int:
 def task_of(study: Study) -> Task:
     """What the paper says of a study's task."""
     return TASKS.get(study.bundle, Task("", study.bundle))
-
-
-def rows_of_paper(task: Task, variants: Sequence[str]) -> list[str]:
-    """Inits to print: ours, and those that only the paper has."""
-    return in_order({*variants, *task.paper})
 
 
 def optimistic(study: Study) -> Table | None:
@@ -246,15 +239,52 @@ def scored_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
     return rows.groupby(keys, sort=False, dropna=False, as_index=False).agg(how)
 
 
-def count_failures(table: pd.DataFrame | None) -> str:
+def count_failures(table: pd.DataFrame) -> str:
     """Sides without a mask, as text."""
-    return "–" if table is None or "failures" not in table else f"{round(float(table['failures'].sum()), 1):g}"
+    return "–" if "failures" not in table else f"{round(float(table['failures'].sum()), 1):g}"
 
 
-def by_paper(spread: str, task: Task) -> list[str]:
-    """Labels of our column and the paper's, each with what its SD is over."""
+def main_table(
+    study: Study,
+    labels: Mapping[str, str],
+    estimates: Mapping[str, Mapping[str, Estimate]],
+    spread: str,
+    scored: Mapping[str, Mapping[str, str]],
+    note: str,
+) -> Table:
+    """The paper's table: each init's numbers beside the paper's.
+
+    Args:
+        study: its runs.
+        labels: of the columns, by metric.
+        estimates: by init and metric.
+        spread: what the SD here is over: ``folds``, ``subjects``.
+        scored: the last columns, by label and init; ``patients`` among them.
+        note: below the table.
+    """
+    task = task_of(study)
     words = {"folds": "± SD over folds", "subjects": "± SD of subjects", "epochs": "± SD per epoch"}
-    return [f"{OURS}\n{words[spread]}", f"{PAPER}\n{words[task.spread]}" if task.paper else PAPER]
+    ours, paper = f"{OURS}\n{words[spread]}", f"{PAPER}\n{words[task.spread]}" if task.paper else PAPER
+    inits = in_order({*study.variants, *task.paper})
+    numbers, rows = [], []
+    for variant in [*inits, *(name for name in estimates if name not in inits)]:
+        row, theirs = [name_of(variant)], task.paper.get(variant, {})
+        count = int(scored["patients"].get(variant, 0))
+        for metric in labels:
+            value = estimates.get(variant, {}).get(metric, Estimate())
+            row += [cell(value), plus_minus(*theirs[metric]) if metric in theirs else "–"]
+            record = number_record(variant, metric, value, count, study.fractions[-1])
+            numbers.append(record | dict(zip(("paper_mean", "paper_sd"), theirs.get(metric, (math.nan, math.nan)))))
+        rows.append([*row, *(column.get(variant, "–") for column in scored.values())])
+    return Table(
+        name=f"{study.bundle}_main",
+        title=(f"Table {task.table}. " if task.table else "") + task.title,
+        frame=pd.DataFrame(numbers),
+        groups=[("", 1), *((label, 2) for label in labels.values()), ("scored", len(scored))],
+        columns=["init", *[ours, paper] * len(labels), *scored],
+        rows=rows,
+        note=note,
+    )
 
 
 def fraction_table(
@@ -267,10 +297,10 @@ def fraction_table(
     for variant in study.variants:
         row = [name_of(variant)]
         for fraction in study.fractions:
-            value = estimates.get((variant, fraction), {}).get(metric, no_estimate())
+            value = estimates.get((variant, fraction), {}).get(metric, Estimate())
             count = subjects_of(study.select(variant, fraction))
-            numbers.append(number_record(variant, metric, value, None, count, fraction))
-            row.append(cell_lines(value.mean, value.sd, value.low, value.high))
+            numbers.append(number_record(variant, metric, value, count, fraction))
+            row.append(cell(value))
         rows.append(row)
     return Table(
         name=f"{study.bundle}_fractions",
@@ -282,18 +312,10 @@ def fraction_table(
     )
 
 
-def no_estimate() -> Estimate:
-    """An estimate of nothing."""
-    return Estimate(math.nan, math.nan, math.nan, math.nan, 0)
-
-
-def number_record(
-    variant: str, metric: str, value: Estimate, paper: tuple[float, float] | None, patients: int, fraction: float
-) -> dict[str, Any]:
+def number_record(variant: str, metric: str, value: Estimate, patients: int, fraction: float) -> dict[str, Any]:
     """One number of a table, with what it was computed from."""
     record = {"init": variant, "metric": metric, "fraction": fraction, "mean": value.mean, "sd": value.sd}
-    record |= {"ci_low": value.low, "ci_high": value.high, "count": value.count, "patients": patients}
-    return {**record, "paper_mean": paper[0] if paper else math.nan, "paper_sd": paper[1] if paper else math.nan}
+    return record | {"ci_low": value.low, "ci_high": value.high, "count": value.count, "patients": patients}
 
 
 def age_band(age: float) -> str:
