@@ -21,7 +21,7 @@ from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
 
 from volta_components.files import atomic_path
-from volta_components.training.endless import EndlessHeads
+from volta_components.training.endless import EndlessHeads, anatomies_datalist
 
 CHANNELS, STRIDES, RES_UNITS = (16, 32, 64, 128), (2, 2, 2), 1
 SPACING = 1.5
@@ -107,29 +107,29 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    names = {place: [arguments.prefix + name for name in place] for place in (LEFT_OUT, SCORED)}
+    everything = anatomies_datalist(arguments.anatomies, WINDOW, SPACING).items
+    training = [item for item in everything if item["subject_id"] not in names[LEFT_OUT]]
     heads = EndlessHeads(
-        arguments.anatomies,
+        training,
         length=10_000_000,
         shape=RENDERED,
         window=WINDOW,
         spacing=SPACING,
         hippocampus_share=0.8,
         jitter=16.0,
-        leave_out=[arguments.prefix + name for name in LEFT_OUT],
         shares=True,
         seed=1,
     )
-    used = [name for name in heads.paths if name.removeprefix(arguments.prefix) not in SCORED]
-    print(f"{len(used)} anatomies: {', '.join(used)}", flush=True)
+    print(f"{len(training)} anatomies: {', '.join(heads.paths)}", flush=True)
     everybody = EndlessHeads(
-        arguments.anatomies,
+        [item for item in everything if item["subject_id"] in names[SCORED]],
         length=100,
         shape=(96, 80, 80),
         window=WINDOW,
         spacing=SPACING,
         hippocampus_share=1.0,
         jitter=8.0,
-        leave_out=[*heads.paths, arguments.prefix + "07"],
         variation=1.0,
         mirrored_share=0.0,
         seed=99,

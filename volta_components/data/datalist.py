@@ -298,6 +298,8 @@ def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = 
     Raises:
         InputError: listing every bad file with its reason.
     """
+    if datalist.content.get("rendered"):
+        return  # anatomies, which were read whole for their hash; their volumes are made while training
     # Here, since it imports torch, which the workers of ``volta3d prepare`` do without.
     from volta_components.distributed import gather_objects, process_count, process_rank
 

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,71 @@ import torch
 from monai.transforms import Randomizable
 from torch.utils.data import Dataset
 
+from volta_components.data.datalist import Datalist, datalist_hash
 from volta_components.data.phantom.anatomy import geometry
 from volta_components.data.phantom.heads import Head, load_head
-from volta_components.data.phantom.labels import choose_label_maps
+from volta_components.data.phantom.labels import read_label_maps
 from volta_components.data.phantom.render import Pixels, View, render_view, whole_view
 from volta_components.data.phantom.scanner import Contrast
 from volta_components.data.phantom.subjects import Settings, draw_subject, random_stream, scanner_of
+from volta_components.errors import InputError
 from volta_components.training.sampling import derived_seed
 
 _COARSE = 4  # mm
 _PERCENTILES = (0.5, 99.5)
+
+
+def anatomies_datalist(
+    folder: str | os.PathLike[str],
+    shape: Sequence[int],
+    spacing: float | Sequence[float],
+    leave_out: Sequence[str] = (),
+    scored: Sequence[Mapping[str, Any]] = (),
+) -> Datalist:
+    """A folder of label maps as a datalist: an item for each anatomy, who is a patient.
+
+    Args:
+        folder: of the label maps; see ``labels.find_label_maps``.
+        shape: voxels of the volumes that are rendered.
+        spacing: of these volumes, mm.
+        leave_out: names of anatomies that are not used.
+        scored: items that will be scored: none of them may be of these anatomies.
+
+    Raises:
+        InputError: if label maps cannot be used, or one of them is scored.
+    """
+    path = Path(folder).expanduser()
+    maps = read_label_maps(path, list(leave_out))
+    taken = {str(item["patient_id"]) for item in scored}
+    if rows := [(each.name, each.patient_id) for each in maps if each.patient_id in taken]:
+        raise InputError.many(
+            f"{len(rows)} anatomies would be trained on and scored",
+            rows,
+            "Leave them out (--leave_out \"['NAME', ...]\"), or score others.",
+        )
+    items = [
+        {
+            "subject_id": each.name,
+            "session": None,
+            "patient_id": each.patient_id,
+            "cohort": "phantom",
+            "image": str(each.path.resolve()),
+            "fold": 0,
+        }
+        for each in maps
+    ]
+    three = [float(side) for side in np.broadcast_to(np.asarray(spacing, dtype=float), 3)]
+    content = {
+        "name": "phantom_anatomies",
+        "rendered": True,
+        "spacing": three,
+        "shape": [int(side) for side in shape],
+        "seed": 0,
+        "n_folds": 1,
+        "training": items,
+    }
+    same_everywhere = [{key: value for key, value in item.items() if key != "image"} for item in items]
+    return Datalist(path / "datalist.json", content, datalist_hash({**content, "training": same_everywhere}))
 
 
 class EndlessHeads(Dataset[Any]):
@@ -32,12 +88,11 @@ class EndlessHeads(Dataset[Any]):
     make them of the head's scan: RAS, in [0, 1] between percentiles of the head, the window's top at the head's.
 
     Args:
-        anatomies: folder of label maps; see ``labels.find_label_maps``.
+        data: the anatomies: items of ``anatomies_datalist``.
         length: heads of one epoch.
         shape: voxels of an item: the whole window, or crops of it.
         window: voxels of the whole window; ``shape`` by default.
         spacing: mm.
-        leave_out: names of anatomies that are never used, such as those that are scored.
         hippocampus_share: with crops, share of them that lie around the hippocampi; the others lie anywhere.
         jitter: how far a crop's middle lies from that of the hippocampi at most, mm on each axis.
         scanners: pictures of one head; more than one give ``image``, ``image_2``, ... of the same deformed head.
@@ -52,17 +107,16 @@ class EndlessHeads(Dataset[Any]):
         ``key``: epoch and index, as ``KeyedDataset`` gives.
 
     Raises:
-        InputError: if there are no label maps, or none are left.
+        InputError: if there are no anatomies.
     """
 
     def __init__(
         self,
-        anatomies: str | os.PathLike[str],
+        data: Sequence[Mapping[str, Any]],
         length: int,
         shape: Sequence[int],
         window: Sequence[int] | None = None,
         spacing: float = 1.0,
-        leave_out: Sequence[str] = (),
         hippocampus_share: float = 0.75,
         jitter: float = 16.0,
         scanners: int = 1,
@@ -74,8 +128,10 @@ class EndlessHeads(Dataset[Any]):
         transform: Callable[[Any], Any] | None = None,
         seed: int = 0,
     ) -> None:
-        chosen = choose_label_maps(Path(anatomies).expanduser(), leave_out)
-        self.paths = {name: str(path) for name, path in chosen.items()}
+        if not data:
+            raise InputError("no anatomies to render heads from; give a folder of label maps (--anatomies DIR)")
+        self.data = list(data)
+        self.paths = {str(item["subject_id"]): str(item["image"]) for item in data}
         self.settings = Settings(
             seed=seed,
             anatomies=tuple(self.paths),
@@ -98,6 +154,9 @@ class EndlessHeads(Dataset[Any]):
     def __len__(self) -> int:
         return self.length
 
+    def fill(self, indices: Iterable[int] | None = None) -> None:
+        """There is nothing to keep: every head is rendered when it is used (``FillCache`` calls this)."""
+
     def __getitem__(self, key: tuple[int, ...] | int) -> Any:
         epoch, index, *repeat = (0, key) if isinstance(key, int) else key
         item = self.render(epoch, index, *repeat)
@@ -110,7 +169,7 @@ class EndlessHeads(Dataset[Any]):
 
     def render(self, epoch: int, index: int, *repeat: int) -> dict[str, Any]:
         """One item without ``key`` and transform."""
-        settings = Settings(**{**vars(self.settings), "seed": derived_seed(self.seed, "heads", epoch, *repeat)})
+        settings = replace(self.settings, seed=derived_seed(self.seed, "heads", epoch, *repeat))
         subject = draw_subject(settings, index + 1)
         head = load_head(subject.anatomy, self.paths[subject.anatomy])
         where = geometry(subject, head)

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from monai.data import DataLoader
+from monai.transforms import Compose, RandGaussianNoised
+
+from tests.helpers.toy_anatomies import toy_folder
+from volta_components.data.datalist import check_volumes
+from volta_components.errors import InputError
+from volta_components.training.endless import EndlessHeads, anatomies_datalist
+from volta_components.training.sampling import ResumableSampler
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return toy_folder(tmp_path_factory.mktemp("anatomies"), 3)
+
+
+@pytest.fixture(scope="module")
+def items(folder):
+    return anatomies_datalist(folder, (40, 44, 40), 3.0).items
+
+
+def heads(items, **changes):
+    settings = {"length": 6, "shape": (40, 44, 40), "spacing": 3.0, "seed": 5, **changes}
+    return EndlessHeads(items, **settings)
+
+
+def same(a, b):
+    return torch.equal(a["image"], b["image"]) and torch.equal(a["label"], b["label"])
+
+
+def test_an_item_follows_from_seed_epoch_and_index_alone(items):
+    first, again = heads(items), heads(items)
+    again[(3, 5)]  # what was rendered before changes nothing
+    assert same(first[(2, 1)], again[(2, 1)])
+    others = [first[(2, 2)], first[(3, 1)], first[(2, 1, 1)], heads(items, seed=6)[(2, 1)]]
+    assert not any(same(first[(2, 1)], other) for other in others)
+
+
+def test_items_are_as_prepared_volumes(items):
+    for index in range(4):
+        item = heads(items)[(1, index)]
+        image, label = item["image"], item["label"]
+        assert image.shape == label.shape == (1, 40, 44, 40)
+        assert image.dtype == torch.float32
+        assert label.dtype == torch.uint8
+        assert 0 <= image.min() < 0.05
+        assert image.max() == 1
+        assert set(label.unique().tolist()) == {0, 1, 2}
+        sides = [(label[0] == side).nonzero()[:, 0].float().mean() for side in (1, 2)]
+        assert sides[0] < sides[1]
+        top = (image[0] > 0.15).any(dim=0).any(dim=0).nonzero().max()
+        assert top >= 40 - 6  # the head's top is at the window's
+        assert item["key"].tolist() == [1, index]
+
+
+def test_crops_lie_around_the_hippocampi_as_often_as_they_should(items):
+    crops = heads(items, length=30, shape=(24, 24, 16), window=(40, 44, 40), hippocampus_share=1.0, jitter=3.0)
+    assert all((crops[(1, index)]["label"] > 0).any() for index in range(8))
+    anywhere = heads(items, length=30, shape=(12, 12, 12), window=(60, 64, 60), hippocampus_share=0.0)
+    assert any(not (anywhere[(1, index)]["label"] > 0).any() for index in range(8))
+
+
+def test_two_scanners_see_one_head(items):
+    item = heads(items, scanners=2, shares=True, skull_share=1.0)[(1, 0)]
+    assert not torch.allclose(item["image"], item["image_2"], atol=0.05)
+    assert torch.equal(item["shares"][0] > 0.5, item["label"][0] == 1)
+    # What is head in one is head in the other.
+    a, b = ((item[name][0] > 0.1).float() for name in ("image", "image_2"))
+    assert (a * b).sum() / torch.maximum(a, b).sum() > 0.5
+
+
+def test_workers_and_resumed_epochs_give_the_same_heads(items):
+    def batches(workers, iteration):
+        sampler = ResumableSampler(6, seed=1, batch_size=2)
+        sampler.set_position(2, iteration)
+        transform = Compose([RandGaussianNoised("image", prob=1.0, std=0.1)])
+        dataset = heads(items, transform=transform)
+        return list(DataLoader(dataset, batch_size=2, sampler=sampler, num_workers=workers))
+
+    whole, part = batches(0, 0), batches(2, 1)
+    assert len(whole) == 3
+    assert len(part) == 2
+    for a, b in zip(whole[1:], part, strict=True):
+        assert torch.equal(a["key"], b["key"])
+        assert torch.equal(torch.as_tensor(a["image"]), torch.as_tensor(b["image"]))
+    assert all(not torch.equal(a["image"], b["image"]) for a, b in pairwise(whole))
+
+
+def test_anatomies_as_a_datalist(folder, items):
+    datalist = anatomies_datalist(folder, (40, 44, 40), 3.0, leave_out=["head-2"])
+    assert [item["subject_id"] for item in datalist.items] == ["head-1", "head-3"]
+    assert datalist.hash != anatomies_datalist(folder, (40, 44, 40), 3.0).hash
+    assert "phantom" in datalist.name
+    check_volumes(datalist)  # there is nothing on disk to check
+    with pytest.raises(InputError, match=r"(?s)trained on and scored.*head-3.*Leave them out"):
+        anatomies_datalist(folder, (40, 44, 40), 3.0, scored=[items[2]])
+    with pytest.raises(InputError, match="no anatomies to render"):
+        heads([])
+
+
+@pytest.mark.parametrize("bundle", ["pretrain", "harp_hippocampus"])
+def test_the_overlay_of_a_bundle_renders_its_batches(bundle, folder, tmp_path):
+    configs = ROOT / "bundles" / bundle / "configs"
+    parser = ConfigParser()
+    parser.read_config([str(configs / "train.json"), str(configs / "synthetic.json")])
+    overlay = json.loads((configs / "synthetic.json").read_text())
+    window = (40, 44, 40)
+    changes = {
+        "anatomies": str(folder), "heads_per_epoch": 4, "spacing": 3.0, "volume_size": list(window), "num_workers": 0,
+        "batch_size": 2, "output_dir": str(tmp_path), "device": "$torch.device('cpu')",
+    }  # fmt: skip
+    if bundle == "harp_hippocampus":
+        changes |= {"image_size": [24, 24, 16], "parts": "$score_only([{'patient_id': 'nobody', 'fold': 0}], None)"}
+        window = (24, 24, 16)
+    for name, value in changes.items():
+        parser[name] = value
+    parser.parse()
+    batch = next(iter(parser.get_parsed_content("train#dataloader")))
+    assert batch["image"].shape == (2, 1, *window)
+    assert np.isfinite(batch["image"].numpy()).all()
+    assert overlay["leave_out"] == []
