@@ -86,7 +86,11 @@ def claim(run: Run) -> str | None:
 
 @contextmanager
 def run_lock(path: Path) -> Iterator[int | None]:
-    """An exclusive lock that ends with the last process that holds it; None if somebody else has it."""
+    """An exclusive lock that ends with the last process that holds it; None if somebody else has it.
+
+    Yields the lock's file descriptor, to be passed on to a child process. The package ``filelock`` keeps its descriptor
+    to itself, so that a run would be free as soon as the parent dies, while its child still trains.
+    """
     import fcntl
 
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
