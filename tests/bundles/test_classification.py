@@ -26,6 +26,7 @@ from sklearn.metrics import roc_auc_score
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from volta_components.data.datalist import load_datalist
 from volta_components.data.load import LoadScand
 from volta_components.downstream.metrics import sensitivity_specificity, youden_threshold
 from volta_components.downstream.networks import SwinClassifier, VoltaClassifier
@@ -543,7 +544,7 @@ def test_evaluation_gives_the_same_scores_at_the_same_threshold(trained, prepare
 
 def test_evaluation_refuses_those_whom_the_model_was_trained_on(trained, prepared, encoder, tmp_path):
     model = str(trained / "models" / "model.pt")
-    made = workflow("aibl_ad", ("train", "evaluate"), prepared, encoder, tmp_path, fold=None, model_path=model)
+    made = workflow("aibl_ad", ("train", "evaluate"), prepared, encoder, tmp_path, fold="all", model_path=model)
     made.initialize()
     with pytest.raises(RuntimeError) as caught:
         made.run()
@@ -763,3 +764,17 @@ def test_data_or_encoder_that_is_not_there_says_what_to_run_first(tmp_path, prep
     assert "volta3d prepare --layout" in done.stderr and "Traceback" not in done.stderr
     message = cause_of("ixi_sex", prepared, tmp_path / "none.safetensors", tmp_path / "run")
     assert "bundles/pretrain/configs/train.json" in message
+
+
+def test_fold_all_scores_everybody_and_says_how_many(trained, prepared, encoder, tmp_path, capsys):
+    everybody = load_datalist(prepared).items
+    part = [item for item in everybody if item["fold"] == 0]
+    for fold, items in (("all", everybody), (0, part)):
+        folder = tmp_path / f"fold_{fold}"
+        capsys.readouterr()
+        evaluated(trained, prepared, encoder, folder, lambda _: None, fold=fold, allow_leak=True)
+        people = len({item["patient_id"] for item in items})
+        assert f"{len(items)} scans of {people} people" in capsys.readouterr().out
+        names = {row["subject_id"] for row in rows_of(folder / "eval/predictions.csv")}
+        assert names == {item["subject_id"] for item in items}
+    assert len(part) < len(everybody)

@@ -13,10 +13,11 @@ import numpy as np
 from ignite.engine import Engine
 
 from volta_components.data.datalist import Datalist
+from volta_components.data.sessions import in_order, spelled_alike
 from volta_components.downstream.leaks import check_model
 from volta_components.downstream.metrics import auroc_interval, sensitivity_specificity, youden_threshold
 from volta_components.downstream.results import FoldResults, ItemRows, Results
-from volta_components.downstream.splits import Item, Parts, item_name
+from volta_components.downstream.splits import EVERYBODY, Item, Parts, counted, item_name
 from volta_components.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -53,14 +54,13 @@ def labelled_items(datalist: Datalist, key: str, classes: Sequence[str], session
     items: list[Item] = []
     left_out: list[tuple[str, str]] = []
     seen: set[str] = set()
-    everything = sorted(datalist.items, key=lambda item: (str(item["patient_id"]), str(item.get("session") or "")))
-    for item in everything:
+    for item in _in_order_of_time(datalist.items):
         first = item["patient_id"] not in seen
         seen.add(item["patient_id"])
         value, session = item.get(key), item.get("session")
         if sessions == "first" and not first:
             left_out.append((item_name(item), "not the patient's first session"))
-        elif sessions not in SESSIONS and session != sessions:
+        elif sessions not in SESSIONS and spelled_alike(session or "") != spelled_alike(sessions):
             left_out.append((item_name(item), f"session {session}"))
         elif not isinstance(value, str) or value not in classes:
             left_out.append((item_name(item), f"{key} is {value or 'not known'}"))
@@ -85,6 +85,24 @@ def labelled_items(datalist: Datalist, key: str, classes: Sequence[str], session
     return Labelled(items, left_out)
 
 
+def _in_order_of_time(items: Sequence[Item]) -> list[Item]:
+    """Items by patient, and the scans of each from the first to the last.
+
+    ``volta3d prepare`` writes the order (``visit``) where it knows it; otherwise the names of the sessions tell.
+    """
+    patients: dict[str, list[Item]] = {}
+    for item in items:
+        patients.setdefault(str(item["patient_id"]), []).append(item)
+    result = []
+    for _, scans in sorted(patients.items()):
+        if any(scan.get("visit") is None for scan in scans):
+            scans = in_order(scans, lambda scan: scan.get("session"), age=lambda scan: scan.get("age"))[0]
+        else:
+            scans = sorted(scans, key=lambda scan: int(scan["visit"]))
+        result += scans
+    return result
+
+
 def _reasons(rows: Iterable[tuple[str, str]], names: int = 5) -> str:
     by_reason: dict[str, list[str]] = {}
     for name, reason in rows:
@@ -95,17 +113,20 @@ def _reasons(rows: Iterable[tuple[str, str]], names: int = 5) -> str:
     )
 
 
-def score_only(items: Sequence[Item], fold: int | None) -> Parts:
-    """Items of one fold (or of all, with None) as the scored part, and nobody to train on.
+def score_only(items: Sequence[Item], fold: int | str | None) -> Parts:
+    """Items of one fold as the scored part, and nobody to train on.
+
+    Args:
+        items: those that can be scored.
+        fold: which fold; ``all`` or None for everybody. On a command line only ``all`` can say so, since
+            ``monai.bundle`` drops ``--fold None`` and takes the config's own fold.
 
     Raises:
         InputError: if the fold has no items.
     """
-    scored = [item for item in items if fold is None or item["fold"] == fold]
+    scored = [item for item in items if fold in (None, EVERYBODY) or item["fold"] == fold]
     if not scored:
-        raise InputError(
-            f"fold {fold} has none of the {len(items)} items; choose another, or --fold None for everybody"
-        )
+        raise InputError(f"fold {fold} has none of the {len(items)} items; choose another, or --fold all for everybody")
     return Parts(training=[], validation=[], scored=scored)
 
 
@@ -193,7 +214,7 @@ class ClassificationResults(FoldResults):
         metrics |= {"auroc_low": low, "auroc_high": high}
         summary = (
             f"AUROC {metrics['auroc']:.3f} ({low:.3f} to {high:.3f}), sensitivity {metrics['sensitivity']:.3f}, "
-            f"specificity {metrics['specificity']:.3f} at {metrics['threshold']:.3f}, {len(self.scores.items)} scans; "
+            f"specificity {metrics['specificity']:.3f} at {metrics['threshold']:.3f}, {counted(self.scores.items)}; "
             f"{self.folder / 'predictions.csv'}"
         )
         self.write_metrics(metrics, leak, summary)

@@ -19,7 +19,7 @@ from volta_components.distributed import process_rank
 from volta_components.downstream.leaks import check_model
 from volta_components.downstream.metrics import score_intervals, score_mask, summarise_scores
 from volta_components.downstream.results import FoldResults, ItemRows, Results
-from volta_components.downstream.splits import Item, item_name
+from volta_components.downstream.splits import Item, counted, item_name
 from volta_components.files import write_csv
 from volta_components.training.keep_best import KeepBest
 
@@ -162,7 +162,7 @@ class SegmentationResults(FoldResults):
         summary = (
             f"Dice {metrics['mean_dice']:.3f} (left {metrics['dice_left']:.3f}, right {metrics['dice_right']:.3f}), "
             f"HD95 {distance}, {int(metrics['hd95_failures'])} of {2 * len(rows)} sides without a mask, "
-            f"{len(rows)} scans; {self.folder / 'predictions' / 'scores.csv'}"
+            f"{counted(self.table.items)}; {self.folder / 'predictions' / 'scores.csv'}"
         )
         self.write_metrics(metrics, leak, summary, hd95_penalty_mm=self.penalty)
         return metrics

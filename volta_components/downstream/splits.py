@@ -17,6 +17,8 @@ from volta_components.data.identity import canonical_patient_id
 from volta_components.errors import InputError
 
 Item = dict[str, Any]
+# The fold of everybody.
+EVERYBODY = "all"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,11 @@ class Parts:
     def in_use(self) -> dict[str, list[Item]]:
         """The parts that a run goes through, by name."""
         return {"training": self.training, "inner validation": self.validation, "scored": self.scored}
+
+
+def counted(items: Sequence[Mapping[str, Any]]) -> str:
+    """How many scans of how many people: ``12 scans of 10 people``."""
+    return f"{len(items)} scans of {len(patients_of(items))} people"
 
 
 def patients_of(items: Iterable[Mapping[str, Any]]) -> set[str]:

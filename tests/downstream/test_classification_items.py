@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of a patient's scans a classifier is trained and scored on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from volta_components.data.datalist import Datalist
+from volta_components.downstream.classification import labelled_items, score_only
+from volta_components.downstream.splits import counted
+from volta_components.errors import InputError
+
+
+def datalist(*scans: dict[str, Any]) -> Datalist:
+    items = [
+        {"image": "x.nii", "subject_id": scan["patient_id"], "fold": 0, "sex": "F" if i % 2 else "M", **scan}
+        for i, scan in enumerate(scans)
+    ]
+    content = {"name": "x", "spacing": [1] * 3, "shape": [8] * 3, "n_folds": 2, "training": items}
+    return Datalist(Path("datalist.json"), content, "")
+
+
+def scan(patient: str, session: str, **more: Any) -> dict[str, Any]:
+    return {"patient_id": patient, "session": session, "sex": "F" if patient == "a" else "M", **more}
+
+
+@pytest.mark.parametrize(
+    ("scans", "first"),
+    [
+        ([scan("a", "ses-M108"), scan("a", "ses-M48")], "ses-M48"),
+        ([scan("a", "ses-10"), scan("a", "ses-9")], "ses-9"),
+        ([scan("a", "ses-A", visit=1), scan("a", "ses-B", visit=0)], "ses-B"),
+        ([scan("a", "ses-A", age=62.0), scan("a", "ses-B", age=61.0)], "ses-B"),
+    ],
+)
+def test_the_first_scan_is_the_first_in_time(scans, first):
+    labelled = labelled_items(datalist(*scans, scan("b", "ses-1")), "sex", ["M", "F"], "first")
+    assert [item["session"] for item in labelled.items if item["patient_id"] == "a"] == [first]
+
+
+def test_a_session_is_found_in_any_spelling():
+    scans = [scan("a", "ses-M006"), scan("a", "ses-M012"), scan("b", "ses-M06")]
+    labelled = labelled_items(datalist(*scans), "sex", ["M", "F"], "M6")
+    assert [item["session"] for item in labelled.items] == ["ses-M006", "ses-M06"]
+
+
+def test_everybody_is_scored_by_name_or_by_none_and_a_fold_alone():
+    items = [{"patient_id": f"p{i // 2}", "fold": i // 2 % 3} for i in range(12)]
+    assert len(score_only(items, "all").scored) == len(score_only(items, None).scored) == 12
+    assert [item["patient_id"] for item in score_only(items, 1).scored] == ["p1", "p1", "p4", "p4"]
+    assert counted(score_only(items, 1).scored) == "4 scans of 2 people"
+    with pytest.raises(InputError, match="--fold all for everybody"):
+        score_only(items, 7)
