@@ -83,7 +83,10 @@ def read_table(path: Path, complain: Complain | None = None) -> list[Row]:
 
 def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
+        if len(content) < 1024 and (why := missing_content(path)):
+            raise InputError(f"{path}: {why[0]}; {why[1]}")
+        return content
     except FileNotFoundError as error:
         reason, remedy = missing_content(path) or ("no such file", "give the table of subjects as --table")
         raise InputError(f"{path}: {reason}; {remedy}") from error
@@ -131,7 +134,7 @@ def _delimited(path: Path, content: bytes) -> Lines:
         text = _decoded(content)
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not text in UTF-8, UTF-16 or of Windows; save it as CSV in UTF-8") from error
-    if "\0" in text:
+    if re.search(r"[\0-\x08\x0e-\x1f]", text):
         raise InputError(f"{path}: not a table but a binary file; save it as CSV, TSV or Excel sheet")
     text = text.replace("\r\n", "\n").replace("\r", "\n").lstrip("\n")
     # Excel's own word for the separator.

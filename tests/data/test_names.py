@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+from volta_components.data.names import Name, date_in, look_alikes, parse_name, split_visit
+
+
+@pytest.mark.parametrize(
+    ("stem", "expected"),
+    [
+        ("sub-01_ses-1_run-2_T1w", Name("sub-01", "ses-1", {"run": "2"}, "T1w")),
+        ("sub-01", Name("sub-01")),
+        ("sub-01_desc-hippocampus_dseg", Name("sub-01", None, {"desc": "hippocampus"}, "dseg")),
+        ("anna T1", Name("anna", None, {}, "T1")),
+        ("bert_ses-2", Name("bert", "ses-2")),
+        ("p2_T1w", Name("p2", None, {}, "T1w")),
+        ("p_001", Name("p_001")),
+        ("T1", Name("T1")),
+    ],
+)
+def test_names_are_taken_apart(stem, expected):
+    assert parse_name(stem) == expected
+
+
+@pytest.mark.parametrize("stem", ["sub-01_T2w", "sub-01_task-rest_bold", "p1_FLAIR", "sub-01_UNIT1", "x-seg"])
+def test_names_of_other_contrasts_say_so(stem):
+    assert parse_name(stem).is_other
+
+
+@pytest.mark.parametrize("stem", ["sub-01_T1w", "anna", "p1-T1", "x_mprage", "sub-01"])
+def test_names_of_t1_scans_do_not(stem):
+    assert not parse_name(stem).is_other
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("p01_visit2", ("p01", "visit2")),
+        ("p01_scan_2", ("p01", "scan_2")),
+        ("p01_m12", ("p01", "m12")),
+        ("p01_2024-06-01", ("p01", "2024-06-01")),
+        ("OAS1_0001_MR2", ("OAS1_0001", "MR2")),
+        ("a_pre", ("a", "pre")),
+        ("anna", ("anna", "")),
+        ("p_001", ("p_001", "")),
+        ("scan1", ("", "scan1")),
+    ],
+)
+def test_words_for_visits_are_split_off(name, parts):
+    assert split_visit(name) == parts
+
+
+def test_ids_that_look_alike_are_found_and_others_are_not():
+    assert look_alikes(["sub-1", "sub-01", "P_3", "p3"]) == [["P_3", "p3"], ["sub-01", "sub-1"]]
+    assert look_alikes(["1_1", "11", "sub-10", "sub-1", "002_S_0295", "002_S_0296"]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "date"),
+    [
+        ("2006-04-18_08_20_30.0", "2006-04-18"),
+        ("20060418", "2006-04-18"),
+        ("ADNI_Br_20080410151230_S13408", None),
+        ("2019-13-01", None),
+        ("S13408", None),
+    ],
+)
+def test_dates_are_found_in_names(text, date):
+    assert date_in(text) == date

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+import codecs
+
+import pandas as pd
+import pytest
+
+from volta_components.data.tables import parse_age, parse_diagnosis, parse_sex, read_people, read_table, session_row
+from volta_components.errors import InputError
+
+ROWS = [
+    {"participant_id": "sub-01", "sex": "F", "age": "61,5", "note": 'tall, "very"'},
+    {"participant_id": "sub-02", "sex": "M", "age": "62", "note": "Müller"},
+    {"participant_id": "sub-03", "sex": "", "age": "n/a", "note": ""},
+]
+
+
+def text_of(separator, end="\n", quote=True):
+    def cell(value):
+        return f'"{value.replace(chr(34), chr(34) * 2)}"' if quote and (separator in value or '"' in value) else value
+
+    lines = [separator.join(ROWS[0]), *(separator.join(map(cell, row.values())) for row in ROWS)]
+    return end.join(lines) + end
+
+
+ENCODINGS = {
+    "utf-8": lambda text: text.encode(),
+    "utf-8 with mark": lambda text: codecs.BOM_UTF8 + text.encode(),
+    "utf-16": lambda text: text.encode("utf-16"),
+    "utf-16 without mark": lambda text: text.encode("utf-16-le"),
+    "utf-16, big end first": lambda text: codecs.BOM_UTF16_BE + text.encode("utf-16-be"),
+    "utf-32": lambda text: text.encode("utf-32"),
+    "old Windows": lambda text: text.encode("cp1252"),
+}
+
+
+@pytest.mark.parametrize("separator", ["\t", ",", ";", "|"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_tables_are_read_however_they_were_saved(tmp_path, separator, end, encoding):
+    path = tmp_path / "participants.tsv"
+    path.write_bytes(ENCODINGS[encoding](text_of(separator, end)))
+    assert read_table(path) == ROWS
+
+
+@pytest.mark.parametrize("suffix", [".xlsx", ".tsv"])
+def test_an_excel_sheet_is_told_by_its_content(tmp_path, suffix):
+    pd.DataFrame(ROWS).to_excel(tmp_path / "t.xlsx", index=False)
+    (tmp_path / "t.xlsx").rename(tmp_path / f"t{suffix}")
+    assert [row["participant_id"] for row in read_table(tmp_path / f"t{suffix}")] == ["sub-01", "sub-02", "sub-03"]
+
+
+def test_text_that_is_called_xls_is_read_as_text(tmp_path):
+    (tmp_path / "t.xls").write_text(text_of("\t"))
+    assert read_table(tmp_path / "t.xls") == ROWS
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["sep=;\nid;sex\n1;F\n", "\n\nid,sex\n1,F\n", "id\tsex\n1\tF\n\n\n", '"id","sex"\n"1","F"\n', "id;sex;\n1;F;\n"],
+)
+def test_what_spreadsheets_put_around_a_table_is_left_out(tmp_path, text):
+    (tmp_path / "t.csv").write_text(text)
+    assert read_table(tmp_path / "t.csv") == [{"id": "1", "sex": "F"}]
+
+
+def test_a_quotation_mark_that_is_never_closed_swallows_nobody(tmp_path):
+    (tmp_path / "t.tsv").write_text('id\tname\n1\t"tall\n2\tb\n3\tc\n')
+    assert [row["id"] for row in read_table(tmp_path / "t.tsv")] == ["1", "2", "3"]
+
+
+def test_a_decimal_comma_in_a_table_of_commas_is_no_other_age(tmp_path):
+    (tmp_path / "t.csv").write_text("id,age,sex\n1,61,5,F\n2,62,M\n")
+    said = []
+    assert read_table(tmp_path / "t.csv", lambda *words: said.append(words)) == [{"id": "2", "age": "62", "sex": "M"}]
+    assert said[0][0] == "1" and "line 2 has 4 cells where the header has 3 columns" in said[0][1]
+    with pytest.raises(InputError, match="line 2 has 4 cells"):
+        read_table(tmp_path / "t.csv")
+
+
+def test_two_columns_of_one_name_are_named_where_they_differ(tmp_path):
+    (tmp_path / "t.csv").write_text("id,age,Age\n1,61,62\n")
+    said = []
+    rows = read_table(tmp_path / "t.csv", lambda *words: said.append(words))
+    assert rows[0]["age"] == "61" and "2 columns are named 'age' and differ" in said[0][1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x00\x01\x02\x03" * 50, "binary file|not text"),
+        (b"\xff\xfea", "not text"),
+        (b"PK\x03\x04 no workbook", "not a readable Excel sheet"),
+        (b"/annex/objects/SHA256E-s10--ab.tsv\n", "not fetched"),
+    ],
+)
+def test_what_is_no_table_is_refused_by_name(tmp_path, content, message):
+    (tmp_path / "t.tsv").write_bytes(content)
+    with pytest.raises(InputError, match=rf"t.tsv: .*({message})"):
+        read_people(tmp_path / "t.tsv")
+
+
+def test_a_table_that_was_not_fetched_names_what_fetches_it(tmp_path):
+    (tmp_path / "participants.tsv").symlink_to(".git/annex/objects/aa/K/K")
+    with pytest.raises(InputError, match="datalad get"):
+        read_table(tmp_path / "participants.tsv")
+
+
+@pytest.mark.parametrize(
+    ("cell", "years"), [("61,5", 61.5), ("90+", 90), ("070Y", 70), ("018M", 1.5), ("61 years", 61), ("n/a", None)]
+)
+def test_ages(cell, years):
+    assert parse_age(cell) == years
+
+
+@pytest.mark.parametrize("cell", ["old", "-5", "200", "60-70", "1.234,5"])
+def test_what_is_no_age_is_refused(cell):
+    with pytest.raises(ValueError, match="age"):
+        parse_age(cell)
+
+
+def test_sexes_and_diagnoses():
+    assert [parse_sex(word) for word in ("male", "F", "n/a")] == ["M", "F", None]
+    assert [parse_diagnosis(word) for word in ("Control", "Dementia", "mci", "")] == ["CN", "AD", "MCI", None]
+
+
+# --- people ----------------------------------------------------------------------------------------------------------
+
+
+def people_of(tmp_path, text):
+    (tmp_path / "people.csv").write_text(text)
+    return read_people(tmp_path / "people.csv")
+
+
+def test_ids_are_matched_in_other_spellings_unless_somebody_else_has_them(tmp_path):
+    people = people_of(tmp_path, "id,sex\n1,F\nP_02,M\nsub-3,F\nsub-03,M\n4,F\n")
+    assert people.find(["sub-01", "p2", "sub-3", "x"]) == [("p2", "P_02"), ("sub-01", "1")]
+    assert people.row("sub-01")[0]["sex"] == "F" and people.row("x") == (None, [])
+    assert people.without(["sub-01", "p2", "sub-3"]) == ["4", "sub-03"]
+
+
+VISITS = "PTID,VISCODE,EXAMDATE,sex,age\na,m12,2007-05-01,F,61\na,bl,2006-04-18,F,60\n"
+
+
+@pytest.mark.parametrize(
+    ("session", "date", "age"),
+    [("ses-M012", None, "61"), ("ses-M00", None, "60"), ("ses-x", "2007-05-01", "61"), (None, None, "60")],
+)
+def test_of_several_rows_the_sessions_own_counts(tmp_path, session, date, age):
+    row, unknown = people_of(tmp_path, VISITS).row("a", session, date)
+    assert (row["age"], row["sex"], unknown) == (age, "F", [])
+
+
+def test_what_no_row_surely_says_stays_unknown(tmp_path):
+    row, unknown = people_of(tmp_path, VISITS).row("a", "ses-M24")
+    assert (row["age"], row["sex"], unknown) == ("", "F", ["age"])
+    row, unknown = people_of(tmp_path, "id,sex,age\na,F,60\na,M,60\n").row("a")
+    assert (row["sex"], row["age"], unknown) == ("", "60", ["sex"])
+
+
+def test_two_rows_of_one_session_are_none(tmp_path):
+    rows = [{"session_id": "M6", "age": "1"}, {"session_id": "ses-M006", "age": "2"}]
+    assert session_row(rows, "ses-M06") is None
+    assert session_row(rows, "ses-M006")["age"] == "2"
