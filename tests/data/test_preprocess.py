@@ -9,19 +9,15 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Orientation, Spacing
 from scipy import ndimage
-from skimage.filters import threshold_otsu
 
 from volta_components.data.preprocess import (
     Settings,
-    UnusableVoxels,
-    find_foreground,
-    otsu_threshold,
     place_window,
     prepare_volume,
     snr_like,
-    survey,
 )
 from volta_components.data.resample import resample, resample_label
+from volta_components.data.survey import UnusableVoxels, survey
 from volta_components.data.volumes import Volume
 
 SMALL = Settings(shape=(28, 30, 32))
@@ -109,27 +105,7 @@ def test_labels_keep_their_volume_within_two_percent(spacing, turn):
         assert np.linalg.norm(centre - x[label == value].mean(0)) < 0.25
 
 
-# --- foreground and window -------------------------------------------------------------------------------------------
-
-
-def test_otsu_equals_scikit_image(rng):
-    values = np.concatenate([rng.normal(10, 3, 5000), rng.normal(80, 12, 3000)])
-    clipped = np.minimum(values, np.percentile(values, 99.8))
-    assert otsu_threshold(values) == pytest.approx(threshold_otsu(clipped, nbins=256), abs=1.0)
-    bright = np.concatenate([values, np.full(5, 5000.0)])  # a few hot voxels must not move it
-    assert otsu_threshold(bright) == pytest.approx(otsu_threshold(values), abs=3)
-
-
-def test_foreground_is_the_head_with_its_ventricles_and_without_specks():
-    shape, affine = tiny.grid("RAS")
-    voxels = tiny.head(shape, affine, neck=False)
-    xyz = tiny.world(shape, affine)
-    voxels[(xyz**2).sum(-1) < 9] = 2  # a ventricle
-    voxels[1, 1, 1] = 900  # a speck of noise
-    mask = find_foreground(voxels)
-    inside = np.sqrt(((xyz / [9, 10.5, 10]) ** 2).sum(-1)) < 0.9
-    assert mask[inside].all() and not mask[1, 1, 1]
-    assert mask.sum() < 1.1 * 4 / 3 * np.pi * 9 * 10.5 * 10
+# --- window ----------------------------------------------------------------------------------------------------------
 
 
 def long_neck():
@@ -212,41 +188,6 @@ def test_oblique_axes_stay_and_shear_is_taken_out():
     sheared = survey(Volume(tiny.head(shape, affine), affine, 1.0, 0.0, 1))
     window, _ = place_window(sheared, SMALL)
     assert np.allclose(window[:3, :3] @ window[:3, :3].T, np.eye(3))
-
-
-# --- survey ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_digest_is_of_the_voxels_not_of_their_storage():
-    image = nib.Nifti1Image(scan("RAS").voxels, scan("RAS").affine)
-    digests = set()
-    for codes in ("RAS", "LPS", "PIR", "ASL"):
-        move = nib.orientations.ornt_transform(
-            nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(tuple(codes))
-        )
-        turned = image.as_reoriented(move)
-        for order in "CF":
-            digests.add(survey(Volume(np.array(turned.dataobj, order=order), turned.affine, 1.0, 0.0, 1)).digest)
-    assert len(digests) == 1
-    changed = np.array(image.dataobj)
-    changed[5, 6, 7] += 1
-    assert survey(Volume(changed, image.affine, 1.0, 0.0, 1)).digest not in digests
-
-
-def test_coarse_means_are_block_means(rng):
-    voxels = rng.integers(0, 1000, (50, 62, 41)).astype(np.int16)
-    seen = survey(Volume(voxels, np.diag([1.0, 1.0, 0.7, 1.0]), 1.0, 0.0, 1))
-    assert seen.factors == (2, 2, 3)
-    block = voxels[4:6, 10:12, 9:12].mean()
-    assert seen.coarse[2, 5, 3] == pytest.approx(block) and seen.coarse.shape == (25, 31, 13)
-    assert (seen.minimum, seen.maximum) == (voxels.min(), voxels.max())
-
-
-def test_nan_in_the_last_plane_is_seen():
-    volume = scan(dtype=np.float32)
-    volume.voxels[-1, -1, -1] = np.nan
-    with pytest.raises(UnusableVoxels, match=r"NaN \(1 voxels\)"):
-        survey(volume)
 
 
 # --- intensities -----------------------------------------------------------------------------------------------------

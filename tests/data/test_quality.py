@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from volta_components.data.preprocess import SIDES
 from volta_components.data.quality import (
     THUMBNAIL,
     find_marks,
@@ -16,6 +15,7 @@ from volta_components.data.quality import (
     write_page,
     write_table,
 )
+from volta_components.data.survey import SIDES
 
 
 def row(**changes):

@@ -9,7 +9,7 @@ import pytest
 import tiny_datasets as tiny
 from broken_volumes import BROKEN, SHAPE, edit, good, pixdim, ramp
 
-from volta_components.data.preprocess import UnusableVoxels, survey
+from volta_components.data.survey import UnusableVoxels, survey
 from volta_components.data.volumes import UnusableVolume, read_header, read_volume, volume_stem
 
 

@@ -17,7 +17,8 @@ from monai.transforms import MapTransform
 
 from volta_components.data.labels import read_labels
 from volta_components.data.layouts.common import LabelFile
-from volta_components.data.preprocess import Settings, UnusableVoxels, on_grid, prepare_volume
+from volta_components.data.preprocess import Settings, on_grid, prepare_volume
+from volta_components.data.survey import UnusableVoxels
 from volta_components.data.volumes import UnusableVolume, Volume, read_volume
 
 logger = logging.getLogger(__name__)

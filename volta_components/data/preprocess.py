@@ -12,25 +12,17 @@ target voxel to source voxel is one affine map, so that a landmark stays where i
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
-from scipy import ndimage
 
 from volta_components.data.resample import orthogonal_axes, resample, resample_label
+from volta_components.data.survey import SIDES, Survey, UnusableVoxels, coarse_affine, survey
 from volta_components.data.volumes import Volume
 
-SIDES = ("left", "right", "back", "front", "bottom", "top")
-
-
 PERCENTILES = (0.5, 99.5)
-
-
-_COARSE_MM = 2.0
 
 
 @dataclass(frozen=True)
@@ -51,30 +43,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Survey:
-    """A scan seen at about 2 mm, in one pass over its voxels.
-
-    Attributes:
-        voxels: ``[X, Y, Z]`` view in the axis order and directions nearest to RAS.
-        affine: ``[4, 4]`` of that view.
-        factors: source voxels per coarse voxel, per axis.
-        coarse: ``[x, y, z]`` block means, stored units.
-        foreground: ``[x, y, z]`` head (or brain), bool: Otsu, largest component, filled.
-        digest: SHA-256 of shape and block means: equal for equal voxels, whatever the file format or orientation.
-        minimum, maximum: of all voxels, stored units.
-    """
-
-    voxels: np.ndarray
-    affine: np.ndarray
-    factors: tuple[int, int, int]
-    coarse: np.ndarray
-    foreground: np.ndarray
-    digest: str
-    minimum: float
-    maximum: float
-
-
-@dataclass(frozen=True)
 class Prepared:
     """One prepared volume with what was measured on the way.
 
@@ -83,7 +51,7 @@ class Prepared:
         label: the same shape, uint8, or None.
         affine: ``[4, 4]``, target voxel to world mm.
         code: NIfTI code of the affine.
-        digest: see :class:`Survey`.
+        digest: see :class:`volta_components.data.survey.Survey`.
         quality: plain numbers and strings for the QC table.
         warnings: what the user should look at.
     """
@@ -95,124 +63,6 @@ class Prepared:
     digest: str
     quality: dict[str, Any]
     warnings: list[str] = field(default_factory=list)
-
-
-class UnusableVoxels(ValueError):
-    """The voxels of a scan cannot be used; ``args`` are the reason and the remedy."""
-
-    @property
-    def reason(self) -> str:
-        """What is wrong."""
-        return str(self.args[0])
-
-    @property
-    def remedy(self) -> str:
-        """What to do."""
-        return str(self.args[1])
-
-
-def otsu_threshold(values: np.ndarray, bins: int = 256) -> float:
-    """Otsu's threshold of values clipped at their 99.8th percentile (a few bright vessels must not move it).
-
-    Args:
-        values: any shape; not all equal.
-        bins: of the histogram.
-
-    Returns:
-        The threshold that maximises the variance between the two classes; foreground is what lies above it.
-
-    Source: N. Otsu, IEEE Trans. SMC 9(1), 1979. scikit-image's ``threshold_otsu`` is the same on the clipped values.
-    """
-    top = float(np.percentile(values, 99.8))
-    bottom = float(values.min())
-    if top <= bottom:
-        top = float(values.max())
-    counts, edges = np.histogram(np.minimum(values, top), bins=bins, range=(bottom, top))
-    centres = (edges[:-1] + edges[1:]) / 2
-    below, above = np.cumsum(counts), np.cumsum(counts[::-1])[::-1]
-    mean_below = np.cumsum(counts * centres) / np.maximum(below, 1)
-    mean_above = (np.cumsum((counts * centres)[::-1]) / np.maximum(np.cumsum(counts[::-1]), 1))[::-1]
-    between = below[:-1].astype(float) * above[1:] * (mean_below[:-1] - mean_above[1:]) ** 2
-    return float(centres[int(np.argmax(between))])
-
-
-def find_foreground(coarse: np.ndarray) -> np.ndarray:
-    """The head (or the brain of a stripped scan) in a coarse volume.
-
-    Above Otsu's threshold, largest connected component, closed and filled, so that ventricles, sulci and bone, which
-    are dark, count as inside.
-
-    Args:
-        coarse: ``[x, y, z]``, any units.
-
-    Returns:
-        ``[x, y, z]`` bool; all False where nothing stands out.
-    """
-    mask = coarse > otsu_threshold(coarse)
-    labels, n = ndimage.label(mask)
-    if n == 0:
-        return mask
-    mask = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
-    steps = 2 if min(mask.shape) >= 48 else 1
-    padded = np.pad(mask, steps + 1)
-    padded = ndimage.binary_closing(padded, iterations=steps)
-    padded = ndimage.binary_fill_holes(padded)
-    inner = slice(steps + 1, -steps - 1)
-    return padded[inner, inner, inner] | mask
-
-
-def survey(volume: Volume) -> Survey:
-    """Go over a scan once, slab by slab: defects, range, digest, coarse picture and foreground.
-
-    Raises:
-        UnusableVoxels: if there are NaN or infinite voxels, or all are equal.
-    """
-    orientation = io_orientation(volume.affine)
-    if np.isnan(orientation).any():
-        raise UnusableVoxels("singular affine: an axis has no direction", "convert it from its source again")
-    voxels = apply_orientation(volume.voxels, orientation)
-    affine = volume.affine @ inv_ornt_aff(orientation, volume.voxels.shape)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    factors = tuple(int(max(1, min(round(_COARSE_MM / s), n // 8))) for s, n in zip(spacing, voxels.shape, strict=True))
-    slab_axis = int(np.argmax(np.abs(voxels.strides)))  # the slowest in memory
-    moved = np.moveaxis(voxels, slab_axis, 0)
-    f0, f1, f2 = (factors[slab_axis], *(f for axis, f in enumerate(factors) if axis != slab_axis))
-    n0, n1, n2 = moved.shape[0] // f0, moved.shape[1] // f1, moved.shape[2] // f2
-    coarse = np.empty((n0, n1, n2), np.float32)
-    minimum, maximum, nan, infinite = np.inf, -np.inf, 0, 0
-    for i in range(-(-moved.shape[0] // f0)):
-        slab = moved[i * f0 : (i + 1) * f0]
-        if slab.dtype.kind == "f":
-            finite = np.isfinite(slab)
-            if not finite.all():
-                nan += int(np.isnan(slab).sum())
-                infinite += int(np.isinf(slab).sum())
-                continue
-        minimum, maximum = min(minimum, float(slab.min())), max(maximum, float(slab.max()))
-        if i < n0:
-            block = slab.sum(axis=0, dtype=np.float64 if slab.dtype.kind == "f" else np.int64)
-            block = block[: n1 * f1, : n2 * f2].reshape(n1, f1, n2, f2).sum(axis=(1, 3))
-            coarse[i] = block / (f0 * f1 * f2)
-    if nan or infinite:
-        kinds = [f"{name} ({count:,} voxels)" for name, count in (("NaN", nan), ("Inf", infinite)) if count]
-        raise UnusableVoxels("contains " + " and ".join(kinds), "convert it again, or repair it in your own way")
-    if minimum == maximum:
-        raise UnusableVoxels(
-            f"constant: every voxel is {minimum * volume.slope + volume.intercept:g}", "fetch it again"
-        )
-    coarse = np.ascontiguousarray(np.moveaxis(coarse, 0, slab_axis))
-    if volume.slope < 0:
-        raise UnusableVoxels("negative scale factor (inverted contrast)", "convert it from its source again")
-    digest = hashlib.sha256(f"{voxels.shape}".encode() + coarse.tobytes()).hexdigest()
-    foreground = find_foreground(coarse) if coarse.min() < coarse.max() else np.zeros(coarse.shape, bool)
-    return Survey(voxels, affine, factors, coarse, foreground, digest, minimum, maximum)  # type: ignore[arg-type]
-
-
-def _coarse_affine(seen: Survey) -> np.ndarray:
-    """Affine of the coarse grid: each coarse voxel lies at the centre of its block."""
-    scale = np.diag([*seen.factors, 1.0])
-    scale[:3, 3] = (np.asarray(seen.factors) - 1) / 2
-    return seen.affine @ scale
 
 
 def place_window(
@@ -241,10 +91,10 @@ def place_window(
         raise UnusableVoxels("nothing stands out from the background", "look at it; it may hold no head")
     axes = orthogonal_axes(seen.affine)
     spacing, shape = np.asarray(settings.spacing, float), np.asarray(settings.shape)
-    half = np.abs(np.linalg.inv(axes * spacing) @ _coarse_affine(seen)[:3, :3]).sum(axis=1) / 2
+    half = np.abs(np.linalg.inv(axes * spacing) @ coarse_affine(seen)[:3, :3]).sum(axis=1) / 2
     # Foreground voxels in units of target voxels along the target's axes, from an arbitrary origin.
     to_target = np.linalg.inv(axes * spacing)
-    points = (to_target @ nib.affines.apply_affine(_coarse_affine(seen), np.argwhere(seen.foreground)).T).T
+    points = (to_target @ nib.affines.apply_affine(coarse_affine(seen), np.argwhere(seen.foreground)).T).T
     top = points[:, 2].max() + half[2] + 1.0
     kept = points[points[:, 2] > top - shape[2]]
     low, high = kept.min(axis=0) - half, kept.max(axis=0) + half
@@ -283,7 +133,7 @@ def _percentile_range(seen: Survey, window: np.ndarray, shape: tuple[int, ...]) 
     """Percentiles 0.5 and 99.5 of the foreground within the window, stored units, from one source voxel per block."""
     sampled = seen.voxels[tuple(slice(f // 2, n * f, f) for f, n in zip(seen.factors, seen.coarse.shape, strict=True))]
     index = np.argwhere(seen.foreground)
-    position = nib.affines.apply_affine(np.linalg.inv(window) @ _coarse_affine(seen), index)
+    position = nib.affines.apply_affine(np.linalg.inv(window) @ coarse_affine(seen), index)
     inside = ((position > -0.5) & (position < np.asarray(shape) - 0.5)).all(axis=1)
     values = sampled[tuple(index[inside].T)]
     if values.size == 0:
@@ -339,7 +189,7 @@ def prepare_volume(
         label_affine: ``[4, 4]`` of the label map.
 
     Raises:
-        UnusableVoxels: if the voxels cannot be used (see :func:`survey` and :func:`place_window`).
+        UnusableVoxels: if the voxels cannot be used (see ``survey`` and :func:`place_window`).
     """
     seen = survey(volume)
     points = None
@@ -355,7 +205,7 @@ def prepare_volume(
 
     spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
     oblique = float(np.rad2deg(nib.affines.obliquity(volume.affine).max()))
-    warnings = list(volume.warnings)
+    warnings = [*volume.warnings, *seen.warnings]
     result_label = None
     ratios: dict[int, float] = {}
     if label is not None and label_affine is not None:

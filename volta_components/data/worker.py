@@ -31,7 +31,8 @@ from volta_components.data.labels import read_labels
 from volta_components.data.layouts import Scan
 from volta_components.data.layouts.common import relative
 from volta_components.data.layouts.series import convert_series
-from volta_components.data.preprocess import Prepared, Settings, UnusableVoxels, prepare_volume
+from volta_components.data.preprocess import Prepared, Settings, prepare_volume
+from volta_components.data.survey import UnusableVoxels
 from volta_components.data.volumes import UnusableVolume, Volume, read_volume
 from volta_components.errors import InputError
 from volta_components.files import read_json, readable, sha256_file

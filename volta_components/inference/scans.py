@@ -17,7 +17,7 @@ from tqdm import tqdm
 from volta_components.data.datalist import check_volumes, load_datalist
 from volta_components.data.layouts.bids import ASIDE
 from volta_components.data.names import parse_name
-from volta_components.data.preprocess import UnusableVoxels, survey
+from volta_components.data.survey import UnusableVoxels, survey
 from volta_components.data.volumes import UnusableVolume, read_volume, volume_stem, volume_suffix
 from volta_components.data.walk import VolumeFile, walk
 from volta_components.downstream.splits import Item

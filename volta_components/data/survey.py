@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first look at a scan: what its voxels are, where the head is, and what is odd about either.
+
+Stock tools find a head by one threshold. That fails where the background is not dark: padding far below the air
+(-2000, -32768), a few voxels of a million, noise as bright as tissue (MP2RAGE). Each of these is told apart here, so
+that the head is found as if it were not there; what cannot be told apart is noted, never passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+
+import numpy as np
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+from scipy import ndimage
+from skimage.filters import threshold_otsu
+
+from volta_components.data.volumes import Volume
+
+SIDES = ("left", "right", "back", "front", "bottom", "top")
+_COARSE_MM = 2.0
+_MOST = 1e30  # beyond it, sums do not fit in float32
+# Padding is one value, of at least this share of the voxels, this far (in ranges of the other voxels) from them.
+_PADDING_SHARE, _PADDING_GAP = 0.002, 0.25
+_FEWEST_VALUES = 8
+# Voxels further than this many ranges (between percentiles 0.1 and 99.9) above or below that range are spikes.
+_FAR_ABOVE, _FAR_BELOW = 2.0, 1.0
+# Share of the faces that the foreground covers, beyond which the background may be as bright, or must be.
+_COVERED, _MOSTLY_COVERED = 0.05, 0.5
+# Brightness of the background in that of the head, beyond which it is marked.
+_BRIGHT = 0.3
+# Share of the head's largest cross-section on a face of the field of view, beyond which the head is cut there.
+FACE_LIMITS = {"left": 0.2, "right": 0.2, "back": 0.2, "front": 0.2, "bottom": 0.2, "top": 0.12}
+# A head that the bottom cuts is complete down to the cerebellum when it is this high, in widths.
+LEAST_HEIGHT = 0.92
+
+
+class UnusableVoxels(ValueError):
+    """The voxels of a scan cannot be used; ``args`` are the reason and the remedy."""
+
+    @property
+    def reason(self) -> str:
+        """What is wrong."""
+        return str(self.args[0])
+
+    @property
+    def remedy(self) -> str:
+        """What to do."""
+        return str(self.args[1])
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A scan seen at about 2 mm.
+
+    Attributes:
+        voxels: ``[X, Y, Z]`` view in the axis order and directions nearest to RAS; a copy where padding or spikes were
+            replaced.
+        affine: ``[4, 4]`` of that view.
+        factors: source voxels per coarse voxel, per axis.
+        coarse: ``[x, y, z]`` block means, stored units.
+        foreground: ``[x, y, z]`` head (or brain), bool.
+        digest: SHA-256 of shape and block means: equal for equal voxels, whatever the file format or orientation.
+        minimum, maximum: of all voxels as they were, stored units.
+        warnings: what is odd about the voxels.
+    """
+
+    voxels: np.ndarray
+    affine: np.ndarray
+    factors: tuple[int, int, int]
+    coarse: np.ndarray
+    foreground: np.ndarray
+    digest: str
+    minimum: float
+    maximum: float
+    warnings: tuple[str, ...] = ()
+
+
+def survey(volume: Volume) -> Survey:
+    """Go over a scan once, slab by slab: defects, range, digest, coarse picture and foreground.
+
+    Raises:
+        UnusableVoxels: if there are NaN or infinite voxels, or all are equal.
+    """
+    orientation = io_orientation(volume.affine)
+    if np.isnan(orientation).any():
+        raise UnusableVoxels("singular affine: an axis has no direction", "convert it from its source again")
+    voxels = apply_orientation(volume.voxels, orientation)
+    affine = volume.affine @ inv_ornt_aff(orientation, volume.voxels.shape)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    factors = tuple(int(max(1, min(round(_COARSE_MM / s), n // 8))) for s, n in zip(spacing, voxels.shape, strict=True))
+    coarse, minimum, maximum = block_means(voxels, factors)  # type: ignore[arg-type]
+    if minimum == maximum:
+        raise UnusableVoxels(
+            f"constant: every voxel is {minimum * volume.slope + volume.intercept:g}", "fetch it again"
+        )
+    if volume.slope < 0:
+        raise UnusableVoxels("negative scale factor (inverted contrast)", "convert it from its source again")
+    digest = hashlib.sha256(f"{voxels.shape}".encode() + coarse.tobytes()).hexdigest()
+    seen = Survey(voxels, affine, factors, coarse, np.zeros(coarse.shape, bool), digest, minimum, maximum)  # type: ignore[arg-type]
+    seen = _without_outliers(seen, volume)
+    if seen.coarse.min() == seen.coarse.max():
+        return seen
+    return _with_foreground(seen)
+
+
+def block_means(voxels: np.ndarray, factors: tuple[int, int, int]) -> tuple[np.ndarray, float, float]:
+    """Means over blocks of voxels, one slab of the file at a time, and the extremes of all voxels.
+
+    Args:
+        voxels: ``[X, Y, Z]``.
+        factors: voxels per block, per axis; what is left over at the end of an axis is left out of the means.
+
+    Returns:
+        ``[x, y, z]`` float32; minimum; maximum.
+
+    Raises:
+        UnusableVoxels: if there are NaN or infinite voxels.
+    """
+    slab_axis = int(np.argmax(np.abs(voxels.strides)))  # the slowest in memory
+    moved = np.moveaxis(voxels, slab_axis, 0)
+    f0, f1, f2 = (factors[slab_axis], *(f for axis, f in enumerate(factors) if axis != slab_axis))
+    n0, n1, n2 = moved.shape[0] // f0, moved.shape[1] // f1, moved.shape[2] // f2
+    coarse = np.empty((n0, n1, n2), np.float32)
+    minimum, maximum, nan, infinite = np.inf, -np.inf, 0, 0
+    # Sums of integers are exact, but those of 8 bytes may not fit.
+    kind = np.int64 if voxels.dtype.kind in "iu" and voxels.dtype.itemsize < 8 else np.float64
+    for i in range(-(-moved.shape[0] // f0)):
+        slab = moved[i * f0 : (i + 1) * f0]
+        if slab.dtype.kind == "f":
+            finite = np.isfinite(slab)
+            if not finite.all():
+                nan += int(np.isnan(slab).sum())
+                infinite += int(np.isinf(slab).sum())
+                continue
+        minimum, maximum = min(minimum, float(slab.min())), max(maximum, float(slab.max()))
+        if i < n0 and max(abs(minimum), abs(maximum)) < _MOST:
+            block = slab.sum(axis=0, dtype=kind)
+            block = block[: n1 * f1, : n2 * f2].reshape(n1, f1, n2, f2).sum(axis=(1, 3))
+            coarse[i] = block / (f0 * f1 * f2)
+    if nan or infinite:
+        kinds = [f"{name} ({count:,} voxels)" for name, count in (("NaN", nan), ("Inf", infinite)) if count]
+        raise UnusableVoxels(
+            "contains " + " and ".join(kinds), "convert it again, or replace them (fslmaths IN -nan OUT sets NaN to 0)"
+        )
+    if max(abs(minimum), abs(maximum)) >= _MOST:
+        raise UnusableVoxels(f"values from {minimum:.3g} to {maximum:.3g}: no intensities", "convert it again")
+    return np.ascontiguousarray(np.moveaxis(coarse, 0, slab_axis)), minimum, maximum
+
+
+# --- padding and spikes ----------------------------------------------------------------------------------------------
+
+
+def _without_outliers(seen: Survey, volume: Volume) -> Survey:
+    """Replace padding by air, and clip spikes; note what is odd."""
+
+    def shown(value: float) -> str:
+        return f"{volume.slope * value + volume.intercept:.4g}"
+
+    sample = seen.voxels[tuple(slice(None, None, max(1, n // 64)) for n in seen.voxels.shape)]
+    notes = []
+    values, counts = np.unique(sample, return_counts=True)
+    if len(values) <= _FEWEST_VALUES:
+        notes.append(f"only {len(values)} different values: a mask or a label map, not a scan?")
+    known = np.ones(sample.shape, bool)
+    paddings: list[float] = []
+    for value in values[counts >= _PADDING_SHARE * sample.size]:
+        kind = _padding(sample, float(value), -volume.intercept / volume.slope)
+        if kind == "padding or background":
+            notes.append(f"the background of {shown(value)} is far below all else: padding, or a brain without skull?")
+        elif kind is not None:
+            paddings.append(float(value))
+            known &= ~ndimage.binary_dilation(sample == value, iterations=2)  # its neighbours may be interpolated
+            if kind != "dark":
+                notes.append(f"the background of {shown(value)}, {kind}, was taken as air")
+    first, air, last = np.percentile(sample[known].astype(np.float64), [0.1, 1, 99.9])
+    low, high = first - _FAR_BELOW * (last - first), last + _FAR_ABOVE * (last - first)
+    if last == first or (not paddings and low <= seen.minimum and seen.maximum <= high):
+        return replace(seen, warnings=(*seen.warnings, *notes))
+    is_padding = np.isin(seen.voxels, paddings)
+    if any(value > last for value in paddings):
+        is_padding = ndimage.binary_dilation(is_padding, iterations=2)  # likewise
+    is_far = (seen.voxels > high) & ~is_padding
+    if any(value < first for value in paddings):
+        low = air  # what lies between padding and air is interpolated
+    else:
+        is_far |= (seen.voxels < low) & ~is_padding
+    if is_far.any():
+        notes.append(
+            f"{int(is_far.sum())} voxels far outside of the range of the others ({shown(first)} to {shown(last)})"
+        )
+    voxels = np.clip(seen.voxels.astype(np.float32), low, high)
+    # A background as bright as tissue lies around a brain without skull; it becomes darker than all of the brain.
+    voxels[is_padding] = low if any(first < value <= last for value in paddings) else air
+    return replace(seen, voxels=voxels, coarse=block_means(voxels, seen.factors)[0], warnings=(*seen.warnings, *notes))
+
+
+def _padding(sample: np.ndarray, value: float, zero: float) -> str | None:
+    """What a value is that fills the volume's corners and lies far from all others; None where it is nothing special.
+
+    Dark padding and the background of a brain without skull look alike. Padding borders on air, which is dark, and it
+    is below zero or lies around a field of view that reaches the volume's faces.
+
+    Args:
+        sample: ``[x, y, z]``, some of the voxels.
+        value: one that many voxels have.
+        zero: the stored value that means an intensity of 0.
+    """
+    at = sample == value
+    # One piece of some thickness, unlike the white half of salt and pepper.
+    if at[np.ix_((0, -1), (0, -1), (0, -1))].sum() < 4:
+        return None
+    rest = ~ndimage.binary_dilation(at, iterations=2)
+    if rest.mean() < 0.02 or not ndimage.binary_erosion(at, iterations=2, border_value=1).any():
+        return None
+    low, high = np.percentile(sample[rest].astype(np.float64), [1, 99.9])
+    gap = _PADDING_GAP * (high - low)
+    if low == high or low - gap <= value <= low + gap:
+        return None
+    if value > low:
+        return "brighter than the head" if value > high else "as bright as tissue"
+    shell = rest & ~ndimage.binary_erosion(rest)
+    if np.median(sample[shell]) >= low + 0.2 * (high - low):
+        return None
+    is_below_zero = value < zero and low - zero < 0.2 * (high - zero)
+    reaches = max(float(np.take(rest, place, axis=axis).mean()) for axis in range(3) for place in (0, -1))
+    return "dark" if is_below_zero or reaches > 0.3 else "padding or background"
+
+
+# --- the head --------------------------------------------------------------------------------------------------------
+
+
+def otsu_threshold(values: np.ndarray) -> float:
+    """Otsu's threshold of values clipped at their 99.8th percentile (a few bright vessels must not move it).
+
+    Args:
+        values: any shape; not all equal.
+
+    Returns:
+        The threshold that maximises the variance between the two classes; foreground is what lies above it.
+    """
+    top = float(np.percentile(values, 99.8))
+    return float(threshold_otsu(np.minimum(values, top) if top > values.min() else values))
+
+
+def find_foreground(coarse: np.ndarray) -> np.ndarray:
+    """The head (or the brain of a stripped scan) in a coarse volume.
+
+    Above Otsu's threshold, largest connected component, closed and filled, so that ventricles, sulci and bone, which
+    are dark, count as inside.
+
+    Args:
+        coarse: ``[x, y, z]``, any units.
+
+    Returns:
+        ``[x, y, z]`` bool; all False where nothing stands out.
+    """
+    return _largest_filled(coarse > otsu_threshold(coarse))
+
+
+def _largest_filled(mask: np.ndarray) -> np.ndarray:
+    labels, n = ndimage.label(mask)
+    if n == 0:
+        return mask
+    mask = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
+    steps = 2 if min(mask.shape) >= 48 else 1
+    padded = np.pad(mask, steps + 1)
+    padded = ndimage.binary_closing(padded, iterations=steps)
+    padded = ndimage.binary_fill_holes(padded)
+    inner = slice(steps + 1, -steps - 1)
+    return padded[inner, inner, inner] | mask
+
+
+def _with_foreground(seen: Survey) -> Survey:
+    """Find the head by brightness or, in a background as bright, by smoothness."""
+    foreground = find_foreground(seen.coarse)
+    seen = replace(seen, foreground=foreground)
+    covered, bright = _covered(foreground), _bright_outside(seen)
+    if (covered > _COVERED or bright) and (smooth := _smooth_part(seen)) is not None:
+        note = "noise as bright as tissue around the head (an MP2RAGE image?): mask or denoise it"
+        seen = replace(seen, foreground=smooth)
+        notes = [note, *_cut_faces(seen)]
+    elif covered > _MOSTLY_COVERED:
+        share = f"{100 * covered:.0f} % of the volume's faces are as bright as the head"
+        notes = [f"no background to tell the head from: {share}"]
+    else:
+        notes = [*(bright or _dark_inside(seen)), *_cut_faces(seen)]
+    return replace(seen, warnings=(*seen.warnings, *notes))
+
+
+def _covered(mask: np.ndarray) -> float:
+    """Share of the volume's faces that a mask covers; the bottom, where the neck is, does not count."""
+    faces = [np.take(mask, place, axis=axis) for axis in range(3) for place in (0, -1)]
+    del faces[SIDES.index("bottom")]
+    return float(np.mean(np.concatenate([face.ravel() for face in faces])))
+
+
+def _smooth_part(seen: Survey) -> np.ndarray | None:
+    """The head as the part of a scan in which neighbouring voxels are alike, as they are in tissue and not in noise.
+
+    Returns:
+        ``[x, y, z]`` bool; None where smoothness tells no head apart either.
+    """
+    inner = [np.arange(n) * f + (f - 1) // 2 for n, f in zip(seen.coarse.shape, seen.factors, strict=True)]
+    here = seen.voxels[np.ix_(*inner)].astype(np.float32)
+    rough = np.zeros(seen.coarse.shape, np.float32)
+    for axis, side in enumerate(seen.voxels.shape):
+        index = list(inner)
+        index[axis] = np.minimum(inner[axis] + 1, side - 1)
+        rough += np.abs(seen.voxels[np.ix_(*index)].astype(np.float32) - here)
+    rough = ndimage.uniform_filter(rough, 3 if max(seen.factors) == 1 else 5)
+    if rough.min() == rough.max():
+        return None
+    smooth = _largest_filled(rough < threshold_otsu(rough))
+    is_head = (
+        0.03 < smooth.mean() < 0.9
+        and _covered(smooth) < _COVERED
+        and np.median(rough[smooth]) < 0.5 * np.median(rough[~smooth])
+        and seen.foreground[smooth].mean() > 0.5
+    )
+    return smooth if is_head else None
+
+
+# --- what is odd about it --------------------------------------------------------------------------------------------
+
+
+def _bright_outside(seen: Survey) -> list[str]:
+    """Noise around the head that is a good part as bright as the head."""
+    outside, inside = seen.coarse[~seen.foreground], seen.coarse[seen.foreground]
+    if not outside.size or not inside.size:
+        return []
+    dark = float(np.percentile(seen.coarse, 0.1))
+    share = (float(np.median(outside)) - dark) / max(float(np.median(inside)) - dark, 1e-30)
+    if share <= _BRIGHT:
+        return []
+    return [f"the background is {100 * share:.0f} % as bright as the head: noise, as in an MP2RAGE image?"]
+
+
+def _dark_inside(seen: Survey) -> list[str]:
+    """Tissue that is darker than air: values above 32767 that were stored as negative ones."""
+    outside = seen.coarse[~seen.foreground]
+    if outside.size < 0.01 * seen.coarse.size or not seen.foreground.any():
+        return []
+    air, top = float(np.median(outside)), float(np.percentile(seen.coarse[seen.foreground], 99))
+    labels, n = ndimage.label(seen.foreground & (seen.coarse < air - 0.1 * (top - air)))
+    largest = int(np.bincount(labels.ravel())[1:].max()) if n else 0
+    if largest < 8:
+        return []
+    ml = largest * float(np.prod(np.linalg.norm(coarse_affine(seen)[:3, :3], axis=0))) / 1000
+    return [f"{ml:.2g} ml inside the head are darker than air: negative values, wrapped around at 32767?"]
+
+
+def coarse_affine(seen: Survey) -> np.ndarray:
+    """Affine of the coarse grid: each coarse voxel lies at the centre of its block."""
+    scale = np.diag([*seen.factors, 1.0])
+    scale[:3, 3] = (np.asarray(seen.factors) - 1) / 2
+    return seen.affine @ scale
+
+
+def _cut_faces(seen: Survey) -> list[str]:
+    """Sides at which the field of view ends within the head, or its slices are blank from there on.
+
+    A head's outermost slice is a small cap. Where it is a large part of the largest cross-section, the head goes on
+    beyond the field of view. The neck does so always; it is too much where the head above it is lower than a whole one.
+    """
+    blank = [
+        np.ptp(np.moveaxis(seen.coarse, axis, 0).reshape(n, -1), axis=1) == 0
+        for axis, n in enumerate(seen.coarse.shape)
+    ]
+    box = tuple(slice(int(np.argmin(b)), len(b) - int(np.argmin(b[::-1]))) for b in blank)
+    mask = seen.foreground[box]
+    if not mask.any():
+        return []
+    mm = np.linalg.norm(coarse_affine(seen)[:3, :3], axis=0)
+    areas = [mask.sum(axis=tuple(a for a in range(3) if a != axis)).astype(float) for axis in range(3)]
+    extents = [float(np.ptp(np.flatnonzero(area)) + 1) * mm[axis] for axis, area in enumerate(areas)]
+    found = []
+    for number, side in enumerate(SIDES):
+        axis = number // 2
+        area = areas[axis][:: 1 if number % 2 == 0 else -1]
+        # Of two slices, since the last one may hold a part of a voxel; each less the cap of a ball of the head's size.
+        shares = [area[k] / area.max() - 4 * (k + 1) * mm[axis] / extents[axis] for k in range(min(2, len(area)))]
+        if max(shares) <= FACE_LIMITS[side]:
+            continue
+        if side == "bottom":
+            width = float((areas[0] > 0.25 * areas[0].max()).sum()) * mm[0]
+            if extents[2] >= LEAST_HEIGHT * width:
+                continue
+        found.append(
+            f"the field of view ends within the head at the {side} ({100 * area[:2].max() / area.max():.0f} % of its "
+            "largest cross-section lie there)"
+        )
+    return found
