@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine
 from monai.engines.utils import IterationEvents
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -48,8 +48,8 @@ class TeacherEMAHandler:
         if strangers:
             raise ValueError(f"the teacher's parameters {', '.join(strangers)} have no counterpart in the student")
         self.momentum = momentum
-        self._teacher = list(mine.values())
-        self._student = [theirs[name] for name in mine]
+        self._teacher: list[Tensor] = list(mine.values())
+        self._student: list[Tensor] = [theirs[name] for name in mine]
 
     def attach(self, engine: Engine) -> None:
         """Follow after every mini-batch."""
