@@ -12,12 +12,12 @@ import torch
 from method_helpers import HIDDEN, IMAGE, PATCH, PROTOTYPES, TOKENS, flat, tiny_network, tiny_student
 from monai.networks.nets import UNETR, ViTAutoEnc
 from scipy import ndimage
+from torch import nn
 
 from volta_components.errors import InputError
 from volta_components.method.losses import CentredTargets, GlobalAlignmentLoss, PatchAlignmentLoss, ReconstructionLoss
 from volta_components.method.networks import (
     VoltaViT,
-    count_parameters,
     make_teacher,
     parameter_groups,
     resample_position_embedding,
@@ -42,6 +42,10 @@ def stock(network: VoltaViT) -> ViTAutoEnc:
     assert not missing
     assert all(name.startswith("summariser.") for name in unexpected)
     return twin.eval()
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def block_parameters(hidden: int, mlp: int) -> int:

@@ -30,11 +30,6 @@ class DiCoMLoss(nn.Module):
         koleo_loss: spread of the student's summaries; not in the paper, ``None`` for none.
         koleo_weight: its weight in the sum.
 
-    Shapes:
-        student: outputs for the masked global crops and the local crops.
-        teacher: outputs for the unmasked global crops.
-        image, masked: ``[2, B, 1, D, H, W]``; what is reconstructed, and where the student's input was replaced.
-
     Source: VolTA-3D eq. 6; DiCoM (Parida et al., 2024).
     """
 
@@ -67,10 +62,10 @@ class DiCoMLoss(nn.Module):
         """The sum and its terms.
 
         Args:
-            student: see Shapes.
-            teacher: see Shapes.
-            image: see Shapes.
-            masked: see Shapes.
+            student: outputs for the masked global crops and the local crops.
+            teacher: outputs for the unmasked global crops.
+            image: global crops before any intensity change, ``[2, B, 1, D, H, W]``: what is reconstructed.
+            masked: true where the student's crop was replaced, of the same shape.
             teacher_temperature: tau_t of eq. 2.
             patch_teacher_temperature: tau_t of eq. 4.
 

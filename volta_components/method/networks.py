@@ -279,11 +279,6 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     ]
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Number of values in a module's parameters, trainable or not."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
 def make_teacher(student: VoltaStudent) -> VoltaTeacher:
     """A teacher that starts as an exact copy of the student, without decoder, where the student is."""
     network = copy.deepcopy(student.network)
