@@ -23,7 +23,7 @@ import torch
 from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 
-from volta_components.data.phantom.dataset import phantom
+from volta_components.data.phantom.command import phantom
 from volta_components.data.prepare import prepare
 
 CONFIGS = Path(__file__).resolve().parents[1] / "bundles" / "pretrain" / "configs"
@@ -93,8 +93,8 @@ def main(output: str | None = None, epochs: int = 6, rows: str | tuple[str, ...]
     ]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        phantom(str(folder / "raw"), subjects, seed=1, spacing=3)
-        prepare("bids", str(folder / "raw"), str(folder / "data"), spacing=3, shape=(48, 64, 64))
+        phantom(folder / "raw", subjects, seed=1, spacing=3)
+        prepare("bids", folder / "raw", folder / "data", spacing=3, shape=(48, 64, 64))
         for number, (name, (overlay, ids)) in enumerate(chosen.items()):
             found = pretrain(folder / "data", folder / f"run{number}", overlay, ids, epochs)
             numbers = ("global_teacher_entropy", "global_information", "global_predicted")

@@ -37,7 +37,7 @@ from sklearn.decomposition import PCA
 from sklearn.model_selection import StratifiedKFold
 from tqdm import tqdm
 
-from volta_components.data.phantom.dataset import phantom
+from volta_components.data.phantom.command import phantom
 from volta_components.downstream.metrics import auroc_interval
 from volta_components.inference.probes import out_of_fold_scores
 from volta_components.method.networks import VoltaViT
@@ -93,7 +93,7 @@ def main(output: str | None = None, subjects: int = 800, spacing: int = 3, seed:
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(output or temporary)
-        phantom(str(folder), subjects, seed=seed, spacing=spacing, **options)  # type: ignore[arg-type]
+        phantom(folder, subjects, seed=seed, spacing=spacing, **options)  # type: ignore[arg-type]
         images, table = load(folder, subjects)
     flat = images.reshape(len(images), -1)
     patches = (16, 9)

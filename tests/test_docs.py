@@ -28,9 +28,10 @@ from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 from packed import random_weights
 
-from volta_components.cli import COMMANDS
+from volta_components.cli import COMMANDS, read
 from volta_components.crossval.command import _adopt
 from volta_components.crossval.plan import Run
+from volta_components.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -117,16 +118,20 @@ def options_of(words: list[str]) -> dict[str, str]:
     return found
 
 
+# For options that running text leaves out.
+PLACEHOLDERS = {"--layout": "bids", "--subjects": "1", "--bundle": "NONE"}
+
+
 class Checker:
     """Checks the commands of a page; ``files`` are those that the page tells its reader to write."""
 
     def __init__(self, files: Mapping[str, dict[str, Any]] | None = None) -> None:
         self.files = dict(files or {})
 
-    def faults(self, words: list[str]) -> list[str]:
-        """What is wrong with a command."""
+    def faults(self, words: list[str], whole: bool = False) -> list[str]:
+        """What is wrong with a command; ``whole`` where nothing is left out of it."""
         if words[0] == "volta3d":
-            return self._volta3d(words[1:])
+            return self._volta3d(words[1:], whole)
         if words[:3] == ["python", "-m", "monai.bundle"]:
             return self._bundle(words[3:])
         if words[0] == "torchrun":
@@ -139,27 +144,29 @@ class Checker:
             return [] if (ROOT / words[1]).is_file() else [f"no file {words[1]}"]
         return []
 
-    def _volta3d(self, words: list[str]) -> list[str]:
-        if not words or words[0].startswith("-"):
-            return []
-        if words[0] not in COMMANDS:
-            return [f"volta3d has no command {words[0]}"]
-        module, name = COMMANDS[words[0]][0].split(":")
-        known = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-        options = {option.replace("-", "_"): value for option, value in options_of(words[1:]).items()}
-        found = [f"volta3d {words[0]} has no --{option}" for option in options if option not in {*known, "help"}]
-        bundle = options.get("bundle", "")
-        if words[0] == "crossval" and bundle:
-            found += self._crossval(bundle, options)
-        return found
+    def _volta3d(self, words: list[str], whole: bool) -> list[str]:
+        # What may be left out stands in brackets.
+        words = [re.sub(r"^\[(?=--)|(?<=[a-z])\]$", "", word) for word in words]
+        try:
+            call = read(words)
+        except InputError as error:
+            absent = (
+                re.findall("--[a-z-]+", str(error).partition(" missing; ")[0]) if " missing; " in str(error) else []
+            )
+            if whole or not absent:
+                return [f"volta3d: {error}"]
+            return self._volta3d([*words, *(f"{option}={PLACEHOLDERS.get(option, 'x')}" for option in absent)], True)
+        options = getattr(call, "keywords", {})
+        return self._crossval(options) if words[:1] == ["crossval"] else []
 
-    def _crossval(self, bundle: str, options: Mapping[str, str]) -> list[str]:
-        inits = [name for name in options.get("inits", "").split(",") if name not in {"", "volta"}]
-        names = [*inits, *filter(None, options.get("overlays", "").split(","))]
+    def _crossval(self, options: Mapping[str, Any]) -> list[str]:
+        bundle = str(options["bundle"])
+        if bundle == PLACEHOLDERS["--bundle"]:
+            return []
+        names = [*(name for name in options.get("inits", []) if name != "volta"), *options.get("overlays", [])]
         files = [f"{bundle}/configs/{name}.json" for name in ("train", *names)]
         found = [f"no config {file}" for file in files if self._config(file) is None]
-        ids = re.findall(r"(?:^|,)([\w#:]+)=", options.get("set", ""))
-        return found or [f"no id {name} in {bundle}" for name in ids if not self._has(files, name)]
+        return found or [f"no id {name} in {bundle}" for name in options.get("set", {}) if not self._has(files, name)]
 
     def _bundle(self, words: list[str]) -> list[str]:
         import monai.bundle.__main__ as entry
@@ -250,7 +257,8 @@ def test_commands_are_right(name: str) -> None:
     found = []
     for block in read_blocks(text, name):
         if block.language == "bash":
-            found += [f"{block.where}: {fault}" for words in commands_of(block.text) for fault in checker.faults(words)]
+            commands = commands_of(block.text)
+            found += [f"{block.where}: {fault}" for words in commands for fault in checker.faults(words, whole=True)]
     for span in inline_commands(text):
         found += [f"{name}: `{span}`: {fault}" for words in commands_of(span) for fault in checker.faults(words)]
     assert found == []
@@ -262,8 +270,10 @@ TRAIN = "bundles/pretrain/configs/train.json"
 @pytest.mark.parametrize(
     "command, fault",
     [
-        ("volta3d prepair --source x", "volta3d has no command prepair"),
-        ("volta3d prepare --sauce x", "volta3d prepare has no --sauce"),
+        ("volta3d prepair --source x", "volta3d: no command 'prepair'; did you mean prepare?"),
+        ("volta3d prepare --sauce x", "volta3d: no option --sauce; did you mean --source?"),
+        ("volta3d prepare --layout nifti", "volta3d: --layout nifti: choose one of bids"),
+        ("volta3d crossval --folds some", "volta3d: --folds some: give a whole number"),
         (
             "volta3d crossval --bundle bundles/ixi_sex --inits volta,unet_scratch",
             "no config bundles/ixi_sex/configs/unet",

@@ -9,33 +9,22 @@ import pytest
 
 from volta_components.cli import main
 from volta_components.crossval.command import crossval
-from volta_components.crossval.plan import read_assignments
 from volta_components.errors import InputError
 
 
-def test_assignments():
-    assert read_assignments("epochs=2,size=[96,96,96],name=a b,amp=false,path=/x=y", "--set") == {
-        "epochs": 2,
-        "size": [96, 96, 96],
-        "name": "a b",
-        "amp": False,
-        "path": "/x=y",
-    }
-    assert read_assignments((), "--set") == {}
-    with pytest.raises(InputError, match="NAME=VALUE"):
-        read_assignments("epochs", "--set")
-
-
 def test_jobs_and_executor_are_checked(place):
-    for options in ({"jobs": 0}, {"executor": "cloud"}, {"gpus_per_run": 99}):
+    for options in ({"jobs": 0}, {"gpus_per_run": 99}):
         with pytest.raises(InputError, match="--"):
             crossval("fake", "datalist.json", folds=1, **options)
 
 
 def test_an_option_given_twice_is_not_half_forgotten(place, capsys):
-    words = ["crossval", "--bundle", "fake", "--datalist", "datalist.json", "--set", "epochs=1", "--set=hidden=[1]"]
-    assert main(words) == 2
-    assert "--set is given twice; separate values by commas" in capsys.readouterr().err
+    words = ["crossval", "--bundle", "fake", "--datalist", "datalist.json", "--folds", "1"]
+    assert main([*words, "--seed", "1", "--seed=2"]) == 2
+    assert "--seed is given twice" in capsys.readouterr().err
+    assert main([*words, "--set", "epochs=1", "--set=hidden=[1]", "--dry-run"]) == 0
+    ids = json.loads(next(place.glob("runs/fake/volta_fold0*/run.json")).read_text())
+    assert (ids["epochs"], ids["hidden"]) == (1, [1])
 
 
 def test_command_line_values_arrive_as_meant(place, capsys):

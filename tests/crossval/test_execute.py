@@ -31,8 +31,8 @@ def test_the_cause_in_a_log_is_found(tmp_path):
 
 @pytest.mark.slow
 def test_failures_are_reported_others_go_on_and_the_broken_one_is_resumed(place, monkeypatch, capsys):
-    command = {"bundle": "fake", "datalist": "datalist.json", "folds": [1], "inits": "volta,linear_scratch", "jobs": 2}
-    command |= {"set": "epochs=2"}
+    command = {"bundle": "fake", "datalist": "datalist.json", "folds": [1], "inits": ["volta", "linear_scratch"]}
+    command |= {"jobs": 2, "set": {"epochs": 2}}
     monkeypatch.setenv("FAKE_FAIL", "volta_fold1_frac1_seed1")
     assert crossval(**command) == 1
     output = capsys.readouterr()
@@ -61,8 +61,8 @@ def test_failures_are_reported_others_go_on_and_the_broken_one_is_resumed(place,
 @pytest.mark.slow
 def test_slurm_jobs_on_this_machine_and_torchrun_inside_a_run(place, capsys):
     """Submitit's local cluster in place of SLURM; two processes on the CPU in place of two GPUs."""
-    command = {"bundle": "fake", "datalist": "datalist.json", "folds": 1, "set": "epochs=1", "executor": "slurm"}
-    assert crossval(**command, cluster="local", gpus_per_run=2, overlays="tiny") == 0
+    command = {"bundle": "fake", "datalist": "datalist.json", "folds": 1, "set": {"epochs": 1}, "executor": "slurm"}
+    assert crossval(**command, cluster="local", gpus_per_run=2, overlays=["tiny"]) == 0
     assert "1 of 1 runs are finished, 0 of them" in capsys.readouterr().out
     assert epochs(next(place.glob("runs/fake/volta_fold0*"))) == ["1 of 2"]
 

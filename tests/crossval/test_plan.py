@@ -39,7 +39,7 @@ def test_more_processes_than_scans_of_a_part_are_refused_while_planning(place):
 
 def test_settings_hash_follows_what_decides_the_result_and_nothing_else(place):
     def hashes(**changes):
-        return {run.variant: run.settings for run in planned(place, folds=1, fractions=1.0, **changes)}
+        return {run.variant: run.settings for run in planned(place, folds=1, fractions=(1.0,), **changes)}
 
     before = hashes()
     assert hashes(root=place / "elsewhere", tracking_uri="http://127.0.0.1:1") == before
@@ -83,7 +83,7 @@ def test_several_processes_go_through_torchrun(place):
         ({"folds": 3}, r"has the folds \[0, 1\], not \[2\]"),
         ({"folds": 0}, "has the folds"),
         ({"fractions": (0.0, 1.0)}, r"\(0, 1\]"),
-        ({"fractions": 20}, r"\(0, 1\]"),
+        ({"fractions": (20,)}, r"\(0, 1\]"),
         ({"fractions": (0.1, 1.0)}, r"volta_fold0_frac0\.1_seed3000: fraction 0\.1 is too small for fold 0"),
         ({"settings": {"epoch": 2}}, "--set epoch: .*train.json has no such id"),
         ({"settings": {"train#trainer#max_epoch": 2}}, "no such id"),

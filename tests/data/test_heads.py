@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from tests.helpers.toy_anatomies import toy_folder
 from volta_components.data.phantom.anatomy import geometry
-from volta_components.data.phantom.dataset import phantom
+from volta_components.data.phantom.command import phantom
 from volta_components.data.phantom.heads import code_positions, load_head, lookup_codes, sample_tables
 from volta_components.data.phantom.labels import CODES, NAMES
 from volta_components.data.phantom.render import View, render, render_view, whole_view
@@ -291,9 +291,9 @@ def test_started_again_and_with_workers_it_is_the_same(cohort, folder, tmp_path)
 
 def test_other_anatomies_in_the_same_folder_are_refused(cohort, folder, tmp_path):
     with pytest.raises(InputError, match="anatomies"):
-        phantom(str(cohort), 6, seed=2, spacing=3, anatomies=str(folder), leave_out="head-2", workers=1)
+        phantom(str(cohort), 6, seed=2, spacing=3, anatomies=str(folder), leave_out=["head-2"], workers=1)
     with pytest.raises(InputError, match="--leave-out names anatomies"):
-        phantom(str(tmp_path / "d"), 1, leave_out="head-2", workers=1)
+        phantom(str(tmp_path / "d"), 1, leave_out=["head-2"], workers=1)
     with pytest.raises(InputError, match="--contrast is 't2'"):
         phantom(str(tmp_path / "d"), 1, anatomies=str(folder), contrast="t2", workers=1)
 

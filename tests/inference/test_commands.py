@@ -142,7 +142,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def segmented(sides_bundle: Path, raw: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("segmented") / "out"
-    assert segment(str(raw / "scans"), str(output), bundle=str(sides_bundle)) == 0
+    assert segment([raw / "scans"], output, bundle=sides_bundle) == 0
     return output
 
 
@@ -176,7 +176,7 @@ def test_left_and_right_agree_with_the_world_in_all_orientations(kind: str, raw:
 def test_attention_lies_on_the_scans_grid(encoder_bundle: Path, raw: Path, tmp_path: Path) -> None:
     """Against the map on the prepared grid, looked up at the world coordinates of the scan's voxels."""
     chosen = [raw / "scans" / f"sub-{kind}{number:02d}_T1w.nii" for kind in SHAPE for number in (0, 13, 46)]
-    status = embed([str(path) for path in chosen], str(tmp_path), bundle=str(encoder_bundle), attention=True)
+    status = embed(chosen, tmp_path, bundle=encoder_bundle, attention=True)
     assert status == 0
     network = load_encoder(encoder_bundle)
     rng = np.random.default_rng(1)
@@ -202,7 +202,7 @@ def test_attention_lies_on_the_scans_grid(encoder_bundle: Path, raw: Path, tmp_p
 
 def test_one_head_has_one_embedding_however_it_is_stored(encoder_bundle: Path, raw: Path, tmp_path: Path) -> None:
     pattern = str(raw / "scans" / "sub-isotropic*")
-    assert embed(pattern, str(tmp_path), bundle=str(encoder_bundle)) == 0
+    assert embed([pattern], tmp_path, bundle=encoder_bundle) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["embeddings.csv", "embeddings.jsonl", "embeddings.npz"]
     rows = rows_of(tmp_path / "embeddings.csv")
     assert [row["subject_id"] for row in rows] == [f"sub-isotropic{number:02d}" for number in range(48)]
@@ -234,7 +234,7 @@ def test_an_oblique_scan_that_was_prepared_is_not_prepared_again(raw: Path, tmp_
 def test_a_datalist_keeps_its_own_grid_and_ids(encoder_bundle: Path, tmp_path: Path) -> None:
     data = make_prepared(tmp_path / "data", count=4, shape=(16, 16, 16))
     for source, name in ((data, "folder"), (data / "datalist.json", "file")):
-        assert embed(str(source), str(tmp_path / name), bundle=str(encoder_bundle)) == 0
+        assert embed([source], tmp_path / name, bundle=encoder_bundle) == 0
     rows = rows_of(tmp_path / "folder" / "embeddings.csv")
     assert [(row["subject_id"], row["session"]) for row in rows] == [(f"sub-{i:04d}", "ses-M000") for i in range(4)]
     with (
@@ -259,7 +259,7 @@ def test_a_damaged_datalist_is_refused(encoder_bundle: Path, tmp_path: Path) -> 
     content[-1] ^= 1
     path.write_bytes(content)
     for run in (
-        lambda: embed(str(data), str(tmp_path / "out"), bundle=str(encoder_bundle)),
+        lambda: embed([data], tmp_path / "out", bundle=encoder_bundle),
         lambda: check_source(data),
     ):
         with pytest.raises(InputError, match=r"1 files of 3 items cannot be used[^$]*sub-0001_ses-M000\.nii"):
@@ -277,8 +277,8 @@ def test_scans_of_one_name_get_folders(
         scan = nib.load(raw / "scans" / f"sub-isotropic{number:02d}_T1w.nii")
         nib.save(nib.MGHImage(np.asarray(scan.dataobj), scan.affine), folder / "T1.mgz")
     pattern = str(tmp_path / "subjects" / "*" / "mri" / "T1.mgz")
-    assert segment(pattern, str(tmp_path / "masks"), bundle=str(sides_bundle)) == 0
-    assert embed(pattern, str(tmp_path / "maps"), bundle=str(encoder_bundle), attention=True) == 0
+    assert segment([pattern], tmp_path / "masks", bundle=sides_bundle) == 0
+    assert embed([pattern], tmp_path / "maps", bundle=encoder_bundle, attention=True) == 0
     for number in range(2):
         place = Path(f"bert{number}", "mri")
         mask = nib.load(tmp_path / "masks" / place / "T1_hippocampus.nii.gz")
@@ -290,7 +290,7 @@ def test_scans_of_one_name_get_folders(
     other = tmp_path / "subjects" / "bert0" / "mri" / "T1.nii"
     shutil.copy(raw / "scans" / "sub-isotropic00_T1w.nii", other)
     with pytest.raises(InputError, match=r"would have the same name[^$]*T1\.mgz[^$]*T1\.nii"):
-        segment(str(other.parent), str(tmp_path / "clash"), bundle=str(sides_bundle))
+        segment([other.parent], tmp_path / "clash", bundle=sides_bundle)
 
 
 def test_dicom_series_are_converted(sides_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,9 +305,9 @@ def test_dicom_series_are_converted(sides_bundle: Path, tmp_path: Path, capsys: 
     (broken / "slice.dcm").write_bytes(bytes(128) + b"DICM" + b"\x01" * 40)
     output = tmp_path / "out"
     with pytest.raises(InputError, match=r"1 of 2 scans cannot be used[^$]*broken"):
-        segment(str(tmp_path / "dicom"), str(output), bundle=str(sides_bundle))
+        segment([tmp_path / "dicom"], output, bundle=sides_bundle)
     capsys.readouterr()
-    assert segment(str(tmp_path / "dicom"), str(output), bundle=str(sides_bundle), skip_bad=True) == 0
+    assert segment([tmp_path / "dicom"], output, bundle=sides_bundle, skip_bad=True) == 0
     printed = capsys.readouterr()
     assert "1 T1 series converted" in printed.out and "Axial PD-T2 TSE" in printed.out
     assert "1 of 2 scans are left out" in printed.err and "broken" in printed.err
@@ -348,7 +348,7 @@ def test_scans_that_cannot_be_used_are_named_together(
     nib.save(nib.Nifti1Image(np.zeros((8, 8, 8, 4), np.int16), np.eye(4)), scans / "d_bold.nii")
     output = tmp_path / "out"
     with pytest.raises(InputError) as caught:
-        segment(str(scans), str(output), bundle=str(sides_bundle))
+        segment([scans], output, bundle=sides_bundle)
     lines = str(caught.value).splitlines()
     assert lines[0] == "4 of 6 scans cannot be used:"
     for line, words in zip(
@@ -360,37 +360,37 @@ def test_scans_that_cannot_be_used_are_named_together(
     assert "--skip-bad" in lines[-1]
     assert list(output.iterdir()) == []  # nothing was done yet
 
-    assert segment(str(scans), str(output), bundle=str(sides_bundle), skip_bad=True) == 0
+    assert segment([scans], output, bundle=sides_bundle, skip_bad=True) == 0
     assert [row["subject_id"] for row in rows_of(output / "volumes.csv")] == ["sub-isotropic00", "sub-zipped"]
     assert "4 of 6 scans are left out" in capsys.readouterr().err
     with pytest.raises(InputError, match="no scan is left"):
-        segment(str(scans / "b_empty.nii"), str(output), bundle=str(sides_bundle), skip_bad=True)
+        segment([scans / "b_empty.nii"], output, bundle=sides_bundle, skip_bad=True)
 
 
 def test_wrong_options_are_told_before_anything_is_done(sides_bundle: Path, scans: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     cases: list[tuple[dict[str, Any], str]] = [
         (
-            {"source": f"{scans}/none.nii,{scans}/nix*.nii"},
+            {"source": [scans / "none.nii", scans / "nix*.nii"]},
             r"2 of the given sources are not there[^$]*none\.nii[^$]*nix",
         ),
-        ({"output": str(scans / "masks")}, r"masks lies in --source .*scans"),
-        ({"bundle": str(tmp_path / "nobody")}, r"nobody/configs/inference\.json: no such bundle; .*--bundle"),
+        ({"output": scans / "masks"}, r"masks lies in --source .*scans"),
+        ({"bundle": tmp_path / "nobody"}, r"nobody/configs/inference\.json: no such bundle; .*--bundle"),
         (
-            {"bundle": str(ROOT / "bundles" / "ixi_sex")},
+            {"bundle": ROOT / "bundles" / "ixi_sex"},
             r"ixi_sex: its network gives format .* 'segmentation' is wanted",
         ),
-        ({"overlays": "tinny"}, r"tinny\.json: no such overlay"),
+        ({"overlays": ["tinny"]}, r"tinny\.json: no such overlay"),
         ({"device": "cuda:99"}, r"--device cuda:99: cannot be used here"),
         ({"device": "gpu"}, r"--device gpu: cannot be used here"),
     ]
     for changes, message in cases:
-        given = {"source": str(scans), "output": str(output), "bundle": str(sides_bundle), **changes}
+        given = {"source": [scans], "output": output, "bundle": sides_bundle, **changes}
         with pytest.raises(InputError, match=message):
             segment(**given)
     (tmp_path / "nothing").mkdir()
     with pytest.raises(InputError, match="no scans in it"):
-        segment(str(tmp_path / "nothing"), str(output), bundle=str(sides_bundle))
+        segment([tmp_path / "nothing"], output, bundle=sides_bundle)
 
 
 def test_weights_that_are_missing_or_changed(
@@ -404,15 +404,15 @@ def test_weights_that_are_missing_or_changed(
         content[len(content) // 2] ^= 1
         model.write_bytes(content)
         with pytest.raises(InputError, match=r"model\.pt: its SHA-256 is not that of model\.json"):
-            run(str(scans), str(tmp_path / "out"), bundle=str(copy))
+            run([scans], tmp_path / "out", bundle=copy)
         record = model.with_suffix(".json").rename(tmp_path / f"{bundle.name}.json")
         shutil.copy(bundle / "models" / "model.pt", model)
         with pytest.raises(InputError, match=r"model\.pt: weights of a bundle, but no model\.json with their hash"):
-            run(str(scans), str(tmp_path / "out"), bundle=str(copy))
+            run([scans], tmp_path / "out", bundle=copy)
         record.rename(model.with_suffix(".json"))
         model.unlink()
         with pytest.raises(InputError, match=r"no such weights|no encoder in it"):
-            run(str(scans), str(tmp_path / "out"), bundle=str(copy))
+            run([scans], tmp_path / "out", bundle=copy)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -467,7 +467,7 @@ def test_ctrl_c_ends_a_real_process_with_one_line(encoder_bundle: Path, raw: Pat
 def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(
     encoder_bundle: Path, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert embed(str(raw / "scans"), str(tmp_path / "whole"), bundle=str(encoder_bundle), attention=True) == 0
+    assert embed([raw / "scans"], tmp_path / "whole", bundle=encoder_bundle, attention=True) == 0
     words = ["embed", "--source", str(raw / "scans"), "--output", str(tmp_path / "broken"), "--attention"]
     command = [str(Path(sys.executable).with_name("volta3d")), *words, "--bundle", str(encoder_bundle)]
     journal = tmp_path / "broken" / "embeddings.jsonl"
@@ -483,7 +483,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(
     first = sorted((tmp_path / "broken" / "attention").glob("*.nii.gz"))[0]
     written = first.stat().st_mtime_ns
     capsys.readouterr()
-    assert embed(str(raw / "scans"), str(tmp_path / "broken"), bundle=str(encoder_bundle), attention=True) == 0
+    assert embed([raw / "scans"], tmp_path / "broken", bundle=encoder_bundle, attention=True) == 0
     assert f"{done} of 144 volumes are done already" in capsys.readouterr().out
     assert first.stat().st_mtime_ns == written
     for name in ("embeddings.csv", "embeddings.npz"):
@@ -497,7 +497,7 @@ def test_only_what_is_missing_is_segmented(
     output = tmp_path / "out"
 
     def run() -> tuple[str, list[dict[str, str]], dict[str, int]]:
-        assert segment(str(scans), str(output), bundle=str(sides_bundle)) == 0
+        assert segment([scans], output, bundle=sides_bundle) == 0
         masks = {path.name: path.stat().st_mtime_ns for path in output.glob("*.nii.gz")}
         return capsys.readouterr().out, rows_of(output / "volumes.csv"), masks
 

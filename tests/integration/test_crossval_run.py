@@ -137,7 +137,7 @@ def test_two_folds_two_inits_two_fractions_killed_once_in_the_middle(data):
 
     from volta_components.report.command import report
 
-    status = report(str(data / "report"), f"sqlite:///{data}/runs/mlruns.db", bootstrap=200)
+    status = report(data / "report", f"sqlite:///{data}/runs/mlruns.db", bootstrap=200)
     assert status == 0  # everything that was begun is finished; the other tables of the paper have no runs
     page = (data / "report/index.html").read_text()
     assert "These are phantoms" in page and "Figure 2" in page

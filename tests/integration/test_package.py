@@ -195,7 +195,7 @@ def test_a_downloaded_bundle_gives_the_repositorys_output_bit_for_bit(installed:
     for path in weights.parent.iterdir():
         shutil.copy(path, repository / "models")
     ours = tmp_path / "ours"
-    assert segment(scan, str(ours), bundle=str(repository), overlays="tiny", device="cpu") == 0
+    assert segment([scan], ours, bundle=repository, overlays=["tiny"], device="cpu") == 0
     names = sorted(path.name for path in ours.iterdir() if path.suffix != ".jsonl")  # a journal has paths in it
     assert names == ["sub-x_T1w_hippocampus.nii.gz", "volumes.csv"]
     for name in names:

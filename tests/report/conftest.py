@@ -22,5 +22,5 @@ def store_uri(tmp_path_factory):
 def made(store_uri, tmp_path_factory):
     """The folder of a report of the store."""
     folder = tmp_path_factory.mktemp("report")
-    assert report(str(folder), store_uri, bootstrap=500) == 0
+    assert report(folder, store_uri, bootstrap=500) == 0
     return folder

@@ -299,7 +299,7 @@ def test_leaks_missing_runs_and_superseded_ones_are_said(tmp_path, capsys):
     run("vit_scratch", 1, phantom="false", finished="false")
     client = MlflowClient(writer.uri)
     client.update_run(run("swin_scratch", 0, finished="false"), status="RUNNING")
-    assert report(str(tmp_path / "out"), writer.uri, bootstrap=100) == 1
+    assert report(tmp_path / "out", writer.uri, bootstrap=100) == 1
     page = (tmp_path / "out/index.html").read_text()
     said = capsys.readouterr().err
     for text in (
@@ -335,8 +335,8 @@ def test_another_tools_masks_are_a_row_of_table_iii(store_uri, tmp_path):
         aseg = np.select([labels == 1, labels == 2], [17, 53], 0).astype(np.uint8)
         (tmp_path / f"freesurfer/sub-{number:04d}/mri").mkdir(parents=True)
         nib.save(nib.MGHImage(aseg, truth.affine), tmp_path / f"freesurfer/sub-{number:04d}/mri/aseg.mgz")
-    masks = f"mytool={tmp_path},FreeSurfer={tmp_path / 'freesurfer'}"
-    assert report(str(tmp_path / "out"), store_uri, masks=masks, experiments="volta3d_harp_hippocampus") == 0
+    masks = {"mytool": tmp_path, "FreeSurfer": tmp_path / "freesurfer"}
+    assert report(tmp_path / "out", store_uri, masks=masks, experiments=["volta3d_harp_hippocampus"]) == 0
     table = pd.read_csv(tmp_path / "out/tables/harp_hippocampus_main.csv").set_index(["init", "metric"])
     assert table.loc[("mytool", "dice"), "patients"] == 5 and 0.3 < table.loc[("mytool", "dice"), "mean"] < 0.95
     assert table.loc[("FreeSurfer", "dice"), "mean"] == 1.0 and table.loc[("FreeSurfer", "hd95"), "mean"] == 0.0
@@ -354,30 +354,30 @@ def test_another_tools_masks_are_a_row_of_table_iii(store_uri, tmp_path):
 
 def test_bad_input_is_named(store_uri, tmp_path):
     with pytest.raises(InputError, match="no such MLflow store; run volta3d crossval first"):
-        report(str(tmp_path), f"sqlite:///{tmp_path}/nothing.db")
+        report(tmp_path, f"sqlite:///{tmp_path}/nothing.db")
     assert not (tmp_path / "nothing.db").exists()
     (tmp_path / "text.db").write_text("hello" * 1000)
     with pytest.raises(InputError, match=r"text\.db: not an MLflow store"):
-        report(str(tmp_path), f"sqlite:///{tmp_path}/text.db")
+        report(tmp_path, f"sqlite:///{tmp_path}/text.db")
     empty = Writer(tmp_path / "empty")
     empty.run("ixi_sex", "volta", 0, finished="false")
     with pytest.raises(InputError, match="no finished run in Default, volta3d_ixi_sex; run volta3d crossval"):
-        report(str(tmp_path), empty.uri)
+        report(tmp_path, empty.uri)
     with pytest.raises(InputError, match="no experiment other; it has Default, volta3d_aibl_ad"):
-        report(str(tmp_path), store_uri, experiments="other")
+        report(tmp_path, store_uri, experiments=["other"])
     with pytest.raises(InputError, match=r"--masks x=.*no such folder"):
-        report(str(tmp_path), store_uri, masks=f"x={tmp_path / 'none'}")
+        report(tmp_path, store_uri, masks={"x": tmp_path / "none"})
     with pytest.raises(InputError, match=r"none of the scored scans; expected files such as sub-000\d_ses-1"):
-        report(str(tmp_path), store_uri, masks=f"x={tmp_path}")
+        report(tmp_path, store_uri, masks={"x": tmp_path})
     with pytest.raises(InputError, match="--bootstrap 5"):
-        report(str(tmp_path), store_uri, bootstrap=5)
+        report(tmp_path, store_uri, bootstrap=5)
 
 
 def test_a_finished_run_without_its_table_is_named(tmp_path):
     writer = Writer(tmp_path / "store")
     writer.run("ixi_sex", "volta", 0)
     with pytest.raises(InputError, match=r"volta_fold0_frac1_seed0 .* marked finished but has neither"):
-        report(str(tmp_path / "out"), writer.uri)
+        report(tmp_path / "out", writer.uri)
 
 
 def test_wrong_scores_are_named_with_their_subjects(tmp_path):
@@ -386,7 +386,7 @@ def test_wrong_scores_are_named_with_their_subjects(tmp_path):
     writer = Writer(tmp_path / "store")
     writer.run("ixi_sex", "volta", 0, files={"predictions": write_rows(tmp_path / "predictions.csv", rows)})
     with pytest.raises(InputError, match=f"not so for {rows[3]['subject_id']}; score"):
-        report(str(tmp_path / "out"), writer.uri)
+        report(tmp_path / "out", writer.uri)
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ def test_a_row_of_mixed_settings_is_an_alarm_at_its_table(writer, run, tmp_path,
     run("volta", 1, **(same | changes))
     for fold in (0, 1):  # another row has settings of its own
         run("vit_scratch", fold, **(same | {"crossval_recipe": "c" * 64}))
-    assert report(str(tmp_path / "out"), writer.uri, bootstrap=100) == 0
+    assert report(tmp_path / "out", writer.uri, bootstrap=100) == 0
     page = (tmp_path / "out/index.html").read_text().replace("&#39;", "'")
     alarm = page.index("The runs of volta do not all have the same settings")
     assert says in page[alarm:]

@@ -12,30 +12,30 @@ import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from volta_components.crossval.execute import follow, run_here, submit, visible_gpus
-from volta_components.crossval.plan import Run, plan, read_assignments, split_words
-from volta_components.crossval.store import finished_runs, tracking_address
 from volta_components.downstream.inits import BASE_INIT
 from volta_components.errors import InputError
 from volta_components.files import atomic_path
 
+if TYPE_CHECKING:
+    from volta_components.crossval.plan import Run
+
 
 def crossval(
-    bundle: str,
-    datalist: str,
-    inits: str | Sequence[str] = (BASE_INIT,),
+    bundle: Path | str,
+    datalist: Path | str,
+    inits: Sequence[str] = (BASE_INIT,),
     folds: int | Sequence[int] = 5,
-    fractions: float | Sequence[float] = (1.0,),
-    overlays: str | Sequence[str] = (),
-    set: str | Mapping[str, Any] | Sequence[str] = (),
-    encoder: str | None = None,
+    fractions: Sequence[float] = (1.0,),
+    overlays: Sequence[str] = (),
+    set: Mapping[str, Any] | None = None,
+    encoder: Path | str | None = None,
     seed: int = 0,
-    output: str = "runs",
+    output: Path | str = "runs",
     tracking_uri: str | None = None,
     experiment: str | None = None,
-    executor: str = "local",
+    executor: Literal["local", "slurm"] = "local",
     jobs: int = 1,
     gpus_per_run: int | None = None,
     cpus_per_run: int = 4,
@@ -43,45 +43,46 @@ def crossval(
     account: str | None = None,
     minutes: int = 1440,
     memory_gb: int = 32,
-    slurm: str | Mapping[str, Any] | Sequence[str] = (),
+    slurm: Mapping[str, Any] | None = None,
     cluster: str | None = None,
     dry_run: bool = False,
     adopt: int | None = None,
 ) -> int:
-    """Train a bundle for every fold, fraction and init; started again, it goes on where it was.
+    """Train a bundle for every fold, fraction and init.
 
-    Runs that MLflow has as finished, with the same datalist, configuration, encoder and settings, are skipped; a
-    broken one goes on from its checkpoint. A run that fails does not stop the others: failures are listed at the end.
+    Each run is a `python -m monai.bundle run` of its own. Finished runs (in MLflow, with the same datalist,
+    configuration, encoder and settings) are skipped; an interrupted one resumes from its checkpoint. A run that fails
+    does not stop the others: failures are listed at the end.
 
     Args:
-        bundle: the bundle's folder.
-        datalist: ``datalist.json`` of the prepared data set.
-        inits: names separated by commas; ``volta`` is the bundle's ``train.json`` alone, any other one adds the
-            overlay ``configs/NAME.json``.
-        folds: how many of the datalist's folds to score, beginning with fold 0, or ``[0,3]`` for these folds.
-        fractions: shares of the training part in (0, 1], separated by commas; the scored fold is always whole.
-        overlays: further configuration files, separated by commas, merged last: paths, or names in ``configs``.
-        set: ids of the bundle to change, as ``"epochs=2,batch_size=4"``.
-        encoder: pretrained weights, or a bundle's folder that holds them, instead of the bundle's own ``encoder_path``.
-        seed: run seeds are ``1000 * seed + fold``: the same for all inits and fractions of a fold, so that they see
-            the same subjects.
-        output: folder for logs and checkpoints, and for MLflow's store unless ``tracking_uri`` says otherwise.
-        tracking_uri: MLflow's store; otherwise ``MLFLOW_TRACKING_URI``, otherwise ``OUTPUT/mlruns.db``.
-        experiment: MLflow's experiment; ``volta3d_BUNDLE`` by default.
-        executor: ``local``, or ``slurm`` to submit each run as a job.
-        jobs: runs at a time.
-        gpus_per_run: GPUs of each run; above 1 it runs under torchrun with the overlay ``multi_gpu_train.json``.
-            By default 1 where there are GPUs.
+        bundle: Folder of the bundle.
+        datalist: Datalist (datalist.json) of the prepared data set.
+        inits: What training starts from: "volta" is the bundle's train.json alone, any other name adds the overlay
+            configs/NAME.json.
+        folds: How many folds of the datalist to score, from fold 0 on; or which, as 0,3. A single one is written [3].
+        fractions: Shares of the training part, above 0 and up to 1. The scored fold is always whole.
+        overlays: More configuration files, merged last: names in the bundle's configs, or paths.
+        set: Ids of the bundle to change, such as epochs=2,batch_size=4.
+        encoder: Pretrained weights, or the folder of a bundle that holds them, instead of the bundle's encoder_path.
+        seed: The seed of a run is 1000 times this, plus the fold. All inits and fractions of a fold share it, so they
+            see the same subjects.
+        output: Folder for logs and checkpoints, and for MLflow's store unless --tracking-uri names another.
+        tracking_uri: MLflow's store; by default that of MLFLOW_TRACKING_URI, or else OUTPUT/mlruns.db.
+        experiment: MLflow's experiment; volta3d_BUNDLE by default.
+        executor: "slurm" submits each run as a job.
+        jobs: Number of runs at a time.
+        gpus_per_run: Number of GPUs of each run; above 1 it runs under torchrun with the overlay multi_gpu_train.json.
+            1 by default where there are GPUs.
         cpus_per_run: SLURM: cores of a job.
         partition: SLURM: partition.
         account: SLURM: account.
-        minutes: SLURM: time limit; a job that reaches it is queued again and goes on.
-        memory_gb: SLURM: memory of a job.
-        slurm: SLURM: other options of ``sbatch``, as ``"qos=high,constraint=a100"``.
-        cluster: submitit's cluster; ``local`` tries the way of SLURM jobs on this machine.
-        dry_run: only print each run's state and command.
-        adopt: a fold; once all runs are finished, its model (of the first init, the largest fraction) becomes the
-            bundle's own, in ``BUNDLE/models``, where ``segment``, ``pack`` and ``inference.json`` look for it.
+        minutes: SLURM: time limit. A job that reaches it is queued again and resumes.
+        memory_gb: SLURM: memory of a job, in GB.
+        slurm: SLURM: other options of sbatch, such as qos=high,constraint=a100.
+        cluster: SLURM: cluster of submitit. "local" tries the jobs on this machine.
+        dry_run: Only print each run's state and command.
+        adopt: A fold whose model becomes the bundle's own once all runs are finished (of the first init and the largest
+            fraction). It is copied to BUNDLE/models, where segment, pack and inference.json look for it.
 
     Returns:
         0; 1 if a run failed or another process is still working on it; 130 if interrupted.
@@ -90,10 +91,13 @@ def crossval(
         InputError: before anything starts, if bundle, overlay, datalist, fold, fraction, id or encoder is wrong, or in
             any of the runs a class is missing from a part or a patient is where it must not be.
     """
-    if executor not in {"local", "slurm"}:
-        raise InputError(f"--executor {executor}: local or slurm")
     if jobs < 1:
         raise InputError(f"--jobs {jobs}: at least one run at a time")
+    # Here, since they import torch: help and mistakes should not wait for it.
+    from volta_components.crossval.execute import follow, run_here, submit, visible_gpus
+    from volta_components.crossval.plan import plan
+    from volta_components.crossval.store import finished_runs, tracking_address
+
     if gpus_per_run is None:
         gpus_per_run = min(1, len(visible_gpus())) if executor == "local" else 1
     root = Path(output).resolve()
@@ -101,11 +105,11 @@ def crossval(
     runs = plan(
         bundle=Path(bundle),
         datalist=Path(datalist),
-        inits=split_words(inits),
+        inits=inits,
         folds=folds,
         fractions=fractions,
-        overlays=split_words(overlays),
-        settings=read_assignments(set, "--set"),
+        overlays=overlays,
+        settings=set or {},
         encoder=None if encoder is None else Path(encoder),
         seed=seed,
         root=root,
@@ -140,7 +144,7 @@ def crossval(
             "slurm_array_parallelism": jobs,
             "slurm_partition": partition,
             "slurm_account": account,
-            "slurm_additional_parameters": read_assignments(slurm, "--slurm") or None,
+            "slurm_additional_parameters": slurm or None,
         }
         outcomes = submit(todo, root / "submitit", cluster or "slurm", parameters)
     status = follow(outcomes, len(runs), len(runs) - len(todo))

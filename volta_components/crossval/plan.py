@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
 import re
 import sys
@@ -74,7 +73,7 @@ def plan(
     datalist: Path,
     inits: Sequence[str],
     folds: int | Sequence[int],
-    fractions: float | Sequence[float],
+    fractions: Sequence[float],
     overlays: Sequence[str],
     settings: Mapping[str, Any],
     encoder: Path | None,
@@ -98,13 +97,13 @@ def plan(
         raise InputError(f"{bundle}: not a bundle: it has no configs/train.json")
     content = load_datalist(datalist)
     available = list(range(content.n_folds))
-    wanted = list(range(folds)) if isinstance(folds, int) else [int(fold) for fold in folds]
+    wanted = list(range(folds)) if isinstance(folds, int) else list(folds)
     absent = [fold for fold in wanted if fold not in available]
     if absent or not wanted:
         raise InputError(f"{content.path} has the folds {available}, not {absent}; choose --folds among them")
-    shares = [float(share) for share in ([fractions] if isinstance(fractions, (int, float)) else fractions)]
+    shares = [float(share) for share in fractions]
     wrong = [share for share in shares if not 0 < share <= 1]
-    if wrong or not shares:
+    if wrong:
         raise InputError(f"--fractions {wrong}: shares of the training part in (0, 1], such as 0.2,1.0")
     for name, values in {"--inits": inits, "--fractions": shares, "--folds": wanted}.items():
         if len({*values}) < len(values) or not values:
@@ -197,30 +196,6 @@ def _check_parts(run: Run) -> None:
         if cause is None:
             raise
         raise InputError(f"{run.name}: {cause}") from error
-
-
-def split_words(value: Any) -> list[str]:
-    """Names separated by commas, as fire gives them: a string, or a tuple when it saw the comma itself."""
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (tuple, list)) else [value]
-    return [str(part).strip() for part in parts if str(part).strip()]
-
-
-def read_assignments(value: Any, option: str) -> dict[str, Any]:
-    """``"epochs=2,size=[96,96,96]"`` as a dictionary; values are Python or JSON literals, otherwise text."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    text = value if isinstance(value, str) else ",".join(map(str, value))
-    result = {}
-    # A comma ends an assignment only where NAME= follows: commas inside lists stay.
-    for part in filter(None, re.split(r",(?=\s*[A-Za-z_][\w#:.]*=)", text)):
-        name, sign, literal = part.partition("=")
-        if not sign or not name.strip():
-            raise InputError(f"{option} {part!r}: write NAME=VALUE, several of them separated by commas")
-        try:
-            result[name.strip()] = ast.literal_eval(literal)
-        except (ValueError, SyntaxError):
-            result[name.strip()] = {"true": True, "false": False, "null": None}.get(literal, literal)
-    return result
 
 
 def _merged(files: Sequence[Path]) -> dict[str, Any]:

@@ -64,21 +64,24 @@ def find_overlaps(datalists: Sequence[Datalist]) -> tuple[list[tuple[str, ...]],
     return certain + sorted(rows), uncertain
 
 
-def check(*datalists: str, strict: bool = False, volumes: bool = False, deep: bool = False) -> int:
-    """Prove that datalists share no patient and no voxels; without overlap the exit status is 0, else 1.
+def check(*datalists: Path | str, strict: bool = False, volumes: bool = False, deep: bool = False) -> int:
+    """Prove that datalists share no patient and no voxels.
 
-    Patients are compared by canonical id, whatever the form (002_S_0295, sub-ADNI002S0295, file names); volumes by the
+    Patients are compared by canonical id, whatever its form (002_S_0295, sub-ADNI002S0295, file names); volumes by the
     hash of their voxels, so that one scan under two ids is found too, also within one datalist.
 
     Args:
-        datalists: datalist.json files, or the folders that hold them.
-        strict: count an id such as sub-0001 as an overlap even when it stands in cohorts of different names.
-        volumes: also check that every volume is there, whole, and of the datalist's shape and spacing.
-        deep: also read every volume and compare it with its hash.
+        datalists: Datalists (datalist.json), or folders that hold one.
+        strict: Count an id such as sub-0001 as an overlap even where the cohorts have different names.
+        volumes: Check too that every volume is there, whole, and of the datalist's shape and spacing.
+        deep: Read every volume too, and compare it with its hash.
+
+    Returns:
+        0; 1 if there is an overlap.
     """
     if not datalists:
         raise InputError("no datalist given; write: volta3d check A/datalist.json B/datalist.json")
-    loaded = [load_datalist(str(path)) for path in datalists]
+    loaded = [load_datalist(path) for path in datalists]
     if volumes or deep:
         for datalist in loaded:
             check_volumes(datalist, deep)
@@ -107,23 +110,34 @@ def check(*datalists: str, strict: bool = False, volumes: bool = False, deep: bo
 
 
 def merge(
-    *datalists: str, output: str, name: str = "merged", refold: bool = False, folds: int = 5, seed: int = 0
+    *datalists: Path | str,
+    output: Path | str,
+    name: str = "merged",
+    refold: bool = False,
+    folds: int = 5,
+    seed: int = 0,
 ) -> int:
     """Join prepared data sets into one datalist; the volumes stay where they are.
 
     Each item keeps its cohort, so that a config can weight cohorts, and its fold.
 
     Args:
-        datalists: datalist.json files, or the folders that hold them.
-        output: the datalist.json to write.
-        name: of the merged data set.
-        refold: assign folds anew over all patients, by --folds and --seed.
-        folds: number of folds, with --refold.
-        seed: of the folds, with --refold.
+        datalists: Datalists (datalist.json), or folders that hold one.
+        output: The datalist to write (datalist.json), or a folder for it.
+        name: Name of the merged data set.
+        refold: Assign the folds again, over all patients.
+        folds: Number of folds, with --refold.
+        seed: Seed of the folds, with --refold.
+
+    Returns:
+        0.
+
+    Raises:
+        InputError: if the data sets do not fit each other or share volumes.
     """
     if len(datalists) < 2:
-        raise InputError("merge wants two datalists or more: volta3d merge A B --output C/datalist.json")
-    loaded = [load_datalist(str(path)) for path in datalists]
+        raise InputError("give two datalists or more: volta3d merge A B --output C/datalist.json")
+    loaded = [load_datalist(path) for path in datalists]
     first = loaded[0]
     for other in loaded[1:]:
         for key in ("spacing", "shape") if refold else ("spacing", "shape", "n_folds"):
@@ -175,7 +189,7 @@ def merge(
         )
     n_folds, used_seed = first.n_folds, int(first.content["seed"])
     if refold:
-        _check_folds(folds)
+        check_folds(folds)
         n_folds, used_seed = folds, seed
         new = assign_folds(items, folds, seed)
         items = [{**item, "fold": new[item["patient_id"]]} for item in items]
@@ -200,6 +214,11 @@ def check_phantom_name(name: str, is_phantom: bool) -> None:
         raise InputError(f"--name {name}: these are phantoms, which their name has to tell; try phantom_{name}")
 
 
-def _check_folds(folds: int) -> None:
-    if not isinstance(folds, int) or isinstance(folds, bool) or not 1 <= folds <= 100:
-        raise InputError(f"--folds {folds}: a number from 1 to 100 is wanted")
+def check_folds(folds: int) -> None:
+    """Refuse a number of folds that is none.
+
+    Raises:
+        InputError: if it is not from 1 to 100.
+    """
+    if not 1 <= folds <= 100:
+        raise InputError(f"--folds {folds}: give a number from 1 to 100")

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import joblib
 import numpy as np
@@ -24,8 +24,8 @@ import numpy as np
 from volta_components.data.datalist import load_datalist
 from volta_components.data.finish import finish, print_findings
 from volta_components.data.identity import canonical_patient_id
-from volta_components.data.layouts import LayoutOptions, Listing, Scan, reader
-from volta_components.data.overlaps import _check_folds, check_phantom_name
+from volta_components.data.layouts import Layout, LayoutOptions, Listing, Scan, reader
+from volta_components.data.overlaps import check_folds, check_phantom_name
 from volta_components.data.preprocess import Settings
 from volta_components.data.tables import KNOWN_DIAGNOSES, parse_diagnosis
 from volta_components.data.worker import DTYPES, STATE, Task, finished, read_record, run
@@ -34,19 +34,19 @@ from volta_components.files import read_json, write_json
 
 
 def prepare(
-    layout: str,
-    source: str,
-    output: str,
+    layout: Layout,
+    source: Path | str,
+    output: Path | str,
     name: str | None = None,
     spacing: float | Sequence[float] = 1.0,
     shape: Sequence[int] | None = None,
-    dtype: str = "float32",
-    sessions: str | Sequence[str] | None = None,
-    labels: str | None = None,
-    diagnoses: str | Sequence[str] | None = None,
-    require: str | Sequence[str] | None = None,
-    exclude_patients_of: str | Sequence[str] | None = None,
-    table: str | None = None,
+    dtype: Literal["float32", "uint16", "uint8"] = "float32",
+    sessions: Sequence[str] = (),
+    labels: Literal["auto", "require", "none"] | None = None,
+    diagnoses: Sequence[str] = (),
+    require: Sequence[Literal["sex", "age", "diagnosis", "site", "none"]] | None = None,
+    exclude_patients_of: Sequence[Path | str] = (),
+    table: Path | str | None = None,
     folds: int = 5,
     seed: int = 0,
     workers: int | None = None,
@@ -54,56 +54,61 @@ def prepare(
     skip_bad: bool = False,
     strict: bool = False,
     assume_orientation: str | None = None,
-    patients_from: str | None = None,
+    patients_from: Literal["id", "folder"] | None = None,
 ) -> int:
     """Turn a data set into volumes that the bundles read, a datalist with folds, and a QC page.
 
-    Every scan is brought to RAS order, one spacing and one window (centred on the head, anchored at its top), and its
-    foreground's percentiles 0.5 to 99.5 to [0, 1]. Started again after an interruption, it goes on where it was.
-    Exit status: 0 done, 1 done but something was left out, 2 nothing could be done.
+    Every scan is brought to RAS order, to one spacing and to one window (centred on the head, anchored at its top). The
+    percentiles 0.5 to 99.5 of its foreground become [0, 1]. An interrupted command, started again, prepares only what
+    is missing.
 
     Args:
-        layout: bids, ixi, brats, harp, dicom or folder.
-        source: root of the data set.
-        output: folder of the prepared data set.
-        name: of the cohort; by default that of the data set.
-        spacing: target spacing in mm, one number or three.
-        shape: target shape in voxels, three numbers; 144,192,192 by default, 160,160,160 for harp.
-        dtype: float32, uint16 or uint8 (the last two with NIfTI's scale factor).
-        sessions: baseline (the first of each patient), all, or names such as ses-M000,ses-M012; brats and harp: all.
-        labels: auto (take those there are), require (leave out scans without) or none; harp: require.
-        diagnoses: keep only these, such as CN,AD.
-        require: leave out scans without these: sex, age, diagnosis or site, or none; ixi: sex.
-        exclude_patients_of: datalists (or folders of such) whose patients are left out, whatever form their ids have.
-        table: a table of subjects (CSV, TSV or Excel) instead of the layout's own.
-        folds: number of folds, by patient, balanced over diagnosis, sex and site.
-        seed: of the folds.
-        workers: processes, one volume in memory each; the number of cores by default.
-        shard: i/n, as 3/8: do only the third of eight parts; the shard that ends last writes the datalist.
-        skip_bad: accept what cannot be used: it is listed, and the exit status stays 0.
-        strict: leave out volumes that the QC marks.
-        assume_orientation: axis codes such as RAS for scans whose header has none; otherwise these are errors.
-        patients_from: who a DICOM scan is of: id (its PatientID) or folder (the first below the source). By default
-            the id, and the folder where the id says nothing or is of several people, which counts as a problem.
+        layout: How the data set is organised; "folder" is any folder of NIfTI files. See docs/data.
+        source: Root of the data set.
+        output: Folder of the prepared data set.
+        name: Name of the cohort; by default that of the data set.
+        spacing: Voxel size in mm, one number or three.
+        shape: Size in voxels, three numbers; 144,192,192 by default, 160,160,160 for harp.
+        dtype: Type of the voxels on disk; the integers have NIfTI's scale factor.
+        sessions: "baseline" (the first of each patient), "all", or names such as ses-M000,ses-M012. All for brats and
+            harp, otherwise baseline.
+        labels: "auto" takes label maps where there are some, "require" leaves out scans that have none, "none" ignores
+            them. require for harp, otherwise auto.
+        diagnoses: Keep only these diagnoses, such as CN,AD.
+        require: Leave out scans of which these are unknown. sex for ixi, otherwise none.
+        exclude_patients_of: Leave out patients of these datalists (files, or folders that hold one), whatever form
+            their ids have.
+        table: Table of the subjects (CSV, TSV or Excel), instead of the one of the layout.
+        folds: Number of folds, split by patient, balanced over diagnosis, sex and site.
+        seed: Seed of the folds.
+        workers: Number of processes, each with one volume in memory; one for each core by default.
+        shard: Prepare one part only: 3/8 is the third of eight. The shard that ends last writes the datalist.
+        skip_bad: Accept scans that cannot be used: they are listed, and the exit status stays 0.
+        strict: Leave out volumes that the QC marks.
+        assume_orientation: Axis codes, such as RAS, for scans whose header has none. Without it these are errors.
+        patients_from: What says whom a DICOM scan is of: "id" (its PatientID) or "folder" (the first below the source).
+            By default the id, or the folder where the id says nothing or several people have it, which counts as a
+            problem.
+
+    Returns:
+        0; 1 if something was left out.
+
+    Raises:
+        InputError: if nothing could be prepared.
     """
     started = time.monotonic()
     settings = _settings(layout, spacing, shape, dtype, assume_orientation)
-    _check_folds(folds)
+    check_folds(folds)
     index, n_shards = _shard(shard)
-    n_workers = _workers(workers)
-    root, target = Path(str(source)).expanduser(), Path(str(output)).expanduser()
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers {workers}: give a number of processes from 1")
+    n_workers = workers or joblib.cpu_count()
+    root, target = Path(source), Path(output)
     find = reader(layout)
-    wanted_labels = _choice(
-        "labels", labels or ("require" if layout == "harp" else "auto"), ("auto", "require", "none")
-    )
-    needed = _words(require) if require is not None else ("sex",) if layout == "ixi" else ()
-    needed = () if needed == ("none",) else needed
-    for word in needed:
-        _choice("require", word, ("sex", "age", "diagnosis", "site"))
-    wanted_sessions = _words(sessions) or (("all",) if layout in {"brats", "harp"} else ("baseline",))
-    if patients_from is not None:
-        _choice("patients-from", patients_from, ("id", "folder"))
-    excluded_patients = _patients_of(_words(exclude_patients_of))
+    wanted_labels = labels or ("require" if layout == "harp" else "auto")
+    needed = [word for word in (require or (("sex",) if layout == "ixi" and require is None else ())) if word != "none"]
+    wanted_sessions = tuple(sessions) or (("all",) if layout in {"brats", "harp"} else ("baseline",))
+    excluded_patients = _patients_of(exclude_patients_of)
     _check_apart(layout, root, target)
     _make_folder(target)
     state = target / STATE
@@ -113,18 +118,18 @@ def prepare(
             LayoutOptions(
                 source=root,
                 sessions=wanted_sessions,
-                labels=wanted_labels,  # type: ignore[arg-type]
-                table=Path(str(table)) if table else None,
-                name=str(name) if name else None,
-                patients=patients_from,  # type: ignore[arg-type]
+                labels=wanted_labels,
+                table=Path(table) if table else None,
+                name=name,
+                patients=patients_from,
                 work=state / "dicom",
                 temporary=temporary,
                 workers=n_workers,
             )
         )
-        cohort = str(name) if name else listing.cohort
+        cohort = name or listing.cohort
         check_phantom_name(cohort, "phantom" in listing.cohort.lower())
-        scans = _select(listing, wanted_labels, needed, _words(diagnoses), excluded_patients)
+        scans = _select(listing, wanted_labels, needed, diagnoses, excluded_patients)
         if not scans:
             print_findings(listing.findings)
             reasons = Counter(finding.reason for finding in listing.findings if finding.left_out)
@@ -163,67 +168,46 @@ def prepare(
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
-def _words(value: str | Sequence[Any] | None) -> tuple[str, ...]:
-    """``a,b`` or a sequence, as a tuple of words."""
-    if value is None or value is False:
-        return ()
-    parts = str(value).split(",") if isinstance(value, str | int | float) else [str(part) for part in value]
-    return tuple(part.strip() for part in parts if part.strip())
-
-
-def _choice(option: str, value: str, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise InputError(f"--{option} {value}: choose one of {', '.join(allowed)}")
-    return value
-
-
-def _numbers(option: str, value: Any) -> list[float]:
-    try:
-        return [float(word) for word in (_words(value) if isinstance(value, str) else np.atleast_1d(value))]
-    except (TypeError, ValueError):
-        raise InputError(f"--{option} {value}: numbers are wanted, such as --{option} 1,1,1") from None
-
-
-def _settings(layout: str, spacing: Any, shape: Any, dtype: str, assume_orientation: str | None) -> Settings:
-    mm = _numbers("spacing", spacing)
-    mm = mm * 3 if len(mm) == 1 else mm
+def _settings(
+    layout: str,
+    spacing: float | Sequence[float],
+    shape: Sequence[int] | None,
+    dtype: str,
+    assume_orientation: str | None,
+) -> Settings:
+    mm = [spacing] * 3 if isinstance(spacing, int | float) else list(spacing)
     if len(mm) != 3 or not all(0.2 <= s <= 10 for s in mm):
-        raise InputError(f"--spacing {spacing}: one number or three, from 0.2 to 10 mm")
-    voxels = ([160.0] * 3 if layout == "harp" else [144.0, 192.0, 192.0]) if shape is None else _numbers("shape", shape)
-    if len(voxels) != 3 or not all(8 <= n <= 1024 and n == int(n) for n in voxels):
-        raise InputError(f"--shape {shape}: three whole numbers from 8 to 1024, such as 144,192,192")
-    _choice("dtype", dtype, tuple(DTYPES))
+        raise InputError(f"--spacing {_joined(mm)}: one number or three, from 0.2 to 10 mm")
+    voxels = shape or ([160] * 3 if layout == "harp" else [144, 192, 192])
+    if len(voxels) != 3 or not all(8 <= n <= 1024 for n in voxels):
+        raise InputError(f"--shape {_joined(voxels)}: three whole numbers from 8 to 1024, such as 144,192,192")
     codes = None
     if assume_orientation is not None:
-        codes = str(assume_orientation).upper()
+        codes = assume_orientation.upper()
         if len(codes) != 3 or any(len(set(pair) & set(codes)) != 1 for pair in ("LR", "AP", "SI")):
             raise InputError(f"--assume-orientation {assume_orientation}: three axis codes, such as RAS or LPS")
     return Settings(
-        spacing=(mm[0], mm[1], mm[2]),
-        shape=(int(voxels[0]), int(voxels[1]), int(voxels[2])),
+        spacing=(float(mm[0]), float(mm[1]), float(mm[2])),
+        shape=(voxels[0], voxels[1], voxels[2]),
         dtype=dtype,
         assume_orientation=codes,
     )
+
+
+def _joined(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
 
 
 def _shard(shard: str | None) -> tuple[int, int]:
     if shard is None:
         return 0, 1
     try:
-        i, n = (int(part) for part in str(shard).split("/"))
+        i, n = (int(part) for part in shard.split("/"))
     except ValueError:
         raise InputError(f"--shard {shard}: write it as i/n, such as 3/8") from None
     if not 1 <= i <= n:
         raise InputError(f"--shard {shard}: i runs from 1 to n")
     return i - 1, n
-
-
-def _workers(workers: int | None) -> int:
-    if workers is None:
-        return joblib.cpu_count()
-    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
-        raise InputError(f"--workers {workers}: a number of processes, at least 1")
-    return workers
 
 
 def _check_apart(layout: str, source: Path, target: Path) -> None:
@@ -302,7 +286,7 @@ def _check_space(target: Path, settings: Settings, tasks: Sequence[Task], labels
 # --- which scans -----------------------------------------------------------------------------------------------------
 
 
-def _patients_of(paths: Sequence[str]) -> dict[str, str]:
+def _patients_of(paths: Sequence[Path | str]) -> dict[str, str]:
     """Canonical patients of datalists, and which datalist each is from."""
     return {
         canonical_patient_id(item["patient_id"]): datalist.name

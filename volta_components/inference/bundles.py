@@ -18,9 +18,9 @@ from volta_components.errors import InputError, find_input_error
 from volta_components.files import read_json
 
 
-def find_bundle(given: str | None, default: str, output: tuple[str, str]) -> Path:
+def find_bundle(given: Path | str | None, default: str, output: tuple[str, str]) -> Path:
     """A bundle's folder, absolute; one whose metadata say that it gives something else is refused."""
-    root = Path(str(given)).expanduser() if given is not None else Path(default)
+    root = Path(given or default)
     if given is None and not root.is_dir() and Path("configs/inference.json").is_file():
         root = Path()  # run from within a bundle
     config = root / "configs" / "inference.json"
@@ -43,18 +43,10 @@ def find_bundle(given: str | None, default: str, output: tuple[str, str]) -> Pat
     return root.resolve()
 
 
-def config_files(root: Path, overlays: str | Sequence[str] | None) -> list[str]:
+def config_files(root: Path, overlays: Sequence[str]) -> list[str]:
     """The bundle's ``inference.json`` and overlays, by name or path."""
     configs = root / "configs"
-    return [str(configs / "inference.json"), *(str(find_overlay(configs, name)) for name in split_words(overlays))]
-
-
-def split_words(value: str | Sequence[Any] | None) -> list[str]:
-    """``a,b`` or a sequence, as a list of words."""
-    if value is None or value is False:
-        return []
-    parts = [value] if isinstance(value, (str, int, float)) else list(value)
-    return [word.strip() for part in parts for word in str(part).split(",") if word.strip()]
+    return [str(configs / "inference.json"), *(str(find_overlay(configs, name)) for name in overlays)]
 
 
 @contextmanager

@@ -21,25 +21,21 @@ from volta_components.data.volumes import UnusableVolume, volume_suffix
 from volta_components.data.walk import walk
 from volta_components.errors import InputError
 from volta_components.files import partial_prefix, remove_partials
-from volta_components.inference.bundles import split_words
 from volta_components.inference.scans import Row, bad_scans, check_outside, is_datalist, scans_below, unusable_scans
 
 CONVERTED = "converted"
 
 
-def expand_source(source: str | Sequence[str], target: Path) -> list[Path]:
+def expand_source(source: Sequence[Path | str], target: Path) -> list[Path]:
     """What the user gave, patterns expanded; all of it is there, and the output is not among it."""
     parts: list[Path] = []
     missing: list[tuple[str]] = []
-    for given in [source] if isinstance(source, (str, int, float)) else source:
-        text = str(given)
-        for word in [text] if Path(text).expanduser().exists() else split_words(text):
-            path = Path(word).expanduser()
-            is_there = path.exists() or path.is_symlink()
-            found = [path] if is_there else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
-            parts += [path.absolute() for path in found]
-            if not found:
-                missing.append((word,))
+    for given in map(Path, source):
+        is_there = given.exists() or given.is_symlink()
+        found = [given] if is_there else [Path(name) for name in sorted(glob.glob(str(given), recursive=True))]  # noqa: PTH207
+        parts += [path.absolute() for path in found]
+        if not found:
+            missing.append((str(given),))
     if missing or not parts:
         raise InputError.many(
             f"{len(missing)} of the given sources are not there",

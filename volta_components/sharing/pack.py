@@ -73,37 +73,37 @@ class Packed:
 
 
 def pack(
-    output: str,
-    bundle: str | None = None,
+    output: Path | str,
+    bundle: Path | str | None = None,
     all: bool = False,
-    overlays: str | Sequence[str] = (),
+    overlays: Sequence[str] = (),
     name: str | None = None,
-    model: str | None = None,
-    metrics: str | None = None,
+    model: Path | str | None = None,
+    metrics: Path | str | None = None,
     large_files: str | None = None,
     source: str = "",
 ) -> int:
-    """Make a bundle's folder a zip that can be downloaded, with its weights, their provenance and hashes.
+    """Pack a bundle into a zip that others can download, with its weights, their provenance and hashes.
 
     Args:
-        output: folder for ``NAME_vX.Y.Z.zip``, ``model_info.json`` (an entry for each zip, as the model zoo keeps them)
-            and ``SHA256SUMS``.
-        bundle: the bundle's folder.
-        all: every bundle below ``bundles`` instead.
-        overlays: overlays that the model was trained with, separated by commas (``tiny``): their values are merged
-            into the packed configs, so that these fit the weights as they are.
-        name: the packed bundle's name; by default the folder's, with ``_phantom`` after it where the weights are
-            trained on phantoms, and ``_tiny`` for the overlay tiny. Weights of phantoms need "phantom" in it.
-        model: the weights; ``models/model.pt`` by default (pretrain: ``models/encoder.safetensors``), with the suffix
-            that the overlays give it. The JSON of the same name beside it is needed.
-        metrics: a JSON of numbers to put into the model card besides the training run's own: ``metrics.json`` of
-            ``evaluate.json``, or ``probes.json`` of the pretrain bundle.
-        large_files: an address under which the weights will be hosted beside the zip; they are then left out of it,
-            and ``large_files.yml`` points there.
-        source: address under which the zip will be hosted, for ``model_info.json``.
+        output: Folder for NAME_vX.Y.Z.zip, model_info.json (an entry for each zip, as the model zoo keeps them) and
+            SHA256SUMS.
+        bundle: Folder of the bundle.
+        all: Pack every bundle below "bundles" instead.
+        overlays: Overlays that the model was trained with, such as tiny. Their values are merged into the packed
+            configs, so that these fit the weights.
+        name: Name of the packed bundle; by default that of its folder, with _phantom after it where the weights are
+            trained on phantoms, and _tiny for the overlay tiny. Weights of phantoms need "phantom" in it.
+        model: The weights; models/model.pt by default (pretrain: models/encoder.safetensors), with the suffix that the
+            overlays give it. The JSON of the same name beside it is needed.
+        metrics: A JSON of numbers for the model card besides those of the training run: metrics.json of evaluate.json,
+            or probes.json of the pretrain bundle.
+        large_files: Address under which the weights will be hosted beside the zip. They are left out of the zip, and
+            large_files.yml in it points there.
+        source: Address under which the zip will be hosted, for model_info.json.
 
     Returns:
-        Exit status: 1 if, with ``all``, a bundle was left out.
+        0; 1 if, with --all, a bundle was left out.
 
     Raises:
         InputError: if weights, record, metadata or configs are missing or do not fit each other, or a text has
@@ -111,20 +111,19 @@ def pack(
     """
     if (bundle is None) == (not all):
         raise InputError("give one bundle (--bundle bundles/NAME) or --all")
-    names = [word.strip() for word in overlays.split(",") if word.strip()] if isinstance(overlays, str) else overlays
     folder = Path(output)
     if bundle is not None:
-        _report(pack_bundle(Path(bundle), folder, names, name, model, metrics, large_files, source))
+        _report(pack_bundle(Path(bundle), folder, overlays, name, model, metrics, large_files, source))
         return 0
     if name or model or metrics:
-        raise InputError("--name, --model and --metrics are of one bundle; give --bundle instead of --all")
+        raise InputError("--name, --model and --metrics belong to one bundle; give --bundle instead of --all")
     bundles = sorted(path.parents[1] for path in Path("bundles").glob("*/configs/metadata.json"))
     if not bundles:
         raise InputError("no bundles/*/configs/metadata.json below this folder; run it from the repository's root")
     left_out = []
     for path in bundles:
         try:
-            _report(pack_bundle(path, folder, names, large_files=large_files, source=source))
+            _report(pack_bundle(path, folder, overlays, large_files=large_files, source=source))
         except InputError as error:
             left_out.append((path.name, str(error)))
     for what, why in left_out:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Literal, get_args
 
 from volta_components.data.layouts.common import Finding, LayoutOptions, Listing, Scan
 from volta_components.errors import InputError
 
-LAYOUTS = ("bids", "ixi", "brats", "harp", "dicom", "folder")
+Layout = Literal["bids", "ixi", "brats", "harp", "dicom", "folder"]
+LAYOUTS: tuple[str, ...] = get_args(Layout)
 
-__all__ = ["LAYOUTS", "Finding", "LayoutOptions", "Listing", "Scan", "reader"]
+__all__ = ["LAYOUTS", "Finding", "Layout", "LayoutOptions", "Listing", "Scan", "reader"]
 
 
 def reader(layout: str) -> Callable[[LayoutOptions], Listing]:

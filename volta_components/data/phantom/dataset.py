@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `volta3d phantom`: a BIDS data set of phantoms."""
+"""A BIDS data set of phantoms on disk."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ from volta_components.data.nifti import write_nifti
 from volta_components.data.phantom.anatomy import Anatomy, load_template
 from volta_components.data.phantom.describe import LABELS_FOLDER, PARAMETERS_FILE, describe, write_sheet
 from volta_components.data.phantom.heads import Head, load_head
-from volta_components.data.phantom.labels import LabelMap, describe_label_maps, read_label_maps
+from volta_components.data.phantom.labels import LabelMap
 from volta_components.data.phantom.render import render
-from volta_components.data.phantom.scanner import Contrast
 from volta_components.data.phantom.subjects import FORMAT, SESSION, Settings, draw_subject, scanner_of
 from volta_components.errors import InputError
 from volta_components.files import read_json, remove_partials, write_csv, write_json
@@ -138,109 +137,33 @@ def _claim(output: Path, settings: Settings, maps: Sequence[LabelMap]) -> None:
     write_json(path, wanted)
 
 
-def phantom(
-    output: str,
-    subjects: int,
-    seed: int = 0,
-    spacing: int = 1,
-    first: int = 1,
-    prefix: str = "PH",
-    sites: int = 3,
-    ad_share: float = 0.5,
-    effect_sex: float = Settings.effect_sex,
-    effect_age: float = Settings.effect_age,
-    effect_hippocampus: float = Settings.effect_hippocampus,
-    effect_ventricles: float = Settings.effect_ventricles,
-    anatomies: str | None = None,
-    leave_out: str | Sequence[str] | None = None,
-    contrast: Contrast = "t1",
-    skull_share: float = Settings.skull_share,
-    variation: float = Settings.variation,
-    workers: int | None = None,
-) -> None:
-    """Grow a BIDS data set of brain phantoms with known sex, age, diagnosis and hippocampi.
-
-    Phantoms grow from the MNI152 template, or from a folder of label maps of real heads (--anatomies): then every
-    anatomy counts as one patient, in folds, fractions and checks for leaks.
-
-    Subject i of a seed is the same whatever --subjects, --first and --workers are. The command can be interrupted and
-    started again, and goes on where it was; with more --subjects it extends the cohort.
+def make_dataset(
+    folder: Path, settings: Settings, numbers: Sequence[int], maps: Sequence[LabelMap], workers: int | None
+) -> tuple[int, int]:
+    """Make the subjects that are missing, and everything of the data set that is not one subject's.
 
     Args:
-        output: folder of the data set.
-        subjects: how many subjects.
-        seed: of everything random.
-        spacing: voxel size in mm: 1, 2 or 3.
-        first: number of the first subject; cohorts of one seed with other numbers share nobody.
-        prefix: letters that subject ids begin with: sub-PH0001.
-        sites: number of sites, each with its own contrast: 1 to 3.
-        ad_share: share of subjects with AD, 0 to 1; the others are CN.
-        effect_sex: difference of log linear head size between men and women.
-        effect_age: log volume that the ventricles gain in ten years; the hippocampi lose a third of it.
-        effect_hippocampus: log volume that the hippocampi lose with AD, on average.
-        effect_ventricles: log volume that the ventricles gain with AD, on average.
-        anatomies: folder of label maps in FreeSurfer's numbering (aseg.mgz, aparc+aseg.mgz, SynthSeg's output) that
-            heads grow from, in turn; by default the template.
-        leave_out: names of anatomies that are not used, separated by commas.
-        contrast: t1, or any to draw every tissue's brightness on its own; with --anatomies.
-        skull_share: share of subjects with skull, 0 to 1; the others' is taken off; with --anatomies.
-        variation: how far heads differ from their anatomy, 0 to 5: 1 as in one study; with --anatomies.
-        workers: processes; by default one for each core.
+        folder: of the data set.
+        settings: what the phantoms look like.
+        numbers: of the subjects.
+        maps: label maps that heads grow from; none for the template.
+        workers: processes; the number of cores where it is None.
+
+    Returns:
+        How many subjects the data set has now, and how many of them are new.
 
     Raises:
-        InputError: if a value is out of its range, or the folder holds something else.
+        InputError: if the folder holds something else.
     """
-    maps = _label_maps(anatomies, leave_out)
-    for line in describe_label_maps(maps):
-        print(f"note: {line}")
-    settings = Settings(
-        seed=seed,
-        spacing=spacing,
-        sites=sites,
-        ad_share=ad_share,
-        prefix=str(prefix).removeprefix("sub-"),
-        effect_sex=effect_sex,
-        effect_age=effect_age,
-        effect_hippocampus=effect_hippocampus,
-        effect_ventricles=effect_ventricles,
-        anatomies=tuple(each.name for each in maps),
-        contrast=contrast,
-        skull_share=skull_share,
-        variation=variation,
-    )
-    for name, value in (("subjects", subjects), ("first", first), ("workers", 1 if workers is None else workers)):
-        if type(value) is not int or value < 1:
-            raise InputError(f"--{name} is {value!r}; give a whole number from 1")
-    folder = Path(str(output)).expanduser()
     _claim(folder, settings, maps)
-    numbers = range(first, first + subjects)
     missing = [number for number in numbers if not _finished(folder, settings.subject_id(number))]
     subject_folders = {path.parent for n in missing for path in _paths(folder, settings.subject_id(n))}
     remove_partials(folder, folder / LABELS_FOLDER, *subject_folders)
-    _run(
-        folder,
-        settings,
-        missing,
-        joblib.cpu_count() if workers is None else workers,
-        {each.name: str(each.path) for each in maps},
-    )
+    _run(folder, settings, missing, workers or joblib.cpu_count(), {each.name: str(each.path) for each in maps})
     pattern = re.compile(rf"sub-{settings.prefix}(\d{{4,}})")
     there = sorted(int(found[1]) for path in folder.iterdir() if (found := pattern.fullmatch(path.name)))
     whole = [draw_subject(settings, number) for number in there if _finished(folder, settings.subject_id(number))]
     describe(folder, settings, whole, maps)
     images = [_paths(folder, settings.subject_id(subject.number))[:2] for subject in whole]
     write_sheet(folder / "code" / "sheet.png", images)
-    grown = f" of {len(maps)} anatomies" if maps else ""
-    print(
-        f"{folder}: {len(whole)} phantoms{grown} of {spacing} mm ({len(missing)} new); look at {folder}/code/sheet.png"
-    )
-
-
-def _label_maps(folder: str | None, leave_out: str | Sequence[str] | None) -> list[LabelMap]:
-    """The label maps that are used."""
-    words = leave_out.split(",") if isinstance(leave_out, str) else list(leave_out or [])
-    if folder is None:
-        if words:
-            raise InputError("--leave-out names anatomies; give their folder as --anatomies")
-        return []
-    return read_label_maps(Path(str(folder)).expanduser(), [word.strip() for word in words])
+    return len(whole), len(missing)

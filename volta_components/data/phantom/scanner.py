@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from volta_components.data.phantom.labels import BRAIN_CODES, CODES, NAMES
+from volta_components.data.phantom.settings import Contrast
 
-Contrast = Literal["t1", "any"]
 SIDED = ("_left", "_right")
 
 
