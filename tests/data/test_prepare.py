@@ -46,7 +46,7 @@ LAYOUTS = {
     "ixi": (tiny.make_ixi, {}),
     "brats": (tiny.make_brats, {}),
     "harp": (tiny.make_harp, {"shape": (20, 20, 20)}),
-    "dicom": (tiny.make_dicom, {"sessions": "all"}),
+    "dicom": (tiny.make_dicom, {"sessions": ["all"]}),
 }
 
 
