@@ -150,12 +150,13 @@ class Checker:
         try:
             call = read(words)
         except InputError as error:
-            absent = (
-                re.findall("--[a-z-]+", str(error).partition(" missing; ")[0]) if " missing; " in str(error) else []
-            )
-            if whole or not absent:
+            if not whole and str(error) == f"--{words[-1].lstrip('-')} needs a value":
+                return self._volta3d(words[:-1], whole)
+            absent, says_so, _ = str(error).partition(" missing; ")
+            if whole or not says_so:
                 return [f"volta3d: {error}"]
-            return self._volta3d([*words, *(f"{option}={PLACEHOLDERS.get(option, 'x')}" for option in absent)], True)
+            filled = [f"{option}={PLACEHOLDERS.get(option, 'x')}" for option in re.findall("--[a-z-]+", absent)]
+            return self._volta3d([*words, *filled], whole=True)
         options = getattr(call, "keywords", {})
         return self._crossval(options) if words[:1] == ["crossval"] else []
 

@@ -13,7 +13,7 @@ import pytest
 from fake_bundle import empty_store, write_bundle, write_datalist
 
 from volta_components.cli import main
-from volta_components.crossval import command as module
+from volta_components.crossval import execute as module
 from volta_components.crossval.execute import Outcome
 from volta_components.crossval.plan import Run
 

@@ -445,7 +445,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
         ("ad_share", "nan", "0.0 to 1.0"),
         ("prefix", "a_b", "letters"),
         ("prefix", "A1", "end in a letter"),
-        ("effect_ventricles", "5", "0.0 to 1.0"),
+        ("effect_ventricles", "5.0", "0.0 to 1.0"),
         ("effect_sex", "large", "a number"),
     ],
 )
