@@ -294,7 +294,7 @@ def test_other_anatomies_in_the_same_folder_are_refused(cohort, folder, tmp_path
         phantom(str(cohort), 6, seed=2, spacing=3, anatomies=str(folder), leave_out=["head-2"], workers=1)
     with pytest.raises(InputError, match="--leave-out names anatomies"):
         phantom(str(tmp_path / "d"), 1, leave_out=["head-2"], workers=1)
-    with pytest.raises(InputError, match="--contrast is 't2'"):
+    with pytest.raises(InputError, match="--contrast t2: give t1 or any"):
         phantom(str(tmp_path / "d"), 1, anatomies=str(folder), contrast="t2", workers=1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from volta_components.errors import InputError
 
@@ -85,6 +85,7 @@ class Settings:
             demand(low <= getattr(self, name) <= high, name, f"a number from {low} to {high}")
             # Equal numbers, such as 1 and 1.0, are the same in the file of parameters.
             object.__setattr__(self, name, float(getattr(self, name)))
+        demand(self.contrast in get_args(Contrast), "contrast", " or ".join(get_args(Contrast)))
 
     def subject_id(self, number: int) -> str:
         """BIDS id of a subject, such as ``sub-PH0001``."""
