@@ -268,8 +268,13 @@ def write_series(
     date="20060418",
     suffix=".dcm",
     slices=None,
+    uid=None,
+    **facts,
 ):
-    """A series of 2-D slices along the last axis of ``voxels``; ``affine`` is RAS+, DICOM's world is LPS+."""
+    """A series of 2-D slices along the last axis of ``voxels``; ``affine`` is RAS+, DICOM's world is LPS+.
+
+    ``facts`` are further values of the header; of None, the value is left out.
+    """
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
@@ -279,7 +284,8 @@ def write_series(
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     column, row = lps[:3, 0] / spacing[0], lps[:3, 1] / spacing[1]
     seed = f"{folder}{description}{number}"
-    study, series = generate_uid(entropy_srcs=[patient, date]), generate_uid(entropy_srcs=[seed])
+    study = generate_uid(entropy_srcs=[patient, date or "undated"])
+    series = uid or generate_uid(entropy_srcs=[seed])
     for k in range(voxels.shape[2]):
         if slices is not None and k not in slices:
             continue
@@ -308,6 +314,10 @@ def write_series(
         data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
         data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 0
         data.PixelData = np.round(voxels[:, :, k].T).astype("<u2").tobytes()
+        for name, value in facts.items():
+            setattr(data, name, value)
+            if value is None:
+                delattr(data, name)
         data.save_as(folder / f"{description.replace(' ', '_')}_{number}_{k:04d}{suffix}", enforce_file_format=True)
     return series
 
@@ -358,3 +368,58 @@ def make_dicom(root):
     broken.mkdir(parents=True)
     (broken / "slice.dcm").write_bytes(bytes(128) + b"DICM" + b"\x01" * 40)
     return root
+
+
+def write_enhanced(path, voxels, affine, patient="P1", description="MPRAGE", slices=None):
+    """A series as one image of many frames (enhanced MR), slices along the last axis of ``voxels``."""
+    from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+    from pydicom.sequence import Sequence
+    from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, generate_uid
+
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    column, row = lps[:3, 0] / spacing[0], lps[:3, 1] / spacing[1]
+    numbers = [k for k in range(voxels.shape[2]) if slices is None or k in slices]
+
+    def item(**values):
+        data = Dataset()
+        for name, value in values.items():
+            setattr(data, name, value)
+        return data
+
+    def frame(place, k):
+        position = [f"{v:.6f}" for v in (lps @ [0, 0, k, 1])[:3]]
+        content = item(StackID="1", InStackPositionNumber=place + 1, DimensionIndexValues=[1, place + 1])
+        return item(
+            FrameContentSequence=Sequence([content]),
+            PlanePositionSequence=Sequence([item(ImagePositionPatient=position)]),
+        )
+
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = EnhancedMRImageStorage, ExplicitVRLittleEndian
+    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[str(path)])
+    data = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
+    data.SOPClassUID, data.SOPInstanceUID = EnhancedMRImageStorage, meta.MediaStorageSOPInstanceUID
+    data.StudyInstanceUID = generate_uid(entropy_srcs=[patient])
+    data.SeriesInstanceUID = generate_uid(entropy_srcs=[str(path), "series"])
+    data.Modality, data.Manufacturer, data.PatientID, data.PatientName = "MR", "Philips", patient, patient
+    data.StudyDate = data.SeriesDate = data.AcquisitionDate = data.ContentDate = "20060418"
+    data.SeriesNumber, data.InstanceNumber, data.SeriesDescription = 3, 1, description
+    data.ImageType, data.MRAcquisitionType = ["ORIGINAL", "PRIMARY", "T1", "NONE"], "3D"
+    data.Rows, data.Columns, data.NumberOfFrames = voxels.shape[1], voxels.shape[0], len(numbers)
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 0
+    measures = item(
+        PixelSpacing=[f"{spacing[1]:.6f}", f"{spacing[0]:.6f}"],
+        SliceThickness=f"{spacing[2]:.6f}",
+        SpacingBetweenSlices=f"{spacing[2]:.6f}",
+    )
+    axes = item(ImageOrientationPatient=[f"{v:.8f}" for v in (*column, *row)])
+    data.SharedFunctionalGroupsSequence = Sequence(
+        [item(PixelMeasuresSequence=Sequence([measures]), PlaneOrientationSequence=Sequence([axes]))]
+    )
+    data.PerFrameFunctionalGroupsSequence = Sequence([frame(place, k) for place, k in enumerate(numbers)])
+    data.PixelData = b"".join(np.round(voxels[:, :, k].T).astype("<u2").tobytes() for k in numbers)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)

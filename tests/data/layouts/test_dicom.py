@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+import shutil
+
+import numpy as np
+import pytest
+import tiny_datasets as tiny
+
+from volta_components.data.layouts.common import LayoutOptions
+from volta_components.data.layouts.dicom import read, why_not_t1
+from volta_components.data.layouts.series import convert_series
+from volta_components.data.volumes import read_volume
+
+SHAPE, AFFINE = tiny.grid("RAS", (1.0, 1.0, 1.0), (20, 22, 24))
+HEAD = tiny.head(SHAPE, AFFINE)
+
+
+def write(folder, description="MPRAGE", **options):
+    return tiny.write_series(folder, options.pop("voxels", HEAD), options.pop("affine", AFFINE), description, **options)
+
+
+def listed(root, **options):
+    return read(LayoutOptions(root, **options))
+
+
+def found(listing, kind="problem"):
+    return [(f.subject, f.file, f.reason) for f in listing.findings if f.kind == kind]
+
+
+# --- one volume ------------------------------------------------------------------------------------------------------
+
+
+def test_a_series_in_two_folders_is_one_volume(tmp_path):
+    write(tmp_path / "ds/P1/DIR000", patient="P1")
+    files = sorted((tmp_path / "ds/P1/DIR000").iterdir())
+    (tmp_path / "ds/P1/DIR001").mkdir()
+    for path in files[15:]:
+        path.rename(tmp_path / "ds/P1/DIR001" / path.name)
+    listing = listed(tmp_path / "ds")
+    assert len(listing.scans) == 1 and len(listing.scans[0].series) == 24
+    ((who, _, reason),) = found(listing, "quirk")
+    assert who == "P1" and "2 folders, taken together: P1/DIR000 and P1/DIR001" in reason and not found(listing)
+    (tmp_path / "out").mkdir()
+    volume = read_volume(convert_series(listing.scans[0].series, tmp_path / "out")[0])
+    assert sorted(volume.voxels.shape) == sorted(SHAPE)
+    # The brightest voxel is the landmark, wherever its slice lay.
+    peak = np.unravel_index(np.argmax(volume.voxels), volume.voxels.shape)
+    assert np.linalg.norm(volume.affine[:3] @ [*peak, 1] - tiny.LANDMARK) < 1.5
+
+
+@pytest.mark.parametrize(
+    ("slices", "reason"),
+    [
+        (set(range(24)) - {8, 9, 10}, "about 3 slices missing: 4.00 mm between two of 21 slices, 1.00 mm as a rule"),
+        (set(range(24)) - {3}, "about 1 slices missing"),
+        (set(range(0, 24, 2)), "only every 2. slice is there: 2.00 mm apart, 1.00 mm thick"),
+    ],
+)
+def test_missing_slices_are_named_with_their_folder(tmp_path, slices, reason):
+    write(tmp_path / "P2/MPRAGE", patient="P2", slices=slices)
+    listing = listed(tmp_path)
+    assert listing.scans == []
+    ((who, file, why),) = found(listing)
+    assert (who, file) == ("P2", "P2/MPRAGE") and reason in why
+
+
+def test_a_slice_that_is_missing_at_the_end_is_none_the_worse(tmp_path):
+    write(tmp_path / "P3/MPRAGE", patient="P3", slices=set(range(23)))
+    assert len(listed(tmp_path).scans[0].series) == 23
+
+
+def test_uneven_slices_are_no_volume(tmp_path):
+    uid = write(tmp_path / "P1", patient="P1", slices=set(range(16)))
+    moved = AFFINE.copy()
+    moved[2, 3] += 0.4
+    write(tmp_path / "P1", patient="P1", slices=set(range(16, 24)), affine=moved, uid=uid, number=2)
+    assert "uneven distances of slices" in found(listed(tmp_path))[0][2]
+
+
+def test_copies_of_an_image_are_used_once_and_others_at_its_place_are_a_problem(tmp_path):
+    uid = write(tmp_path / "a/P1/one", patient="P1")
+    shutil.copytree(tmp_path / "a/P1/one", tmp_path / "a/P1/copy")
+    listing = listed(tmp_path / "a")
+    assert len(listing.scans[0].series) == 24 and "24 doubled instances" in found(listing, "quirk")[0][2]
+    write(tmp_path / "b/P1/one", patient="P1", uid=uid)
+    write(tmp_path / "b/P1/again", patient="P1", uid=uid)
+    listing = listed(tmp_path / "b")
+    ((_, file, reason),) = found(listing)
+    assert listing.scans == [] and file == "P1/again and P1/one"
+    assert "24 slices lie where others do (doubled instances)" in reason
+
+
+def test_damaged_and_absent_files_are_named(tmp_path):
+    write(tmp_path / "P1", patient="P1")
+    files = sorted((tmp_path / "P1").iterdir())
+    files[3].write_bytes(files[3].read_bytes()[:900])
+    files[20].unlink()
+    files[20].symlink_to("../.git/annex/objects/K/K")
+    reasons = " | ".join(reason for _, _, reason in found(listed(tmp_path)))
+    assert "1 of 24 DICOM files are damaged (truncated: 900 bytes" in reasons
+    assert "1 of 24 DICOM files have no content" in reasons and "about 1 slices missing" in reasons
+
+
+def test_an_image_of_many_frames_is_a_volume(tmp_path):
+    tiny.write_enhanced(tmp_path / "ds/P1/scan.dcm", HEAD, AFFINE, patient="P1")
+    listing = listed(tmp_path / "ds")
+    assert [scan.patient_id for scan in listing.scans] == ["P1"] and not found(listing)
+    (tmp_path / "out").mkdir()
+    volume = read_volume(convert_series(listing.scans[0].series, tmp_path / "out")[0])
+    peak = np.unravel_index(np.argmax(volume.voxels), volume.voxels.shape)
+    assert np.linalg.norm(volume.affine[:3] @ [*peak, 1] - tiny.LANDMARK) < 1.5
+    tiny.write_enhanced(tmp_path / "gap/P1/scan.dcm", HEAD, AFFINE, patient="P1", slices=set(range(24)) - {8, 9})
+    assert "about 2 slices missing" in found(listed(tmp_path / "gap"))[0][2]
+
+
+# --- which series ----------------------------------------------------------------------------------------------------
+
+THICK = {"MRAcquisitionType": "2D", "SliceThickness": "6", "ScanningSequence": "SE", "InversionTime": None}
+
+
+@pytest.mark.parametrize(
+    ("description", "facts", "slices"),
+    [
+        ("T1_SE_AX", THICK, None),
+        ("T1_localizer", {}, {10, 11, 12}),
+        ("AAHead_Scout T1", {}, None),
+        ("MPRAGE Repeat", {}, None),
+        ("MPRAGE +C", {}, None),
+        ("MPRAGE post Gd", {}, None),
+        ("MPRAGE", {"ContrastBolusAgent": "Gadovist"}, None),
+        ("MPRAGE", {}, set(range(24)) - {8}),
+    ],
+)
+def test_a_whole_native_thin_3d_t1_is_preferred_whatever_comes_first(tmp_path, description, facts, slices):
+    write(tmp_path / "P1/A", description, patient="P1", number=1, slices=slices, **facts)
+    wanted = write(tmp_path / "P1/B", "MPRAGE", patient="P1", number=7)
+    listing = listed(tmp_path)
+    assert [scan.source for scan in listing.scans] == ["P1/B"] and not found(listing)
+    ((who, file, reason),) = found(listing, "skipped")
+    assert (who, file) == ("P1", "P1/A") and "skipped" in reason and wanted
+
+
+def test_a_thick_t1_is_taken_where_there_is_no_other_and_named(tmp_path):
+    step = AFFINE @ np.diag([1, 1, 2, 1])
+    write(tmp_path / "P1/A", "T1_SE_AX", patient="P1", voxels=HEAD[:, :, ::2], affine=step, **THICK)
+    listing = listed(tmp_path)
+    assert len(listing.scans) == 1 and "no 3-D scan: 12 slices 2.0 mm apart" in found(listing, "quirk")[0][2]
+
+
+def test_two_t1s_of_equal_rank_and_different_kind_are_a_problem(tmp_path):
+    write(tmp_path / "P1/A", "MPRAGE SAG", patient="P1", number=3)
+    write(tmp_path / "P1/B", "T1 TFE", patient="P1", number=5)
+    listing = listed(tmp_path)
+    assert [scan.source for scan in listing.scans] == ["P1/A"]
+    assert "series 'T1 TFE' skipped" in found(listing)[0][2]
+
+
+def test_whoever_has_no_t1_is_a_problem(tmp_path):
+    write(tmp_path / "P1/A", patient="P1")
+    write(tmp_path / "P2/A", "Sag Anatomy", patient="P2", ScanningSequence="SE", InversionTime=None)
+    write(tmp_path / "P3/A", "Axial T2", patient="P3")
+    tiny.save_head(tmp_path / "P4/scan_T1w.nii.gz")
+    listing = listed(tmp_path)
+    reasons = {who: reason for who, _, reason in found(listing)}
+    assert set(reasons) == {"P2", "P3", "scan_T1w"} or set(reasons) == {"P2", "P3", "P4"}
+    assert "has no T1 series ('Sag Anatomy': not known as a T1" in reasons["P2"] and "another contrast" in reasons["P3"]
+
+
+@pytest.mark.parametrize(
+    "text", ["3 Plane Localizer", "localiser", "LOC", "T1_loc_sag", "AAHScout", "Survey", "3PL", "T1 SCOUT 3D"]
+)
+def test_localisers_are_none_whatever_else_their_name_says(text):
+    assert why_not_t1({"SeriesDescription": text}) == "localiser"
+
+
+@pytest.mark.parametrize(
+    "text", ["MPRAGE local_shim", "t1_mprage_sag_p2_iso", "IR-FSPGR", "Sag 3D T1 BRAVO", "velocity t1"]
+)
+def test_t1s_are_no_localisers(text):
+    assert why_not_t1({"SeriesDescription": text}) is None
+
+
+# --- who -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "Anonymous", "ANON^", "0000", "unknown", "Patient"])
+def test_a_patient_id_that_says_nothing_is_not_guessed_silently(tmp_path, name):
+    write(tmp_path / "anna/A", patient=name or None, PatientID=name or None, PatientName=name)
+    write(tmp_path / "bert/A", patient=name or None, PatientID=name or None, PatientName=name, date="20070101")
+    listing = listed(tmp_path)
+    assert {scan.patient_id for scan in listing.scans} == {"anna", "bert"}
+    assert {who for who, _, _ in found(listing)} == {"anna", "bert"}
+    assert not found(listed(tmp_path, patients="folder"))
+
+
+def test_a_patient_id_of_two_people_is_not_one_person(tmp_path):
+    for folder, birth, date in (("anna", "19400101", "20060101"), ("bert", "19500202", "20070101")):
+        write(tmp_path / folder / "A", patient="7", date=date, PatientBirthDate=birth)
+    listing = listed(tmp_path)
+    assert len({scan.patient_id for scan in listing.scans}) == 2
+    assert all("PatientID '7' has 2 birth dates" in reason for _, _, reason in found(listing))
+    assert {scan.patient_id for scan in listed(tmp_path, patients="folder").scans} == {"anna", "bert"}
+    assert {scan.patient_id for scan in listed(tmp_path, patients="id", sessions=("all",)).scans} == {"7"}
+
+
+@pytest.mark.parametrize(("folders", "people"), [(("siteA", "siteB"), 2), (("visit1", "visit2"), 1)])
+def test_one_id_in_folders_of_different_studies_is_named(tmp_path, folders, people):
+    for folder, date in zip(folders, ("20060101", "20070101"), strict=True):
+        write(tmp_path / folder / "A", patient="P1", date=date)
+    listing = listed(tmp_path, sessions=("all",))
+    assert len({scan.patient_id for scan in listing.scans}) == people
+    assert found(listing) and all("PatientID 'P1' is in several folders" in reason for _, _, reason in found(listing))
+
+
+def test_one_person_over_folders_is_one_where_something_confirms_it(tmp_path):
+    for folder, date in (("visit1", "20060101"), ("visit2", "20070101")):
+        write(tmp_path / folder / "A", patient="P1", date=date, PatientBirthDate="19400101")
+    listing = listed(tmp_path)
+    assert len(listing.scans) == 1 and not found(listing)
+    assert (listing.scans[0].session, listing.scans[0].date) == ("ses-20060101", "2006-01-01")
+
+
+def test_studies_without_a_date_are_not_put_in_order(tmp_path):
+    nothing = dict.fromkeys(("StudyDate", "SeriesDate", "AcquisitionDate"))
+    for folder, study in (("A", "1.2.3"), ("B", "1.2.4")):
+        write(tmp_path / "P1" / folder, patient="P1", StudyInstanceUID=study, **nothing)
+    listing = listed(tmp_path)
+    assert len(listing.scans) == 1 and "is the first cannot be told" in found(listing)[0][2]
