@@ -124,6 +124,51 @@ def test_the_order_of_intensities_is_kept(prepared, layout):
         assert (np.diff(new[order]) >= -1e-6).all()
 
 
+# People in the tiny data sets, and those of whom there is a volume that can be used.
+PEOPLE = {"bids": (6, 6), "ixi": (7, 4), "brats": (6, 4), "harp": (8, 5), "dicom": (3, 2)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_books_balance_in_every_layout(prepared, layout):
+    status, output, _ = prepared(layout)
+    pattern = r"people: (\d+) found = (\d+) prepared \+ (\d+) left out by your options.*? \+ (\d+) left out by problems"
+    text = (output / "qc/index.html").read_text()
+    total, done, by_option, problems = map(int, re.search(pattern, text).groups())
+    assert (total, done) == PEOPLE[layout] and total == done + by_option + problems
+    datalist = load_datalist(output)
+    assert done == len(datalist.patients)
+    lost = {row["patient_id"] for row in findings(output) if row["left_out"] == "True"} - datalist.patients - {""}
+    assert len(lost) == by_option + problems and (status == 1 or not problems)
+
+
+def test_what_the_user_left_out_and_what_is_lost_are_kept_apart(tmp_path, capsys):
+    root = tiny.make_bids(tmp_path / "source", subjects=6, labels=False)
+    subjects = sorted(path.name for path in root.glob("sub-*"))
+    for subject, diagnosis in zip(subjects, ("CN", "AD", "n/a", "wanting", "CN", "CN"), strict=True):
+        (root / subject / f"{subject}_sessions.tsv").write_text(f"session_id\tdiagnosis\nses-M000\t{diagnosis}\n")
+    next((root / subjects[4]).rglob("*_T1w.nii*")).unlink()
+    status = prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS, diagnoses="CN")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("people:")]
+    assert line == (
+        f"people: 6 found = 2 prepared + 1 left out by your options ({subjects[1]}) + 3 left out by problems "
+        f"({subjects[2]}, {subjects[3]}, {subjects[4]})"
+    )
+    assert status == 1 and [row["kind"] for row in load_datalist(tmp_path / "out").excluded].count("choice") == 1
+    assert prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS, diagnoses="CN", skip_bad=True) == 0
+
+
+def test_a_name_that_is_not_utf8_is_prepared_under_a_readable_one(tmp_path):
+    root = tmp_path / "source"
+    for i, name in enumerate((b"M\xfcller_T1w.nii.gz", b"p2_T1w.nii.gz")):
+        tiny.save_head(root / "x.nii.gz", seed=i)
+        os.rename(root / "x.nii.gz", os.path.join(os.fsencode(root), name))  # noqa: PTH104, PTH118
+    assert prepare("folder", str(root), str(tmp_path / "out"), **OPTIONS) == 0
+    assert [item["image"] for item in load_datalist(tmp_path / "out").content["training"]] == [
+        "images/Müller.nii",
+        "images/p2.nii",
+    ]
+
+
 def test_monai_reads_the_datalist(prepared):
     _, output, _ = prepared("bids")
     items = load_decathlon_datalist(str(output / "datalist.json"), True, "training")

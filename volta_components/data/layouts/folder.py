@@ -32,7 +32,7 @@ from volta_components.data.walk import Tree, VolumeFile, is_hidden, tidy
 from volta_components.errors import InputError
 
 _LABEL = re.compile(r"[._-](label|labels|seg|mask|dseg)$", re.IGNORECASE)
-_BRAIN = re.compile(r"brain|skull|bet|head", re.IGNORECASE)
+_BRAIN = re.compile(r"(brain|skull|bet)[._-]?(mask|seg)?$", re.IGNORECASE)
 _LABEL_FOLDERS = {"labels", "label", "labelstr"}
 
 
@@ -120,7 +120,7 @@ def _sorted_out(tree: Tree) -> tuple[list[VolumeFile], list[VolumeFile], list[Vo
     for volume in tree.volumes():
         parts = [part.lower() for part in volume.path.relative_to(root).parts[:-1]]
         is_label = bool(set(parts) & _LABEL_FOLDERS or _LABEL.search(volume.stem))
-        if is_label and not _BRAIN.search(volume.stem.removeprefix(parse_name(volume.stem).subject)):
+        if is_label and not _BRAIN.search(volume.stem):
             labels.append(volume)
         elif (parts and parts[0] in aside) or is_label or parse_name(volume.stem).is_other:
             if not (parts and parts[0] in aside):
@@ -246,13 +246,16 @@ def _other_contrasts(listing: Listing, root: Path, others: Iterable[VolumeFile],
     """Set volumes aside whose names say that they are no T1 scans; whoever has nothing else is a problem."""
     known = {one.patient for one in found}
     subjects = {one.subject for one in found}
-    visits = {split_visit(one.subject)[0] for one in found if re.search(r"[_. -]t\d+$", one.subject, re.IGNORECASE)}
+    timed = [one.volume.stem for one in found if re.search(r"[_. -]t\d+$", one.volume.stem, re.IGNORECASE)]
+    visits = {split_visit(stem)[0] for stem in timed}
     for volume in others:
         name, place = parse_name(volume.stem), relative(volume.path, root)
         patient = canonical_patient_id(name.subject)
         if name.contrast.lower() == "t2" and name.subject in visits:
             remedy = "name it ses-2 or T2w"
             listing.note("problem", name.subject, place, "T2 may be a contrast or a time point", remedy, True, patient)
+        elif _BRAIN.search(volume.stem):
+            listing.note("skipped", name.subject, place, "a mask of the brain, not of structures", patient_id="")
         elif patient in known or name.subject in subjects:
             listing.note(
                 "skipped", name.subject, place, f"no T1 scan by its name ({name.contrast})", patient_id=patient

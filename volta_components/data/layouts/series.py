@@ -39,6 +39,7 @@ _PLACES = """
 SOPClassUID SOPInstanceUID SeriesInstanceUID InstanceNumber ImagePositionPatient ImageOrientationPatient Rows Columns
 BitsAllocated SamplesPerPixel NumberOfFrames SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence
 """
+_MR_IMAGES = {"", "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.4.1"}
 MIN_SLICES = 8
 
 
@@ -108,11 +109,10 @@ def read_folder(files: Sequence[Path]) -> Folder:
             if (not path.exists() or path.stat().st_size < 1024) and (why := missing_content(path)):
                 folder.absent[path.name] = why[1]
                 continue
-            with _quiet():
-                data = pydicom.dcmread(
-                    path, stop_before_pixels=True, force=True, specific_tags=[*FACTS, *_PLACES.split()]
-                )
-                _add(folder, path, data)
+            with _quiet(), path.open("rb") as stream:
+                tags = [*FACTS, *_PLACES.split()]
+                data = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=tags)
+                _add(folder, path, data, stream.tell())
         except OSError as error:
             folder.damaged[path.name] = f"cannot be read ({error.strerror or error})"
         except Exception as error:  # pydicom raises anything at damaged files
@@ -127,18 +127,20 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _add(folder: Folder, path: Path, data: Any) -> None:
+def _add(folder: Folder, path: Path, data: Any, start: int) -> None:
     if "SeriesInstanceUID" not in data:
         folder.damaged[path.name] = "no series in its header"
         return
-    if "Rows" not in data:  # a report, a presentation state, raw data
-        return
+    if "Rows" not in data:
+        if str(data.get("SOPClassUID") or "") in _MR_IMAGES:
+            folder.damaged[path.name] = "truncated: its header ends early"
+        return  # otherwise a report, a presentation state, raw data
     frames = int(data.get("NumberOfFrames") or 1)
     uncompressed = getattr(getattr(data, "file_meta", {}).get("TransferSyntaxUID"), "is_compressed", True) is False
     pixels = frames * int(data.Rows) * int(data.Columns) * int(data.get("BitsAllocated") or 8) // 8
     size = path.stat().st_size
-    if uncompressed and size < pixels:
-        folder.damaged[path.name] = f"truncated: {size:,} bytes, less than its {pixels:,} of pixels"
+    if uncompressed and size - start < pixels:
+        folder.damaged[path.name] = f"truncated: {max(size - start, 0):,} of {pixels:,} bytes of pixels"
         return
     facts = {name: _plain(data.get(name)) for name in FACTS if data.get(name) not in (None, "")}
     direction, places = _geometry(data)

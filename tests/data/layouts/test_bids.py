@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+from volta_components.data.layouts.bids import read
+from volta_components.data.layouts.common import LayoutOptions
+
+DOUBLE = bytes.fromhex("0005160700020000") + b"Mac OS X        " + bytes(100)
+
+
+def listed(root, *files, **options):
+    """The listing of empty files, or of (file, text); readers look at names and tables only."""
+    for file in files:
+        name, text = file if isinstance(file, tuple) else (file, "")
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return read(LayoutOptions(root, **options))
+
+
+def t1(subject, session=None, more=""):
+    parts = [subject, *([session] if session else [])]
+    return f"{'/'.join(parts)}/anat/{'_'.join(parts)}{more}_T1w.nii.gz"
+
+
+def found(listing, kind="problem"):
+    return {(f.subject, f.file, f.reason) for f in listing.findings if f.kind == kind}
+
+
+def people(*subjects):
+    return "participants.tsv", "participant_id\tsex\n" + "".join(f"{subject}\tF\n" for subject in subjects)
+
+
+@pytest.mark.parametrize(
+    ("sessions", "first"),
+    [
+        (("M48", "M108"), "M48"),
+        (("M6", "M12"), "M6"),
+        (("9", "10"), "9"),
+        (("pre", "post"), "pre"),
+        (("bl", "M6"), "bl"),
+    ],
+)
+def test_the_first_session_is_the_first_in_time(tmp_path, sessions, first):
+    files = [t1("sub-1", f"ses-{session}") for session in sessions]
+    listing = listed(tmp_path, people("sub-1"), *files)
+    assert [scan.session for scan in listing.scans] == [f"ses-{first}"] and not found(listing)
+    assert [kind for kind in (f.kind for f in listing.findings)] == ["choice"]
+
+
+@pytest.mark.parametrize("table", ["sub-1/sub-1_sessions.tsv", "scans"])
+def test_dates_put_sessions_in_order_that_names_do_not(tmp_path, table):
+    files = [t1("sub-1", "ses-A"), t1("sub-1", "ses-B")]
+    if table == "scans":
+        tables = [
+            (f"sub-1/ses-{x}/sub-1_ses-{x}_scans.tsv", f"filename\tacq_time\nanat/sub-1_ses-{x}_T1w.nii.gz\t{day}\n")
+            for x, day in (("A", "2020-03-01T10:00:00"), ("B", "2019-03-01T10:00:00"))
+        ]
+    else:
+        tables = [(table, "session_id\tacq_time\tage\nses-A\t2020-03-01\t61\nses-B\t2019-03-01\t60\n")]
+    listing = listed(tmp_path, people("sub-1"), *files, *tables)
+    assert [(scan.session, scan.date) for scan in listing.scans] == [("ses-B", "2019-03-01")] and not found(listing)
+
+
+def test_sessions_without_any_order_are_a_problem(tmp_path):
+    listing = listed(tmp_path, people("sub-1"), t1("sub-1", "ses-A"), t1("sub-1", "ses-B"))
+    ((who, file, reason),) = found(listing)
+    assert who == "sub-1" and file.endswith("ses-B_T1w.nii.gz")
+    assert reason == "which of ses-A and ses-B is the first cannot be told; ses-A is used"
+
+
+def test_a_session_is_found_in_its_table_in_any_spelling_or_is_a_problem(tmp_path):
+    table = "sub-1/sub-1_sessions.tsv", "session_id\tage\nM06\t61\nses-M000\t60\n"
+    files = [t1("sub-1", "ses-M006"), t1("sub-1", "ses-M0"), t1("sub-1", "ses-M12")]
+    listing = listed(tmp_path, people("sub-1"), *files, table, sessions=("all",))
+    assert {scan.session: scan.age for scan in listing.scans} == {"ses-M0": 60, "ses-M006": 61, "ses-M12": None}
+    ((who, file, reason),) = found(listing)
+    assert (who, file) == ("sub-1", "sub-1/sub-1_sessions.tsv") and "ses-M12 has no row of its own" in reason
+
+
+def test_ids_of_the_table_in_other_spellings(tmp_path):
+    listing = listed(tmp_path, ("participants.tsv", "participant_id;sex\n1;F\n02;M\n"), t1("sub-01"), t1("sub-02"))
+    assert {scan.patient_id: scan.sex for scan in listing.scans} == {"sub-01": "F", "sub-02": "M"}
+    assert not found(listing)
+
+
+def test_hidden_files_and_folders_are_nothing(tmp_path):
+    files = [t1("sub-1"), "derivatives/m/sub-1/anat/sub-1_desc-hippocampus_dseg.nii.gz"]
+    listed(tmp_path, people("sub-1"), *files, ".git/sub-9/anat/sub-9_T1w.nii.gz")
+    for name in (*files, "participants.tsv", "sub-1"):
+        (tmp_path / name).with_name("._" + (tmp_path / name).name).write_bytes(DOUBLE)
+    listing = read(LayoutOptions(tmp_path))
+    assert [scan.labels[0].path.name for scan in listing.scans] == ["sub-1_desc-hippocampus_dseg.nii.gz"]
+    assert not listing.findings
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("sub-1/anat/sub-1_MPRAGE.nii.gz", "has no T1w image, but sub-1_MPRAGE.nii.gz"),
+        ("sub-1/sub-1_T1w.nii.gz", "has no T1w image, but sub-1_T1w.nii.gz"),
+        ("sub-1/anat/sub-1_T2w.nii.gz", "has no T1w image, but sub-1_T2w.nii.gz"),
+        ("sub-1/anat/sub-2_T1w.nii.gz", "its name says sub-2, its folder sub-1"),
+        ("sub-1/ses-1/anat/sub-1_ses-2_T1w.nii.gz", "its name says sub-1 ses-2, its folder sub-1 ses-1"),
+        ("sub-1/anat/sub-1_T1w.mgz", "has no T1w image, but sub-1_T1w.mgz"),
+    ],
+)
+def test_whoever_has_no_scan_that_is_understood_is_a_problem(tmp_path, file, reason):
+    listing = listed(tmp_path, people("sub-0", "sub-1"), t1("sub-0"), file)
+    assert [(who, why) for who, _, why in found(listing)] == [("sub-1", reason)]
+    assert [scan.patient_id for scan in listing.scans] == ["sub-0"]
+
+
+def test_folders_that_are_no_subjects_are_named_if_they_hold_scans(tmp_path):
+    listing = listed(tmp_path, people("sub-1"), t1("sub-1"), "Sub-2/anat/x.nii.gz", "code/x.nii", "sourcedata/y.nii")
+    ((who, place, reason),) = found(listing)
+    assert place == "Sub-2" and reason == "is no sub-* folder, but holds x.nii.gz" and who
+
+
+def test_of_several_t1ws_the_rule_decides_or_it_is_a_problem(tmp_path):
+    listing = listed(tmp_path / "a", people("sub-1"), t1("sub-1", more="_run-2"), t1("sub-1", more="_run-1"))
+    assert "run-1" in listing.scans[0].source and not found(listing)
+    listing = listed(tmp_path / "b", people("sub-1"), t1("sub-1", more="_acq-A"), t1("sub-1", more="_acq-B"))
+    assert "acq-A" in listing.scans[0].source
+    assert "sub-1_acq-A_T1w.nii.gz is used, by name alone" in next(iter(found(listing)))[2]
+
+
+def test_an_unpacked_folder_of_a_scans_name_is_the_scan(tmp_path):
+    listing = listed(tmp_path, people("sub-1"), f"{t1('sub-1')}/0057_t1.nii")
+    assert [scan.image.name for scan in listing.scans] == ["0057_t1.nii"] and not listing.findings
+
+
+def test_named_sessions_are_taken_in_any_spelling_and_missing_ones_named(tmp_path):
+    files = [t1("sub-1", "ses-M006"), t1("sub-1", "ses-M012")]
+    listing = listed(tmp_path, people("sub-1"), *files, sessions=("M6", "M24"))
+    assert [scan.session for scan in listing.scans] == ["ses-M006"]
+    assert {why for _, _, why in found(listing)} == {"nobody has a session M24"}

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+
+import pytest
+
+from volta_components.data.layouts.common import LayoutOptions
+from volta_components.data.layouts.folder import read
+from volta_components.errors import InputError
+
+
+def listed(root, *files, table=None, **options):
+    """The listing of a folder of empty files: readers look at names and tables only."""
+    for name in files:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    if table:
+        (root / "participants.csv").write_text(table)
+    return read(LayoutOptions(root, **options))
+
+
+def scans(listing):
+    return sorted((scan.patient_id, scan.session, scan.source) for scan in listing.scans)
+
+
+def found(listing, kind="problem"):
+    return {(f.subject, f.reason) for f in listing.findings if f.kind == kind}
+
+
+def test_runs_of_bids_names_in_a_flat_folder_are_one_patient(tmp_path):
+    names = [f"sub-0{i}_run-{run}_T1w.nii.gz" for i in (1, 2) for run in (1, 2)]
+    listing = listed(tmp_path, *names, table="participant_id,sex\nsub-01,F\nsub-02,M\n", sessions=("all",))
+    assert scans(listing) == [("sub-01", None, names[0]), ("sub-02", None, names[2])]
+    assert [(scan.subject_id, scan.sex) for scan in listing.scans] == [("sub-01", "F"), ("sub-02", "M")]
+    assert {who for who, _ in found(listing, "quirk")} == {"sub-01", "sub-02"} and not found(listing)
+
+
+def test_sessions_of_bids_names_are_one_patient(tmp_path):
+    listing = listed(tmp_path, "sub-1_ses-9_T1w.nii", "sub-1_ses-10_T1w.nii", "sub-1_ses-9_T2w.nii")
+    assert scans(listing) == [("sub-1", "ses-9", "sub-1_ses-9_T1w.nii")] and not found(listing)
+
+
+def test_archives_with_dates_in_folders_give_the_first_visit(tmp_path):
+    """The digits in these file names are when a scan was processed; the later visit was processed first."""
+    place = "002_S_0295/{}/{}_08_20_30.0/{}/ADNI_002_S_0295_MR_{}_Br_{}_S1_{}.nii"
+    first = place.format("MPR", "2006-04-18", "I102001", "MPR", "20080410151230", "I102001")
+    later = place.format("MPR-R", "2007-05-25", "I64039", "MPR-R", "20070803113054", "I64039")
+    listing = listed(tmp_path, first, later)
+    assert scans(listing) == [("002_S_0295", "ses-20060418", first)] and not found(listing)
+    listing = read(LayoutOptions(tmp_path, sessions=("all",)))
+    assert [scan.visit for scan in sorted(listing.scans, key=lambda scan: str(scan.date))] == [0, 1]
+
+
+def test_a_repeat_of_a_session_is_not_taken_before_the_original(tmp_path):
+    place = "002_S_0295/{}/2006-04-18_08_20_30.0/I1/ADNI_002_S_0295_MR_{}_Br_2008.nii"
+    original, repeat = (place.format(kind, kind) for kind in ("MPRAGE", "MPR-R"))
+    assert [source for _, _, source in scans(listed(tmp_path, original, repeat))] == [original]
+
+
+def test_visits_that_nothing_puts_in_order_are_named(tmp_path):
+    listing = listed(tmp_path, "ADNI_002_S_0295_a.nii", "ADNI_002_S_0295_b.nii")
+    assert len(listing.scans) == 1 and any("is the first cannot be told" in why for _, why in found(listing))
+    assert len(read(LayoutOptions(tmp_path, sessions=("all",))).scans) == 2
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("p1_visit1", "p1_visit2"),
+        ("p1_pre", "p1_post"),
+        ("p1_scan_1", "p1_scan_2"),
+        ("p1_20200101", "p1_20210101"),
+        ("p1-m06-T1w", "p1-m12-T1w"),
+        ("p1", "p1_rescan"),
+    ],
+)
+def test_names_that_differ_in_a_visit_are_one_patient_with_a_word(tmp_path, names):
+    files = [f"{name}.nii" for name in (*names, "p2")]
+    listing = listed(tmp_path / "a", *files, sessions=("all",))
+    assert len({scan.patient_id for scan in listing.scans}) == 2
+    assert any(who == "p1" and "taken for one person" in why for who, why in found(listing))
+    table = "id,sex\np1,F\np2,M\n"
+    sure = listed(tmp_path / "b", *files, table=table, sessions=("all",))
+    assert {(scan.patient_id, scan.sex) for scan in sure.scans} == {("p1", "F"), ("p2", "M")} and not found(sure)
+    stems = [name.removesuffix("-T1w") for name in (*names, "p2")]
+    table = "id,sex\n" + "".join(f"{stem},F\n" for stem in stems)
+    apart = listed(tmp_path / "c", *files, table=table, sessions=("all",))
+    assert {scan.patient_id for scan in apart.scans} == set(stems) and not found(apart)
+
+
+@pytest.mark.parametrize("names", [("p1", "p2"), ("scan1", "scan2"), ("p_001", "p_002"), ("anna", "anna2")])
+def test_names_of_different_people_stay_apart_without_a_word(tmp_path, names):
+    listing = listed(tmp_path, *(f"{name}.nii" for name in names))
+    assert {scan.patient_id for scan in listing.scans} == set(names) and not listing.findings
+
+
+def test_oasis_repeats_are_one_patient(tmp_path):
+    listing = listed(tmp_path, "OAS1_0001_MR1.nii", "OAS1_0001_MR2.nii")
+    assert scans(listing) == [("OAS1_0001", "ses-MR1", "OAS1_0001_MR1.nii")] and not found(listing)
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    listing = listed(tmp_path / "a", "anna/mri/T1.mgz", "bert/mri/T1.mgz")
+    assert scans(listing) == [("anna", None, "anna/mri/T1.mgz"), ("bert", None, "bert/mri/T1.mgz")]
+    assert not found(listing) and len(found(listing, "quirk")) == 2
+    listing = listed(tmp_path / "b", "anna/v1/T1.nii", "anna/v2/T1.nii", "bert/v1/T1.nii", sessions=("all",))
+    assert {(scan.patient_id, scan.session) for scan in listing.scans} == {
+        ("anna", "ses-v1"),
+        ("anna", "ses-v2"),
+        ("bert", "ses-v1"),
+    }
+    assert {who for who, _ in found(listing)} == {"anna", "bert"}
+
+
+def test_other_contrasts_are_no_scans_and_nobody_is_lost_by_them(tmp_path):
+    listing = listed(tmp_path, "p1_T1w.nii", "p1_FLAIR.nii", "p2_T2w.nii", "p1_desc-brain_mask.nii")
+    assert scans(listing) == [("p1", None, "p1_T1w.nii")]
+    assert found(listing) == {("p2", "has no T1 scan, only T2w")} and ("p2", None) not in found(listing, "skipped")
+
+
+def test_t2_may_be_a_time_point(tmp_path):
+    listing = listed(tmp_path, "p1_t0.nii", "p1_t2.nii", "p1_t3.nii")
+    assert any("T2 may be a contrast or a time point" in why for _, why in found(listing))
+
+
+def test_only_other_contrasts_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"no volume .* only p1_T2w.nii"):
+        listed(tmp_path, "p1_T2w.nii")
+
+
+def test_labels_belong_to_their_subject_and_session(tmp_path):
+    listing = listed(
+        tmp_path,
+        "sub-1/anat/sub-1_T1w.nii",
+        "derivatives/x/sub-1/anat/sub-1_desc-hippocampus_dseg.nii",
+        "derivatives/y/sub-1/anat/sub-1_desc-preproc_T1w.nii",
+        "sub-2/anat/sub-2_ses-1_T1w.nii",
+        "derivatives/x/sub-2/anat/sub-2_ses-2_dseg.nii",
+    )
+    labels = {scan.patient_id: [label.path.name for label in scan.labels] for scan in listing.scans}
+    assert labels == {"sub-1": ["sub-1_desc-hippocampus_dseg.nii"], "sub-2": []}
+    assert found(listing) == {("sub-2", "label without image")}
+
+
+def test_names_that_are_not_utf8_are_readable_and_unique(tmp_path):
+    raw = os.fsdecode(b"M\xfcller_T1w.nii.gz")
+    listing = listed(tmp_path / "a", raw, "p2_T1w.nii.gz")
+    assert [scan.subject_id for scan in sorted(listing.scans, key=lambda scan: scan.key)] == ["Müller", "p2"]
+    assert all(scan.source.encode() for scan in listing.scans) and not listing.findings
+    listing = listed(tmp_path / "b", raw, "Müller_T1w.nii.gz")
+    assert len(listing.scans) == 1 and any("double subject" in why for _, why in found(listing))
+
+
+def test_a_name_that_is_too_long_for_a_file_gets_a_shorter_key(tmp_path):
+    names = ["a" * 230 + end for end in "xy"]
+    keys = {scan.key for scan in listed(tmp_path, *(f"{name}.nii" for name in names)).scans}
+    assert len(keys) == 2 and all(len(key.encode()) <= 150 for key in keys)
