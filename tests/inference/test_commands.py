@@ -327,6 +327,79 @@ def test_dicom_series_are_converted(sides_bundle: Path, tmp_path: Path, capsys: 
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
+# --- what is odd about a scan ----------------------------------------------------------------------------------------
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    header = nib.load(path).header
+    names = ("pixdim", "qform_code", "sform_code", "quatern_b", "qoffset_x", "srow_x", "srow_y", "srow_z")
+    return {name: np.array(header[name])[:4] if name == "pixdim" else np.array(header[name]) for name in names}
+
+
+@pytest.mark.parametrize(("qform_code", "sform_code"), [(1, 2), (3, 0), (0, 4)])
+def test_masks_and_maps_have_the_transforms_of_their_scan(
+    sides_bundle: Path, encoder_bundle: Path, tmp_path: Path, qform_code: int, sform_code: int
+) -> None:
+    affine = affine_of("oblique")
+    image = nib.Nifti1Image((head(SHAPE["oblique"], affine, seed=7)[0] * 1000).astype(np.int16), affine)
+    shifted = affine.copy()
+    shifted[:3, 3] += [0, 60, 0]
+    image.set_sform(affine, sform_code)
+    image.set_qform(shifted if sform_code and qform_code else affine, qform_code)
+    scan = tmp_path / "scan_T1w.nii.gz"
+    image.to_filename(scan)
+    segment([scan], tmp_path / "masks", bundle=sides_bundle)
+    embed([scan], tmp_path / "maps", bundle=encoder_bundle, attention=True)
+    made = (tmp_path / "masks" / "scan_T1w_hippocampus.nii.gz", tmp_path / "maps/attention/scan_T1w_attention.nii.gz")
+    for path in made:
+        for name, value in header_of(path).items():
+            assert np.array_equal(value, header_of(scan)[name]), name
+    assert np.asarray(nib.load(made[0]).dataobj).dtype == np.uint8
+    row, *_ = rows_of(tmp_path / "masks" / "volumes.csv")
+    assert ("qform (code 1) and sform (code 2) disagree: up to 60.0 mm" in row["marks"]) is bool(
+        sform_code and qform_code
+    )
+
+
+def test_a_scan_without_orientation_needs_one_by_the_user(
+    sides_bundle: Path, encoder_bundle: Path, raw: Path, tmp_path: Path
+) -> None:
+    scan = tmp_path / "scan.img"
+    source = nib.load(raw / "scans" / "sub-isotropic00_T1w.nii")
+    codes = "".join(nib.aff2axcodes(source.affine))
+    image = nib.AnalyzeImage(np.array(source.dataobj), None)
+    image.header.set_zooms(source.header.get_zooms())
+    image.to_filename(scan)
+    for command, bundle in ((segment, sides_bundle), (embed, encoder_bundle)):
+        output = tmp_path / command.__name__
+        with pytest.raises(InputError, match="no orientation"):
+            command([scan], output, bundle=bundle)
+        with pytest.raises(InputError, match="three axis codes"):
+            command([scan], output, bundle=bundle, assume_orientation="RRS")
+        assert command([scan], output, bundle=bundle, assume_orientation=codes.lower()) == 0
+    mask = nib.load(tmp_path / "segment" / "scan_hippocampus.nii.gz")
+    truth = nib.load(raw / "truth" / "sub-isotropic00_T1w.nii")
+    for value in (1, 2):
+        ours, true = np.asarray(mask.dataobj) == value, np.asarray(truth.dataobj) == value
+        assert 2 * (ours & true).sum() / (ours.sum() + true.sum()) > 0.8
+
+
+def test_marks_stand_beside_the_results_and_on_the_console(
+    sides_bundle: Path, encoder_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    affine = affine_of("isotropic")
+    whole = image_of((head(SHAPE["isotropic"], affine, seed=7)[0] * 1000).astype(np.int16), affine)
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    whole.slicer[:18].to_filename(folder / "half.nii")
+    for command, bundle, table in ((segment, sides_bundle, "volumes"), (embed, encoder_bundle, "embeddings")):
+        command([folder], tmp_path / table, bundle=bundle)
+        (row,) = rows_of(tmp_path / table / f"{table}.csv")
+        assert "the field of view ends within the head at the right" in row["marks"]
+        error = capsys.readouterr().err
+        assert "1 of 1 scans are marked" in error and row["marks"] in error
+
+
 @pytest.fixture
 def scans(raw: Path, tmp_path: Path) -> Path:
     """Two good scans, one in a zipped file."""

@@ -11,6 +11,7 @@ import numpy as np
 from nibabel.orientations import axcodes2ornt
 
 from volta_components.data.unusable import UnusableVolume
+from volta_components.errors import InputError
 
 MAX_VOXELS = 2**30
 SPACING_RANGE = (0.05, 20.0)
@@ -93,6 +94,20 @@ def check_dtype(path: Path, dtype: np.dtype[Any]) -> None:
         raise UnusableVolume(
             path, f"voxels of type {dtype} (colour, complex or extended)", "give a grey-scale volume of a plain type"
         )
+
+
+def axis_codes(given: str | None) -> str | None:
+    """The value of ``--assume-orientation`` in capital letters.
+
+    Raises:
+        InputError: unless it names each of the three directions once.
+    """
+    if given is None:
+        return None
+    codes = str(given).upper()
+    if len(codes) != 3 or any(len(set(pair) & set(codes)) != 1 for pair in ("LR", "AP", "SI")):
+        raise InputError(f"--assume-orientation {given}: three axis codes, such as RAS or LPS")
+    return codes
 
 
 def assumed_affine(codes: str, shape: tuple[int, ...], spacing: np.ndarray) -> np.ndarray:

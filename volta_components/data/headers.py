@@ -128,6 +128,28 @@ def read_header(
         return _Reader(path, file, data, is_pair, block, thorough).read(assume_orientation)
 
 
+def own_space(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of a NIfTI header that say where its voxels lie, as they are; none where a volume is not NIfTI.
+
+    Args:
+        path: a volume that ``read_header`` reads.
+    """
+    path = Path(path)
+    if not path.name.lower().endswith((".nii", ".nii.gz", *PAIR_SUFFIXES)) or not path.is_file():
+        return {}
+    is_pair = path.name.lower().endswith(PAIR_SUFFIXES)
+    file, data = _pair(path) if is_pair else (path, path)
+    with open_volume(file) as stream:
+        fields = _Reader(path, file, data, is_pair, stream.read(540), False).parse()
+    if isinstance(fields, nib.Spm2AnalyzeHeader):
+        return {}
+    pixdim = np.array([*fields["pixdim"][:4], 0, 0, 0, 0], np.float32)
+    pixdim[0] = -1 if pixdim[0] < 0 else 1
+    vectors = ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z")
+    names = ("qform_code", "sform_code", *vectors, "srow_x", "srow_y", "srow_z", "xyzt_units")
+    return {"pixdim": pixdim, **{name: fields[name] for name in names}}
+
+
 def _pair(path: Path) -> tuple[Path, Path]:
     """Header and voxels of a pair, given either of them; the case of suffixes, and gzip, may differ."""
     name = path.name[:-3] if path.name.lower().endswith(".gz") else path.name
@@ -154,7 +176,7 @@ class _Reader:
         self._length: int | None = None
 
     def read(self, assume_orientation: str | None) -> VolumeHeader:
-        self.fields = fields = self._parse()
+        self.fields = fields = self.parse()
         self.is_analyze = isinstance(fields, nib.Spm2AnalyzeHeader)
         full_shape = self._dimensions()
         dtype = self._voxel_type()
@@ -183,7 +205,7 @@ class _Reader:
 
     # --- what kind of header ------------------------------------------------------------------------------------------
 
-    def _parse(self) -> Any:
+    def parse(self) -> Any:
         block = self.block
         if len(block) < 348:
             raise self._refuse(f"truncated: {len(block)} bytes, less than a NIfTI header", "fetch it again")

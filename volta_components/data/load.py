@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +17,9 @@ from monai.transforms import MapTransform
 from volta_components.data.labels import read_labels
 from volta_components.data.layouts.common import LabelFile
 from volta_components.data.preprocess import Settings, on_grid, prepare_volume
+from volta_components.data.quality import find_marks
 from volta_components.data.survey import UnusableVoxels
 from volta_components.data.volumes import UnusableVolume, Volume, read_volume
-
-logger = logging.getLogger(__name__)
 
 
 class LoadScand(MapTransform):
@@ -35,11 +33,13 @@ class LoadScand(MapTransform):
         keys: where items have the scan's path; with a label map, the one that it belongs to.
         spacing: of the prepared volume, mm; one number or three.
         shape: of the prepared volume, voxels.
-        label_key: where items may have the label map's path; None where label maps are no business of this.
+        label_key: where items may have the label map's path; None to ignore label maps.
+        assume_orientation: axis codes such as ``"RAS"`` for scans whose header has no orientation; None refuses these.
 
     Shapes:
         scan: ``MetaTensor`` ``[1, D, H, W]``, float32 in [0, 1], with its own grid in ``original_affine`` and
-        ``spatial_shape`` of its ``meta``; label map: ``MetaTensor`` ``[1, D, H, W]``, uint8.
+        ``spatial_shape`` of its ``meta``, and in ``marks`` what ``volta3d prepare`` would mark; label map:
+        ``MetaTensor`` ``[1, D, H, W]``, uint8.
 
     Raises:
         InputError: if a file cannot be used, naming it and the remedy.
@@ -51,10 +51,11 @@ class LoadScand(MapTransform):
         spacing: float | Sequence[float],
         shape: Sequence[int],
         label_key: str | None = None,
+        assume_orientation: str | None = None,
     ) -> None:
         super().__init__(keys)
         mm = tuple(np.broadcast_to(np.asarray(spacing, float), 3).tolist())
-        self.settings = Settings(spacing=mm, shape=tuple(shape))  # type: ignore[arg-type]
+        self.settings = Settings(spacing=mm, shape=tuple(shape), assume_orientation=assume_orientation)  # type: ignore[arg-type]
         self.label_key = label_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -74,12 +75,14 @@ class LoadScand(MapTransform):
         return result
 
     def _load(self, path: Path, label_path: Path | None) -> tuple[MetaTensor, MetaTensor | None]:
-        volume = read_volume(path)
+        volume = read_volume(path, self.settings.assume_orientation)
         label: np.ndarray | None = None
         label_affine: np.ndarray | None = None
         if label_path is not None:
-            label, label_affine, _ = read_labels([LabelFile(label_path)], volume, path)
-        affine = volume.affine
+            label, label_affine, _ = read_labels(
+                [LabelFile(label_path)], volume, path, self.settings.assume_orientation
+            )
+        affine, marks = volume.affine, list(volume.warnings)
         image = self._already_prepared(volume)
         if image is None:
             try:
@@ -87,13 +90,13 @@ class LoadScand(MapTransform):
             except UnusableVoxels as error:
                 raise UnusableVolume(path, error.reason, error.remedy) from error
             image, label, affine = prepared.image, prepared.label, prepared.affine
-            for warning in prepared.warnings:
-                logger.warning("%s: %s", path, warning)
+            (marks,) = find_marks([{**prepared.quality, "warnings": prepared.warnings}])
         meta = {
             "filename_or_obj": str(path),
             "original_affine": np.array(volume.affine, dtype=float),
             "spatial_shape": np.array(volume.voxels.shape),
             "original_channel_dim": float("nan"),
+            "marks": "; ".join(marks),
         }
         label_meta = {**meta, "filename_or_obj": str(label_path)}
         return meta_tensor(image, affine, meta), None if label is None else meta_tensor(label, affine, label_meta)

@@ -23,6 +23,7 @@ import numpy as np
 
 from volta_components.data.datalist import load_datalist
 from volta_components.data.finish import finish, print_findings
+from volta_components.data.geometry import axis_codes
 from volta_components.data.identity import canonical_patient_id
 from volta_components.data.layouts import Layout, LayoutOptions, Listing, Scan, reader
 from volta_components.data.overlaps import check_folds, check_phantom_name
@@ -181,16 +182,11 @@ def _settings(
     voxels = shape or ([160] * 3 if layout == "harp" else [144, 192, 192])
     if len(voxels) != 3 or not all(8 <= n <= 1024 for n in voxels):
         raise InputError(f"--shape {_joined(voxels)}: three whole numbers from 8 to 1024, such as 144,192,192")
-    codes = None
-    if assume_orientation is not None:
-        codes = assume_orientation.upper()
-        if len(codes) != 3 or any(len(set(pair) & set(codes)) != 1 for pair in ("LR", "AP", "SI")):
-            raise InputError(f"--assume-orientation {assume_orientation}: three axis codes, such as RAS or LPS")
     return Settings(
         spacing=(float(mm[0]), float(mm[1]), float(mm[2])),
         shape=(voxels[0], voxels[1], voxels[2]),
         dtype=dtype,
-        assume_orientation=codes,
+        assume_orientation=axis_codes(assume_orientation),
     )
 
 

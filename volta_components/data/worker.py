@@ -22,7 +22,6 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
@@ -31,6 +30,7 @@ from volta_components.data.labels import read_labels
 from volta_components.data.layouts import Scan
 from volta_components.data.layouts.common import relative
 from volta_components.data.layouts.series import convert_series
+from volta_components.data.nifti import nifti_header
 from volta_components.data.preprocess import Prepared, Settings, prepare_volume
 from volta_components.data.survey import UnusableVoxels
 from volta_components.data.volumes import UnusableVolume, Volume, read_volume
@@ -109,18 +109,9 @@ def finished(task: Task) -> dict[str, Any] | None:
 def _write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray, code: int, slope: float | None = None) -> str:
     """Write a NIfTI-1 file; give the SHA-256 of its bytes.
 
-    NiBabel makes the header; the voxels are written from memory as they lie, hashed on the way.
+    The voxels are written from memory as they lie, hashed on the way.
     """
-    header = nib.Nifti1Header()
-    header.set_data_dtype(voxels.dtype)
-    header.set_data_shape(voxels.shape)
-    header.set_zooms(np.linalg.norm(affine[:3, :3], axis=0))
-    header.set_sform(affine, code)
-    header.set_qform(affine, code)
-    header.set_xyzt_units("mm")
-    header.set_slope_inter(slope if slope is not None else 1.0, 0.0)
-    header["magic"] = b"n+1"
-    header["vox_offset"] = 352
+    header = nifti_header(voxels, affine, code, 1.0 if slope is None else slope)
     digest = hashlib.sha256()
     with path.open("wb") as stream:
         planes = (np.asfortranarray(voxels[:, :, k]).T for k in range(voxels.shape[2]))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from volta_components.data.geometry import axis_codes
 from volta_components.errors import InputError
 from volta_components.inference.bundles import (
     check_device,
@@ -26,6 +27,7 @@ def apply_bundle(
     overlays: Sequence[str],
     device: str | None,
     skip_bad: bool,
+    assume_orientation: str | None,
     settings: Mapping[str, Any],
 ) -> int:
     """Run a bundle's ``inference.json`` on scans.
@@ -37,6 +39,7 @@ def apply_bundle(
         overlays: more configuration files: names in the bundle's ``configs``, or paths.
         device: torch's name of it; None for the bundle's own choice.
         skip_bad: leave out scans that cannot be used.
+        assume_orientation: axis codes for scans whose header has no orientation.
         settings: ids of the config to change.
 
     Returns:
@@ -48,6 +51,9 @@ def apply_bundle(
     files = config_files(root, overlays)
     target = output.resolve()
     changes: dict[str, Any] = {"bundle_root": str(root), "output_dir": str(target), **settings}
+    codes = axis_codes(assume_orientation)
+    if codes is not None:
+        changes["assume_orientation"] = codes
     if device is not None:
         changes["device"] = f"$torch.device({check_device(device)!r})"
     parts = expand_source(source, target)
@@ -58,7 +64,7 @@ def apply_bundle(
             target.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{target}: cannot write there ({error.strerror}); choose another --output") from error
-        chosen = choose_scans(parts, target, skip_bad)
+        chosen = choose_scans(parts, target, skip_bad, codes)
         if common := result_root(chosen):
             print(f"file names are not unique: results lie in folders like those of the scans below {common}")
         # Absolute paths as plain text: nothing in them is taken for a config's expression or reference.

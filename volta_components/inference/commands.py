@@ -19,6 +19,7 @@ def embed(
     attention: bool = False,
     device: str | None = None,
     skip_bad: bool = False,
+    assume_orientation: str | None = None,
 ) -> int:
     """Turn scans into embeddings: embeddings.csv and embeddings.npz, with a row for each scan.
 
@@ -36,6 +37,7 @@ def embed(
         attention: Also write where the summary looks, as NIfTI on the grid of the scan, with mean 1.
         device: Such as cuda:0 or cpu; by default the first GPU, or else the CPU.
         skip_bad: Leave out scans that cannot be used, instead of ending there.
+        assume_orientation: Axis codes such as RAS for scans whose header has none; without it these are errors.
 
     Returns:
         0.
@@ -49,7 +51,7 @@ def embed(
     from volta_components.inference.bundles import find_bundle
 
     root = find_bundle(bundle, "bundles/pretrain", ("type", "feature"))
-    count = apply_bundle(root, source, Path(output), overlays, device, skip_bad, changes)
+    count = apply_bundle(root, source, Path(output), overlays, device, skip_bad, assume_orientation, changes)
     print(f"{count} embeddings in {Path(output).resolve() / 'embeddings.csv'} and .npz")
     return 0
 
@@ -63,6 +65,7 @@ def segment(
     weights: Path | str | None = None,
     device: str | None = None,
     skip_bad: bool = False,
+    assume_orientation: str | None = None,
 ) -> int:
     """Outline both hippocampi: NAME_hippocampus.nii.gz on the grid of each scan (1 left, 2 right), and volumes.csv.
 
@@ -79,6 +82,7 @@ def segment(
         weights: A trained model instead of the bundle's own.
         device: Such as cuda:0 or cpu; by default the first GPU, or else the CPU.
         skip_bad: Leave out scans that cannot be used, instead of ending there.
+        assume_orientation: Axis codes such as RAS for scans whose header has none; without it these are errors.
 
     Returns:
         0.
@@ -92,7 +96,7 @@ def segment(
     from volta_components.inference.bundles import find_bundle
 
     root = find_bundle(bundle, "bundles/harp_hippocampus", ("format", "segmentation"))
-    apply_bundle(root, source, Path(output), overlays, device, skip_bad, changes)
+    apply_bundle(root, source, Path(output), overlays, device, skip_bad, assume_orientation, changes)
     return 0
 
 

@@ -18,7 +18,7 @@ from volta_components.data.volumes import volume_stem
 from volta_components.files import atomic_path, write_csv
 from volta_components.inference.journal import Journal
 from volta_components.inference.own_space import grids_of, restore_map
-from volta_components.inference.tables import ResultTable, file_of
+from volta_components.inference.tables import ResultTable, file_of, marks_of, print_marks
 from volta_components.method.networks import VoltaViT
 
 IDS = ("subject_id", "session")
@@ -80,7 +80,12 @@ class EmbeddingTable(ResultTable):
     def result(self, item: Mapping[str, Any], output: Mapping[str, Any]) -> tuple[dict[str, Any], str, list[Path]]:
         """Ids, file and embeddings; the attention map was made."""
         file = file_of(item["image"])
-        row = {"subject_id": item.get("subject_id"), "session": item.get("session"), "file": file}
+        row = {
+            "subject_id": item.get("subject_id"),
+            "session": item.get("session"),
+            "file": file,
+            "marks": marks_of(item["image"]),
+        }
         made = []
         if self.attention_dir is not None:
             made.append(self._write_attention(self.attention_dir, row, item["image"], output["pred"]["attention"]))
@@ -94,7 +99,9 @@ class EmbeddingTable(ResultTable):
             folder = folder / os.path.relpath(file.parent, self.root)
         affine, own, shape = grids_of(image)
         path = folder / f"{name}_attention.nii.gz"
-        write_nifti(path, restore_map(attention[0].float().cpu().numpy(), affine, own, shape), own)
+        write_nifti(
+            path, restore_map(attention[0].float().cpu().numpy(), affine, own, shape), own, like=row["file"] or None
+        )
         return path
 
     def matrix(self, feature: str) -> np.ndarray:
@@ -107,7 +114,7 @@ class EmbeddingTable(ResultTable):
         rows = self.rows
         if self.path is None or not rows:
             return
-        keys = [*IDS, *(["file"] if any(row["file"] for row in rows) else [])]
+        keys = [*IDS, *(["file", "marks"] if any(row["file"] for row in rows) else [])]
         arrays = {name: self.matrix(name) for name in FEATURES}
         header = [*keys, *(f"{name}_{i}" for name, matrix in arrays.items() for i in range(matrix.shape[1]))]
         ids = [[row[key] or "" for key in keys] for row in rows]
@@ -117,6 +124,7 @@ class EmbeddingTable(ResultTable):
         columns = {key.replace("file", "path"): np.array(column) for key, column in zip(keys, zip(*ids), strict=True)}
         with atomic_path(self.path.with_suffix(".npz")) as temporary, temporary.open("wb") as binary:
             np.savez(binary, **columns, **arrays)  # type: ignore[arg-type]
+        print_marks([(row["file"], row["marks"]) for row in rows], len(rows))
 
 
 def embedding_picture(

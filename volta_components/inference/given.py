@@ -48,13 +48,16 @@ def expand_source(source: Sequence[Path | str], target: Path) -> list[Path]:
     return list(dict.fromkeys(parts))
 
 
-def choose_scans(parts: Sequence[Path], target: Path, skip_bad: bool) -> list[Path]:
+def choose_scans(
+    parts: Sequence[Path], target: Path, skip_bad: bool, assume_orientation: str | None = None
+) -> list[Path]:
     """Datalists as they are, and every scan that can be used.
 
     Args:
         parts: see ``expand_source``.
         target: the output's folder; DICOM series are converted into it.
         skip_bad: leave out scans that cannot be used.
+        assume_orientation: axis codes for scans whose header has no orientation.
 
     Raises:
         InputError: listing all scans that cannot be used; if no scan is left; if a datalist's volume is bad.
@@ -70,7 +73,7 @@ def choose_scans(parts: Sequence[Path], target: Path, skip_bad: bool) -> list[Pa
     count = len(files) + len(rows)
     for datalist in datalists:
         check_volumes(load_datalist(datalist), deep=True)
-    rows += unusable_scans(files)
+    rows += unusable_scans(files, assume_orientation)
     if rows and not skip_bad:
         raise bad_scans(rows, count)
     if rows:

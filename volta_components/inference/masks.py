@@ -3,23 +3,25 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
+from monai.config import KeysCollection, PathLike
+from monai.data import MetaTensor, NibabelWriter
 from monai.transforms import MapTransform
 
 from volta_components.data.labels import SIDES
 from volta_components.data.load import meta_tensor
+from volta_components.data.nifti import write_nifti
 from volta_components.files import write_csv
 from volta_components.inference.own_space import grids_of, restore_mask
-from volta_components.inference.tables import ResultTable
+from volta_components.inference.plausibility import odd_about_masks
+from volta_components.inference.tables import ResultTable, marks_of, print_marks
 
-logger = logging.getLogger(__name__)
+COLUMNS = ("subject_id", "session", "file", "left_mm3", "right_mm3", "both_mm3", "marks")
 
 
 class RestoreMaskd(MapTransform):
@@ -58,8 +60,26 @@ class RestoreMaskd(MapTransform):
         return result
 
 
+class ScanSpaceWriter(NibabelWriter):
+    """Writes a mask with the qform, sform and codes of the scan that it belongs to.
+
+    MONAI's writer sets both from one affine, so that a mask would lie beside its scan in viewers that prefer the other.
+    For ``SaveImaged``.
+    """
+
+    def set_metadata(self, meta_dict: Mapping[str, Any] | None, resample: bool = True, **options: Any) -> None:
+        """Remember the scan's file."""
+        super().set_metadata(meta_dict, resample, **options)
+        self.scan = (meta_dict or {}).get("filename_or_obj")
+
+    def write(self, filename: PathLike, verbose: bool = False, **options: Any) -> None:
+        """Write the file, atomically."""
+        voxels = np.asarray(self.data_obj, dtype=self.output_dtype)
+        write_nifti(filename, voxels, np.asarray(self.affine, float), like=self.scan)
+
+
 class VolumeTable(ResultTable):
-    """Writes a CSV of the volumes of both hippocampi, in mm^3 of the scan's own voxels."""
+    """Writes a CSV of the volumes of both hippocampi, in mm^3 of the scan's own voxels, and what is odd about them."""
 
     def result(self, item: Mapping[str, Any], output: Mapping[str, Any]) -> tuple[list[Any], str, list[Path]]:
         """Ids, file and volumes; the mask's file was made."""
@@ -67,14 +87,21 @@ class VolumeTable(ResultTable):
         file = str(mask.meta["filename_or_obj"])
         voxel = abs(float(np.linalg.det(np.asarray(mask.affine.cpu())[:3, :3])))
         volumes = [int((mask == value).sum()) * voxel for value in SIDES.values()]
-        if not all(volumes):
-            logger.warning("%s: no voxels of a hippocampus were found", file)
+        marks = [text for text in (marks_of(item["image"]),) if text]
+        if isinstance(item["image"], MetaTensor):
+            marks += odd_about_masks(
+                mask[0].cpu().numpy(),
+                np.asarray(mask.affine.cpu(), float),
+                item["image"][0].cpu().numpy(),
+                np.asarray(item["image"].affine.cpu(), float),
+            )
         numbers = [f"{volume:.1f}" for volume in (*volumes, sum(volumes))]
         made = [Path(mask.meta["saved_to"])] if "saved_to" in mask.meta else []
-        return [item.get("subject_id"), item.get("session"), file, *numbers], file, made
+        return [item.get("subject_id"), item.get("session"), file, *numbers, "; ".join(marks)], file, made
 
     def write(self) -> None:
         """Write the table."""
         assert self.path is not None
-        write_csv(self.path, ["subject_id", "session", "file", "left_mm3", "right_mm3", "both_mm3"], self.rows)
+        write_csv(self.path, COLUMNS, self.rows)
+        print_marks([(row[2], row[-1]) for row in self.rows], len(self.rows))
         print(f"{len(self.rows)} masks; volumes in {self.path}")

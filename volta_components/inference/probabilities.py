@@ -11,7 +11,7 @@ from typing import Any
 from volta_components.downstream.classification import POSITIVE
 from volta_components.files import write_csv
 from volta_components.inference.journal import Journal
-from volta_components.inference.tables import ResultTable, file_of
+from volta_components.inference.tables import ResultTable, file_of, marks_of, print_marks
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +43,13 @@ class ProbabilityTable(ResultTable):
         called = "" if self.threshold is None else self.classes[int(probabilities[POSITIVE] >= self.threshold)]
         file = file_of(item["image"])
         numbers = [f"{value:.6f}" for value in probabilities]
-        return [item.get("subject_id"), item.get("session"), file, *numbers, called], file, ()
+        return [item.get("subject_id"), item.get("session"), file, *numbers, called, marks_of(item["image"])], file, ()
 
     def write(self) -> None:
         """Write the table."""
         assert self.path is not None
-        write_csv(self.path, ["subject_id", "session", "file", *self.classes, "prediction"], self.rows)
+        write_csv(self.path, ["subject_id", "session", "file", *self.classes, "prediction", "marks"], self.rows)
+        print_marks([(row[2], row[-1]) for row in self.rows], len(self.rows))
         if self.threshold is None:
             logger.warning(
                 "the JSON beside the model has no threshold: probabilities only; give one (--threshold NUMBER)"

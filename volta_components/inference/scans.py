@@ -144,12 +144,13 @@ def result_root(source: Source) -> str:
     return os.path.commonpath([path.parent for path in paths])
 
 
-def check_source(source: Source, deep: bool = True) -> None:
+def check_source(source: Source, deep: bool = True, assume_orientation: str | None = None) -> None:
     """Check every volume that a config's ``source`` names, before long work starts.
 
     Args:
         source: see ``find_volumes``.
         deep: of a datalist, read voxels and compare hashes; scans without a datalist are always read.
+        assume_orientation: axis codes for scans whose header has no orientation.
 
     Raises:
         InputError: listing every bad file with its reason.
@@ -160,7 +161,7 @@ def check_source(source: Source, deep: bool = True) -> None:
             check_volumes(load_datalist(part), deep=deep)
         else:
             files += [Path(item["image"]) for item in find_volumes(part)]
-    if rows := unusable_scans(files):
+    if rows := unusable_scans(files, assume_orientation):
         raise bad_scans(rows, len(files))
 
 
@@ -196,11 +197,14 @@ def prepared_grid(
     return next(iter(grids), given)
 
 
-def unusable_scans(files: Sequence[Path], workers: int | None = None) -> list[Row]:
+def unusable_scans(
+    files: Sequence[Path], assume_orientation: str | None = None, workers: int | None = None
+) -> list[Row]:
     """Read every scan once, with a progress bar.
 
     Args:
         files: volumes of any format.
+        assume_orientation: axis codes for those whose header has no orientation.
         workers: threads, a scan in memory each; the number of cores by default.
 
     Returns:
@@ -211,7 +215,7 @@ def unusable_scans(files: Sequence[Path], workers: int | None = None) -> list[Ro
         if readable(str(path)) != str(path):
             return str(path), "its name is not UTF-8", f"rename it, for example to {readable(path.name)}"
         try:
-            if not survey(read_volume(path)).foreground.any():
+            if not survey(read_volume(path, assume_orientation)).foreground.any():
                 return str(path), "nothing stands out from the background", "look at it; it may hold no head"
         except (UnusableVolume, UnusableVoxels) as error:
             return str(path), error.reason, error.remedy
@@ -219,6 +223,8 @@ def unusable_scans(files: Sequence[Path], workers: int | None = None) -> list[Ro
             return str(path), error.strerror or str(error), "check the disk and the permissions"
         except MemoryError:
             return str(path), "does not fit in memory", "check the file's dimensions"
+        except Exception as error:
+            return str(path), f"unexpected {type(error).__name__}: {error}", "please report it"
         return None
 
     with ThreadPoolExecutor(workers or joblib.cpu_count()) as pool:

@@ -4,19 +4,38 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
+from volta_components.errors import InputError
 from volta_components.inference.journal import Journal
 
 
 def file_of(image: Any) -> str:
     """The file that a volume was read from; empty where it was not."""
     return str(image.meta.get("filename_or_obj") or "") if isinstance(image, MetaTensor) else ""
+
+
+def marks_of(image: Any) -> str:
+    """What is odd about a scan, as ``LoadScand`` noted it; empty for most."""
+    return str(image.meta.get("marks") or "") if isinstance(image, MetaTensor) else ""
+
+
+def print_marks(rows: Iterable[tuple[str, str]], count: int) -> None:
+    """List the scans that are marked, on the error stream.
+
+    Args:
+        rows: file and marks of each scan.
+        count: of all scans.
+    """
+    if marked := [row for row in rows if row[1]]:
+        headline = f"{len(marked)} of {count} scans are marked; look at them before you use their results"
+        print(str(InputError.many(headline, marked, "")).rstrip(), file=sys.stderr)
 
 
 class ResultTable:
