@@ -16,6 +16,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import io
 import json
 import re
 import shlex
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0 done, 1 done but something was left out, 2 bad input, 130 interrupted (Ctrl-C).
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     words = list(sys.argv[1:] if argv is None else argv)
     if words == ["help"]:
         words = ["--help"]

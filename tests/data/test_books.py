@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -85,7 +86,8 @@ def flat_bids_files(cohort):
 def flat_files(cohort):
     """Names that are not BIDS': a visit or a date at the end, or nothing."""
     for name in cohort["people"]:
-        for session in cohort["sessions"][name] or [None]:
+        # Nobody can tell whether x_A and x_B are two people.
+        for session in [word for word in cohort["sessions"][name] if word not in ("A", "B")] or [None]:
             word = (
                 f"_{'visit' if session and session.isdigit() and len(session) < 3 else ''}{session}" if session else ""
             )
@@ -141,7 +143,8 @@ def check(listing, owner, root):
         is_below = any(file.startswith(f"{place}/") for place in said)
         assert is_below or file in said or file in {scan.source for scan in listing.scans}
     # Who is who: what differs from the truth must be a problem.
-    problems = " ".join(f"{f.subject} {f.reason}" for f in listing.findings if f.kind in ("problem", "quirk"))
+    words = [f"{f.subject} {f.patient_id} {f.reason}" for f in listing.findings if f.kind in ("problem", "quirk")]
+    problems = set(re.split(r"[ ,:']+", " ".join(words)))
     names = {}
     for scan in listing.scans:
         names.setdefault(scan.patient_id, set()).add(owner[scan.source])

@@ -157,7 +157,7 @@ def crossval(
 
 def _adopt(run: Run, bundle: Path) -> None:
     """Copy a finished run's model and its record to the bundle's ``models``."""
-    models = sorted((run.folder / "models").glob("*.pt"))
+    models = sorted(path for path in (run.folder / "models").glob("*.pt") if not path.name.startswith("."))
     if len(models) != 1:
         raise InputError(f"{run.folder / 'models'}: {len(models)} models instead of one; --adopt cannot tell which")
     is_there = (bundle / "models" / models[0].name).exists()

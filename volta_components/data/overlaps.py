@@ -164,6 +164,7 @@ def merge(
             "Remove one of each from its source and prepare that one again.",
         )
     clashing = {row[1] for row in uncertain}
+    shared = {row[1] for row in certain if row[0] == "patient"}
     items, excluded = [], []
     for datalist in loaded:
         base = Path(os.path.relpath(datalist.path.resolve().parent, target.resolve().parent))
@@ -172,6 +173,8 @@ def merge(
             for key in ("image", "label"):
                 if key in entry:
                     entry[key] = (base / entry[key]).as_posix()
+            if _person(item)[0] in shared:
+                entry.pop("visit", None)  # counted in each datalist on its own
             if entry["patient_id"] in clashing:
                 for key in ("subject_id", "patient_id"):
                     entry[key] = f"{entry['cohort']}-{entry[key]}"
@@ -199,6 +202,10 @@ def merge(
     write_json(target, content)
     counts = Counter(item["cohort"] for item in items)
     print(f"{target}: {len(items)} scans ({', '.join(f'{c} {n}' for c, n in sorted(counts.items()))})")
+    parts = [len(datalist.patients) for datalist in loaded]
+    people = len({item["patient_id"] for item in items})
+    twice = f" - {sum(parts) - people} in more than one" if people < sum(parts) else ""
+    print(f"people: {people} = {' + '.join(map(str, parts))}{twice}; {len(excluded)} scans were left out before")
     if clashing:
         print(f"{len(clashing)} ids stood in two cohorts and got their cohort's name in front")
     return 0

@@ -66,7 +66,7 @@ def find_start(network: nn.Module, folder: Path) -> dict[str, Any]:
         ``file``, ``sha256`` and ``record`` (the JSON beside it) of the model; empty when it is none of them.
     """
     own = {name: value.detach().cpu() for name, value in network.state_dict().items()}
-    for path in sorted(folder.glob("*.pt")):
+    for path in sorted(path for path in folder.glob("*.pt") if not path.name.startswith(".")):
         try:
             state = fit_cross_attention(read_weights(path), network)
             record = read_record(path)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which scans the commands find in a folder as people have it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import tiny_datasets as tiny
+
+from volta_components.errors import InputError
+from volta_components.inference.given import choose_scans, expand_source
+from volta_components.inference.scans import find_volumes
+
+
+def chosen(root: Path, output: Path, skip_bad: bool = False) -> list[str]:
+    output.mkdir(exist_ok=True)
+    found = choose_scans(expand_source([root], output), output, skip_bad)
+    return [path.name for path in found]
+
+
+def test_hidden_files_are_no_scans(tmp_path: Path) -> None:
+    for i in (1, 2):
+        scan = tiny.save_head(tmp_path / f"ds/sub-0{i}/anat/sub-0{i}_T1w.nii.gz", seed=i)
+        scan.with_name(f"._{scan.name}").write_bytes(b"\x00\x05\x16\x07" + bytes(4000))
+    tiny.save_head(tmp_path / "ds/.git/annex/objects/x.nii.gz")
+    assert chosen(tmp_path / "ds", tmp_path / "out") == ["sub-01_T1w.nii.gz", "sub-02_T1w.nii.gz"]
+    assert chosen(tmp_path / "ds/sub-01/anat", tmp_path / "out") == ["sub-01_T1w.nii.gz"]
+
+
+def test_content_that_was_not_fetched_is_named(tmp_path: Path) -> None:
+    content = tiny.save_head(tmp_path / "ds/.git/annex/objects/K.nii.gz")
+    for i in (1, 2):
+        folder = tmp_path / f"ds/sub-0{i}/anat"
+        folder.mkdir(parents=True)
+        target = content if i == 1 else content.with_name("absent.nii.gz")
+        (folder / f"sub-0{i}_T1w.nii.gz").symlink_to(os.path.relpath(target, folder))
+    with pytest.raises(InputError, match=r"1 of 2 scans(.|\n)*sub-02_T1w.nii.gz(.|\n)*not fetched(.|\n)*datalad get"):
+        chosen(tmp_path / "ds", tmp_path / "out")
+    assert chosen(tmp_path / "ds", tmp_path / "out", skip_bad=True) == ["sub-01_T1w.nii.gz"]
+    with pytest.raises(InputError, match="datalad get"):
+        chosen(tmp_path / "ds/sub-02/anat/sub-02_T1w.nii.gz", tmp_path / "out")
+
+
+def test_a_name_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    tiny.save_head(tmp_path / "ds/p2_T1w.nii.gz")
+    tiny.save_head(tmp_path / "ds/x.nii.gz", seed=1)
+    os.rename(tmp_path / "ds/x.nii.gz", os.path.join(os.fsencode(tmp_path / "ds"), b"M\xfcller.nii.gz"))  # noqa: PTH104, PTH118
+    with pytest.raises(InputError, match=r"its name is not UTF-8 +rename it, for example to Müller\.nii\.gz"):
+        chosen(tmp_path / "ds", tmp_path / "out")
+    assert chosen(tmp_path / "ds", tmp_path / "out", skip_bad=True) == ["p2_T1w.nii.gz"]
+
+
+def test_links_are_one_scan(tmp_path: Path) -> None:
+    tiny.save_head(tmp_path / "ds/real/a_T1w.nii.gz")
+    (tmp_path / "ds/again").symlink_to("real")
+    (tmp_path / "ds/round").symlink_to(".")
+    assert chosen(tmp_path / "ds", tmp_path / "out") == ["a_T1w.nii.gz"]
+
+
+def test_a_dicom_series_in_two_folders_is_one_scan_and_gaps_are_named(tmp_path: Path) -> None:
+    shape, affine = tiny.grid("RAS", (1.0, 1.0, 1.0), (20, 22, 24))
+    head = tiny.head(shape, affine)
+    tiny.write_series(tmp_path / "ds/P1/A", head, affine, patient="P1")
+    (tmp_path / "ds/P1/B").mkdir()
+    for path in sorted((tmp_path / "ds/P1/A").iterdir())[15:]:
+        path.rename(tmp_path / "ds/P1/B" / path.name)
+    assert chosen(tmp_path / "ds", tmp_path / "out") == ["sub-P1_ses-20060418.nii"]
+    tiny.write_series(tmp_path / "ds/P2/A", head, affine, patient="P2", slices=set(range(24)) - {8, 9, 10})
+    with pytest.raises(InputError, match="about 3 slices missing") as error:
+        chosen(tmp_path / "ds", tmp_path / "out")
+    assert str(tmp_path / "ds/P2/A") in str(error.value)
+    assert chosen(tmp_path / "ds", tmp_path / "out", skip_bad=True) == ["sub-P1_ses-20060418.nii"]
+
+
+def test_ids_come_from_names_as_in_prepare(tmp_path: Path) -> None:
+    for name in ("sub-01_ses-2_run-1_T1w.nii.gz", "anna_T1w.nii.gz"):
+        tiny.save_head(tmp_path / name)
+    found = {item["subject_id"]: item["session"] for item in find_volumes(tmp_path)}
+    assert found == {"sub-01": "ses-2", "anna": None}
