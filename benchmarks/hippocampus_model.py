@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the small hippocampus model on endless heads; see the hippocampus bundle's card.
 
-    python benchmarks/hippocampus_model.py --anatomies DIR --output DIR --hours 1.5
+    python benchmarks/hippocampus_model.py --anatomies DIR --output DIR --hours 1.5 --export bundles/harp_hippocampus
 
-A run that was interrupted resumes from its last checkpoint. Without --hours left, it only exports.
+A run that was interrupted resumes from its last checkpoint; one that has spent its hours only exports.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from monai.inferers import sliding_window_inference
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
 
-from volta_components.files import atomic_path
+from volta_components.downstream.start import save_model
+from volta_components.files import atomic_path, sha256_json
 from volta_components.training.endless import EndlessHeads, anatomies_datalist
+from volta_components.training.record import provenance
 
 CHANNELS, STRIDES, RES_UNITS = (16, 32, 64, 128), (2, 2, 2), 1
 SPACING = 1.5
@@ -103,6 +105,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--hours", type=float, default=1.5)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--export", type=Path, help="bundle that the averaged weights are written into")
     parser.add_argument("--prefix", default="anatomy-")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -190,6 +193,47 @@ def main() -> None:
                     temporary,
                 )
             last_saved = time.monotonic()
+    if arguments.export is not None:
+        export(arguments.export, average.module, training, step, arguments.learning_rate, spent)
+
+
+def export(
+    bundle: Path, network: UNet, training: list[dict[str, Any]], step: int, learning_rate: float, seconds: float
+) -> None:
+    """Write the model and its record into a bundle, as a training of its own would."""
+    settings = {
+        "init": "starter",
+        "spacing": SPACING,
+        "volume_size": list(WINDOW),
+        "image_size": list(CROP),
+        "unet_channels": list(CHANNELS),
+        "unet_strides": list(STRIDES),
+        "unet_res_units": RES_UNITS,
+        "steps": step,
+        "batch_size": BATCH,
+        "crops_of_a_head": CROPS_OF_A_HEAD,
+        "learning_rate": learning_rate,
+        "minutes": round(seconds / 60),
+    }
+    anatomies = anatomies_hash(training)
+    record = {
+        "bundle": "harp_hippocampus",
+        "class_names": ["background", "left hippocampus", "right hippocampus"],
+        "tags": {"init": "starter", "phantom": "true"},
+        "pretraining": None,
+        "provenance": provenance(settings, anatomies, training, "phantom_anatomies"),
+        "epoch": None,
+        "epoch_from": "last",
+        "metrics": {},
+    }
+    path = bundle / "models" / "model_starter.pt"
+    save_model(path, network, record)
+    print(f"{path}: {path.stat().st_size / 2**20:.1f} MB")
+
+
+def anatomies_hash(items: list[dict[str, Any]]) -> str:
+    """SHA-256 of who the anatomies are."""
+    return sha256_json([{key: item[key] for key in ("subject_id", "patient_id")} for item in items])
 
 
 if __name__ == "__main__":

@@ -41,7 +41,11 @@ ENVIRONMENT = {
 def trained_models(name: str, root: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
     """Trained models of a bundle, best first, each with the overlays that it was trained with."""
     models = root / "bundles" / name / "models"
-    places = [(models / "model.pt", ()), (models / "model_phantom_tiny.pt", ("tiny",))]
+    places = [
+        (models / "model.pt", ()),
+        (models / "model_starter.pt", ("starter",)),
+        (models / "model_phantom_tiny.pt", ("tiny",)),
+    ]
     demo = sorted((root / "runs" / "demo").rglob("models/model_phantom_tiny.pt"))
     for path, overlays in [*places, *((path, ("tiny",)) for path in demo)]:
         if path.is_file() and read_record(path).get("bundle") == name:

@@ -31,7 +31,15 @@ class FloatWindowInferer(SlidingWindowInferer):
 
     MONAI's multiplies each window by its weights in the network's own type: rounded to bfloat16, the logits of two
     classes are often equal, and the background wins.
+
+    Args:
+        mirrored: average logits with those of the mirror image, whose left and right (classes 1 and 2) are exchanged.
+        arguments: see ``SlidingWindowInferer``.
     """
+
+    def __init__(self, *arguments: Any, mirrored: bool = False, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.mirrored = mirrored
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Logits of whole volumes ``[B, C, D, H, W]``; see ``SlidingWindowInferer``."""
@@ -39,7 +47,11 @@ class FloatWindowInferer(SlidingWindowInferer):
         def in_float32(*arguments: Any, **keywords: Any) -> Tensor:
             return network(*arguments, **keywords).float()
 
-        return super().__call__(inputs, in_float32, *args, **kwargs)
+        logits = super().__call__(inputs, in_float32, *args, **kwargs)
+        if not self.mirrored:
+            return logits
+        other = super().__call__(inputs.flip(2), in_float32, *args, **kwargs).flip(2)
+        return (logits + other[:, [0, 2, 1]]) / 2
 
 
 class MaskTable(ItemRows):

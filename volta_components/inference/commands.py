@@ -78,7 +78,8 @@ def segment(
         output: Folder of the results.
         bundle: Folder of the segmentation bundle, as downloaded; bundles/harp_hippocampus by default.
         overlays: More configuration files, merged last: names in the bundle's configs, or paths. "tiny" for the models
-            of the quick start.
+            of the quick start, "starter" for the small model that ships. A bundle without a trained model of its own
+            uses that one.
         weights: A trained model instead of the bundle's own.
         device: Such as cuda:0 or cpu; by default the first GPU, or else the CPU.
         skip_bad: Leave out scans that cannot be used, instead of ending there.
@@ -96,6 +97,13 @@ def segment(
     from volta_components.inference.bundles import find_bundle
 
     root = find_bundle(bundle, "bundles/harp_hippocampus", ("format", "segmentation"))
+    starter = root / "models" / "model_starter.pt"
+    if not overlays and weights is None and starter.is_file() and not (root / "models" / "model.pt").is_file():
+        overlays = ("starter",)
+        print(
+            f"{starter.name}: the small model that ships, trained on synthetic heads alone and never scored on manual "
+            "labels; look at each mask, and do not use it for patients"
+        )
     apply_bundle(root, source, Path(output), overlays, device, skip_bad, assume_orientation, changes)
     return 0
 

@@ -235,10 +235,12 @@ def assemble(
     for path in sorted((target / "configs").glob("*.json")):
         if path.name != "metadata.json":
             write_json(path, _baked(read_json(path), baked))
-    evaluate = target / "configs" / "evaluate.json"
-    if evaluate.is_file() and "model_path" in read_json(target / "configs" / "train.json"):
-        # train.json names what it writes by the init; what is scored here is this one.
-        write_json(evaluate, read_json(evaluate) | {"model_path": "$@ckpt_dir + '/model.pt'"})
+    if "model_path" in read_json(target / "configs" / "train.json"):
+        # Models are named by their init where they are trained; what is scored and applied here is this one.
+        for name in ("evaluate.json", "inference.json"):
+            config = target / "configs" / name
+            if config.is_file():
+                write_json(config, read_json(config) | {"model_path": "$@ckpt_dir + '/model.pt'"})
     inference = read_json(target / "configs" / "inference.json")
     _fit_metadata(metadata, inference, record)
     write_json(target / "configs" / "metadata.json", metadata)
