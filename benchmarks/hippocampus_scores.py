@@ -22,7 +22,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from volta_components.data.phantom.dataset import phantom
+from volta_components.data.phantom.command import phantom
 from volta_components.data.phantom.labels import find_label_maps
 from volta_components.downstream.metrics import score_mask
 
@@ -44,7 +44,7 @@ def segment(source: str, output: Path, bundle: str) -> float:
 
 
 def score_condition(
-    folder: Path, anatomies: str, left_out: str, count: int, bundle: str, condition: str, seed: int, workers: int
+    folder: Path, anatomies: str, left_out: list[str], count: int, bundle: str, condition: str, seed: int, workers: int
 ) -> tuple[pd.DataFrame, float]:
     """Scores of every head of a condition, and seconds a scan."""
     heads = folder / "heads"
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     scored = arguments.scored.split(",")
-    left_out = ",".join(name for name in find_label_maps(Path(arguments.anatomies)) if name not in scored)
+    left_out = [name for name in find_label_maps(Path(arguments.anatomies)) if name not in scored]
     parts, seconds = [], []
     for condition in CONDITIONS:
         with tempfile.TemporaryDirectory() as name:

@@ -68,7 +68,8 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 def test_there_are_no_other_configs() -> None:
     """A new config belongs into these tests."""
     found = {path.stem for path in PRETRAIN.glob("*.json")}
-    assert found == {"train", "evaluate", "inference", "metadata", "tracking", *OVERLAYS}
+    # synthetic.json is tested with the data set that it renders, in tests/training/test_endless.py.
+    assert found == {"train", "evaluate", "inference", "metadata", "tracking", "synthetic", *OVERLAYS}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from volta_components.data.datalist import load_datalist, make_content
 from volta_components.data.load import LoadScand
 from volta_components.downstream.networks import VoltaUNETR
+from volta_components.downstream.start import load_model
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
 from volta_components.method.networks import VoltaViT
@@ -163,7 +164,26 @@ def test_the_network_takes_and_gives_what_the_metadata_say(config: str) -> None:
 def test_there_are_no_other_configs() -> None:
     """A new config belongs into these tests."""
     found = {path.stem for path in (BUNDLE / "configs").glob("*.json")}
-    assert found == {"train", "evaluate", "inference", "metadata", *OVERLAYS}
+    # synthetic.json is tested with the data set that it renders, in tests/training/test_endless.py.
+    assert found == {"train", "evaluate", "inference", "metadata", "starter", "synthetic", *OVERLAYS}
+
+
+def test_the_starter_model_fits_its_overlay_and_says_what_it_was_trained_on() -> None:
+    path = BUNDLE / "models" / "model_starter.pt"
+    assert path.stat().st_size < 12 * 2**20
+    parser = ConfigParser()
+    parser.read_config([str(file) for file in configs("inference", "starter")])
+    parser["bundle_root"] = str(BUNDLE)
+    assert Path(parser.get_parsed_content("model_path")) == path
+    network = parser.get_parsed_content("network_def")
+    record = load_model(network, path)  # every weight, after its hash is verified
+    overlay = read_json(configs("starter")[0])
+    settings = record["provenance"]["settings"]
+    shared = set(settings) & set(overlay)
+    assert {"spacing", "volume_size", "image_size", "unet_channels"} <= shared
+    assert all(settings[name] == overlay[name] for name in shared)
+    assert len(record["provenance"]["patient_ids"]) == 15
+    assert record["tags"]["phantom"] == "true"
 
 
 def test_overlays_are_a_few_lines_and_change_ids_that_exist() -> None:

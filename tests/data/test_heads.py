@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from toy_anatomies import toy_folder
 
-from tests.helpers.toy_anatomies import toy_folder
 from volta_components.data.phantom.anatomy import geometry
 from volta_components.data.phantom.command import phantom
 from volta_components.data.phantom.heads import code_positions, load_head, lookup_codes, sample_tables

@@ -2,8 +2,8 @@
 import nibabel as nib
 import numpy as np
 import pytest
+from toy_anatomies import SHAPE, toy_folder, toy_labels, write_labels
 
-from tests.helpers.toy_anatomies import SHAPE, toy_folder, toy_labels, write_labels
 from volta_components.data.phantom.labels import CODES, find_label_maps, read_label_map, read_label_maps
 from volta_components.errors import InputError
 

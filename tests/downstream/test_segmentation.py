@@ -26,6 +26,21 @@ def test_windows_are_added_up_in_float32_in_mixed_precision() -> None:
     assert (rounded - network(image).float()).abs().max() > 1e-3  # type: ignore[operator]
 
 
+def test_mirror_images_are_averaged_with_left_and_right_exchanged() -> None:
+    def network(image: torch.Tensor) -> torch.Tensor:
+        """Class 1 where it is bright on the left, class 2 on the right; and class 1 is seen a little better."""
+        place = torch.arange(image.shape[2]).view(1, 1, -1, 1, 1)
+        left = (place < image.shape[2] / 2).float()
+        return torch.cat([0 * image, 3 * image * left, 1 * image * (1 - left)], dim=1)
+
+    image = torch.rand(1, 1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    sizes: dict[str, Any] = {"roi_size": (16, 8, 8), "sw_batch_size": 1, "overlap": 0.0}
+    logits = FloatWindowInferer(**sizes, mirrored=True)(image, network)
+    expected = torch.zeros(1, 3, 16, 8, 8)
+    expected[:, 1, :8], expected[:, 2, 8:] = 2 * image[:, 0, :8], 2 * image[:, 0, 8:]
+    torch.testing.assert_close(logits, expected)
+
+
 def test_all_of_a_few_scans_are_shown_and_of_many_the_worst_median_and_best() -> None:
     assert shown_scans([0.3, 0.1, 0.2], 4) == {0, 1, 2}
     dices = [0.5 + 0.01 * ((8 * place) % 21) for place in range(21)]

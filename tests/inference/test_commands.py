@@ -400,6 +400,27 @@ def test_marks_stand_beside_the_results_and_on_the_console(
         assert "1 of 1 scans are marked" in error and row["marks"] in error
 
 
+def test_a_bundle_without_a_trained_model_is_used_with_the_one_that_ships(
+    sides_bundle: Path, raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "sides"
+    shutil.copytree(sides_bundle, bundle)
+    overlay = {"init": "starter", "network_def": {"_target_": f"{__name__}.BrightSides"}, "largest_part": True}
+    (bundle / "configs" / "starter.json").write_text(json.dumps(overlay))
+    save_model(bundle / "models" / "model_starter.pt", BrightSides(), {})
+    scan = raw / "scans" / "sub-isotropic00_T1w.nii"
+    assert segment([scan], tmp_path / "own", bundle=bundle) == 0
+    assert "model_starter" not in capsys.readouterr().out
+    (bundle / "models" / "model.pt").unlink()
+    assert segment([scan], tmp_path / "shipped", bundle=bundle) == 0
+    assert "model_starter.pt: the small model that ships" in capsys.readouterr().out
+    own, shipped = (np.asarray(nib.load(next((tmp_path / n).rglob("*.nii.gz"))).dataobj) for n in ("own", "shipped"))
+    assert (shipped > 0).any()
+    for side in (1, 2):  # the overlay's: each side keeps its largest part
+        assert ndimage.label(shipped == side, np.ones((3, 3, 3)))[1] == 1
+    assert ((shipped > 0) <= (own > 0)).all()
+
+
 @pytest.fixture
 def scans(raw: Path, tmp_path: Path) -> Path:
     """Two good scans, one in a zipped file."""
