@@ -489,7 +489,7 @@ MESSAGES = {
         "not a file of plain weights",
         "branch: the teacher's output is uniform",
         "every volume has the same",
-        "is wanted; prepare it with --",
+        "is expected; prepare it with --",
         "a worker was killed, most likely for want of memory; use fewer --workers",
         "left and right are swapped",
         "no orientation: neither sform nor qform is set, so left and right cannot be told",

@@ -593,7 +593,7 @@ def test_evaluation_refuses_those_whom_the_encoder_was_pretrained_on(trained, pr
 def test_evaluation_without_a_record_or_a_threshold_says_what_is_missing(trained, prepared, encoder, tmp_path):
     with pytest.raises(RuntimeError) as caught:
         evaluated(trained, prepared, encoder, tmp_path / "a", lambda record: "no record")
-    assert "does not tell whom it was trained and pretrained on" in str(caught.value.__cause__)
+    assert "does not say on which subjects it was trained and pretrained" in str(caught.value.__cause__)
     for name, change in (("b", lambda record: "no record"), ("c", lambda record: record.pop("threshold") and None)):
         with pytest.raises(RuntimeError) as caught:
             evaluated(trained, prepared, encoder, tmp_path / name, change, allow_leak=True)

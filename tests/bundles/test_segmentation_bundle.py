@@ -562,7 +562,7 @@ def test_a_trained_model_is_scored_again(
     model = tmp_path / "model.pt"
     shutil.copy(finished / "models" / "model.pt", model)
     changes["model_path"] = str(model)
-    with input_error("does not tell whom it was trained and pretrained on"):
+    with input_error("does not say on which subjects it was trained and pretrained"):
         run(("train", "evaluate"), labelled, tmp_path / "bare", **changes)
     record = read_json(finished / "models" / "model.json")
     record["pretraining"]["patient_ids"] = [patient_key("sub-0005", "fake")]

@@ -160,7 +160,7 @@ def test_split(tmp_path):
         (None, "no such datalist; make one with: volta3d prepare"),
         ("{", "not valid JSON"),
         ("[]", "not a datalist"),
-        ('{"training": []}', "format None where 1 is wanted"),
+        ('{"training": []}', "format None instead of 1"),
         ('{"training": [], "format": 1}', "the datalist is empty"),
         ('{"training": [{}], "format": 1}', "lacks name, spacing"),
     ],
@@ -191,12 +191,12 @@ def test_another_shape_or_spacing_than_wanted(tmp_path):
     path = write(tmp_path, [item(0)])
     assert load_datalist(path, shape=SHAPE, spacing=(1, 1, 1)).shape == SHAPE
     with pytest.raises(
-        InputError, match="volumes of shape 8x9x10, but 96x96x96 is wanted; prepare it with --shape 96,96,96"
+        InputError, match="volumes of shape 8x9x10, but 96x96x96 is expected; prepare it with --shape 96,96,96"
     ):
         load_datalist(path, shape=(96, 96, 96))
     assert load_datalist(path, spacing=1.0).spacing == (1, 1, 1)
     for spacing in (2, (2, 2, 2)):
-        with pytest.raises(InputError, match="volumes of spacing 1x1x1, but 2x2x2 is wanted"):
+        with pytest.raises(InputError, match="volumes of spacing 1x1x1, but 2x2x2 is expected"):
             load_datalist(path, spacing=spacing)
     with pytest.raises(InputError, match="three positive numbers"):
         load_datalist(write(tmp_path, [item(0)], shape=[8, 9]))
@@ -242,7 +242,7 @@ def test_deep_check_compares_range_and_hash(tmp_path):
     nib.Nifti1Image(voxels[::-1], np.eye(4)).to_filename(tmp_path / "images/1.nii")
     check_volumes(datalist)
     with pytest.raises(
-        InputError, match=r"(?s)intensities from .* where 0 to 1.*not what was prepared \(another hash\)"
+        InputError, match=r"(?s)intensities from .* instead of 0 to 1.*not what was prepared \(another hash\)"
     ):
         check_volumes(datalist, deep=True)
 

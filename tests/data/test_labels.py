@@ -59,7 +59,7 @@ def test_a_label_in_another_axis_order_shares_the_grid(place, tmp_path):
     ("change", "message"),
     [
         (lambda v: v * 0, "empty label: every voxel is 0"),
-        (lambda v: v + (np.arange(v.size).reshape(v.shape) == 0) * 5, "3 values where two are wanted"),
+        (lambda v: v + (np.arange(v.size).reshape(v.shape) == 0) * 5, "3 values instead of two"),
         (lambda v: v * 0.4 + 0.3, "no integers"),
         (lambda v: np.where(v > 0, np.nan, 0), "NaN"),
     ],

@@ -31,7 +31,7 @@ def test_scored_patients_who_were_pretrained_on_are_an_error_with_their_ids(tmp_
 
 def test_an_encoder_that_does_not_tell_its_patients_is_refused(tmp_path):
     path = make_encoder(tmp_path / "encoder.safetensors", None)
-    with pytest.raises(InputError, match="does not tell whom"):
+    with pytest.raises(InputError, match="has no list of pretraining subjects"):
         check_origin("volta", path, [{"patient_id": "x"}])
     assert check_origin("volta", path, [{"patient_id": "x"}], allow_leak=True).leak == "allowed"
 
@@ -70,13 +70,13 @@ def test_a_model_is_not_scored_on_those_whom_it_or_its_encoder_was_trained_on():
 @pytest.mark.parametrize(
     ("record", "what"),
     [
-        ({}, "trained and pretrained on"),
-        (model_record(provenance={}), "whom it was trained on"),
-        (model_record(pretraining={"patient_ids": None}), "whom it was pretrained on"),
-        ({"provenance": {"patient_ids": []}, "tags": {"encoder_sha256": "ab"}}, "whom it was pretrained on"),
+        ({}, "on which subjects it was trained and pretrained,"),
+        (model_record(provenance={}), "on which subjects it was trained,"),
+        (model_record(pretraining={"patient_ids": None}), "on which subjects it was pretrained,"),
+        ({"provenance": {"patient_ids": []}, "tags": {"encoder_sha256": "ab"}}, "on which subjects it was pretrained,"),
     ],
 )
-def test_a_model_that_does_not_tell_whom_it_has_seen_is_not_scored(record, what):
+def test_a_model_without_a_list_of_its_subjects_is_not_scored(record, what):
     with pytest.raises(InputError, match=what):
         check_model(record, [{"patient_id": "x"}])
     assert check_model(record, [{"patient_id": "x"}], allow_leak=True) == "allowed"

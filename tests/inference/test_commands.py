@@ -472,7 +472,7 @@ def test_wrong_options_are_told_before_anything_is_done(sides_bundle: Path, scan
         ({"bundle": tmp_path / "nobody"}, r"nobody/configs/inference\.json: no such bundle; .*--bundle"),
         (
             {"bundle": ROOT / "bundles" / "ixi_sex"},
-            r"ixi_sex: its network gives format .* 'segmentation' is wanted",
+            r"ixi_sex: its network gives format .* instead of 'segmentation'",
         ),
         ({"overlays": ["tinny"]}, r"tinny\.json: no such overlay"),
         ({"device": "cuda:99"}, r"--device cuda:99: cannot be used here"),

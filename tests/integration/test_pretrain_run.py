@@ -435,7 +435,7 @@ BAD_VOLUMES: dict[str, tuple[Callable[[np.ndarray, Path], Any], str]] = {
     "infinite": (lambda v, path: save_volume(path, spoil(v, np.inf)), "contains NaN or Inf (1 voxels)"),
     "4-D": (lambda v, path: save_volume(path, np.stack([v, v], axis=-1)), "4"),
     "constant": (lambda v, path: save_volume(path, np.full_like(v, 0.25)), "constant: every voxel is 0.25"),
-    "out of range": (lambda v, path: save_volume(path, v * 255), "where 0 to 1 is wanted"),
+    "out of range": (lambda v, path: save_volume(path, v * 255), "instead of 0 to 1"),
     "shape": (lambda v, path: save_volume(path, v[:-1]), "shape 31x32x32 where the datalist says 32x32x32"),
     "spacing": (lambda v, path: save_volume(path, v, 2.0), "spacing 2x2x2 mm where the datalist says 1x1x1"),
     "another file": (lambda v, path: save_volume(path, v * 0.5), "not what was prepared"),
@@ -505,8 +505,8 @@ def test_bad_datalists_are_named(workplace: Workplace, tmp_path: Path) -> None:
 
 def test_bad_settings_are_named(workplace: Workplace) -> None:
     for options, words in (
-        (("--spacing", "2.0"), ("spacing 1x1x1, but 2x2x2 is wanted", "--spacing 2,2,2", "change the config")),
-        (("--volume_size", "[48,48,48]"), ("shape 32x32x32, but 48x48x48 is wanted", "--shape 48,48,48")),
+        (("--spacing", "2.0"), ("spacing 1x1x1, but 2x2x2 is expected", "--spacing 2,2,2", "change the config")),
+        (("--volume_size", "[48,48,48]"), ("shape 32x32x32, but 48x48x48 is expected", "--shape 48,48,48")),
         (("--patch_size", "[9,9,9]"), ("(32, 32, 32)", "patches of (9, 9, 9)", "a multiple of the patch")),
         (("--local_size", "[24,24,24]"), ("(24, 24, 24)", "patches of (16, 16, 16)", "a multiple of the patch")),
         (("--checkpoint_interval", "4"), ("checkpoint interval 4", "multiple of the 3")),

@@ -280,7 +280,7 @@ def test_a_module_that_does_not_tell_its_grid(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"hidden_size": 32, "mlp_dim": 48, "num_layers": 2, "num_heads": 4, "proj_type": "conv"}
     path = saved(tmp_path)
     assert load_pretrained(ViT(1, IMAGE, PATCH, **sizes), path).resampled == []
-    with pytest.raises(InputError, match="ViT: cannot tell the token grid of 12 position embeddings"):
+    with pytest.raises(InputError, match="ViT: the token grid of 12 position embeddings is not known"):
         load_pretrained(ViT(1, (8, 8, 12), PATCH, **sizes), path)
     report = load_pretrained(ViT(1, (8, 8, 12), PATCH, **sizes), path, grid=(2, 2, 3))
     assert report.resampled == [f"{POSITION} 2x3x3 -> 2x2x3"]
@@ -386,7 +386,7 @@ def test_a_grid_that_cannot_be_told_is_an_error(tmp_path: Path) -> None:
     """A checkpoint without a JSON, of 18 tokens, into 8: which grid had it?"""
     path = tmp_path / "plain.pt"
     torch.save(tiny_network(3).state_dict(), path)
-    with pytest.raises(InputError, match=f"cannot tell the token grid of {TOKENS} position embeddings"):
+    with pytest.raises(InputError, match=f"the token grid of {TOKENS} position embeddings is not known"):
         load_pretrained(random_network(img_size=(8, 8, 8)), path)
     assert load_pretrained(random_network(), path).resampled == []
 

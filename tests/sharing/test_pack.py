@@ -357,7 +357,7 @@ class TestRefused:
         assert "image_size" not in str(error.value)
 
     def test_phantoms_under_a_name_that_hides_them(self, tmp_path: Path, weights: dict[str, Path]) -> None:
-        with pytest.raises(InputError, match=r"trained on phantoms, which the name sex_of_patients does not tell"):
+        with pytest.raises(InputError, match=r"trained on phantoms, but the name sex_of_patients does not say so"):
             pack_bundle(
                 self.copy(tmp_path), tmp_path / "out", ["tiny"], name="sex_of_patients", model=weights["ixi_sex"]
             )

@@ -174,7 +174,7 @@ def save_settings(path: Path, settings: dict[str, Any]) -> None:
 def test_ends_of_epochs_have_a_checkpoint_after_so_many_minutes_and_the_last_always(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Epochs of four minutes; a run that goes on waits anew."""
+    """Epochs of four minutes; a resumed run waits again."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: clock.now))
     saved: list[int] = []

@@ -159,7 +159,7 @@ def _adopt(run: Run, bundle: Path) -> None:
     """Copy a finished run's model and its record to the bundle's ``models``."""
     models = sorted(path for path in (run.folder / "models").glob("*.pt") if not path.name.startswith("."))
     if len(models) != 1:
-        raise InputError(f"{run.folder / 'models'}: {len(models)} models instead of one; --adopt cannot tell which")
+        raise InputError(f"{run.folder / 'models'}: {len(models)} models; --adopt needs exactly one")
     is_there = (bundle / "models" / models[0].name).exists()
     for path in (models[0], models[0].with_suffix(".json")):
         with atomic_path(bundle / "models" / path.name) as temporary:

@@ -114,8 +114,8 @@ def load_datalist(
 
     Args:
         path: of ``datalist.json``, or of the folder that holds it.
-        shape: of the volumes that the caller wants; None takes any.
-        spacing: of the volumes that the caller wants, mm, one number or three; None takes any.
+        shape: that the volumes must have; None accepts any.
+        spacing: that the volumes must have, mm, one number or three; None accepts any.
 
     Raises:
         InputError: if it is missing, empty, of another format, contradicts itself (a patient in two folds, an item
@@ -134,7 +134,7 @@ def load_datalist(
         raise InputError(f"{path}: not a datalist (no list named 'training'); make one with volta3d prepare")
     if content.get("format") != FORMAT:
         raise InputError(
-            f"{path}: datalist format {content.get('format')!r} where {FORMAT} is wanted; prepare the data set again"
+            f"{path}: datalist format {content.get('format')!r} instead of {FORMAT}; prepare the data set again"
         )
     if not content["training"]:
         raise InputError(f"{path}: the datalist is empty; see its 'excluded' for the reasons, and prepare it again")
@@ -146,7 +146,7 @@ def load_datalist(
         if not np.allclose(content[name], three, rtol=0, atol=1e-6):
             raise InputError(
                 f"{path}: volumes of {name} {'x'.join(f'{n:g}' for n in content[name])}, but "
-                f"{'x'.join(f'{n:g}' for n in three)} is wanted; prepare it with --{name} "
+                f"{'x'.join(f'{n:g}' for n in three)} is expected; prepare it with --{name} "
                 f"{','.join(f'{n:g}' for n in three)}, or change the config"
             )
     actual = datalist_hash(content)
@@ -165,7 +165,7 @@ def check_content(path: Path, content: Mapping[str, Any]) -> None:
         if not (
             isinstance(value, list) and len(value) == 3 and all(isinstance(n, int | float) and n > 0 for n in value)
         ):
-            raise InputError(f"{path}: {key} is {value!r} where three positive numbers are wanted; prepare it again")
+            raise InputError(f"{path}: {key} is {value!r} instead of three positive numbers; prepare it again")
     rows: list[tuple[str, str]] = []
     folds: dict[str, int] = {}
     seen: set[tuple[str, Any]] = set()
@@ -352,7 +352,7 @@ def _check_volume(path: Path, kind: str, item: Mapping[str, Any], datalist: Data
     if kind == "image" and low == high:
         raise UnusableVolume(path, f"constant: every voxel is {low:g}", remedy)
     if kind == "image" and (low < -1e-3 or high > 1 + 1e-3):
-        raise UnusableVolume(path, f"intensities from {low:g} to {high:g} where 0 to 1 is wanted", remedy)
+        raise UnusableVolume(path, f"intensities from {low:g} to {high:g} instead of 0 to 1", remedy)
     if kind == "label" and volume.voxels.dtype.kind == "f" and not (volume.voxels == np.round(volume.voxels)).all():
         raise UnusableVolume(path, "label values that are no integers", remedy)
     if kind == "image" and item.get("sha256") and sha256_file(path) != item["sha256"]:

@@ -37,7 +37,7 @@ def check_geometry(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> tu
         remedy = (
             "give one 3-D volume (split it, or take the mean or the first)" if len(shape) > 3 else "give a 3-D volume"
         )
-        raise UnusableVolume(path, f"{len(shape)}-D ({kind}) where a 3-D volume is wanted", remedy)
+        raise UnusableVolume(path, f"{len(shape)}-D ({kind}) instead of a 3-D volume", remedy)
     if min(shape) < 2:
         raise UnusableVolume(path, f"not a volume: {'x'.join(map(str, shape))} voxels", "give a 3-D volume")
     voxels = int(np.prod(shape, dtype=np.float64))

@@ -108,7 +108,7 @@ def read_labels(
             continue
         if len(values) != 2:
             raise UnusableVolume(
-                file.path, f"{len(values)} values where two are wanted: {values[:6].tolist()}", "fetch it again"
+                file.path, f"{len(values)} values instead of two: {values[:6].tolist()}", "fetch it again"
             )
         if values[0] != 0 or values[1] != 1:
             quirks.append((file.path.name, f"values {values[0]} and {values[1]} taken as 0 and 1"))

@@ -188,7 +188,7 @@ def merge(
         raise InputError.many(
             f"{len(split)} patients are in different folds of the datalists",
             [(patient,) for patient in split],
-            "Add --refold to assign the folds anew.",
+            "Add --refold to assign the folds again.",
         )
     n_folds, used_seed = first.n_folds, int(first.content["seed"])
     if refold:
@@ -218,7 +218,7 @@ def check_phantom_name(name: str, is_phantom: bool) -> None:
         InputError: if it does not.
     """
     if is_phantom and "phantom" not in name.lower():
-        raise InputError(f"--name {name}: these are phantoms, which their name has to tell; try phantom_{name}")
+        raise InputError(f"--name {name}: these are phantoms, and the name has to say so; try phantom_{name}")
 
 
 def check_folds(folds: int) -> None:

@@ -260,7 +260,7 @@ def run(tasks: Sequence[Task], workers: int) -> None:
     except BrokenProcessPool as error:
         raise InputError(
             "a worker was killed, most likely for want of memory; use fewer --workers. Started again, the same command "
-            "goes on where it was"
+            "resumes where it stopped"
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

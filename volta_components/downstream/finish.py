@@ -86,7 +86,7 @@ class FinishRun:
             raise InputError.many(
                 f"{self.path} is of a finished run with other settings (name, there, here)",
                 rows,
-                "Choose another run_name (--run_name NAME), or remove the folder to start anew.",
+                "Choose another run_name (--run_name NAME), or remove the folder to start again.",
             )
         self._before = before
         logger.info("%s is of the same run, which is finished: nothing is trained", self.path)

@@ -30,7 +30,7 @@ class Origin:
         pretrain_datalist_hash: of the data that the encoder was trained on.
         leak: ``none``, or ``allowed`` when scored patients were, or may have been, pretrained on.
         leaked: those patients' ids.
-        patient_ids: keys of everybody pretrained on (``patient_key``), or None where the encoder does not tell.
+        patient_ids: keys of everybody pretrained on (``patient_key``), or None if the encoder has no such list.
     """
 
     encoder_sha256: str = ""
@@ -64,7 +64,7 @@ def check_origin(
         init: see ``is_pretrained``.
         encoder_path: the exported encoder, with its JSON beside it, or a folder that holds one (``find_encoder``).
         scored: items of the scored fold.
-        allow_leak: go on all the same; the run is marked.
+        allow_leak: continue anyway; the run is marked.
 
     Raises:
         InputError: with the ids of those who were pretrained on; when the encoder does not tell its patients; or when
@@ -85,11 +85,11 @@ def check_origin(
     known = provenance.get("patient_ids")
     if known is None:
         if allow_leak:
-            logger.warning("%s does not tell whom it was pretrained on; the run is marked as a possible leak", path)
+            logger.warning("%s has no list of pretraining subjects; the run is marked as a possible leak", path)
             return Origin(digest, datalist_hash, leak="allowed", patient_ids=None)
         raise InputError(
-            f"{record}: does not tell whom the encoder was pretrained on (provenance.patient_ids), so that a leak into "
-            "the scored fold cannot be ruled out; export the encoder again, or say --allow_leak True"
+            f"{record}: has no list of pretraining subjects (provenance.patient_ids), so leakage into the scored "
+            "fold cannot be ruled out; export the encoder again, or say --allow_leak True"
         )
     leaked = patients_known_to(scored, known)
     if leaked and not allow_leak:
@@ -125,7 +125,7 @@ def check_model(record: Mapping[str, Any], scored: Sequence[Mapping[str, Any]], 
     Args:
         record: the JSON beside the model; see ``save_model``.
         scored: items to be scored.
-        allow_leak: go on all the same.
+        allow_leak: continue anyway.
 
     Returns:
         ``none``, or ``allowed`` when scored patients were, or may have been, among them.
@@ -150,8 +150,8 @@ def check_model(record: Mapping[str, Any], scored: Sequence[Mapping[str, Any]], 
         )
     if unknown and not allow_leak:
         raise InputError(
-            f"the JSON beside the model does not tell whom it was {' and '.join(unknown)} on, so that a leak into the "
-            "scored part cannot be ruled out; fetch the model with its JSON or train it again, or say --allow_leak True"
+            f"the JSON beside the model does not say on which subjects it was {' and '.join(unknown)}, so leakage into "
+            "the scored part cannot be ruled out; fetch model and JSON, train again, or say --allow_leak True"
         )
     if rows:
         logger.warning("scored patients are known to the model: %s", ", ".join(sorted({row[0] for row in rows})))

@@ -85,9 +85,9 @@ def split_items(
         InputError: if a share is out of range, the fold has no items, or a patient is in two folds.
     """
     if not 0 < fraction <= 1:
-        raise InputError(f"fraction {fraction}: a share of the training part in (0, 1] is wanted")
+        raise InputError(f"fraction {fraction}: expected a share of the training part in (0, 1]")
     if not 0 <= validation_fraction < 1:
-        raise InputError(f"validation_fraction {validation_fraction}: a share in [0, 1) is wanted")
+        raise InputError(f"validation_fraction {validation_fraction}: expected a share in [0, 1)")
     scored = [item for item in items if item["fold"] == fold]
     rest = [item for item in items if item["fold"] != fold]
     if not scored or not rest:

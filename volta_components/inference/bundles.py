@@ -37,7 +37,7 @@ def find_bundle(given: Path | str | None, default: str, output: tuple[str, str])
         raise InputError(f"{meta}: does not say what the bundle's network gives; fetch the bundle again") from error
     if found != wanted:
         raise InputError(
-            f"{root}: its network gives {key} {found!r} where {wanted!r} is wanted; give another --bundle "
+            f"{root}: its network gives {key} {found!r} instead of {wanted!r}; give another --bundle "
             f"(its own task: python -m monai.bundle run --config_file {config})"
         )
     return root.resolve()

@@ -377,5 +377,5 @@ def _module_grid(module: nn.Module, prefix: str) -> tuple[int, ...]:
 def _cube(count: int, what: str) -> tuple[int, ...]:
     side = round(count ** (1 / 3))
     if side**3 != count:
-        raise InputError(f"{what}: cannot tell the token grid of {count} position embeddings; give it")
+        raise InputError(f"{what}: the token grid of {count} position embeddings is not known; give it")
     return (side,) * 3

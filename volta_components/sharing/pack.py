@@ -220,7 +220,7 @@ def assemble(
     record = _checked_record(weights)
     if is_phantom(record) and "phantom" not in target.name:
         raise InputError(
-            f"{weights} is trained on phantoms, which the name {target.name} does not tell; leave out --name, or give "
+            f"{weights} is trained on phantoms, but the name {target.name} does not say so; leave out --name, or give "
             "one with phantom in it"
         )
     if target.exists():

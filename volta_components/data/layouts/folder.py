@@ -79,7 +79,7 @@ def read(options: LayoutOptions) -> Listing:
     if not images:
         contrasts = f", only {others[0].name} and the like" if others else ""
         raise InputError(
-            f"{root}: no volume (.nii, .nii.gz, .mnc, .mgz) in it or below{contrasts}; DICOM wants --layout dicom"
+            f"{root}: no volume (.nii, .nii.gz, .mnc, .mgz) in it or below{contrasts}; for DICOM use --layout dicom"
         )
     people = _people(listing, options)
     found = _identified(listing, root, images, people)
