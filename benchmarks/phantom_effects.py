@@ -28,7 +28,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import fire
+import cyclopts
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -124,4 +124,4 @@ def main(output: str | None = None, subjects: int = 800, spacing: int = 3, seed:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    cyclopts.run(main)
