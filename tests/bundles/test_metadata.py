@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft201909Validator
-from monai.bundle import ConfigWorkflow, verify_metadata
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata
 from packed import BUNDLES, ROOT
 from prepared import PRETRAIN, TINY_SIZES
 
@@ -135,3 +135,15 @@ def test_pretraining_has_all_properties(name: str, kind: str, prepared: Path, tm
     )
     made.initialize()
     assert made.check_properties() == []
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+@pytest.mark.parametrize("run_name", [7, 20240601, "2024_06_01"])
+def test_a_run_name_of_digits_names_the_folder(bundle: str, name: str, run_name: int | str) -> None:
+    """``--run_name 7`` arrives as a number."""
+    configs = ROOT / "bundles" / bundle / "configs"
+    parser = ConfigParser()
+    parser.read_config([str(configs / "train.json"), str(configs / f"{name}.json")])
+    parser["run_name"] = run_name
+    assert Path(parser.get_parsed_content("output_dir")).name == str(run_name)

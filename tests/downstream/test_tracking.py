@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from mlflow import MlflowClient
+from monai.handlers import MLFlowHandler
 from torch import nn
 
 from volta_components.downstream.leaks import Origin
@@ -75,3 +77,24 @@ def test_tags_tell_everything_that_runs_are_compared_by(tmp_path):
     assert set(tags) - set(expected) == {"code_version"}
     write_json(tmp_path / "x.json", tags)
     assert json.loads((tmp_path / "x.json").read_text()) == tags
+
+
+def test_a_run_named_by_a_number_is_one_run_also_when_resumed(tmp_path):
+    """As ``--run_name 7 --tracking mlflow`` gives it."""
+
+    def train():
+        trainer, evaluator = engine_of([], 1), Engine(lambda e, b: None)
+        RunRecord({}, {}, evaluator).attach(trainer)
+        for engine in (evaluator, trainer):  # as monai.bundle does, after the config's own handlers
+            engine.state.metrics = {}
+            handler = MLFlowHandler(f"sqlite:///{tmp_path}/mlruns.db", experiment_name="some", run_name=7)
+            handler.iteration_log = False
+            handler.attach(engine)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run([0]))
+        trainer.run([1.0])
+
+    train()
+    train()
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlruns.db")
+    runs = client.search_runs([client.get_experiment_by_name("some").experiment_id])
+    assert [run.info.run_name for run in runs] == ["7"]

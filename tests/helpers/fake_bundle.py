@@ -129,7 +129,7 @@ def write_bundle(folder: Path) -> Path:
         "bundle_root": ".",
         "run_name": "fake",
         "experiment_name": "fake",
-        "output_dir": "$@bundle_root + '/runs/' + @run_name",
+        "output_dir": "$@bundle_root + '/runs/' + str(@run_name)",
         "datalist_path": "datalist.json",
         "encoder_path": "$os.path.join(@bundle_root, 'models', 'encoder.safetensors')",
         "init": "volta",

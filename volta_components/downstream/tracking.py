@@ -15,7 +15,7 @@ from volta_components.distributed import mean_over_processes
 from volta_components.downstream.leaks import Origin
 from volta_components.training.record import code_version
 from volta_components.training.sampling import ResumableSampler
-from volta_components.training.tracking import describe_run, find_mlflow_handler
+from volta_components.training.tracking import describe_run, find_mlflow_handler, name_runs
 
 # Set by crossval: hashes of all that decides a run's result, and of what all runs of an init share.
 SETTINGS_TAG = "crossval_settings"
@@ -85,6 +85,7 @@ class RunRecord:
         if self._engine is engine:
             return
         self._engine = engine
+        engine.add_event_handler(Events.STARTED, lambda: name_runs(engine, self.evaluator))
         engine.add_event_handler(Events.EPOCH_STARTED, self.record)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)

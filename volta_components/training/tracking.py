@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,14 +24,29 @@ def find_mlflow_handler(engine: Engine) -> Any:
 
     ``monai.bundle`` appends it to the list of handlers after the config was read, so no config can refer to it.
     """
+    return next((handler for handler in _mlflow_handlers(engine) if handler.cur_run is not None), None)
+
+
+def name_runs(*engines: Engine | None) -> None:
+    """Make the names of MLflow's runs text, before it looks for them.
+
+    ``--run_name 7`` arrives as a number, and MLflow finds no run of that name: training and validation would be
+    recorded as two runs, and a resumed training as two more.
+    """
+    for engine in filter(None, engines):
+        for handler in _mlflow_handlers(engine):
+            if handler.run_name is not None:
+                handler.run_name = str(handler.run_name)
+
+
+def _mlflow_handlers(engine: Engine) -> Iterator[Any]:
     for handlers in engine._event_handlers.values():
         for handler, *_ in handlers:
             owner = getattr(handler, "__self__", None)
             if owner is None:
                 owner = getattr(getattr(handler, "__wrapped__", None), "__self__", None)
-            if isinstance(owner, MLFlowHandler) and owner.cur_run is not None:
-                return owner
-    return None
+            if isinstance(owner, MLFlowHandler):
+                yield owner
 
 
 def refer(handler: Any) -> Any:
@@ -87,6 +102,7 @@ class TrainingRecord:
         """Follow every mini-batch and epoch."""
         # Before StatsHandler's, which prints a traceback that Python prints once more.
         engine.add_event_handler(Events.EXCEPTION_RAISED, _raise)
+        engine.add_event_handler(Events.STARTED, name_runs)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
         engine.add_event_handler(Events.COMPLETED, self._completed)
