@@ -223,7 +223,12 @@ def test_a_path_that_is_there_may_have_a_comma(tmp_path: Path) -> None:
         (
             "greet --name Ada --rooms a.nii b.nii c.nii d.nii",
             "volta3d greet: --rooms takes one word, but 4 follow (a.nii b.nii c.nii ...). Put a pattern in quotes, so "
-            "that the shell leaves it as it is; separate the values of a list by commas",
+            "that the shell leaves it as it is; separate several values by commas",
+        ),
+        (
+            "greet --name Ada Eve",
+            "volta3d greet: --name takes one word, but 2 follow (Ada Eve). The shell replaces a pattern without quotes "
+            "by all that fits it; give a single one",
         ),
     ],
 )
@@ -240,7 +245,7 @@ def test_a_pattern_that_the_shell_has_expanded_is_refused(tmp_path: Path) -> Non
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.startswith(f"volta3d {command.split()[0]}: --source takes one word, but 3 follow")
-        assert "in quotes" in done.stderr and done.stderr.count("\n") == 1
+        assert "quotes" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

@@ -288,7 +288,7 @@ def _explain(error: CycloptsError, app: App, words: Sequence[str]) -> str:
         case MissingArgumentError(keyword=str() as option):
             return f"{option} needs a value"
         case _ if error.unused_tokens:
-            return _explain_extra(error.unused_tokens, words)
+            return _explain_extra(error.unused_tokens, arguments, words)
         case MissingArgumentError():
             absent = [argument.name for argument in arguments if argument.required and not {*argument.names} & {*given}]
             verb = "is" if len(absent) == 1 else "are"
@@ -296,7 +296,7 @@ def _explain(error: CycloptsError, app: App, words: Sequence[str]) -> str:
     return str(error)
 
 
-def _explain_extra(extra: Sequence[str], words: Sequence[str]) -> str:
+def _explain_extra(extra: Sequence[str], arguments: Iterable[Argument], words: Sequence[str]) -> str:
     """Words that belong to no option: most often the rest of a pattern that the shell has expanded."""
     # The word itself may also be the value of an option before.
     place = max(place for place, word in enumerate(words) if word == extra[0])
@@ -306,9 +306,13 @@ def _explain_extra(extra: Sequence[str], words: Sequence[str]) -> str:
     if words[place - 1] == option:
         return f"{option} takes no value, but {extra[0]} follows"
     values = shlex.join([words[place - 1], *extra[:2]]) + " ..." * (len(extra) > 2)
-    return (
-        f"{option} takes one word, but {len(extra) + 1} follow ({values}). Put a pattern in quotes, so that the shell "
-        "leaves it as it is; separate the values of a list by commas"
+    takes_list = any(
+        option.replace("_", "-") in argument.names and argument.parameter.n_tokens == -1 for argument in arguments
+    )
+    return f"{option} takes one word, but {len(extra) + 1} follow ({values}). " + (
+        "Put a pattern in quotes, so that the shell leaves it as it is; separate several values by commas"
+        if takes_list
+        else "The shell replaces a pattern without quotes by all that fits it; give a single one"
     )
 
 
