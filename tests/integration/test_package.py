@@ -117,7 +117,7 @@ def test_the_command_works_from_an_empty_folder(installed: Path, tmp_path: Path)
     usage = run([str(installed / "volta3d"), "--help"], tmp_path)
     assert "segment" in usage and "embed" in usage
     help_ = run([str(installed / "volta3d"), "segment", "--help"], tmp_path)
-    assert "SOURCE" in help_ and "own grid" in help_
+    assert "--source PATH" in help_ and "hippocampi" in help_
     run([str(installed / "volta3d"), "segment", "--source", "nothing.nii", "--output", "out"], tmp_path, expect=2)
     assert list(tmp_path.iterdir()) == []
 
