@@ -2,6 +2,7 @@
 import shutil
 
 import numpy as np
+import pydicom
 import pytest
 import tiny_datasets as tiny
 
@@ -87,6 +88,23 @@ def test_copies_of_an_image_are_used_once_and_others_at_its_place_are_a_problem(
     ((_, file, reason),) = found(listing)
     assert listing.scans == [] and file == "P1/again and P1/one"
     assert "24 slices lie where others do (doubled instances)" in reason
+
+
+@pytest.mark.parametrize("patient", ["", "Anonymous"])
+def test_people_who_share_all_their_uids_stay_apart(tmp_path, patient):
+    """Some anonymisers give the same UIDs to everybody."""
+    for i, folder in enumerate(("anna", "bert")):
+        voxels = tiny.head(SHAPE, AFFINE, seed=i)
+        write(
+            tmp_path / folder, patient="x", uid="1.2.3", voxels=voxels, PatientID=patient or None, PatientName=patient
+        )
+        for k, path in enumerate(sorted((tmp_path / folder).iterdir())):
+            data = pydicom.dcmread(path)
+            data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = f"1.2.4.{k}"
+            data.save_as(path)
+    listing = listed(tmp_path)
+    assert {(scan.patient_id, len(scan.series)) for scan in listing.scans} == {("anna", 24), ("bert", 24)}
+    assert {who for who, _, _ in found(listing)} == {"anna", "bert"}
 
 
 def test_damaged_and_absent_files_are_named(tmp_path):

@@ -155,3 +155,17 @@ def test_a_name_that_is_too_long_for_a_file_gets_a_shorter_key(tmp_path):
     names = ["a" * 230 + end for end in "xy"]
     keys = {scan.key for scan in listed(tmp_path, *(f"{name}.nii" for name in names)).scans}
     assert len(keys) == 2 and all(len(key.encode()) <= 150 for key in keys)
+
+
+@pytest.mark.parametrize(
+    "name", ["p3_T1w.nii.gz.part", "p3_T1w.nii (1).gz", "p3_T1w.nii.gz.zip", "p3_T1w.nii.crdownload"]
+)
+def test_parts_of_downloads_are_named(tmp_path, name):
+    assert found(listed(tmp_path, "p1.nii", name)) == {("p3_T1w", "no volume by its name: a part, or packed")}
+
+
+def test_dicom_files_archives_and_dead_links_are_named(tmp_path):
+    tmp_path.joinpath("p4").symlink_to("gone")
+    listing = listed(tmp_path, "p1.nii", "p2/IM1.dcm", "p2/IM2.dcm", "rest.zip", "p1.nii.json")
+    assert found(listing) == {("p2", "DICOM files, not read"), ("p4", "a link to nothing")}
+    assert found(listing, "quirk") == {("(archives)", "an archive, not looked into")}

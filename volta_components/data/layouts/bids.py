@@ -221,7 +221,8 @@ def _others(listing: Listing, root: Path, folders: Iterable[Path], volumes: list
                 others = strange or inside
                 reason = "has no T1w image" + (f", but {others[0].name}" if others else "")
                 rename = f"name it {who}_T1w.nii.gz if it is one, in {who}/anat"
-                listing.note("problem", who, top, reason, rename if others else "fetch it, or remove the folder")
+                fetch = f"fetch it (datalad get {top})" if (root / ".datalad").is_dir() else "fetch it"
+                listing.note("problem", who, top, reason, rename if others else f"{fetch}, or remove the folder")
         else:
             for volume in strange:
                 if (place := relative(volume.path, root)) not in places:

@@ -33,6 +33,9 @@ from volta_components.files import readable
 LEFT, RIGHT = 1, 2  # values of the hippocampi in label maps
 Kind = Literal["problem", "quirk", "choice", "skipped"]
 MAX_KEY_BYTES = 150
+_PART = r"\.(part|partial|crdownload|download|filepart|aria2|tmp|zip|7z|bz2|xz|zst)"
+_UNFINISHED = re.compile(rf"\.(nii|mgz|mgh|mnc)(\.gz)?({_PART}| ?\(\d+\)(\.gz)?|~)$", re.IGNORECASE)
+_ARCHIVE = re.compile(r"\.(zip|tar|tgz|tar\.\w+|7z|rar)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -235,6 +238,15 @@ def look(listing: Listing, root: Path) -> Tree:
     for folder in tree.locked:
         place = relative(folder, root)
         listing.note("problem", place.split("/")[0], place, "permission denied", "make it readable (chmod u+rx)")
+    for path in tree.files:
+        place, who = relative(path, root), VolumeFile(path, tidy(path.name)).stem
+        if path.is_symlink() and not path.exists() and not path.suffix:
+            listing.note("problem", who, place, "a link to nothing", "mend the link, or remove it")
+        elif _UNFINISHED.search(path.name):
+            remedy = "finish or unpack it, or remove it"
+            listing.note("problem", who.split(".")[0], place, "no volume by its name: a part, or packed", remedy)
+        elif _ARCHIVE.search(path.name):
+            listing.note("quirk", "(archives)", place, "an archive, not looked into", "unpack it if it holds scans")
     for folder in tree.folders:
         if volume_suffix(folder):
             inside = [path for path in tree.files if path.parent == folder and volume_suffix(path)]

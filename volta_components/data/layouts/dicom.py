@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -177,38 +178,52 @@ def dicom_folders(tree: Tree) -> dict[Path, list[Path]]:
 def _all_series(listing: Listing, options: LayoutOptions, folders: dict[Path, list[Path]]) -> list[_Series]:
     """Read all headers and put together what belongs together; name what is damaged, absent, doubled or uneven."""
     root = options.source
-    images: dict[str, list[Image]] = {}
-    facts: dict[str, dict[str, Any]] = {}
-    in_folder: dict[Path, set[str]] = {}
+    images: dict[tuple[str, str], list[Image]] = {}
+    facts: dict[Path, dict[str, dict[str, Any]]] = {}
     with ThreadPoolExecutor(options.workers) as pool:
         catalogues = pool.map(lambda folder: _catalogue(folder, folders[folder], options), folders)
         bar = tqdm(catalogues, total=len(folders), unit="folder", desc="reading DICOM headers")
         for folder, found in zip(folders, bar, strict=True):
             _note_bad_files(listing, root, folder, found)
-            in_folder[folder] = set(found.facts)
+            facts[folder] = found.facts
             for image in found.images:
-                images.setdefault(image.series, []).append(image)
-            for uid, known in found.facts.items():
-                facts.setdefault(uid, known)
-    result = []
-    for uid, several in sorted(images.items()):
+                images.setdefault((image.series, image.patient), []).append(image)
+    result: list[_Series] = []
+    for (uid, patient), several in sorted(images.items()):
         kept, copies = without_copies(several)
-        kept = magnitude(kept)
-        places = tuple(sorted({image.path.parent for image in kept}))
-        names = " and ".join(relative(place, root) for place in places[:3])
-        problem = why_not_whole(kept, facts[uid])
-        one = _Series(uid, tuple(kept), facts[uid], places, len(in_folder[places[0]]) > 1, problem)
-        if why_not_t1(facts[uid], kept) is None:
-            who = _first_part(places[0], root)
-            if copies:
-                what = f"{len(copies)} doubled instances of series {one.description!r}"
-                reason = f"{what}: copies with the same SOPInstanceUID, of which one is used"
-                listing.note("quirk", who, relative(copies[0].path.parent, root), reason, patient_id="")
-            if len(places) > 1:
-                reason = f"series {one.description!r} lies in {len(places)} folders, taken together: {names}"
-                listing.note("quirk", who, relative(places[0], root), reason, patient_id="")
-        result.append(one)
+        for number, part in enumerate(_apart(kept, root)):
+            part = magnitude(part)
+            places = tuple(sorted({image.path.parent for image in part}))
+            own = {**facts[places[0]][uid], "PatientID": patient}
+            name = uid if not number and not any(other.uid == uid for other in result) else f"{uid} {len(result)}"
+            problem = why_not_whole(part, own)
+            one = _Series(name, tuple(part), own, places, len(facts[places[0]]) > 1, problem)
+            if why_not_t1(own, part) is None:
+                _note_folders(listing, root, one, [image for image in copies if image.uid in {i.uid for i in part}])
+            result.append(one)
     return result
+
+
+def _apart(images: list[Image], root: Path) -> list[list[Image]]:
+    """Images of one series; by their first folders where these have different images under one SOPInstanceUID."""
+    tops: dict[str, list[Image]] = {}
+    for image in images:
+        tops.setdefault(_first_part(image.path.parent, root), []).append(image)
+    counts = Counter(image.uid for image in images)
+    return list(tops.values()) if len(tops) > 1 and max(counts.values()) > 1 else [images]
+
+
+def _note_folders(listing: Listing, root: Path, one: _Series, copies: list[Image]) -> None:
+    """Say that a series lies in several folders, or has copies of images."""
+    who, place = _first_part(one.folders[0], root), relative(one.folders[0], root)
+    if copies:
+        what = f"{len(copies)} doubled instances of series {one.description!r}"
+        reason = f"{what}: copies with the same SOPInstanceUID, of which one is used"
+        listing.note("quirk", who, relative(copies[0].path.parent, root), reason, patient_id="")
+    if len(one.folders) > 1:
+        names = " and ".join(relative(folder, root) for folder in one.folders[:3])
+        reason = f"series {one.description!r} lies in {len(one.folders)} folders, taken together: {names}"
+        listing.note("quirk", who, place, reason, patient_id="")
 
 
 def _note_bad_files(listing: Listing, root: Path, folder: Path, found: Folder) -> None:
@@ -233,7 +248,7 @@ def _catalogue(folder: Path, files: list[Path], options: LayoutOptions) -> Folde
             stamp.append([tidy(path.name), status.st_size, status.st_mtime_ns])
         except OSError:
             stamp.append([tidy(path.name), None, None])
-    key = hashlib.sha256(json.dumps(["2", relative(folder, options.source), stamp]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps(["3", relative(folder, options.source), stamp]).encode()).hexdigest()[:32]
     cache = options.work / f"{key}.json" if options.work else None
     if cache and cache.exists():
         kept = read_json(cache)
@@ -443,7 +458,7 @@ def _scan(
         session=session,
         patient_id=patient,
         image=series.folders[0],
-        source=place + (f"#{series.uid}" if series.shared else ""),
+        source=place + (f"#{series.uid.split()[0]}" if series.shared else ""),
         series=tuple(image.path for image in series.images),
         date=date,
         **facts,

@@ -104,6 +104,11 @@ def read(options: LayoutOptions) -> Listing:
     for scan in one_of_session(listing, sure, lambda scan: _order(names[scan.image].name, scan)) + unsure:
         listing.add(scan)
     _other_contrasts(listing, root, others, found)
+    for folder in sorted({path.parent for path in tree.files if path.suffix.lower() in (".dcm", ".ima")}):
+        parts = folder.relative_to(root).parts
+        if not parts or parts[0] not in ASIDE:
+            who = tidy(parts[0]) if parts else "(all)"
+            listing.note("problem", who, relative(folder, root), "DICOM files, not read", "use --layout dicom for them")
     if options.labels != "none":
         _give_labels(listing, root, labels, names)
     if people:

@@ -8,6 +8,7 @@ takes a folder for a unit: a series in two folders, a copy of an image and a gap
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import os
 import re
 import shutil
@@ -50,6 +51,7 @@ class Image:
     Attributes:
         path: the file.
         series, uid: SeriesInstanceUID and SOPInstanceUID.
+        patient: PatientID.
         number: InstanceNumber, or None.
         kind: ImageType and echo time: images of one series that differ in it are different volumes.
         direction: normal of the slices, rounded; empty where it is not known.
@@ -60,6 +62,7 @@ class Image:
     path: Path
     series: str
     uid: str
+    patient: str
     number: int | None
     kind: str
     direction: tuple[float, ...]
@@ -147,7 +150,8 @@ def _add(folder: Folder, path: Path, data: Any, start: int) -> None:
     kind = "/".join([*map(str, facts.get("ImageType") or []), str(facts.get("EchoTime", ""))])
     number = data.get("InstanceNumber")
     series, uid = str(data.SeriesInstanceUID), str(data.get("SOPInstanceUID") or path)
-    image = Image(path, series, uid, None if number is None else int(number), kind, direction, places, size)
+    patient = str(data.get("PatientID") or "").strip()
+    image = Image(path, series, uid, patient, None if number is None else int(number), kind, direction, places, size)
     folder.images.append(image)
     folder.facts.setdefault(series, facts)
 
@@ -189,13 +193,21 @@ def _geometry(data: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def without_copies(images: Sequence[Image]) -> tuple[list[Image], list[Image]]:
-    """Images once each, and copies of them (the same SOPInstanceUID); of copies the largest file is kept."""
-    kept: dict[str, Image] = {}
+    """Images once each, and copies of them: the same SOPInstanceUID and the same content.
+
+    Anonymisers give one UID to several people, so that the UID alone does not make a copy.
+    """
+    kept: list[Image] = []
     copies = []
-    for image in sorted(images, key=lambda image: (-image.size, str(image.path))):
-        if kept.setdefault(image.uid, image) is not image:
+    known: dict[str, list[Image]] = {}
+    for image in sorted(images, key=lambda image: (image.number or 0, str(image.path))):
+        same = known.setdefault(image.uid, [])
+        if any(filecmp.cmp(image.path, other.path, shallow=False) for other in same):
             copies.append(image)
-    return sorted(kept.values(), key=lambda image: (image.number or 0, str(image.path))), copies
+        else:
+            same.append(image)
+            kept.append(image)
+    return kept, copies
 
 
 def magnitude(images: Sequence[Image]) -> list[Image]:
