@@ -147,14 +147,14 @@ def test_what_the_user_left_out_and_what_is_lost_are_kept_apart(tmp_path, capsys
     for subject, diagnosis in zip(subjects, ("CN", "AD", "n/a", "wanting", "CN", "CN"), strict=True):
         (root / subject / f"{subject}_sessions.tsv").write_text(f"session_id\tdiagnosis\nses-M000\t{diagnosis}\n")
     next((root / subjects[4]).rglob("*_T1w.nii*")).unlink()
-    status = prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS, diagnoses="CN")
+    status = prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS, diagnoses=["CN"])
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("people:")]
     assert line == (
         f"people: 6 found = 2 prepared + 1 left out by your options ({subjects[1]}) + 3 left out by problems "
         f"({subjects[2]}, {subjects[3]}, {subjects[4]})"
     )
     assert status == 1 and [row["kind"] for row in load_datalist(tmp_path / "out").excluded].count("choice") == 1
-    assert prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS, diagnoses="CN", skip_bad=True) == 0
+    assert prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS, diagnoses=["CN"], skip_bad=True) == 0
 
 
 def test_a_name_that_is_not_utf8_is_prepared_under_a_readable_one(tmp_path):
