@@ -394,7 +394,8 @@ class _Reader:
                 self.notes.append(f"{problem}; the sform was taken")
         scale = self._to_mm(np.linalg.norm(affine[:3, :3], axis=0))
         to_mm = np.diag([scale, scale, scale, 1.0])
-        affine = to_mm @ affine
+        with np.errstate(invalid="ignore", over="ignore"):  # what is no number is refused by its name
+            affine = to_mm @ affine
         if unusable_axes(affine) is None:
             self._compare(
                 affine, None if sform is None or qform is None else to_mm @ qform, pixdim * scale, shape, codes

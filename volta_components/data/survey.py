@@ -240,6 +240,7 @@ def otsu_threshold(values: np.ndarray) -> float:
     Returns:
         The threshold that maximises the variance between the two classes; foreground is what lies above it.
     """
+    values = values.ravel()  # threshold_otsu takes a short last axis for colours
     top = float(np.percentile(values, 99.8))
     return float(threshold_otsu(np.minimum(values, top) if top > values.min() else values))
 
@@ -312,7 +313,7 @@ def _smooth_part(seen: Survey) -> np.ndarray | None:
     rough = ndimage.uniform_filter(rough, 3 if max(seen.factors) == 1 else 5)
     if rough.min() == rough.max():
         return None
-    smooth = _largest_filled(rough < threshold_otsu(rough))
+    smooth = _largest_filled(rough < threshold_otsu(rough.ravel()))
     is_head = (
         0.03 < smooth.mean() < 0.9
         and _covered(smooth) < _COVERED
