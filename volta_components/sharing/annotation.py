@@ -12,6 +12,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from volta_components.data.names import split_visit
 from volta_components.downstream.leaks import known_patients
 from volta_components.downstream.segmentation import SHOWN, SegmentationResults
 from volta_components.downstream.splits import Item
@@ -103,6 +104,8 @@ def annotation_record(
         # Of a model that does not tell whom it has seen, nobody can say that a patient is new to it.
         pretraining = {**before.get("pretraining", {}), "patient_ids": None if trained is None else pretrained}
     names = [str(item["subject_id"]) for item in find_volumes([str(item["image"]) for item in items])]
+    # Of p01_visit2 the patient is known by either name.
+    names += [base for name in names if (base := split_visit(name)[0]) and base != name]
     started = {key: origin[key] for key in ("cohort", "volumes", "datalist_hash", "code_version") if key in origin}
     if "started_from" in before:
         started["started_from"] = before["started_from"]
