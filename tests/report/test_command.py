@@ -209,7 +209,7 @@ def test_thresholds_epochs_and_spreads_are_called_what_they_are(made, tmp_path):
     assert "Sensitivity and specificity are at the threshold 0.5. Here" in page
     assert (
         "are at Youden's J, chosen on an inner validation part of the training folds. The paper's are at Youden's J; "
-        "it does not say on whom that was chosen." in page
+        "it does not say on which subjects that was chosen." in page
     )
     assert "the paper took the epoch that has the best Dice on its hold-out" in page
     assert '<th class="by-paper">paper<small>± SD per epoch</small></th>' in main_table(page)

@@ -87,7 +87,7 @@ def test_weights_of_patients_are_not_denied(weights: dict[str, Path], tmp_path: 
         assert "memory_clinic" in text
     assert "no weights trained on clinical data" not in re.sub(r"\s+", " ", card + licence).lower()
     assert "trained on phantoms" not in card and "phantom" not in metadata["name"] + metadata["data_source"]
-    assert "Of phantoms only" not in card
+    assert "of phantoms only" not in card
     limits = card[card.index("## Limits") : card.index("## These weights")]
     original = (ROOT / "bundles" / bundle / "docs" / "README.md").read_text()
     assert original[original.index("## Limits") :].splitlines()[3] in limits
@@ -116,7 +116,7 @@ def test_metrics_of_a_later_evaluation_come_into_the_card(weights: dict[str, Pat
         {"label": "sex", "encoder": "volta", "embedding": "summary", "probe": "linear", "subjects": 30}
         | {"auroc": 0.81234, "auroc_low": 0.7, "auroc_high": 0.9}
     ]
-    warning = "out of fold; **patients whom it was pretrained on may be among them**:"
+    warning = "out of fold; **patients that it was pretrained on may be among them**:"
     for leak in ("none", "allowed"):
         write_json(tmp_path / "probes.json", [{**row, "leak": leak} for row in probes])
         target = tmp_path / f"{leak}_phantom"
@@ -135,6 +135,6 @@ def test_metrics_of_a_later_evaluation_come_into_the_card(weights: dict[str, Pat
         tmp_path / "metrics.json",
     )
     card = (folder / "docs" / "README.md").read_text()
-    assert "Scored again, 7 scans; **patients whom it was trained on may be among them**" in card
+    assert "Scored again, 7 scans; **patients that it was trained on may be among them**" in card
     assert "| mean_dice | 0.5 | 0.400 to 0.600 |" in card and "| hd95_failures | 1 |  |" in card
     assert "mean_dice_low" not in card

@@ -110,7 +110,7 @@ class ClassificationTables:
         )
         result = f"Sensitivity and specificity are at {ours}."
         if self.task.threshold == "youden":
-            result += " The paper's are at Youden's J; it does not say on whom that was chosen."
+            result += " The paper's are at Youden's J; it does not say on which subjects that was chosen."
         elif self.task.threshold and {*chosen} != {text(self.task.threshold)}:
             result += f" The paper's are at {text(self.task.threshold)}."
         return result
@@ -120,7 +120,7 @@ class ClassificationTables:
         full = self.study.fractions[-1]
         found = [self._compare(first, second, full) for first, second in itertools.combinations(self.study.variants, 2)]
         note = (
-            "Bootstrap of the difference, the same patients for both inits. Holm: p of the bootstrap, corrected for "
+            "Bootstrap of the difference, with the same patients for both inits. Holm: p of the bootstrap, corrected for "
             f"{compare_by(found)}. "
         )
         note += (

@@ -35,7 +35,7 @@ def report(
 
     Returns:
         0, or 1 if a combination of init, fold and fraction has no finished run: a cross-validation that is not
-        complete. A task of which there are no runs at all is named, and is no failure.
+        complete. A task without any runs is named in the report; this is not a failure.
 
     Raises:
         InputError: if the store is missing or has no finished runs, or masks cannot be used.

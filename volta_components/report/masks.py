@@ -49,7 +49,7 @@ def scan_name(row: Any) -> str:
 
 
 def load_artifact(store: Store, run: FinishedRun, folder: str, name: str) -> nib.Nifti1Image | None:
-    """A volume of ``predictions/<folder>``; images and labels may be on disk instead, as ``paths.csv`` tells."""
+    """A volume of ``predictions/<folder>``; images and labels may be elsewhere on disk, as listed in ``paths.csv``."""
     for suffix in (".nii.gz", ".nii"):
         path = store.artifact(run.run_id, f"predictions/{folder}/{name}{suffix}")
         if path is not None:

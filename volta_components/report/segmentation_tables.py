@@ -86,9 +86,9 @@ class SegmentationTables:
         """Table III."""
         note = (
             "Here: mean of left and right ± SD between subjects (n − 1), and the 95 % CI: patients resampled. "
-            + ("The paper's SD is per epoch, which is another thing. " if self.task.spread == "epochs" else "")
-            + "An empty mask has Dice 0 and no HD95: HD95 is over the scans that have both sides; the table of left "
-            "and right has it with a penalty as well."
+            + ("The paper's SD is over epochs, so it cannot be compared. " if self.task.spread == "epochs" else "")
+            + "An empty mask has Dice 0 and no HD95. HD95 is over the scans with both sides; the table of left "
+            "and right also has it with a penalty."
             + (" " + SEEDS.format("for each scan") if self.study.several_seeds else "")
         )
         scored = {
@@ -180,5 +180,5 @@ class SegmentationTables:
             columns=["group", "patients", *["Dice", "HD95 (mm)"] * len(self.tables)],
             rows=rows,
             note="Mean ± SD between scans, and the 95 % CI of the mean. Small groups have wide intervals; these are "
-            "not corrected for their number.",
+            "not corrected for the number of groups.",
         )

@@ -375,7 +375,7 @@ def _find_mixed_rows(study: Study) -> None:
             for key, found in values.items()
             if len(found) > 1 and key not in VARYING and not key.endswith(("_digest", "_samples"))
         }
-        # Crossval's hash of the whole configuration; stores of before it had one do not tell.
+        # Crossval's hash of the whole configuration; older stores do not have it.
         recipes = {run.tags[RECIPE_TAG] for run in runs if RECIPE_TAG in run.tags}
         if not values and len(recipes) > 1:
             values = {"the merged configuration's hash": {recipe[:8] for recipe in recipes}}
@@ -384,8 +384,8 @@ def _find_mixed_rows(study: Study) -> None:
             study.alarms.append(
                 Alarm(
                     "Mixed settings",
-                    f"The runs of {variant} do not all have the same settings, so that its row is no one model's: "
-                    f"{text}. Start volta3d crossval again to do all of them alike.",
+                    f"The runs of {variant} do not all have the same settings, so its row mixes several models: "
+                    f"{text}. Start volta3d crossval again to train all of them with the same settings.",
                 )
             )
 
@@ -412,5 +412,5 @@ def _find_runs_by_hand(study: Study) -> None:
     if all(run.by_hand for run in study.runs):
         study.notes.append(text)
     else:
-        text += " Nothing ensures that its settings, but for those logged, are the other rows'."
+        text += " Apart from the logged settings, nothing ensures that it was trained like the other rows."
         study.alarms.append(Alarm("Started by hand", text))

@@ -112,7 +112,7 @@ def optimistic(study: Study) -> Table | None:
     if not names:
         return None
     what, why = {
-        "classification": ("threshold", "Shown because the paper does not say on whom it chose Youden's J."),
+        "classification": ("threshold", "Shown because the paper does not say on which subjects it chose Youden's J."),
         "segmentation": ("epoch", "Shown because the paper took the epoch that has the best Dice on its hold-out."),
     }[study.kind]
     shown = [f"optimistic_{name}" for name in SHOWN_OPTIMISTIC if f"optimistic_{name}" in names]
