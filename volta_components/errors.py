@@ -67,15 +67,15 @@ def find_input_error(error: BaseException | None) -> InputError | None:
 def explain_input_errors() -> None:
     """From now on, bad input and Ctrl-C end the process with a message alone.
 
-    ``monai.bundle`` wraps whatever goes wrong in a configuration into errors of its own, a hundred lines deep; what a
-    user needs to read would stand in the middle of them.
+    ``monai.bundle`` wraps each error in a configuration into errors of its own. The traceback is a hundred lines long,
+    with the user's message in the middle.
     """
     default = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         cause = find_input_error(error)
         if isinstance(error, KeyboardInterrupt):
-            left = str(error) or "a training that is started again goes on from its last checkpoint"
+            left = str(error) or "started again, a training resumes from its last checkpoint"
             print(f"\ninterrupted: {left}", file=sys.stderr)
         elif cause is None:
             default(kind, error, traceback)

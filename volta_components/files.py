@@ -32,7 +32,7 @@ def readable(text: str) -> str:
 
 
 def partial_prefix() -> str:
-    """How names of files that are not whole yet begin: whose they are stands in them, for ``remove_partials``."""
+    """Prefix of unfinished files; it names their process, so that ``remove_partials`` knows whose they are."""
     return f"{PARTIAL}{_machine()}-{os.getpid()}-"
 
 
@@ -46,10 +46,10 @@ def _machine() -> str:
 
 
 def remove_partials(*folders: str | os.PathLike[str]) -> list[Path]:
-    """Remove what killed processes left half written directly in folders; a folder that is not there has nothing.
+    """Remove unfinished files of killed processes from folders; folders that do not exist are ignored.
 
-    A file of this machine goes if its process is gone. One of another machine, of which nobody here can tell, goes when
-    it has not been written to for a day. Files that are being written stay.
+    A file of this machine is removed if its process has ended. Files left by other machines are removed after 24 hours
+    without a write. Files that are being written stay.
 
     Returns:
         What was removed.

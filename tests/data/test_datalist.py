@@ -274,7 +274,7 @@ def test_plain_ids_in_cohorts_of_different_names_need_not_be_one_person(tmp_path
     one = write(tmp_path / "a", [item(0, cohort="oasis")], "oasis")
     two = write(tmp_path / "b", [item(0, cohort="local")], "local")
     assert check(str(one), str(two)) == 0
-    assert "1 ids stand in cohorts of different names" in capsys.readouterr().out
+    assert "1 ids are in cohorts of different names" in capsys.readouterr().out
     assert check(str(one), str(two), strict=True) == 1
     same = write(tmp_path / "c", [item(0, cohort="local")], "local")
     assert check(str(two), str(same)) == 1

@@ -198,7 +198,7 @@ def test_ixi_quirks_are_named(prepared, capsys):
     assert people["IXI002"]["sex"] == "F" and people["IXI002"]["site"] == "Guys" and people["IXI012"]["sex"] == "M"
     assert people["IXI013"]["age"] == 46.71 and people["IXI014"]["age"] is None
     reasons = {(row["subject"], row["reason"]) for row in findings(output)}
-    assert ("IXI012", "id stands in 2 rows") in reasons
+    assert ("IXI012", "id is in 2 rows") in reasons
     assert ("IXI099", "row without a T1 scan") in reasons
     assert ("IXI040", "scan without a row in IXI.xls") in reasons
     assert any(subject == "IXI035" and "unknown sex code '3'" in reason for subject, reason in reasons)

@@ -251,7 +251,7 @@ def test_what_no_head_can_be_told_from_is_noted(big, kind):
         "no head": rng.normal(500, 100, voxels.shape),
     }
     warnings = prepare(made[kind], affine).warnings
-    assert any("no background to tell the head from" in text or "MP2RAGE" in text for text in warnings)
+    assert any("no background to separate the head from" in text or "MP2RAGE" in text for text in warnings)
 
 
 def test_values_that_wrapped_around_are_noted(big):

@@ -86,7 +86,7 @@ _CHILDREN: set[subprocess.Popen[bytes]] = set()
 
 
 class _Job:
-    """What submitit runs on the node; told that its time is up, it is queued again and goes on from its checkpoint."""
+    """What submitit runs on the node. At its time limit it is queued again and resumes from its checkpoint."""
 
     def __call__(self, run: Run) -> Outcome:
         return execute(run)

@@ -16,7 +16,7 @@ class Books:
     """Everybody found, each once, by their names in the data set.
 
     Attributes:
-        prepared: of whom there is at least one volume.
+        prepared: with at least one volume.
         by_option: left out by options that the user gave, and by nothing else.
         problems: left out because something is missing, ambiguous, broken or not understood.
     """

@@ -320,7 +320,7 @@ class _Reader:
         )
 
     def _after_extensions(self, told: int, n_bytes: int) -> int:
-        """The place that a header tells in a file that is longer than it says."""
+        """The offset in the header, for a file that is longer than it says."""
         end = self._extensions_end()
         extra = self._bytes - told - n_bytes
         if extra == 0:

@@ -62,7 +62,7 @@ def is_worldwide(patient_id: str) -> bool:
 
 
 def cohort_of(patient_id: str) -> str | None:
-    """The public data set that a canonical id belongs to, in lower case, or None when the id does not tell."""
+    """The public data set that a canonical id belongs to, in lower case, or None if the id does not show it."""
     for name, patterns in _COHORTS.items():
         if any(pattern.fullmatch(patient_id) for pattern in patterns):
             return name

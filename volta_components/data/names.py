@@ -20,7 +20,7 @@ vfa dseg probseg mask brainmask seg segmentation bet brain t2f t1c t1ce t1gd t1p
 OTHER_CONTRASTS = frozenset(_OTHER_WORDS.split())
 _T1 = re.compile(r"(t1w?|t1n|mprage|spgr|bravo|tfe|tfl)", re.IGNORECASE)
 _SESSION = re.compile(r"[._-](ses-[A-Za-z0-9]+)(?=[._-]|$)")
-# Words at the end of a name that tell visits and repeats of one person apart.
+# Words at the end of a name that distinguish visits and repeats of one person.
 _WORD = (
     r"(?:ses|sess|session|visit|tp|timepoint|time|wave|scan|run|rep|repeat|rescan|retest|mr|bl|baseline|base|sc"
     r"|screening|fu|followup|pre|post)(?:[_. -]?\d{1,3})?"
@@ -82,7 +82,7 @@ def parse_name(stem: str) -> Name:
 
 
 def split_visit(subject: str) -> tuple[str, str]:
-    """A name, and the words at its end that tell visits of one person apart: ``p01`` and ``visit2`` of ``p01_visit2``.
+    """A name, and the words at its end that distinguish visits of one person: ``p01`` and ``visit2`` of ``p01_visit2``.
 
     Returns:
         The name without them, empty where there is nothing else in it; the words, empty where there are none.

@@ -93,7 +93,7 @@ def check(*datalists: Path | str, strict: bool = False, volumes: bool = False, d
     if uncertain:
         ids = ", ".join(row[1] for row in uncertain[:10]) + (" ..." if len(uncertain) > 10 else "")
         print(
-            f"{len(uncertain)} ids stand in cohorts of different names and were taken for different people "
+            f"{len(uncertain)} ids are in cohorts of different names and were taken for different people "
             f"(--strict counts them): {ids}"
         )
     if certain:

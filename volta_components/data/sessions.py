@@ -72,8 +72,8 @@ def in_order(
 ) -> tuple[list[T], list[list[T]]]:
     """One patient's scans from the first to the last.
 
-    Dates decide where all have one; else the names of the sessions; else the ages. Scans that none of these tell apart
-    stand in the order of their sessions' names.
+    Dates decide if all scans have one; else the names of the sessions; else the ages. If none of these decides, scans
+    are in the order of their sessions' names.
 
     Args:
         items: the scans.

@@ -110,7 +110,7 @@ def block_means(voxels: np.ndarray, factors: tuple[int, int, int]) -> tuple[np.n
 
     Args:
         voxels: ``[X, Y, Z]``.
-        factors: voxels per block, per axis; what is left over at the end of an axis is left out of the means.
+        factors: voxels per block, per axis; voxels left over at the end of an axis are not in the means.
 
     Returns:
         ``[x, y, z]`` float32; minimum; maximum.
@@ -284,7 +284,7 @@ def _with_foreground(seen: Survey) -> Survey:
         notes = [note, *_cut_faces(seen)]
     elif covered > _MOSTLY_COVERED:
         share = f"{100 * covered:.0f} % of the volume's faces are as bright as the head"
-        notes = [f"no background to tell the head from: {share}"]
+        notes = [f"no background to separate the head from: {share}"]
     else:
         notes = [*(bright or _dark_inside(seen)), *_cut_faces(seen)]
     return replace(seen, warnings=(*seen.warnings, *notes))
@@ -301,7 +301,7 @@ def _smooth_part(seen: Survey) -> np.ndarray | None:
     """The head as the part of a scan in which neighbouring voxels are alike, as they are in tissue and not in noise.
 
     Returns:
-        ``[x, y, z]`` bool; None where smoothness tells no head apart either.
+        ``[x, y, z]`` bool; None if smoothness does not separate a head either.
     """
     inner = [np.arange(n) * f + (f - 1) // 2 for n, f in zip(seen.coarse.shape, seen.factors, strict=True)]
     here = seen.voxels[np.ix_(*inner)].astype(np.float32)

@@ -302,7 +302,7 @@ class People:
         """
         known = set(patients)
         scans, table = (_by_loose(ids) for ids in (known - set(self.rows), set(self.rows) - known))
-        # Those that stand in both are nobody else's.
+        # Those that are in both belong to nobody else.
         taken = {loose(patient) for patient in known & set(self.rows)}
         for key, ids in scans.items():
             if len(ids) == len(table.get(key, [])) == 1 and key not in taken:
@@ -314,7 +314,7 @@ class People:
         return self.also.get(patient, patient) in self.rows
 
     def knows(self, name: str) -> bool:
-        """Whether a name stands in the table, in whatever spelling."""
+        """Whether a name is in the table, in any spelling."""
         return loose(name) in self._loose
 
     @functools.cached_property
@@ -322,7 +322,7 @@ class People:
         return {loose(patient) for patient in self.rows}
 
     def without(self, patients: Iterable[str]) -> list[str]:
-        """Ids of the table of whom there is no scan."""
+        """Ids of the table without a scan."""
         return sorted(set(self.rows) - {self.also.get(patient, patient) for patient in patients})
 
     def row(self, patient: str, session: str | None = None, date: str | None = None) -> tuple[Row | None, list[str]]:

@@ -2,8 +2,8 @@
 """One volume in one worker process, and all of them in parallel.
 
 A volume is finished by the record that is written last (``.prepare/records/KEY.json``): image, label and thumbnail are
-whole files by then, since each is written under another name and renamed. Whatever moment a run is killed at, the same
-command goes on with the volumes that have no record, and ends with the same bytes.
+whole files by then, since each is written under another name and renamed. After a run is killed at any moment, the same
+command resumes with the volumes that have no record, and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Task:
     Attributes:
         scan: what to prepare.
         settings: the target.
-        labels: whether its label files are wanted.
+        labels: whether to read its label files.
         source: root of the data set.
         output: folder of the prepared data set.
         temporary: this run's own folder for files that are not whole yet, on the output's file system.

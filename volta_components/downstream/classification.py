@@ -88,7 +88,7 @@ def labelled_items(datalist: Datalist, key: str, classes: Sequence[str], session
 def _in_order_of_time(items: Sequence[Item]) -> list[Item]:
     """Items by patient, and the scans of each from the first to the last.
 
-    ``volta3d prepare`` writes the order (``visit``) where it knows it; otherwise the names of the sessions tell.
+    ``volta3d prepare`` writes the order (``visit``) where it knows it; otherwise the names of the sessions decide.
     """
     patients: dict[str, list[Item]] = {}
     for item in items:
@@ -198,7 +198,7 @@ class ClassificationResults(FoldResults):
 
         Args:
             record: the JSON beside the model.
-            allow_leak: score patients whom the model was, or may have been, trained or pretrained on all the same.
+            allow_leak: score patients even if the model was, or may have been, trained or pretrained on them.
 
         Raises:
             InputError: see ``check_model``; or if there is no threshold to score at.

@@ -29,7 +29,7 @@ class FinishRun:
 
     At the end: ``results`` writes its files; ``result.json`` with settings, tags, numbers and history is written; the
     checkpoint is removed, as it is no longer needed; MLflow gets everything, ``finished`` last. A run that was killed
-    in between goes on with what was left. Where ``result.json`` is already there, no epoch is trained.
+    in between resumes with the steps that are left. If ``result.json`` exists, no epoch is trained.
 
     Put it after ``ValidationHandler`` and before ``ResumableCheckpoint``. It attaches ``record`` as well: MONAI's
     ``check_properties`` cannot read a list of handlers in which one is a reference.

@@ -58,7 +58,7 @@ def _digest(path: Path, _changed: int) -> str:
 def check_origin(
     init: str, encoder_path: str | os.PathLike[str], scored: Sequence[Mapping[str, Any]], allow_leak: bool = False
 ) -> Origin:
-    """The leak guard: nobody who is scored was in the data that the encoder was pretrained on.
+    """The leak guard: no scored patient was in the pretraining data of the encoder.
 
     Args:
         init: see ``is_pretrained``.
@@ -67,8 +67,8 @@ def check_origin(
         allow_leak: continue anyway; the run is marked.
 
     Raises:
-        InputError: with the ids of those who were pretrained on; when the encoder does not tell its patients; or when
-            it is missing.
+        InputError: with the ids of the scored patients that were pretrained on; if the encoder has no list of its
+            patients; or if it is missing.
     """
     if not is_pretrained(init):
         return Origin()
@@ -111,7 +111,7 @@ def patients_known_to(items: Iterable[Mapping[str, Any]], keys: Iterable[str]) -
 
 
 def known_patients(record: Mapping[str, Any]) -> tuple[list[str] | None, list[str] | None]:
-    """Keys of those whom a model was trained on and pretrained on, as its record tells; None where it does not."""
+    """Keys of a model's training and pretraining patients, from its record; None if it has no such list."""
     trained = (record.get("provenance") or {}).get("patient_ids")
     if "pretraining" in record:
         return trained, record["pretraining"].get("patient_ids")
@@ -131,7 +131,7 @@ def check_model(record: Mapping[str, Any], scored: Sequence[Mapping[str, Any]], 
         ``none``, or ``allowed`` when scored patients were, or may have been, among them.
 
     Raises:
-        InputError: with the ids of those who were; or when the record does not tell.
+        InputError: with the ids of those who were; or if the record has no such list.
     """
     trained, pretrained = known_patients(record)
     unknown = [name for name, ids in (("trained", trained), ("pretrained", pretrained)) if ids is None]

@@ -239,7 +239,7 @@ class VoltaUNETR(UNETR):
 
 
 def describe_network(network: nn.Module) -> dict[str, Any]:
-    """Sizes of a network, for the run's settings: its ``config``, or what MONAI's ``UNet`` tells of itself."""
+    """Sizes of a network, for the run's settings: its ``config``, or the attributes of MONAI's ``UNet``."""
     names = ("in_channels", "out_channels", "channels", "strides", "num_res_units")
     config = getattr(network, "config", None) or {
         name: getattr(network, name) for name in names if isinstance(getattr(network, name, None), (int, Sequence))

@@ -147,7 +147,7 @@ class SegmentationResults(FoldResults):
         return score_intervals(rows, [str(item["patient_id"]) for item in self.table.items])
 
     def save_model(self, engine: Engine, record: Mapping[str, Any]) -> None:
-        """Write the model alone, without scoring: what an annotation server wants.
+        """Write the model without scoring it, as an annotation server needs.
 
         Args:
             engine: the trainer.
@@ -160,7 +160,7 @@ class SegmentationResults(FoldResults):
 
         Args:
             record: the JSON beside the model.
-            allow_leak: score patients whom the model was, or may have been, trained or pretrained on all the same.
+            allow_leak: score patients even if the model was, or may have been, trained or pretrained on them.
 
         Raises:
             InputError: see ``check_model``.

@@ -30,7 +30,7 @@ class Journal:
     MONAI's ``PersistentDataset`` keeps inputs, and its handlers write tables when everything is done: after a thousand
     scans, a run that is broken at the last would begin at the first. Here each volume's row is a line of JSON, appended
     when its files are written. A row holds as long as weights, settings, code version, the volume's file (size and time
-    of its last change), its item and the files made of it are what they were. Removing the journal starts anew.
+    of its last change), its item and the files made of it are what they were. Remove the journal to start again.
 
     Args:
         path: the file, ``.jsonl``.

@@ -91,7 +91,7 @@ def probe_report(
         path: the JSON file.
         neighbours: of the nearest-neighbour probe.
         seed: of probes and bootstrap.
-        leak: of ``check_origin``; ``allowed`` when scored patients were, or may have been, pretrained on. It stands in
+        leak: of ``check_origin``; ``allowed`` when scored patients were, or may have been, pretrained on. It is in
             every row.
 
     Returns:

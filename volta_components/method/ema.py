@@ -21,7 +21,7 @@ class TeacherEMAHandler:
 
     It runs at ``IterationEvents.MODEL_COMPLETED``, which the trainer fires after the optimiser's step. Handlers of
     ``ITERATION_COMPLETED`` (record, collapse monitor, checkpoint) therefore see the new teacher, wherever this one
-    stands in the list of handlers. It adds ``teacher_momentum`` to the trainer's numbers. It has no state of its own:
+    is in the list of handlers. It adds ``teacher_momentum`` to the trainer's numbers. It has no state of its own:
     the momentum follows from the mini-batch, and the teacher is saved as a module.
 
     Ignite's ``EMAHandler`` cannot do this job. It makes the teacher itself, as a copy of the whole student, and pairs

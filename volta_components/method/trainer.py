@@ -160,7 +160,7 @@ class VoltaTrainer(Trainer):
     def window(self, iteration: int) -> tuple[int, int, int]:
         """Position of a mini-batch in its accumulation window.
 
-        The last window of an epoch holds what is left, and is averaged over that.
+        The last window of an epoch may be shorter; gradients are averaged over the mini-batches it has.
 
         Args:
             iteration: mini-batch of the run, counted from 0.

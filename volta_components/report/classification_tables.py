@@ -120,7 +120,7 @@ class ClassificationTables:
         full = self.study.fractions[-1]
         found = [self._compare(first, second, full) for first, second in itertools.combinations(self.study.variants, 2)]
         note = (
-            "Bootstrap of the difference, with the same patients for both inits. Holm: p of the bootstrap, corrected for "
+            "Bootstrap of the difference, the same patients for both inits. Holm: p of the bootstrap, corrected for "
             f"{compare_by(found)}. "
         )
         note += (

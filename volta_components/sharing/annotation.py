@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 class SaveModel:
     """Writes the model at the end of a run that nobody scores, such as one that an annotation server started.
 
-    What the config records of the datalist would be untrue of such a run. Its record tells instead which weights it
-    began with, the hashes of the scans and label maps that it was given, and everybody whom the weights have ever been
-    trained on, as far as it is known; patients are told from the names of the scans. It has no metrics.
+    The datalist in the config is not what such a run trained on. Its record instead names the weights it began with,
+    the hashes of its scans and label maps, and every patient that the weights were ever trained on, as far as known.
+    Patients are recognised by the names of the scans. The record has no metrics.
 
     Put it after the handler that loads a checkpoint.
 
@@ -101,7 +101,7 @@ def annotation_record(
     trained, pretrained = known_patients(before)
     pretraining = dict(record.get("pretraining") or {})
     if start:
-        # Of a model that does not tell whom it has seen, nobody can say that a patient is new to it.
+        # Without a list of the patients that the model has seen, no patient can be called new to it.
         pretraining = {**before.get("pretraining", {}), "patient_ids": None if trained is None else pretrained}
     names = [str(item["subject_id"]) for item in find_volumes([str(item["image"]) for item in items])]
     # Of p01_visit2 the patient is known by either name.

@@ -224,7 +224,7 @@ class EndlessHeads(Dataset[Any]):
         return View(grid, self.shape)
 
     def _unit(self, rng: np.random.Generator, seen: Pixels, survey: Pixels) -> torch.Tensor:
-        """Intensities in [0, 1] between percentiles of the whole head, which a coarse picture tells roughly."""
+        """Intensities in [0, 1] between percentiles of the whole head, estimated from a coarse picture."""
         low, high = np.percentile(survey.image.numpy()[survey.inside], _PERCENTILES)
         high = low + (high - low) * rng.uniform(0.85, 1.15)
         image: torch.Tensor = seen.image.sub(float(low)).div(float(high - low)).clamp(0, 1)

@@ -92,7 +92,7 @@ def _join_anatomies(listing: Listing, people: People) -> None:
 
 
 def _cohort(root: Path, names: list[str]) -> str:
-    """From the ids where they tell, else the data set's own name, else the folder's; phantoms are ``phantom``."""
+    """From the ids if they show it, else the data set's own name, else the folder's; phantoms are ``phantom``."""
     cohorts = {cohort_of(canonical_patient_id(name)) for name in names}
     if len(cohorts) == 1 and (only := cohorts.pop()):
         return only

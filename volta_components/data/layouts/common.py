@@ -46,7 +46,7 @@ class Finding:
         kind: ``problem``: broken, missing, ambiguous or not understood, counts in the exit status; ``quirk``: known of
             this data set, handled; ``choice``: left out because of an option that the user gave; ``skipped``: no T1
             scan, or not the one of its session that the layout's rules take. Nobody is lost by what is skipped.
-        subject: whom it is about.
+        subject: the person it is about.
         file: which file, relative to the source, or empty.
         reason: what was found.
         remedy: what the user can do, or what was done.

@@ -111,7 +111,7 @@ def _people(listing: Listing, table: Path) -> dict[str, tuple[str | None, float 
                 sex = None
             else:
                 also = f"; ages {', '.join(f'{a:g}' for a in ages[person])}" if len(set(ages[person])) > 1 else ""
-                listing.note("quirk", person, table.name, f"id stands in {count} rows{also}", "the first age is used")
+                listing.note("quirk", person, table.name, f"id is in {count} rows{also}", "the first age is used")
         if age is None:
             listing.note("quirk", person, table.name, "age is missing")
         people[person] = (sex, age, True)

@@ -134,7 +134,7 @@ def sample_tables(head: Head, tables: NDArray[np.float32], voxels: torch.Tensor,
     Returns:
         ``[C, X, Y, Z]`` float32.
     """
-    # The grid's faces tell how far it reaches.
+    # The grid's faces show how far it reaches.
     faces = [voxels.select(axis, end).reshape(-1, 3) for axis in range(3) for end in (0, -1)]
     first = torch.stack([face.amin(dim=0) for face in faces]).amin(dim=0)
     last = torch.stack([face.amax(dim=0) for face in faces]).amax(dim=0)

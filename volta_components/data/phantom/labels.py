@@ -250,7 +250,7 @@ def _reorient(codes: NDArray[np.uint8], affine: NDArray[np.float64]) -> tuple[ND
 
 
 def _to_millimetres(codes: NDArray[np.uint8], affine: NDArray[np.float64]) -> tuple[NDArray[np.uint8], str]:
-    """Bring voxels to 1 mm, each to the structure with the largest share; and what to tell the user."""
+    """Bring voxels to 1 mm, each to the structure with the largest share; and the messages for the user."""
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if np.allclose(spacing, 1, atol=0.02):
         return codes, ""
@@ -334,5 +334,5 @@ def read_label_maps(folder: Path, leave_out: Sequence[str] = ()) -> list[LabelMa
 
 
 def describe_label_maps(maps: Sequence[LabelMap]) -> list[str]:
-    """Lines that tell the user what was missing, unknown or changed."""
+    """Lines for the user: what was missing, unknown or changed."""
     return [f"{each.name}: {note}" for each in maps for note in each.notes]
