@@ -540,6 +540,18 @@ def test_same_voxels_under_two_ids_are_reported(tmp_path):
     assert row["subject"] == "otto" and row["reason"] == "the same voxels as anna (anna.nii.gz)"
 
 
+@pytest.mark.parametrize("lost", ["no T1w", "damaged"])
+def test_the_books_balance_where_nothing_is_left(tmp_path, capsys, lost):
+    root = tiny.make_bids(tmp_path / "source", subjects=2, labels=False)
+    for scan in root.rglob("*_T1w.nii*"):
+        scan.unlink() if lost == "no T1w" else scan.write_bytes(b"")
+    with pytest.raises(InputError, match="no scan is left|no volume could be prepared"):
+        prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
+    assert (
+        "people: 2 found = 0 prepared + 0 left out by your options + 2 left out by problems" in capsys.readouterr().out
+    )
+
+
 def test_missing_orientation_can_be_given(tmp_path):
     shape, affine = tiny.grid("LPS")
     voxels = tiny.head(shape, affine)

@@ -65,7 +65,9 @@ def finish(
         good = [pair for pair, found in zip(good, marks, strict=True) if not found]
         marks = [[] for _ in good]
     if not good:
+        books = balance(listing, [])
         print_findings(listing.findings)
+        print(books.line())
         raise InputError(f"{target}: no volume could be prepared; see the findings above")
     items = [_item(scan, record, cohort) for scan, record in good]
     fold_of = assign_folds(items, folds, seed)

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import joblib
 import numpy as np
 
+from volta_components.data.books import balance
 from volta_components.data.datalist import load_datalist
 from volta_components.data.finish import finish, print_findings
 from volta_components.data.geometry import axis_codes
@@ -132,7 +133,9 @@ def prepare(
         check_phantom_name(cohort, "phantom" in listing.cohort.lower())
         scans = _select(listing, wanted_labels, needed, diagnoses, excluded_patients)
         if not scans:
+            books = balance(listing, [])
             print_findings(listing.findings)
+            print(books.line())
             reasons = Counter(finding.reason for finding in listing.findings if finding.left_out)
             common = "".join(f"; {count} times: {reason}" for reason, count in reasons.most_common(3))
             raise InputError(
