@@ -545,7 +545,7 @@ def test_the_books_balance_where_nothing_is_left(tmp_path, capsys, lost):
     root = tiny.make_bids(tmp_path / "source", subjects=2, labels=False)
     for scan in root.rglob("*_T1w.nii*"):
         scan.unlink() if lost == "no T1w" else scan.write_bytes(b"")
-    with pytest.raises(InputError, match="no scan is left|no volume could be prepared"):
+    with pytest.raises(InputError, match=r"no scan is left|no volume could be prepared"):
         prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
     assert (
         "people: 2 found = 0 prepared + 0 left out by your options + 2 left out by problems" in capsys.readouterr().out
