@@ -192,7 +192,7 @@ def follow(outcomes: Generator[Outcome, None, None], total: int, done: int) -> i
                     bar.write(f"{outcome.run.name}: {outcome.status} ({outcome.detail})", file=sys.stderr)
                 bar.set_postfix(failed=len(bad))
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command, started again, does what is left.", file=sys.stderr)
+        print("\nInterrupted. Start the same command again to do what is left.", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -203,7 +203,7 @@ def follow(outcomes: Generator[Outcome, None, None], total: int, done: int) -> i
             lines += [f"  {outcome.run.log} ends with:", *(f"  | {line}" for line in _tail(outcome.run.log))]
         print("\n".join(lines), file=sys.stderr)
     if bad:
-        print("\nThe same command, started again, does what is left.", file=sys.stderr)
+        print("\nStart the same command again to do what is left.", file=sys.stderr)
     return 1 if bad else 0
 
 

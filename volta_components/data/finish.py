@@ -105,7 +105,7 @@ def finish(
     print(f"{qc / 'index.html'}: look at it; {time.monotonic() - started:.0f} s")
     if problems and not skip_bad:
         print(
-            f"{problems} problems, so the exit status is 1; mend them and run it again, or accept them with --skip-bad"
+            f"{problems} problems, so the exit status is 1; fix them and run it again, or accept them with --skip-bad"
         )
         return 1
     return 0

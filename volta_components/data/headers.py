@@ -375,7 +375,7 @@ class _Reader:
                 raise self._refuse(
                     "no orientation: it is Analyze 7.5, which knows no left and right"
                     if self.is_analyze
-                    else "no orientation: neither sform nor qform is set, so left and right cannot be told",
+                    else "no orientation: neither sform nor qform is set, so left and right are not known",
                     NO_ORIENTATION,
                 )
             scale = self._to_mm(pixdim)

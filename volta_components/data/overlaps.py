@@ -93,7 +93,7 @@ def check(*datalists: Path | str, strict: bool = False, volumes: bool = False, d
     if uncertain:
         ids = ", ".join(row[1] for row in uncertain[:10]) + (" ..." if len(uncertain) > 10 else "")
         print(
-            f"{len(uncertain)} ids are in cohorts of different names and were taken for different people "
+            f"{len(uncertain)} ids are in cohorts of different names and were counted as different people "
             f"(--strict counts them): {ids}"
         )
     if certain:
@@ -207,7 +207,7 @@ def merge(
     twice = f" - {sum(parts) - people} in more than one" if people < sum(parts) else ""
     print(f"people: {people} = {' + '.join(map(str, parts))}{twice}; {len(excluded)} scans were left out before")
     if clashing:
-        print(f"{len(clashing)} ids stood in two cohorts and got their cohort's name in front")
+        print(f"{len(clashing)} ids were in two cohorts; the cohort's name was put in front of them")
     return 0
 
 

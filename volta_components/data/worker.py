@@ -259,8 +259,8 @@ def run(tasks: Sequence[Task], workers: int) -> None:
             _run_pool(todo, min(workers, len(todo)), bar)
     except BrokenProcessPool as error:
         raise InputError(
-            "a worker was killed, most likely for want of memory; use fewer --workers. Started again, the same command "
-            "resumes where it stopped"
+            "a worker was killed, most likely because memory ran out; use fewer --workers. Started again, the same "
+            "command resumes where it stopped"
         ) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -161,7 +161,7 @@ class ClassificationResults(FoldResults):
         validation: evaluator of the inner validation part.
         validation_scores: its table.
         threshold: a number, or ``youden``: chosen on the inner validation part, and beside it (``optimistic_*``) on the
-            scored fold itself, which flatters the result.
+            scored fold itself, which makes the result look too good.
     """
 
     scoring: Any

@@ -66,7 +66,7 @@ def apply_bundle(
             raise InputError(f"{target}: cannot write there ({error.strerror}); choose another --output") from error
         chosen = choose_scans(parts, target, skip_bad, codes)
         if common := result_root(chosen):
-            print(f"file names are not unique: results lie in folders like those of the scans below {common}")
+            print(f"file names are not unique: results are written to folders like those of the scans below {common}")
         # Absolute paths as plain text: nothing in them is taken for a config's expression or reference.
         workflow.parser["source"] = [str(path) for path in chosen]
         workflow.parser["check_volumes"] = False

@@ -93,7 +93,7 @@ def _scans_of(part: Path, target: Path) -> tuple[list[Path], list[Row]]:
         return [part], []
     volumes, others = scans_below(part)
     if others:
-        print(f"{part}: {len(others)} volumes that are no T1w scans are left aside, such as {others[0]}")
+        print(f"{part}: {len(others)} volumes that are no T1w scans are left out, such as {others[0]}")
     has_dicom = any(map(may_be_dicom, walk(part).files))
     if not volumes and not has_dicom:
         raise InputError(f"{part}: no scans in it: no volumes (.nii, .nii.gz, .mgz, ...), no DICOM files")

@@ -142,6 +142,6 @@ def probe_report(
             f"{row['auroc']:.3f} ({row['auroc_low']:.3f} to {row['auroc_high']:.3f})"
         )
     if leak != "none":
-        print("Scored patients were, or may have been, pretrained on: these numbers flatter.")
+        print("Scored patients were, or may have been, pretrained on: these numbers are too good.")
     print(f"{path}")
     return rows

@@ -88,7 +88,7 @@ def check_outside(folder: Path, output: PathLike | None, option: str) -> None:
     """
     if output is not None and Path(output).resolve().is_relative_to(folder.resolve()):
         raise InputError(
-            f"{option} {output} lies in --source {folder}, where the next start would take results for scans; "
+            f"{option} {output} lies in --source {folder}, where the next start would read results as scans; "
             "choose a folder outside of it"
         )
 
@@ -118,7 +118,7 @@ def result_root(source: Source) -> str:
     """Where the folders of results begin (``SaveImaged``'s ``data_root_dir``).
 
     Results have the names of their scans. Where these are unique the folder does not matter; where they are not, as
-    FreeSurfer's ``T1.mgz`` are, results lie in folders like those of the scans.
+    FreeSurfer's ``T1.mgz`` are, results are written to folders like those of the scans.
 
     Args:
         source: see ``find_volumes``.

@@ -144,7 +144,7 @@ def score_masks(store: Store, study: Study, tool: str, folder: Path) -> tuple[pd
             f"--masks {tool}={folder}: {len(bad)} label maps cannot be used",
             bad,
             "Label maps need left = 1 and right = 2 (or FreeSurfer's 17 and 53), in the scans' world space; "
-            "mend them or take them out of the folder.",
+            "fix them or take them out of the folder.",
         )
     if not rows:
         expected = ", ".join((absent + no_truth)[:3])

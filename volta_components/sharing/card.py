@@ -83,7 +83,7 @@ def fill_card(
         if text.is_file() and not facts["phantom"] and DENIAL.search(text.read_text(encoding="utf-8")):
             raise InputError(
                 f"docs/{text.name}: says that no weights trained on clinical data are there, but these are trained "
-                f"on {facts['trained_on']}; mend it, or put the sentence into the block <!-- pack: weights -->"
+                f"on {facts['trained_on']}; correct it, or put the sentence into the block <!-- pack: weights -->"
             )
 
 

@@ -231,7 +231,7 @@ def assemble(
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
     if not (target / "LICENSE").is_file():
-        raise InputError(f"{bundle}: no LICENSE; a bundle that is passed on needs one")
+        raise InputError(f"{bundle}: no LICENSE; a bundle that is shared needs one")
     for path in sorted((target / "configs").glob("*.json")):
         if path.name != "metadata.json":
             write_json(path, _baked(read_json(path), baked))
@@ -451,7 +451,7 @@ def check_paths(folder: Path) -> None:
                     rows.append((f"{path.relative_to(folder)}:{number}", found))
     if rows:
         raise InputError.many(
-            f"{len(rows)} places have a path of somebody's machine",
+            f"{len(rows)} places have an absolute path",
             rows,
             "Use paths relative to the bundle or to the working folder. models/model.json is beside the weights.",
         )

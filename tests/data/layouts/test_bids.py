@@ -64,7 +64,7 @@ def test_sessions_without_any_order_are_a_problem(tmp_path):
     listing = listed(tmp_path, people("sub-1"), t1("sub-1", "ses-A"), t1("sub-1", "ses-B"))
     ((who, file, reason),) = found(listing)
     assert who == "sub-1" and file.endswith("ses-B_T1w.nii.gz")
-    assert reason == "which of ses-A and ses-B is the first cannot be told; ses-A is used"
+    assert reason == "which of ses-A and ses-B is the first is not known; ses-A is used"
 
 
 def test_a_session_is_found_in_its_table_in_any_spelling_or_is_a_problem(tmp_path):

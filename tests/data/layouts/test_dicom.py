@@ -242,4 +242,4 @@ def test_studies_without_a_date_are_not_put_in_order(tmp_path):
     for folder, study in (("A", "1.2.3"), ("B", "1.2.4")):
         write(tmp_path / "P1" / folder, patient="P1", StudyInstanceUID=study, **nothing)
     listing = listed(tmp_path)
-    assert len(listing.scans) == 1 and "is the first cannot be told" in found(listing)[0][2]
+    assert len(listing.scans) == 1 and "is the first is not known" in found(listing)[0][2]

@@ -59,7 +59,7 @@ def test_a_repeat_of_a_session_is_not_taken_before_the_original(tmp_path):
 
 def test_visits_that_nothing_puts_in_order_are_named(tmp_path):
     listing = listed(tmp_path, "ADNI_002_S_0295_a.nii", "ADNI_002_S_0295_b.nii")
-    assert len(listing.scans) == 1 and any("is the first cannot be told" in why for _, why in found(listing))
+    assert len(listing.scans) == 1 and any("is the first is not known" in why for _, why in found(listing))
     assert len(read(LayoutOptions(tmp_path, sessions=("all",))).scans) == 2
 
 

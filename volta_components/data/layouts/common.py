@@ -369,7 +369,7 @@ def one_of_session(listing: Listing, scans: Sequence[Scan], rank: Callable[[Scan
                 listing.note_scan("quirk", other, f"same scan, compressed and not: {used}", left_out=True)
             elif rank(other) == rank(first):
                 reason = f"another T1w of this session: {used}, by name alone"
-                listing.note_scan("problem", other, reason, "which is the better one cannot be told; remove the other")
+                listing.note_scan("problem", other, reason, "which one is better is not known; remove the other")
             else:
                 listing.note_scan("quirk", other, f"another T1w of this session: {used}", left_out=True)
     return kept
@@ -401,7 +401,7 @@ def select_sessions(listing: Listing, scans: Iterable[Scan], sessions: tuple[str
                 taken.append(scan)
             elif sessions == ("baseline",) and scan in unsure:
                 names_of = [other.session or other.source for other in unsure]
-                reason = f"which of {' and '.join(names_of)} is the first cannot be told; {names_of[0]} is used"
+                reason = f"which of {' and '.join(names_of)} is the first is not known; {names_of[0]} is used"
                 how = "give their dates (acq_time in the sessions' table), number them, or name one with --sessions"
                 listing.note_scan("problem", scan, reason, how)
             else:

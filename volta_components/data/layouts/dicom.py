@@ -127,7 +127,7 @@ def read(options: LayoutOptions) -> Listing:
     tree = look(listing, root)
     folders = dicom_folders(tree)
     if not folders:
-        raise InputError(f"{root}: no DICOM file in it or below; NIfTI files want --layout bids or folder")
+        raise InputError(f"{root}: no DICOM file in it or below; for NIfTI files use --layout bids or folder")
     series = _all_series(listing, options, folders)
     who = _patients(listing, options, series)
     people = _people(listing, options)
@@ -425,7 +425,7 @@ def _one_of_session(
         reason = f"series {other.description!r} skipped: of this session's T1s, {best.description!r} is used"
         reason += f" ({other.problem[0]})" if other.problem else ""
         is_tie = other.rank == best.rank and (other.description != best.description or len(studies) > 1)
-        remedy = "which is the better one cannot be told; remove the other" if is_tie else ""
+        remedy = "which one is better is not known; remove the other" if is_tie else ""
         listing.note("problem" if is_tie else "skipped", patient, place, reason, remedy, True, patient)
     if best.problem:
         names = " and ".join(relative(folder, root) for folder in best.folders[:3])

@@ -104,7 +104,7 @@ def _run(output: Path, settings: Settings, numbers: list[int], workers: int, pat
                 bar.update()
         except BrokenProcessPool as error:
             raise InputError(
-                f"{output}: a worker process was killed, probably for want of memory; give fewer --workers than "
+                f"{output}: a worker process was killed, probably because memory ran out; give fewer --workers than "
                 f"{workers} (about 1 GB each) and start the command again: finished subjects are kept"
             ) from error
         finally:

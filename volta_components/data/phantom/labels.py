@@ -287,7 +287,7 @@ def _check(path: Path, codes: NDArray[np.uint8]) -> None:
     centres = [float(np.argwhere(codes == CODES[name])[:, 0].mean()) for name in SIDES]
     if centres[0] >= centres[1]:
         raise UnusableVolume(
-            path, "has its left hippocampus on the right", "left and right are swapped: mend the file's orientation"
+            path, "has its left hippocampus on the right", "left and right are swapped: fix the file's orientation"
         )
 
 
