@@ -13,7 +13,7 @@ from toy_anatomies import toy_folder
 
 from volta_components.data.phantom.anatomy import geometry
 from volta_components.data.phantom.command import phantom
-from volta_components.data.phantom.heads import code_positions, load_head, lookup_codes, sample_tables
+from volta_components.data.phantom.heads import load_head, lookup_codes, sample_tables
 from volta_components.data.phantom.labels import CODES, NAMES
 from volta_components.data.phantom.render import View, render, render_view, whole_view
 from volta_components.data.phantom.scanner import BiasField, blur, draw_scanner, slices
@@ -71,8 +71,14 @@ def test_without_changes_a_head_is_its_anatomy(head, settings):
 def test_volumes_do_not_depend_on_the_spacing(head, settings, spacing):
     made = render(subject_of(settings, 2), head, spacing, scanner_of(settings, subject_of(settings, 2)))
     same = render(subject_of(settings, 2), head, 2, scanner_of(settings, subject_of(settings, 2)))
-    for name in ("hippocampus_left", "hippocampus_right", "brain", "ventricles"):
-        assert made.truth[f"volume_{name}"] == pytest.approx(same.truth[f"volume_{name}"], rel=0.03)
+    # The deformation is looked up less often where voxels are large; these hippocampi are 10 mm thick.
+    for name, tolerance in (
+        ("hippocampus_left", 0.06),
+        ("hippocampus_right", 0.06),
+        ("brain", 0.02),
+        ("ventricles", 0.03),
+    ):
+        assert made.truth[f"volume_{name}"] == pytest.approx(same.truth[f"volume_{name}"], rel=tolerance)
     voxels = [(made.labels == label).sum() * spacing**3 for label in (1, 2)]
     assert voxels == pytest.approx(
         [made.truth["volume_hippocampus_left"], made.truth["volume_hippocampus_right"]], rel=0.2
@@ -95,7 +101,7 @@ def test_jacobian_is_positive_even_with_strong_effects_and_wide_variation(head):
     for number in range(1, 5):
         where = geometry(draw_subject(wide, number), head)
         view = whole_view(head, 3)
-        places = where.positions(view.affine, view.shape).numpy() * head.box.half.numpy()
+        places = np.moveaxis(where.voxels(view.affine, view.shape).numpy(), 0, -1)
         for side in (slice(1, None), slice(None, -1)):
             edges = [
                 np.diff(places, axis=axis)[tuple(side if a != axis else slice(None) for a in range(3))]
@@ -124,7 +130,7 @@ def test_partial_volume_is_the_mean_of_the_codes_within_a_voxel(head):
     table = np.zeros(256, np.float32)
     table[CODES["white_matter_left"]], table[CODES["cortex_left"]] = 1.0, 0.6
     centre = np.array(head.codes.shape) // 2
-    grid = np.stack(np.meshgrid(*(c + 2.0 * np.arange(-12, 12) + 0.5 for c in centre), indexing="ij"), axis=-1)
+    grid = np.stack(np.meshgrid(*(c + 2.0 * np.arange(-12, 12) + 0.5 for c in centre), indexing="ij"))
     places = torch.from_numpy(grid).float()
     sampled = sample_tables(head, table[None], places, 2)[0].numpy()
     values = table[head.codes]
@@ -139,7 +145,7 @@ def test_partial_volume_is_the_mean_of_the_codes_within_a_voxel(head):
 
 
 def test_lookups_beyond_the_label_map_are_air(head):
-    places = torch.tensor([[-500.0, 0.0, 0.0], [1e4, 50.0, 50.0]])[:, None, None]
+    places = torch.tensor([[-500.0, 1e4], [0.0, 50.0], [0.0, 50.0]])[:, :, None, None]
     assert not lookup_codes(head, places).any()
 
 
@@ -149,7 +155,7 @@ def test_t1_contrast_has_bright_white_and_dark_fluid(head, settings):
         scanner = replace(scanner_of(settings, subject), thickness=1.0, cut=0.0)
         made = render(subject, head, 2, scanner)
         where = geometry(subject, head)
-        codes = lookup_codes(head, code_positions(head, where.positions(made.affine, made.image.shape)))
+        codes = lookup_codes(head, where.voxels(made.affine, made.image.shape))
 
         def mean(name, made=made, codes=codes):
             inside = ndimage.binary_erosion(codes == CODES[name])
@@ -176,7 +182,7 @@ def test_without_skull_nothing_outside_the_brain_is_left(head, settings):
     subject = subject_of(settings, 3)
     where = geometry(subject, head)
     view = whole_view(head, 2)
-    codes = lookup_codes(head, code_positions(head, where.positions(view.affine, view.shape)))
+    codes = lookup_codes(head, where.voxels(view.affine, view.shape))
     outside = np.isin(codes, [CODES[name] for name in ("skull", "scalp", "skin", "air")])
     for seed in range(6):
         scanner = draw_scanner(np.random.default_rng(seed), with_skull=False)

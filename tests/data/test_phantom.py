@@ -147,8 +147,7 @@ def test_volume_fields_diverge_in_their_structure_and_move_nothing_far_away(atla
 def test_jacobian_is_positive_everywhere_even_with_the_strongest_effects(number):
     settings = Settings(effect_sex=0.1, effect_age=0.3, effect_hippocampus=0.8, effect_ventricles=1.0)
     where = geometry(draw_subject(settings, number), load_template(3))
-    places = where.positions(load_template(2).image_affine(2), (72, 96, 96)).double().numpy()
-    places = places * (np.array(TEMPLATE_BOX.high) - TEMPLATE_BOX.low) / 2  # mm
+    places = np.moveaxis(where.voxels(load_template(2).image_affine(2), (72, 96, 96)).double().numpy(), 0, -1)
     for side in (slice(1, None), slice(None, -1)):  # differences to one neighbour: folds cannot average out
         edges = [
             np.diff(places, axis=axis)[tuple(side if a != axis else slice(None) for a in range(3))] for axis in range(3)
@@ -259,8 +258,9 @@ def test_ventricles_are_darker_than_tissue_at_every_site():
         for site, scanner in SITES.items():
             seen = replace(subject, site=site, **{k: scanner[k] for k in ("grey", "fluid", "gamma", "bias", "noise")})
             made = render_template(seen, 3)
-            where = geometry(seen, load_template(3)).positions(made.affine, made.image.shape)
-            maps = sample_field(load_template(3).maps, where).numpy()
+            voxels = geometry(seen, load_template(3)).voxels(made.affine, made.image.shape)
+            places = torch.movedim(voxels, 0, -1) / TEMPLATE_BOX.half - 1
+            maps = sample_field(load_template(3).maps, places).numpy()
             fluid, grey = made.image[maps[6] > 0.6].mean(), made.image[maps[1] > 0.8].mean()
             assert fluid < 0.85 * grey
         if number == 2:

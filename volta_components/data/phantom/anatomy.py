@@ -230,35 +230,33 @@ class Geometry:
     fit: float
     translation: NDArray[np.float64]
 
-    def positions(self, affine: NDArray[np.float64], shape: tuple[int, ...]) -> torch.Tensor:
-        """Where each voxel of an image looks the anatomy up: ``[X, Y, Z, 3]``, -1 to 1 over the box."""
-        places = self._affine_positions(affine, shape)
-        displacement = self.displacement / self.box.half[:, None, None, None]
+    def voxels(self, affine: NDArray[np.float64], shape: tuple[int, ...]) -> torch.Tensor:
+        """Where each voxel of an image looks the anatomy up: ``[3, X, Y, Z]``, fractional voxels of the box's maps."""
+        places = self._straight(affine, shape)
         # The displacement is smooth: where voxels are small, every second one is enough, and eight times faster.
-        fine = np.linalg.norm(affine[:3, :3], axis=0).max() <= self.box.grid / 2 and min(shape) > 3
-        if not fine:
-            places += sample_field(displacement, places, padding="border").permute(1, 2, 3, 0)
-            return places
-        wide = affine @ np.diag([2.0, 2.0, 2.0, 1.0])
-        coarse = sample_field(
-            displacement, self._affine_positions(wide, tuple(n // 2 + 1 for n in shape)), padding="border"
-        )
+        if np.linalg.norm(affine[:3, :3], axis=0).max() > self.box.grid / 2 or min(shape) < 4:
+            return places.add_(sample_field(self.displacement, self._between_edges(places), padding="border"))
+        half = self._straight(affine @ np.diag([2.0, 2.0, 2.0, 1.0]), tuple(n // 2 + 1 for n in shape))
+        coarse = sample_field(self.displacement, self._between_edges(half), padding="border")
         size = [2 * (n // 2) + 1 for n in shape]
-        between = torch.nn.functional.interpolate(coarse[None], size=size, mode="trilinear", align_corners=True)[0]
-        places += between[:, : shape[0], : shape[1], : shape[2]].permute(1, 2, 3, 0)
-        return places
+        fine = torch.nn.functional.interpolate(coarse[None], size=size, mode="trilinear", align_corners=True)[0]
+        return places.add_(fine[:, : shape[0], : shape[1], : shape[2]])
 
-    def _affine_positions(self, affine: NDArray[np.float64], shape: tuple[int, ...]) -> torch.Tensor:
+    def _straight(self, affine: NDArray[np.float64], shape: tuple[int, ...]) -> torch.Tensor:
+        """As ``voxels``, without the displacement."""
         matrix = self.matrix @ affine[:3, :3]
-        offset = self.matrix @ affine[:3, 3] + self.offset
-        places = torch.empty((*shape, 3))
+        offset = self.matrix @ affine[:3, 3] + self.offset - self.box.low
+        places = torch.empty((3, *shape))
         for axis in range(3):
             ramps = [np.arange(n) * matrix[axis, other] for other, n in enumerate(shape)]
             ramps[0] = ramps[0] + offset[axis]
             x, y, z = (torch.from_numpy(ramp).float() for ramp in ramps)
-            ramp = x[:, None, None] + y[None, :, None] + z - self.box.middle[axis]
-            places[..., axis] = ramp.div_(self.box.half[axis])
+            torch.add((x[:, None] + y)[..., None], z, out=places[axis])
         return places
+
+    def _between_edges(self, places: torch.Tensor) -> torch.Tensor:
+        """``[3, X, Y, Z]`` fractional voxels as ``[X, Y, Z, 3]``, -1 to 1 from edge to edge."""
+        return torch.stack([places[axis] / self.box.half[axis] - 1 for axis in range(3)], dim=-1)
 
 
 def geometry(subject: Subject, anatomy: Anatomy) -> Geometry:

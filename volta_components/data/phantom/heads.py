@@ -81,8 +81,8 @@ def make_head(label_map: LabelMap) -> Head:
         name=label_map.name,
         box=box,
         centre=CENTRE,
-        hippocampus_left=volume_field(share(CODES["hippocampus_left"]), box, 2, 3.0, 10.0),
-        hippocampus_right=volume_field(share(CODES["hippocampus_right"]), box, 2, 3.0, 10.0),
+        hippocampus_left=volume_field(share(CODES["hippocampus_left"]), box, 2, 4.0, 12.0),
+        hippocampus_right=volume_field(share(CODES["hippocampus_right"]), box, 2, 4.0, 12.0),
         ventricles=volume_field(share(*VENTRICLE_CODES), box, 2, 4.0, 16.0),
         surface=surface[:: max(1, math.ceil(len(surface) / 1000))],
         random_scales=((8.0, 1.0), (24.0, 3.0)),
@@ -106,18 +106,14 @@ def load_head(name: str, path: str) -> Head:
     return make_head(read_label_map(name, Path(path)))
 
 
-def code_positions(head: Head, positions: torch.Tensor) -> torch.Tensor:
-    """Positions from -1 to 1 as (fractional) voxels of the label map: ``[..., 3]``."""
-    sides = torch.tensor([(n - 1) / 2 for n in head.codes.shape])
-    return (positions + 1) * sides
-
-
 def lookup_codes(head: Head, voxels: torch.Tensor) -> NDArray[np.uint8]:
-    """The nearest voxel's code at ``[..., 3]`` fractional voxels; air beyond the label map."""
-    flat = torch.zeros(voxels.shape[:-1], dtype=torch.int32)
-    for axis, length in enumerate(head.codes.shape):
+    """The nearest voxel's code at ``[3, X, Y, Z]`` fractional voxels; air beyond the label map."""
+    flat: torch.Tensor | None = None
+    for along, length in zip(voxels, head.codes.shape, strict=True):
         # The outermost voxels are air: what lies beyond may as well be there.
-        flat.mul_(length).add_(voxels[..., axis].add(0.5).clamp_(0, length - 1).to(torch.int32))
+        index = along.add(0.5).clamp_(0, length - 1).to(torch.int32)
+        flat = index if flat is None else flat.mul_(length).add_(index)
+    assert flat is not None
     found: NDArray[np.uint8] = head.codes.reshape(-1).take(flat.numpy())
     return found
 
@@ -128,33 +124,55 @@ def sample_tables(head: Head, tables: NDArray[np.float32], voxels: torch.Tensor,
     Args:
         head: the anatomy.
         tables: ``[C, 256]`` values of each code.
-        voxels: ``[X, Y, Z, 3]`` fractional voxels of the label map, on a grid that is bent a little.
+        voxels: ``[3, X, Y, Z]`` fractional voxels of the label map, on a grid that is bent a little.
         spacing: mm, whole.
 
     Returns:
         ``[C, X, Y, Z]`` float32.
     """
-    # The grid's faces show how far it reaches.
-    faces = [voxels.select(axis, end).reshape(-1, 3) for axis in range(3) for end in (0, -1)]
-    first = torch.stack([face.amin(dim=0) for face in faces]).amin(dim=0)
-    last = torch.stack([face.amax(dim=0) for face in faces]).amax(dim=0)
     window = []
-    for axis, length in enumerate(head.codes.shape):
-        low = int(np.clip(math.floor(float(first[axis])) - 4, 0, length - 2 * spacing))
-        high = int(np.clip(math.ceil(float(last[axis])) + 5 + spacing, low + 2 * spacing, length))
+    for along, length in zip(voxels, head.codes.shape, strict=True):
+        # The grid's faces show how far it reaches.
+        faces = [along.select(axis, end) for axis in range(3) for end in (0, -1)]
+        first, last = min(float(face.amin()) for face in faces), max(float(face.amax()) for face in faces)
+        low = int(np.clip(math.floor(first) - 4, 0, length - 2 * spacing))
+        high = int(np.clip(math.ceil(last) + 5 + spacing, low + 2 * spacing, length))
         window.append(slice(low, high))
-    codes = head.codes[tuple(window)]
-    part = torch.from_numpy(np.stack([table.take(codes) for table in tables]))[None]
-    if spacing > 1:
-        part = torch.nn.functional.avg_pool3d(part, spacing)
-    starts = torch.tensor([side.start for side in window], dtype=torch.float32)
-    sizes = torch.tensor(part.shape[2:], dtype=torch.float32)
-    # Voxel i of the pooled map has its centre at start + spacing * i + (spacing - 1) / 2.
-    scale = 2 / (spacing * (sizes - 1))
-    shift = -(starts + (spacing - 1) / 2) * scale - 1
-    places = (voxels * scale).add_(shift).flip(-1)[None]
-    sampled = torch.nn.functional.grid_sample(part, places, mode="bilinear", padding_mode="border", align_corners=True)
+    part = torch.from_numpy(_pooled(head.codes[tuple(window)], tables, spacing))[None]
+    places = torch.empty((*voxels.shape[1:], 3))
+    for axis, (side, size) in enumerate(zip(window, part.shape[2:], strict=True)):
+        # Voxel i of the pooled map has its centre at start + spacing * i + (spacing - 1) / 2.
+        scale = 2 / (spacing * (size - 1))
+        shift = -(side.start + (spacing - 1) / 2) * scale - 1
+        torch.add(voxels[axis] * scale, shift, out=places[..., 2 - axis])
+    sampled = torch.nn.functional.grid_sample(
+        part, places[None], mode="bilinear", padding_mode="border", align_corners=True
+    )
     return sampled[0]
+
+
+def _pooled(codes: NDArray[np.uint8], tables: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    """Values of ``[X, Y, Z]`` codes, ``[C, x, y, z]``: each the mean over a block of ``width`` voxels a side.
+
+    Of each block, ``width ** 2`` voxels are looked at, one in each row along every axis (a Latin square); all of them
+    would take ``width`` times as long, and differ little.
+    """
+    shape = tuple(length // width for length in codes.shape)
+    result = np.empty((len(tables), *shape), np.float32)
+    if width == 1:
+        for table, values in zip(tables, result, strict=True):
+            np.take(table, codes, out=values, mode="clip")
+        return result
+    result[:] = 0
+    for i in range(width):
+        for j in range(width):
+            k = (i + j) % width
+            x, y, z = (slice(a, a + width * (n - 1) + 1, width) for a, n in zip((i, j, k), shape, strict=True))
+            part = codes[x, y, z]
+            for table, values in zip(tables, result, strict=True):
+                values += table.take(part)
+    result /= width**2
+    return result
 
 
 _SIDES = np.stack([is_code(CODES[name]) for name in ("hippocampus_left", "hippocampus_right")]).astype(np.float32)
@@ -165,19 +183,22 @@ def hippocampus_shares(head: Head, voxels: torch.Tensor, spacing: int) -> torch.
 
     Args:
         head: the anatomy.
-        voxels: ``[X, Y, Z, 3]`` fractional voxels of the label map.
+        voxels: ``[3, X, Y, Z]`` fractional voxels of the label map.
         spacing: mm that a voxel is wide, whole.
     """
-    shares = torch.zeros((2, *voxels.shape[:-1]))
+    shares = torch.zeros((2, *voxels.shape[1:]))
+    # Every fourth voxel tells where the hippocampi are; its neighbours lie within some mm of it.
+    margin = 2 * spacing
     near: torch.Tensor | None = None
-    for axis, side in enumerate(head.hippocampi):
-        along = voxels[..., axis]
-        within = (along > side.start - spacing) & (along < side.stop - 1 + spacing)
+    for along, side in zip(voxels[:, ::4, ::4, ::4], head.hippocampi, strict=True):
+        within = (along > side.start - margin) & (along < side.stop - 1 + margin)
         near = within if near is None else near.logical_and_(within)
     assert near is not None
-    chosen = voxels[near]
-    if len(chosen):
-        shares[:, near] = sample_tables(head, _SIDES, chosen[:, None, None], spacing)[:, :, 0, 0]
+    places = near.nonzero()
+    if len(places):
+        low, high = places.amin(dim=0) * 4 - 4, places.amax(dim=0) * 4 + 5
+        x, y, z = (slice(max(0, int(a)), int(b)) for a, b in zip(low, high, strict=True))
+        shares[:, x, y, z] = sample_tables(head, _SIDES, voxels[:, x, y, z], spacing)
     return shares
 
 
@@ -187,7 +208,6 @@ __all__ = [
     "NAMES",
     "VENTRICLES",
     "Head",
-    "code_positions",
     "hippocampus_shares",
     "is_code",
     "load_head",
