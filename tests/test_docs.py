@@ -500,7 +500,7 @@ MESSAGES = {
         "holds a data set prepared with",
         "another process works on it",
         "scored patients",
-        "the scored fold has nobody of",
+        "the scored fold has no scan labelled",
         "is too small",
     ],
     "sharing": [

@@ -729,7 +729,7 @@ def test_a_class_missing_from_the_fold_is_an_error(prepared, encoder, tmp_path):
 
     data = changed(prepared, tmp_path / "data", healthy)
     message = cause_of("aibl_ad", data, encoder, tmp_path / "run", fold=1)
-    assert "scored fold has nobody of AD" in message and "sub-0004" in message and "--folds" in message
+    assert "scored fold has no scan labelled AD" in message and "sub-0004" in message and "--folds" in message
     message = cause_of("aibl_ad", data, encoder, tmp_path / "run", fold=3)
     assert "fold 3 cannot be scored" in message
 
@@ -738,7 +738,7 @@ def test_a_fraction_that_is_too_small_is_an_error(prepared, encoder, tmp_path):
     message = cause_of("ixi_sex", prepared, encoder, tmp_path / "run", fraction=0.1)
     assert "fraction 0.1 is too small" in message and "8 scans" in message
     message = cause_of("aibl_ad", prepared, encoder, tmp_path / "run", fraction=0.5)
-    assert "nobody of healthy, AD for inner validation" in message
+    assert "no scan labelled healthy, AD for inner validation" in message
 
 
 def test_pretraining_on_scored_patients_is_an_error_unless_allowed_and_then_tagged(prepared, tmp_path, encoder):

@@ -110,14 +110,14 @@ def test_a_missing_class_is_named_with_the_subjects_that_are_there():
 
     healthy = [item for item in items if item["label"] == 0][:2]
     check_classes(parts(), names)
-    with pytest.raises(InputError, match=r"scored fold has nobody of AD; it has 2 CN, 0 AD") as caught:
+    with pytest.raises(InputError, match=r"scored fold has no scan labelled AD; it has 2 CN, 0 AD") as caught:
         check_classes(parts(scored=healthy), names)
     assert healthy[1]["subject_id"] in str(caught.value)
-    with pytest.raises(InputError, match="training part has nobody of AD"):
+    with pytest.raises(InputError, match="training part has no scan labelled AD"):
         check_classes(parts(training=healthy, validation=healthy), names)
-    with pytest.raises(InputError, match=r"fraction 0.1 is too small.*nobody of AD for training"):
+    with pytest.raises(InputError, match=r"fraction 0.1 is too small.*no scan labelled AD for training"):
         check_classes(parts(training=healthy), names, fraction=0.1)
-    with pytest.raises(InputError, match="nobody of AD for inner validation"):
+    with pytest.raises(InputError, match="no scan labelled AD for inner validation"):
         check_classes(parts(validation=healthy), names)
     check_classes(parts(validation=[]), names, validation=False)
 

@@ -77,7 +77,7 @@ def prepare(
         labels: "auto" takes label maps where there are some, "require" leaves out scans that have none, "none" ignores
             them. require for harp, otherwise auto.
         diagnoses: Keep only these diagnoses, such as CN,AD.
-        require: Leave out scans of which these are unknown. sex for ixi, otherwise none.
+        require: Leave out scans without these values. sex for ixi, otherwise none.
         exclude_patients_of: Leave out patients of these datalists (files, or folders that hold one), whatever form
             their ids have.
         table: Table of the subjects (CSV, TSV or Excel), instead of the one of the layout.
@@ -88,7 +88,7 @@ def prepare(
         skip_bad: Accept scans that cannot be used: they are listed, and the exit status stays 0.
         strict: Leave out volumes that the QC marks.
         assume_orientation: Axis codes, such as RAS, for scans whose header has none. Without it these are errors.
-        patients_from: What says whom a DICOM scan is of: "id" (its PatientID) or "folder" (the first below the source).
+        patients_from: What names a DICOM scan's patient: "id" (its PatientID) or "folder" (the first below the source).
             By default the id, or the folder where the id says nothing or several people have it, which counts as a
             problem.
 

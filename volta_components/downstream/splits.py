@@ -192,14 +192,14 @@ def check_classes(
 
     if missing := lacking(parts.scored):
         raise InputError.many(
-            f"the scored fold has nobody of {', '.join(missing)}; it has {counted(parts.scored)}",
+            f"the scored fold has no scan labelled {', '.join(missing)}; it has {counted(parts.scored)}",
             listed(parts.scored),
             "Prepare the data set with fewer folds (volta3d prepare --folds), or with more subjects.",
         )
     whole = [*parts.training, *parts.validation, *parts.unused]
     if missing := lacking(whole):
         raise InputError.many(
-            f"the training part has nobody of {', '.join(missing)}; it has {counted(whole)}",
+            f"the training part has no scan labelled {', '.join(missing)}; it has {counted(whole)}",
             listed(whole),
             "Prepare the data set with more folds, or with more subjects.",
         )
@@ -207,7 +207,7 @@ def check_classes(
         if (name == "training" or validation) and (missing := lacking(items)):
             raise InputError.many(
                 f"fraction {fraction:g} is too small: of {len(whole)} scans in the training part ({counted(whole)}) it "
-                f"leaves nobody of {', '.join(missing)} for {name}; there are {counted(items)}",
+                f"leaves no scan labelled {', '.join(missing)} for {name}; there are {counted(items)}",
                 listed(items),
                 "Take a larger fraction, or prepare more subjects.",
             )

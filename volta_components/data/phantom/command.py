@@ -44,7 +44,7 @@ def phantom(
         subjects: Number of subjects.
         seed: Seed of everything random.
         spacing: Voxel size in mm: 1, 2 or 3.
-        first: Number of the first subject. Data sets of one seed with other numbers share nobody.
+        first: Number of the first subject. Data sets of one seed with other numbers share no head.
         prefix: Letters that subject ids begin with, as PH in sub-PH0001.
         sites: Number of sites, each with its own contrast: 1 to 3.
         ad_share: Share of subjects with Alzheimer's disease, 0 to 1. The others are healthy.

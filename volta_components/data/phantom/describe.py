@@ -42,16 +42,16 @@ or injury to subjects or patients resulting from the use or misuse of this softw
 _README = """\
 # Brain phantoms
 
-{count} synthetic T1-weighted head images of nobody, made by `volta3d phantom` (version {version}) from the MNI ICBM152
-template: random size, pose and smooth deformation, and the contrast, bias field, blur and noise of {sites} site(s).
-Parameters are in `{parameters}`; the same parameters give the same images.
+{count} synthetic T1-weighted head images of no real person. `volta3d phantom` (version {version}) made them from the
+MNI ICBM152 template: random size, pose and smooth deformation, and the contrast, bias field, blur and noise of {sites}
+site(s). Parameters are in `{parameters}`; the same parameters give the same images.
 
 - `participants.tsv`: sex, age, site. `sub-*/sub-*_sessions.tsv`: age and diagnosis (CN or AD).
 - `sub-*/{session}/anat/*_T1w.json`: all parameters of an image and its true volumes (mm^3), under `Phantom`.
 - `{labels}`: label maps of the left (1) and right (2) hippocampus.
 
-Sex changes the size of the head; AD shrinks the hippocampi and widens the ventricles by a severity; age does the
-same, mildly. The images are good for trying software. They say nothing about people.
+Sex changes the size of the head. AD shrinks the hippocampi and widens the ventricles, each head by its own severity;
+age does the same, mildly. Use the images to try software. They say nothing about people.
 
 The template's notice is in `LICENSE`.
 """
@@ -61,16 +61,16 @@ _LABELS_README = """\
 # Label maps of the phantoms' hippocampi
 
 `*_desc-hippocampus_dseg.nii.gz` is on the grid of the subject's T1w image: 1 is the left hippocampus, 2 the right one.
-They are the anatomy that the image was made from, warped as it was: the truth, not somebody's drawing. Volumes in mm^3
-are in the sidecar of the T1w image, under `Phantom`.
+They are the anatomy that the image was made from, with the same warp: the exact truth, not a rater's drawing. Volumes
+in mm^3 are in the sidecar of the T1w image, under `Phantom`.
 """
 
 
 _HEADS_README = """\
 # Heads grown from label maps
 
-{count} synthetic head images of nobody, made by `volta3d phantom` (version {version}) from label maps of {anatomies}
-real heads: random size, pose and smooth deformation, and a scanner of its own for each: contrast between tissues, bias
+{count} synthetic head images, made by `volta3d phantom` (version {version}) from label maps of {anatomies} real heads:
+random size, pose and smooth deformation, and its own simulated scanner for each: contrast between tissues, bias
 field, resolution, blur, noise, skull or none. Parameters are in `{parameters}`; the same parameters and label maps give
 the same images.
 
@@ -81,10 +81,10 @@ the same images.
 - `{labels}`: label maps of the left (1) and right (2) hippocampus.
 - `code/sheet.png`: some of the heads, to look at.
 
-Sex changes the size of the head; AD shrinks the hippocampi and widens the ventricles by a severity; age does the
-same, mildly. These changes are against the anatomy, and anatomies differ among themselves.
+Sex changes the size of the head. AD shrinks the hippocampi and widens the ventricles, each head by its own severity;
+age does the same, mildly. These changes are relative to the anatomy, and anatomies differ among themselves.
 
-The images are derived from the label maps: whatever licence these have holds for what is made of them.
+The images are derived from the label maps: the licence of the label maps also holds for them.
 """
 
 
