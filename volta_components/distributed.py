@@ -9,6 +9,7 @@ not set, as in an ``salloc`` shell.
 
 from __future__ import annotations
 
+import os
 from typing import TypeVar
 
 import torch
@@ -55,3 +56,20 @@ def gather_objects(objects: list[T]) -> list[T]:
     parts: list[list[T]] = [[] for _ in range(process_count())]
     dist.all_gather_object(parts, objects)
     return [item for part in parts for item in part]
+
+
+def local_device() -> torch.device:
+    """The device of this process, one of those that ``torchrun`` has started: a GPU of its own, or the CPU."""
+    return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
+
+
+def join_processes(device: torch.device) -> None:
+    """Join the processes that ``torchrun`` has started; used by ``multi_gpu_train.json``.
+
+    Args:
+        device: of this process.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group(backend="nccl" if torch.cuda.is_available() else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

@@ -108,6 +108,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def bundle_root(name: str) -> str:
+    """Where a bundle is: ``bundles/NAME`` below the working folder, or else the working folder itself.
+
+    So the same command works from the repository's root and within the folder of a bundle that was downloaded.
+    """
+    return f"bundles/{name}" if Path("bundles", name, "configs").is_dir() else "."
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text as UTF-8, atomically."""
     with atomic_path(path) as temporary:

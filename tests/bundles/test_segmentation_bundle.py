@@ -191,7 +191,7 @@ def test_overlays_are_a_few_lines_and_change_ids_that_exist() -> None:
     for name in OVERLAYS:
         overlay = read_json(configs(name)[0])
         assert overlay.pop("_desc_")
-        known = set(train) | {"finalize"} | (set(unet) if name in ("unet_scratch", "tiny") else set())
+        known = set(train) | {"+initialize", "finalize"} | (set(unet) if name in ("unet_scratch", "tiny") else set())
         assert set(overlay) <= known
         if name in ("unetr_scratch", "frozen", "full"):
             assert len(overlay) == 1
@@ -233,9 +233,9 @@ def test_the_method_is_in_the_config() -> None:
 def test_the_type_of_mixed_precision_can_be_chosen(labelled: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"amp": True, "amp_dtype": "$torch.float16"}
     made = workflow(("train", "unetr_scratch"), labelled, tmp_path, **changes)
-    for name in ("train#trainer", "validate#evaluator", "score#evaluator"):
+    for name in ("train#trainer", "validate#evaluator", "results#scoring"):
         assert made.parser.get_parsed_content(name).amp_kwargs == {"dtype": torch.float16}
-    assert made.parser.get_parsed_content("settings")["amp"] == "torch.float16"
+    assert made.parser.get_parsed_content("settings")["config"]["amp_dtype"] == "$torch.float16"
     parser = ConfigParser()
     parser.read_config(configs("inference"))
     parser.update({**NETWORK, **changes, "data": [{"image": "scan.nii"}], "handlers": []})
@@ -253,14 +253,12 @@ def one_process(tmp_path: Path) -> Any:
 def built(made: ConfigWorkflow, overlay: str | None) -> Any:
     """Initialise a workflow, in this process alone; its network, without a distributed wrapper."""
     parser = made.parser
-    parser["initialize"] = [line for line in parser["initialize"] if "init_process_group" not in line]
-    if overlay == "evaluate":
-        parser["model"] = {}  # nothing is trained yet
+    parser["initialize"] = [line for line in parser["initialize"] if "join_processes" not in line]
     made.initialize()
-    assert overlay == "evaluate" or made.check_properties() == []
+    assert made.check_properties() == []
     plain = parser.get_parsed_content("plain_network")
     assert isinstance(plain, UNet if overlay == "unet_scratch" else VoltaUNETR)
-    assert parser.get_parsed_content("score#evaluator").network is plain
+    assert parser.get_parsed_content("results#scoring").network is plain
     assert parser.get_parsed_content("results").network is plain
     return plain
 
@@ -284,7 +282,7 @@ def check_training(made: ConfigWorkflow, overlay: str | None) -> None:
     assert batch["image"].shape == (volumes * crops, 1, *size) and batch["label"].shape == batch["image"].shape
     assert set(batch["label"].unique().tolist()) <= {0, 1, 2}
     settings = made.parser.get_parsed_content("settings")
-    assert json.dumps(settings) and settings["network"] == type(plain).__name__
+    assert json.dumps(settings) and settings["network_def.class"] == type(plain).__name__
     assert (settings["encoder_sha256"] == "") == ("scratch" in str(overlay))
 
 
@@ -315,11 +313,9 @@ def test_every_overlay_is_instantiated_with_the_quick_starts(
     check_training(made, overlay)
     tiny = read_json(configs("tiny")[0])
     settings = made.parser.get_parsed_content("settings")
-    names_of = {"unet_scratch": {"channels": "unet_channels"}}.get(
-        str(overlay), {name: name for name in ("feature_size", "hidden_size", "mlp_dim", "num_layers", "num_heads")}
-    )
-    assert {n: settings["network_config"][n] for n in names_of} == {n: tiny[key] for n, key in names_of.items()}
-    assert settings["epochs"] == tiny["epochs"] and settings["image_size"] == tiny["image_size"]
+    sizes = ("feature_size", "hidden_size", "mlp_dim", "num_layers", "num_heads", "epochs", "image_size")
+    for name in (*sizes, *(["unet_channels"] if overlay == "unet_scratch" else [])):
+        assert settings[name] == tiny[name]
 
 
 def test_the_quick_start_serves_inference_too(tiny_data: Path, tmp_path: Path) -> None:
@@ -758,19 +754,21 @@ def test_bad_input_ends_a_run_before_training(labelled: Path, small_encoder: Pat
     image = nib.load(label)
     nib.save(nib.Nifti1Image(np.array([0, 2, 1], np.uint8)[np.asarray(image.dataobj)], image.affine), label)
     with input_error("sub-0003", "left and right are swapped"):
-        workflow(scratch, data, tmp_path / "run").initialize()
+        run(scratch, data, tmp_path / "run")
     label.write_bytes(good)
 
     content = read_json(data / "datalist.json")
     del content["training"][6]["label"]
     write_json(data / "datalist.json", make_content("fake", [1.0] * 3, [SIDE] * 3, 0, 5, content["training"], []))
     with input_error("1 of 10 items have no label map", "sub-0006"):
-        workflow(scratch, data, tmp_path / "run").initialize()
+        run(scratch, data, tmp_path / "run")
 
     with input_error("volta3d prepare"):
-        workflow(scratch, tmp_path / "nothing", tmp_path / "run").initialize()
+        run(scratch, tmp_path / "nothing", tmp_path / "run")
     with input_error("no such encoder"):
-        workflow(("train",), labelled, tmp_path / "run", encoder_path=str(tmp_path / "no.safetensors")).initialize()
+        run(("train",), labelled, tmp_path / "run", encoder_path=str(tmp_path / "no.safetensors"))
+    with input_error("nobody to train on"):
+        run(scratch, labelled, tmp_path / "run", fraction=0.01)
 
     leaky = tmp_path / "encoder.safetensors"
     shutil.copy(small_encoder, leaky)
@@ -778,7 +776,7 @@ def test_bad_input_ends_a_run_before_training(labelled: Path, small_encoder: Pat
     record["provenance"]["patient_ids"] = [patient_key("sub-0005", "fake")]
     write_json(leaky.with_suffix(".json"), record)
     with input_error("pretrained on 1 of the 2 scored patients", "sub-0005"):
-        workflow(("train",), labelled, tmp_path / "run", encoder_path=str(leaky)).initialize()
+        run(("train",), labelled, tmp_path / "run", encoder_path=str(leaky))
     assert not (tmp_path / "run").exists()
 
 
@@ -789,7 +787,7 @@ def test_more_processes_than_scans_of_a_part_end_before_training(
     made = workflow(("train", "unetr_scratch"), labelled, tmp_path / "run")
     with input_error("3 processes cannot share", "inner validation  2 scans", "scored            2 scans"):
         made.parser.get_parsed_content("checks")
-    assert "@checks" in made.parser["initialize"]
+    assert "@checks" in made.parser["run"]
     # Without a datalist, the validation scans are those that an annotation server gives.
     own = {"train#dataset#data": [{"image": "a", "label": "a"}] * 3, "validate#dataset#data": [{"image": "b"}]}
     made = workflow(("train", "unetr_scratch"), tmp_path / "none", tmp_path / "run", **own)

@@ -13,7 +13,7 @@ import pytest
 from labelled_scans import ORIENTATIONS, SIDE, make_labelled, reoriented, write_head
 
 from volta_components.data.datalist import load_datalist, make_content
-from volta_components.downstream.label_maps import check_label_maps, find_datalist, labelled_parts, training_items
+from volta_components.downstream.label_maps import check_label_maps, labelled_parts
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
 
@@ -92,7 +92,6 @@ def test_parts_want_a_label_map_for_everybody(tmp_path: Path) -> None:
     parts = labelled_parts(datalist, fold=0)
     assert [item["subject_id"] for item in parts.scored] == ["sub-0000", "sub-0005"]
     assert len(parts.training) == 6 and len(parts.validation) == 2
-    assert training_items(parts, datalist.path) is parts.training
 
     content = read_json(datalist.path)
     for item in content["training"][3:5]:
@@ -102,12 +101,3 @@ def test_parts_want_a_label_map_for_everybody(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="2 of 10 items have no label map") as caught:
         labelled_parts(load_datalist(datalist.path), fold=0)
     assert "sub-0003_ses-M000" in str(caught.value) and "--labels require" in str(caught.value)
-
-
-def test_without_a_datalist_there_is_nobody_to_train_on(tmp_path: Path) -> None:
-    path = tmp_path / "datalist.json"
-    datalist = find_datalist(path, [32] * 3, [1.0] * 3)
-    parts = labelled_parts(datalist, fold=0)
-    assert (len(datalist), parts.training, parts.validation, parts.scored) == (0, [], [], [])
-    with pytest.raises(InputError, match="volta3d prepare"):
-        training_items(parts, path)

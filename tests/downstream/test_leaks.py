@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fine_tuning import SIZES, make_encoder
 
-from volta_components.downstream.leaks import Origin, check_model, check_origin
+from volta_components.downstream.leaks import Origin, check_encoder, check_model, check_origin
 from volta_components.errors import InputError
 from volta_components.method.networks import VoltaViT
 from volta_components.method.weights import save_encoder
@@ -91,13 +91,16 @@ def test_an_encoder_is_found_in_a_folder(tmp_path):
     path = make_encoder(tmp_path / "bundle" / "models" / "encoder.safetensors", [])
     expected = check_origin("volta", path, [{"patient_id": "x"}])
     assert check_origin("volta", tmp_path / "bundle", [{"patient_id": "x"}]) == expected
+    check_encoder("volta", tmp_path / "bundle")
     with pytest.raises(InputError, match=r"other/models/encoder\.safetensors: no such encoder"):
-        check_origin("volta", tmp_path / "other", [])
+        check_encoder("volta", tmp_path / "other")
 
 
 def test_scratch_needs_no_encoder_and_a_missing_one_says_what_to_do(tmp_path):
-    assert check_origin("swin_scratch", tmp_path / "none.safetensors", []) == Origin()
+    path = tmp_path / "none.safetensors"
+    check_encoder("swin_scratch", path)
+    assert check_origin("swin_scratch", path, []) == check_origin("volta", path, [{"patient_id": "x"}]) == Origin()
     with pytest.raises(InputError, match=r"bundles/pretrain/configs/train\.json"):
-        check_origin("volta", tmp_path / "none.safetensors", [])
+        check_encoder("volta", path)
     with pytest.raises(InputError, match="init 'vit'"):
         check_origin("vit", tmp_path / "none.safetensors", [])

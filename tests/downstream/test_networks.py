@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from monai.networks.nets import UNETR, UNet
+from monai.networks.nets import UNETR
 
-from volta_components.downstream.networks import SwinClassifier, VoltaClassifier, VoltaUNETR, describe_network
-from volta_components.downstream.start import freeze_encoder, start_from
+from volta_components.downstream.networks import SwinClassifier, VoltaClassifier, VoltaUNETR
+from volta_components.downstream.start import LoadPretrained, freeze_encoder, freeze_for
 from volta_components.errors import InputError
 from volta_components.method.networks import VoltaViT, resample_position_embedding
 from volta_components.method.weights import load_pretrained, save_encoder
@@ -128,7 +128,6 @@ def test_a_smaller_encoder_has_its_skips_at_the_quarters(tmp_path: Path) -> None
     network = VoltaUNETR(num_layers=6, **SMALL)
     assert len(network.vit.blocks) == 6 and network.skips == (1, 3, 4)
     assert network(torch.rand(1, 1, 32, 32, 16)).shape == (1, 3, 32, 32, 16)
-    assert describe_network(network)["num_layers"] == 6
     trained = [name for name, p in network.named_parameters() if p.requires_grad]
     network(torch.rand(1, 1, 32, 32, 16)).sum().backward()
     without = [name for name in trained if network.get_parameter(name).grad is None]
@@ -141,7 +140,8 @@ def test_the_encoder_of_pretraining_goes_into_it(tmp_path: Path) -> None:
     )
     save_encoder(tmp_path / "encoder.safetensors", encoder, {})
     network = VoltaUNETR(num_layers=6, **SMALL)
-    report = start_from(network, "volta", tmp_path / "encoder.safetensors", 2, "vit.", tmp_path / "report.txt")
+    assert freeze_for(network, "volta", 2) is network
+    report = LoadPretrained(network, "volta", tmp_path / "encoder.safetensors", tmp_path / "report.txt").load()
     assert report is not None
     assert len(report.loaded) + len(report.resampled) == len(network.vit.state_dict())
     assert all(name.startswith("summariser.") for name in report.unused)
@@ -160,14 +160,3 @@ def test_sizes_that_cannot_be_are_refused() -> None:
         VoltaUNETR(**{**SMALL, "img_size": (40, 32, 32)})
     with pytest.raises(InputError, match="4 blocks"):
         VoltaUNETR(num_layers=3, **SMALL)
-
-
-def test_unet_tells_its_sizes() -> None:
-    network = UNet(spatial_dims=3, in_channels=1, out_channels=3, channels=(4, 8), strides=(2,), num_res_units=2)
-    assert describe_network(network) == {
-        "in_channels": 1,
-        "out_channels": 3,
-        "channels": [4, 8],
-        "strides": [2],
-        "num_res_units": 2,
-    }

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 import torch
 from ignite.engine import Engine
-from torch import nn
 
 from volta_components.downstream.results import FoldResults, ItemRows
 from volta_components.downstream.splits import Item, Parts
@@ -38,7 +37,7 @@ def test_rows_come_in_the_order_of_the_items() -> None:
 
 def test_scores_say_who_they_are_of(tmp_path: Path) -> None:
     items: list[Item] = [{"subject_id": "sub-1", "patient_id": "p1", "age": 71.5}, {"subject_id": "sub-2", "sex": "F"}]
-    results = FoldResults(parts=Parts(items, [], items), network=nn.Identity(), output_dir=tmp_path)
+    results = FoldResults(parts=Parts(items, [], items), scoring=None, output_dir=tmp_path)
     results.write_scores(tmp_path / "scores.csv", ["dice", "hd95"], items, [[0.5, float("nan")], [0.25, 3.0]])
     frame = pd.read_csv(tmp_path / "scores.csv")
     assert list(frame) == ["subject_id", "patient_id", "session", "site", "sex", "age", "dice", "hd95"]

@@ -88,6 +88,7 @@ def test_a_patient_with_two_labels_counts_by_the_larger():
 def test_bad_shares_and_folds_are_named(changes, words):
     with pytest.raises(InputError, match=words):
         split_items(cohort(), **{"fold": 0, **changes})
+    assert split_items([], 9) == Parts([], [], [])  # a config that is read without its data
 
 
 def test_a_patient_in_two_folds_is_an_error_with_the_id_in_any_form():
@@ -131,6 +132,8 @@ def test_a_part_that_is_smaller_than_the_number_of_processes_is_named():
     ):
         check_shares(parts.in_use, 4)
     check_shares(Parts(items, [], items).in_use, 12)  # nobody waits in a part that is not gone through
+    with pytest.raises(InputError, match="nobody to train on"):
+        check_shares(Parts([], [], items).in_use, 1)
 
 
 def test_class_weights_balance_the_classes():

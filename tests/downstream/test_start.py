@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from fine_tuning import SIZES, make_encoder
+from ignite.engine import Engine
 from monai.networks.nets import UNETR
 from torch import nn
 
 from volta_components.downstream.networks import VoltaUNETR
-from volta_components.downstream.start import freeze_encoder, load_model, save_model, start_from
+from volta_components.downstream.start import LoadPretrained, freeze_encoder, freeze_for, load_model, save_model
 from volta_components.errors import InputError
 from volta_components.method.networks import VoltaViT
-from volta_components.method.weights import save_encoder
+from volta_components.method.weights import load_encoder, save_encoder
 
 
 def moved(network: nn.Module, image: torch.Tensor) -> set[str]:
@@ -58,16 +59,31 @@ def test_more_blocks_than_there_are_is_an_error():
         freeze_encoder(Headed().encoder, 4)
 
 
-def test_start_loads_freezes_and_writes_what_became_of_every_weight(tmp_path):
+def test_the_start_is_frozen_at_once_and_loaded_when_the_training_starts(tmp_path):
     path = make_encoder(tmp_path / "encoder.safetensors", [])
-    network = Headed()
-    report = start_from(network, "volta", path, 1, "encoder.", tmp_path / "run" / "pretrained.txt")
+    network = freeze_for(Headed(), "volta", 1)
+    assert not network.encoder.blocks[0].attn.qkv.weight.requires_grad
+    before = network.encoder.summariser.cls_token.clone()
+    engine = Engine(lambda *_: None)
+    load = LoadPretrained(network, "volta", path, tmp_path / "run" / "pretrained.txt")
+    load.attach(engine)
+    assert torch.equal(network.encoder.summariser.cls_token, before)
+    engine.run([0])
+    assert torch.equal(network.encoder.summariser.cls_token, load_encoder(path).summariser.cls_token)
+    report = load.load()
     assert report is not None and sorted(report.missing) == ["head.bias", "head.weight"]
     text = (tmp_path / "run" / "pretrained.txt").read_text()
-    assert "1 blocks of the encoder unfrozen" in text and "left  head.weight" in text
-    assert "loaded  encoder.summariser.cls_token" in text
-    assert not network.encoder.blocks[0].attn.qkv.weight.requires_grad
-    assert start_from(network, "vit_scratch", tmp_path / "none", 0, "encoder.") is None
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    assert f"{trained:,} of {sum(p.numel() for p in network.parameters()):,} parameters train" in text
+    assert "left  head.weight" in text and "loaded  encoder.summariser.cls_token" in text
+
+
+def test_from_scratch_nothing_is_loaded_or_frozen(tmp_path):
+    network = freeze_for(Headed(), "vit_scratch", 0)
+    assert all(p.requires_grad for name, p in network.named_parameters() if "norm_cross_attn" not in name)
+    assert LoadPretrained(network, "vit_scratch", tmp_path / "none").load() is None
+    with pytest.raises(InputError, match="Linear has no encoder or vit"):
+        freeze_for(nn.Linear(2, 2), "volta", 0)
 
 
 def test_a_unetr_starts_from_a_whole_encoder_of_its_depth_and_heads_or_not_at_all(tmp_path):
@@ -75,16 +91,16 @@ def test_a_unetr_starts_from_a_whole_encoder_of_its_depth_and_heads_or_not_at_al
     path = tmp_path / "encoder.safetensors"
     save_encoder(path, VoltaViT(img_size=(32, 32, 32), decoder=False, **{**SIZES, "num_layers": 4}), {})
     unetr = VoltaUNETR(1, 3, (32, 32, 32), num_layers=4, num_heads=4, **sizes)
-    report = start_from(unetr, "volta", path, 0, "vit.")
+    report = LoadPretrained(freeze_for(unetr, "volta", 0), "volta", path).load()
     assert report is not None and report.loaded
     assert not any(p.requires_grad for p in unetr.vit.parameters())
     assert all(p.requires_grad for p in unetr.decoder2.parameters())
     # As many weights of the same shapes, but another function.
     with pytest.raises(InputError, match=r"another configuration(?s:.)*num_heads +4 +8"):
-        start_from(VoltaUNETR(1, 3, (32, 32, 32), num_layers=4, num_heads=8, **sizes), "volta", path, 0, "vit.")
+        LoadPretrained(VoltaUNETR(1, 3, (32, 32, 32), num_layers=4, num_heads=8, **sizes), "volta", path).load()
     stock = UNETR(1, 3, (32, 32, 32), num_heads=4, proj_type="conv", **sizes)
     with pytest.raises(InputError, match=r"another configuration(?s:.)*num_layers +4 +12"):
-        start_from(stock, "volta", path, 0, "vit.")
+        LoadPretrained(stock, "volta", path).load()
 
 
 def test_models_are_plain_tensors_with_a_record_and_load_whole_or_not_at_all(tmp_path):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from ignite.engine import Engine, Events
 from mlflow import MlflowClient
@@ -16,9 +17,9 @@ from torch import nn
 
 from volta_components.downstream.leaks import Origin
 from volta_components.downstream.tracking import RunRecord, TrainingPlan, run_tags
+from volta_components.errors import InputError
 from volta_components.files import write_json
 from volta_components.training.sampling import ResumableSampler
-from volta_components.training.schedules import CosineSchedule
 
 
 def engine_of(values: list[float], epochs: int) -> Any:
@@ -30,9 +31,9 @@ def engine_of(values: list[float], epochs: int) -> Any:
 
 def test_plan_sets_the_rate_of_every_step_and_the_order_of_every_epoch():
     sampler = ResumableSampler(3, seed=1)
-    schedule = CosineSchedule(1.0, 0.0, total_steps=6, warmup_steps=2)
     engine = engine_of([], 2)
-    TrainingPlan(sampler, schedule).attach(engine)
+    engine.data_loader = SimpleNamespace(sampler=sampler)
+    TrainingPlan(1.0, 0.0, warmup_epochs=2 / 3).attach(engine)
     rates: list[float] = []
     epochs: list[int] = []
     engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: rates.append(e.optimizer.param_groups[0]["lr"]))
@@ -41,6 +42,10 @@ def test_plan_sets_the_rate_of_every_step_and_the_order_of_every_epoch():
     assert epochs == [1, 2]
     cosine = [(1 + np.cos(np.pi * step / 3)) / 2 for step in range(4)]
     np.testing.assert_allclose(rates, [0.0, 0.5, *cosine], atol=1e-12)
+    engine = engine_of([], 2)
+    TrainingPlan(1.0, 0.0, warmup_epochs=3).attach(engine)
+    with pytest.raises(InputError, match="fewer warmup_epochs or more epochs"):
+        engine.run([0.0, 0.0, 0.0], max_epochs=2)
 
 
 def test_record_keeps_epoch_means_and_resumes_with_them():
@@ -59,7 +64,8 @@ def test_tags_tell_everything_that_runs_are_compared_by(tmp_path):
     datalist: Any = SimpleNamespace(
         name="demo", hash="h", content={"training": [{"cohort": "phantom"}, {"cohort": "x"}]}
     )
-    tags = run_tags("ixi_sex", "volta", 2, 0.2, 7, datalist, Origin("e", "p", "allowed", ("a",)))
+    settings = {"bundle": "ixi_sex", "init": "volta", "fold": 2, "fraction": 0.2, "seed": 7, "epochs": 3}
+    tags = run_tags(settings, datalist, Origin("e", "p", "allowed", ("a",)))
     expected = {
         "bundle": "ixi_sex",
         "init": "volta",

@@ -145,7 +145,6 @@ def tiny_run(
         device=device,
         max_epochs=epochs,
         train_data_loader=parts.loader,
-        sampler=sampler,
         student=parts.student,
         teacher=parts.teacher,
         optimizer=parts.optimizer,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from monai.engines.utils import IterationEvents
 
 from volta_components.method.collapse import CollapseError, CollapseMonitor, effective_rank
 
@@ -33,9 +34,12 @@ def watched(
             **{"global_teacher_entropy": values[0], "patch_teacher_entropy": values[1]},
             **{"global_predicted": told[0], "patch_predicted": told[1]},
         }
+        engine.state.output = [outputs[batch]]
+        engine.fire_event(IterationEvents.MODEL_COMPLETED)
         return [outputs[batch]]
 
     engine = Engine(step)
+    engine.register_events(*IterationEvents)
     monitor.attach(engine)
     engine.state.iteration = first
     engine.add_event_handler(Events.STARTED, lambda e: setattr(e.state, "iteration", first))

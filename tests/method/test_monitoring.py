@@ -25,7 +25,7 @@ def test_pictures_are_drawn_and_change_nothing(tmp_path: Path, monkeypatch: pyte
     plain.trainer.run()
     monkeypatch.setattr(monitoring, "find_mlflow_handler", lambda engine: fake)
     network = drawn.plain_student.network
-    ReconstructionPicture(tmp_path, drawn.loader.dataset[0], network, drawn.views, interval=3).attach(drawn.trainer)
+    ReconstructionPicture(tmp_path, drawn.loader.dataset, network, drawn.views, interval=3).attach(drawn.trainer)
     drawn.trainer.run()
     names = [f"reconstruction_{epoch:04d}.png" for epoch in (1, 3, 5)]
     assert sorted(path.name for path in tmp_path.iterdir()) == names

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -56,11 +54,9 @@ def test_a_run_by_hand_never_takes_the_place_of_crossvals(writer, run):
 
 
 def test_overlays_run_by_hand_have_rows_of_their_own_beside_an_alarm(writer, run):
-    network = json.dumps({"num_layers": 12})
     run("volta", 0)
-    run("volta", 0, variant=None, params={"unfrozen_blocks": "0", "network_config": network})
-    run("volta", 0, variant=None, params={"unfrozen_blocks": "12", "network_config": network})
-    run("volta", 0, variant=None, params={"unfrozen_blocks": "6", "network_config": network})
+    for blocks in ("0", "12", "6"):
+        run("volta", 0, variant=None, params={"unfrozen_blocks": blocks, "num_layers": "12"})
     study = only_study(writer)
     assert study.variants == ["volta", "frozen", "full"]
     assert [(item.variant, item.by_hand) for item in study.runs] == [

@@ -148,13 +148,14 @@ def test_an_overlay_that_is_not_named_is_missed(
     shutil.copy(weights["pretrain"], model)
     record = read_json(weights["pretrain"].with_suffix(".json"))
     tiny = read_json(ROOT / "bundles" / "pretrain" / "configs" / "tiny.json")
-    record["provenance"]["settings"] |= {"epochs": tiny["epochs"], "koleo": {"class": "KoLeoLoss", "queue_size": 256}}
+    koleo = {"koleo_loss.class": "KoLeoLoss", "koleo_loss.queue_size": 256}
+    record["provenance"]["settings"] |= {"epochs": tiny["epochs"], **koleo}
     write_json(model.with_suffix(".json"), record)
     said = {}
     for overlays in ("tiny", "koleo,tiny"):
         arguments = ["pack", "--bundle", str(ROOT / "bundles" / "pretrain"), "--output", str(tmp_path / "packed")]
         assert main([*arguments, "--overlays", overlays, "--model", str(model)]) == 0
-        said[overlays] = re.search(r"other values of ([\w, ]+) than", capsys.readouterr().out)
+        said[overlays] = re.search(r"other values of ([\w., ]+) than", capsys.readouterr().out)
     assert said["tiny"] is not None and "koleo" in said["tiny"][1] and "epochs" not in said["tiny"][1]
     assert said["koleo,tiny"] is None or "koleo" not in said["koleo,tiny"][1]
 

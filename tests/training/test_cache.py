@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import torch
-from ignite.engine import Engine, Events
 from monai.transforms import Compose, Lambdad, RandGaussianNoised
 
-from volta_components.training.cache import FillCache, KeyedCacheDataset
+from volta_components.training.cache import KeyedCacheDataset
 
 
 def test_cached_samples_equal_fresh_ones_and_depend_on_epoch_and_index_alone() -> None:
@@ -34,20 +33,3 @@ def test_cached_samples_equal_fresh_ones_and_depend_on_epoch_and_index_alone() -
     assert [int(cached[index]["label"]) for index in range(4)] == [0, 1, 2, 3]
     assert len(calls) == before
     assert torch.equal(items[2]["image"], torch.full((1, 2, 2), 2.0))
-
-
-def test_the_cache_is_filled_when_the_first_epoch_starts() -> None:
-    """With the items of this process only, and not for a run that has no epoch left."""
-    loaded: list[int] = []
-    transform = Compose([Lambdad("label", lambda label: loaded.append(label) or label)])
-    dataset = KeyedCacheDataset([{"label": index} for index in range(4)], transform)
-    finished = Engine(lambda *_: None)
-    FillCache(dataset, [3, 1]).attach(finished)
-    finished.add_event_handler(Events.STARTED, lambda e: setattr(e.state, "epoch", 2))  # as a checkpoint does
-    finished.run([0], max_epochs=2)
-    assert loaded == []
-    engine = Engine(lambda *_: loaded.append(-1))
-    FillCache(dataset, [3, 1]).attach(engine)
-    engine.run([0], max_epochs=2)
-    assert sorted(loaded[:2]) == [1, 3]
-    assert loaded[2:] == [-1, -1]

@@ -50,13 +50,12 @@ def run_with_checkpoint(
             "teacher": parts.teacher,
             "loss": parts.loss,
             "optimizer": parts.optimizer,
-            "monitor": parts.monitor,
         },
         settings or {"seed": 0, "sizes": (8, 12)},
         interval=interval,
         window=2,
+        handlers={"monitor": parts.monitor, "disabled": None},
     )
-    parts.monitor.attach(parts.trainer)
     parts.checkpoint.attach(parts.trainer)
     parts.outputs = {}
 

@@ -120,7 +120,10 @@ def test_the_overlay_of_a_bundle_renders_its_batches(bundle, folder, tmp_path):
         "batch_size": 2, "output_dir": str(tmp_path), "device": "$torch.device('cpu')",
     }  # fmt: skip
     if bundle == "harp_hippocampus":
-        changes |= {"image_size": [24, 24, 16], "parts": "$score_only([{'patient_id': 'nobody', 'fold': 0}], None)"}
+        changes |= {
+            "image_size": [24, 24, 16],
+            "parts": "$volta.score_only([{'patient_id': 'nobody', 'fold': 0}], None)",
+        }
         window = (24, 24, 16)
     for name, value in changes.items():
         parser[name] = value

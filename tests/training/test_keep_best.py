@@ -13,6 +13,13 @@ from ignite.engine import Engine, Events
 from volta_components.training.keep_best import KeepBest
 
 
+def make_evaluator() -> tuple[torch.nn.Linear, Any]:
+    """A network of one weight, and what is used of MONAI's evaluator of it."""
+    network, evaluator = torch.nn.Linear(1, 1, bias=False), Engine(lambda *_: None)
+    evaluator.network, evaluator.state.key_metric_name = network, "dice"  # type: ignore[attr-defined]
+    return network, evaluator
+
+
 def run_epochs(keep: KeepBest, network: torch.nn.Linear, evaluator: Engine, values: list[float | None]) -> list[Any]:
     """Epochs whose weights are the epoch's number and whose metric is given; None is not evaluated.
 
@@ -43,8 +50,8 @@ def kept(keep: KeepBest) -> list[str]:
 
 
 def test_the_first_of_the_best_epochs_is_kept(tmp_path: Path) -> None:
-    network, evaluator = torch.nn.Linear(1, 1, bias=False), Engine(lambda *_: None)
-    keep = KeepBest(network, evaluator, "dice", tmp_path / "best.pt", report_as="d")
+    network, evaluator = make_evaluator()
+    keep = KeepBest(evaluator, tmp_path / "best.pt", report_as="d")
     assert not keep.restore()
     seen = run_epochs(keep, network, evaluator, [0.2, 0.7, None, 0.7])
     # Without checkpoints, the weights of the epoch before are removed when the next one starts.
@@ -54,8 +61,8 @@ def test_the_first_of_the_best_epochs_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_kill_before_the_checkpoint_leaves_the_weights_that_the_checkpoint_before_names(tmp_path: Path) -> None:
-    network, evaluator = torch.nn.Linear(1, 1, bias=False), Engine(lambda *_: None)
-    keep = KeepBest(network, evaluator, "dice", tmp_path / "best.pt")
+    network, evaluator = make_evaluator()
+    keep = KeepBest(evaluator, tmp_path / "best.pt")
     keep._completed = lambda: None  # type: ignore[method-assign]
     run_epochs(keep, network, evaluator, [0.1, 0.3, None, None])
     checkpoint = keep.state_dict()
@@ -66,7 +73,7 @@ def test_a_kill_before_the_checkpoint_leaves_the_weights_that_the_checkpoint_bef
     keep._epoch_completed(SimpleNamespace(state=SimpleNamespace(epoch=5)))  # type: ignore[arg-type]
     assert kept(keep) == ["best-2", "best-5"]
 
-    again = KeepBest(network, evaluator, "dice", tmp_path / "best.pt")
+    again = KeepBest(evaluator, tmp_path / "best.pt")
     again.load_state_dict(checkpoint)
     again._completed = lambda: None  # type: ignore[method-assign]
     run_epochs(again, network, evaluator, [0.1, 0.3, 0.2, 0.1])  # this time, none is better
@@ -75,8 +82,8 @@ def test_a_kill_before_the_checkpoint_leaves_the_weights_that_the_checkpoint_bef
 
 
 def test_between_checkpoints_only_what_can_still_be_needed_is_kept(tmp_path: Path) -> None:
-    network, evaluator = torch.nn.Linear(1, 1, bias=False), Engine(lambda *_: None)
-    keep = KeepBest(network, evaluator, "dice", tmp_path / "best.pt")
+    network, evaluator = make_evaluator()
+    keep = KeepBest(evaluator, tmp_path / "best.pt")
     keep._completed = lambda: None  # type: ignore[method-assign]
     inner = keep._epoch_completed
 
@@ -92,14 +99,14 @@ def test_between_checkpoints_only_what_can_still_be_needed_is_kept(tmp_path: Pat
 
 
 def test_its_weights_come_back_and_it_goes_on(tmp_path: Path) -> None:
-    network, evaluator = torch.nn.Linear(1, 1, bias=False), Engine(lambda *_: None)
-    keep = KeepBest(network, evaluator, "dice", tmp_path / "best.pt")
+    network, evaluator = make_evaluator()
+    keep = KeepBest(evaluator, tmp_path / "best.pt")
     keep._completed = lambda: None  # type: ignore[method-assign]
     run_epochs(keep, network, evaluator, [0.1, 0.6, 0.3, 0.2])
     assert network.weight.item() == 4
     assert keep.restore() and network.weight.item() == 2
 
-    later = KeepBest(network, evaluator, "dice", tmp_path / "best.pt")
+    later = KeepBest(evaluator, tmp_path / "best.pt")
     later.load_state_dict(keep.state_dict())
     later._completed = lambda: None  # type: ignore[method-assign]
     run_epochs(later, network, evaluator, [0.9, 0.9, 0.5, 0.4])  # goes on at the third epoch

@@ -4,9 +4,40 @@
 from __future__ import annotations
 
 import json
+from typing import Any
+
+import pytest
+from monai.bundle import ConfigParser
 
 from volta_components import __version__
-from volta_components.training.record import code_version, patient_key, provenance
+from volta_components.training.record import (
+    code_version,
+    other_settings,
+    patient_key,
+    provenance,
+    run_settings,
+    settings_of,
+    shown_settings,
+)
+
+CONFIG: dict[str, Any] = {
+    "_desc_": "an experiment",
+    "imports": ["$from volta_components.training.record import run_settings"],
+    "run_name": "first",
+    "size": [8, 8],
+    "rate": 0.1,
+    "last_rate": "@rate",
+    "half": "$@size[0] // 2",
+    "network": {"_target_": "torch.nn.Linear", "in_features": "@half", "out_features": 2},
+    "train": {
+        "handlers": [
+            {"_target_": "StatsHandler", "name": "train"},
+            {"_target_": "my_package.Teacher", "_desc_": "follows", "momentum": 0.9},
+        ],
+        "data": [{"image": "/home/somebody/a.nii"}],
+    },
+    "settings": "$run_settings(half=@half, hash='abc')",
+}
 
 
 def test_provenance_tells_whom_an_encoder_has_seen_without_their_names() -> None:
@@ -21,3 +52,63 @@ def test_provenance_tells_whom_an_encoder_has_seen_without_their_names() -> None
 
 def test_the_version_of_the_code_is_known() -> None:
     assert code_version().startswith(__version__)
+
+
+def changed(**ids: Any) -> dict[str, Any]:
+    parser = ConfigParser(json.loads(json.dumps(CONFIG)))
+    parser.update({name.replace("__", "#"): value for name, value in ids.items()})
+    return parser.get_parsed_content("settings")
+
+
+def test_settings_are_all_that_a_config_says() -> None:
+    assert changed() == {
+        "size": [8, 8],
+        "rate": 0.1,
+        "last_rate": 0.1,
+        "network.class": "Linear",
+        "network.out_features": 2,
+        "processes": 1,
+        "half": 4,
+        "hash": "abc",
+        "config": {
+            "imports": CONFIG["imports"],
+            "network.in_features": "@half",
+            "train.handlers.0.class": "Teacher",
+            "train.handlers.0.momentum": 0.9,
+            "train.data": settings_of(CONFIG)["config"]["train.data"],
+        },
+    }
+    assert "somebody" not in str(changed())
+    with pytest.raises(RuntimeError, match="expression in a config"):
+        run_settings()
+
+
+@pytest.mark.parametrize(
+    ("ids", "name"),
+    [
+        ({"size": [8, 4]}, "size"),
+        ({"rate": 0.2}, "rate"),
+        ({"last_rate": 0.0}, "last_rate"),
+        ({"half": 3}, "half"),
+        ({"another": {}}, "another"),
+        ({"network__in_features": 4}, "network.in_features"),
+        ({"network___target_": "torch.nn.Identity"}, "network.class"),
+        ({"train__handlers__1__momentum": 0.5}, "train.handlers.0.momentum"),
+        ({"train__data": [{"image": "b.nii"}]}, "train.data"),
+    ],
+)
+def test_whatever_changes_a_result_changes_the_settings(ids: dict[str, Any], name: str) -> None:
+    assert name in {row[0] for row in other_settings(changed(), changed(**ids))}
+
+
+def test_names_comments_and_handlers_that_only_watch_change_nothing() -> None:
+    watchers = [{"_target_": "ignite.handlers.ProgressBar"}, {"_target_": "MLFlowHandler", "tracking_uri": "x"}]
+    handlers = [*watchers, *CONFIG["train"]["handlers"][1:]]
+    same = changed(run_name=7, _desc_="other words", train__handlers=handlers, rate=0.1, last_rate=0.1)
+    assert other_settings(changed(), same) == []
+
+
+def test_people_see_values_and_a_hash_of_the_rest() -> None:
+    shown = shown_settings(changed())
+    assert len(shown.pop("config")) == 12
+    assert shown == {name: value for name, value in changed().items() if name != "config"}

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from monai.transforms import Compose, RandGaussianNoised, RandScaleIntensityd
+from monai.transforms import Compose, Lambdad, RandGaussianNoised, RandScaleIntensityd
 from torch.utils.data import DataLoader
 
 from volta_components.errors import InputError
-from volta_components.training.sampling import KeyedDataset, ResumableSampler, derived_seed
+from volta_components.training import sampling
+from volta_components.training.cache import KeyedCacheDataset
+from volta_components.training.sampling import KeyedDataLoader, KeyedDataset, ResumableSampler, derived_seed
 
 
 def test_an_epoch_is_a_permutation_and_epochs_differ() -> None:
@@ -160,3 +164,41 @@ def test_bad_input_is_refused() -> None:
     for weights in ([1, 2], [1, -1, 2], [0, 0, 0]):
         with pytest.raises(InputError, match="sampling weights must be 3"):
             ResumableSampler(3, weights=weights)
+
+
+def test_a_loader_fills_a_cache_when_its_first_epoch_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the share of this process only where it goes through one, and before workers are forked off."""
+    loaded: list[int] = []
+    transform = Compose([Lambdad("label", lambda label: loaded.append(label) or label)])
+    items = [{"label": index} for index in range(4)]
+    monkeypatch.setattr(sampling, "process_count", lambda: 2)
+    monkeypatch.setattr(sampling, "process_rank", lambda: 1)
+    share = KeyedDataLoader(KeyedCacheDataset(items, transform), batch_size=2)
+    assert loaded == []
+    assert [batch["label"].tolist() for batch in share] == [[1, 3]]
+    assert sorted(loaded) == [1, 3]
+    loaded.clear()
+    training = KeyedDataLoader(KeyedCacheDataset(items, transform, seed=5), batch_size=1, shuffle=True, num_workers=1)
+    order = ResumableSampler(4, 5, num_replicas=2, rank=1)
+    for sampler in (training.sampler, order):
+        sampler.set_position(3)
+    assert [tuple(batch["key"][0].tolist()) for batch in training] == list(order)
+    assert sorted(loaded) == [0, 1, 2, 3]
+
+
+def test_a_data_set_may_be_empty_until_it_is_trained_on() -> None:
+    """A config is read without its data."""
+    assert ResumableSampler(0).iterations == 0 and list(KeyedDataLoader(KeyedDataset([]), shuffle=True)) == []
+
+
+def test_workers_do_not_delay_the_end_of_a_run() -> None:
+    """At exit, after everything that was registered before; what is left then would be waited for."""
+    code = (
+        "import atexit, multiprocessing\n"
+        "atexit.register(lambda: print(multiprocessing.active_children()))\n"
+        "from volta_components.training.sampling import KeyedDataLoader, KeyedDataset\n"
+        "loader = KeyedDataLoader(KeyedDataset([{'a': 1}]), shuffle=True, num_workers=1)\n"
+        "print([batch['a'].tolist() for batch in loader])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.splitlines()[-2:] == ["[[1]]", "[]"]

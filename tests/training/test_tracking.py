@@ -21,15 +21,19 @@ def test_the_record_averages_over_mini_batches_and_epochs(monkeypatch: pytest.Mo
     monkeypatch.setattr(tracking, "find_mlflow_handler", lambda engine: fake)
     engine = Engine(lambda e, b: [{"loss": float(b**2), **({"learning_rate": float(b)} if b % 2 == 0 else {})}])
     engine.state.device = torch.device("cpu")
-    TrainingRecord({"seed": 3, "size": (8, 12)}, interval=3, tags={"datalist_hash": "abc"}).attach(engine)
+    settings = {"seed": 3, "size": (8, 12), "views": {"flip": 0.5}, "datalist_hash": "abc", "config": {"a": "@b"}}
+    TrainingRecord(settings, interval=3).attach(engine)
     engine.run(range(1, 6), max_epochs=2)
     assert engine.state.metrics == {"loss": 55 / 5, "learning_rate": 3.0}
     # Mini-batches 1..5 and 1..5 again, three by three; a number that some lack is averaged over those that have it.
     assert fake.metrics[3] == pytest.approx({"loss": (1 + 4 + 9) / 3, "learning_rate": 2.0})
     assert fake.metrics[6] == pytest.approx({"loss": (16 + 25 + 1) / 3, "learning_rate": 4.0})
     assert fake.metrics[9] == pytest.approx({"loss": (4 + 9 + 16) / 3, "learning_rate": 3.0})
-    assert fake.params == [{"size": [8, 12]}]  # once; not what a resumed run has already
-    assert fake.client.tags == {"code_version": code_version(), "datalist_hash": "abc"}
+    # Once; not what a resumed run has already; of the config's text, only a hash.
+    (params,) = fake.params
+    assert len(params.pop("config")) == 12
+    assert params == {"size": [8, 12], "views.flip": 0.5, "datalist_hash": "abc"}
+    assert fake.client.tags == {"code_version": code_version(), "datalist_hash": "abc", "seed": "3"}
 
 
 def test_means_over_processes_are_taken_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

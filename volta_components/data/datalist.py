@@ -82,11 +82,13 @@ class Datalist:
         return {item["patient_id"] for item in self.content["training"]}
 
     def split(self, fold: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Items of all other folds, and items of ``fold``.
+        """Items of all other folds, and items of ``fold``; none of a datalist that is not there.
 
         Raises:
             InputError: if there is no such fold, or it has no items, or all of them.
         """
+        if not len(self):
+            return [], []
         if not 0 <= fold < self.n_folds:
             raise InputError(f"{self.path}: no fold {fold}; it has folds 0 to {self.n_folds - 1}")
         items = self.items
@@ -108,7 +110,10 @@ def datalist_hash(content: Mapping[str, Any]) -> str:
 
 
 def load_datalist(
-    path: str | os.PathLike[str], shape: Sequence[int] | None = None, spacing: float | Sequence[float] | None = None
+    path: str | os.PathLike[str],
+    shape: Sequence[int] | None = None,
+    spacing: float | Sequence[float] | None = None,
+    required: bool = True,
 ) -> Datalist:
     """Read a datalist and check its form; the volumes are checked by :func:`check_volumes`.
 
@@ -116,6 +121,8 @@ def load_datalist(
         path: of ``datalist.json``, or of the folder that holds it.
         shape: that the volumes must have; None accepts any.
         spacing: that the volumes must have, mm, one number or three; None accepts any.
+        required: false gives an empty datalist where there is no file, so that a config can be read without its data;
+            ``check_volumes`` refuses it.
 
     Raises:
         InputError: if it is missing, empty, of another format, contradicts itself (a patient in two folds, an item
@@ -125,10 +132,10 @@ def load_datalist(
     if path.is_dir():
         path = path / "datalist.json"
     if not path.exists():
-        raise InputError(
-            f"{path}: no such datalist; make one with: volta3d prepare --layout LAYOUT --source FOLDER "
-            f"--output {path.parent}"
-        )
+        if required:
+            raise _no_datalist(path)
+        empty = make_content("none", [], [], 0, 1, [], [])
+        return Datalist(path, empty, empty["hash"])
     content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("training"), list):
         raise InputError(f"{path}: not a datalist (no list named 'training'); make one with volta3d prepare")
@@ -153,6 +160,13 @@ def load_datalist(
     if content.get("hash") != actual:
         warnings.warn(f"{path} was changed since it was written; its hash is now {actual}", stacklevel=2)
     return Datalist(path, content, actual)
+
+
+def _no_datalist(path: Path) -> InputError:
+    return InputError(
+        f"{path}: no such datalist; make one with: volta3d prepare --layout LAYOUT --source FOLDER "
+        f"--output {path.parent}"
+    )
 
 
 def check_content(path: Path, content: Mapping[str, Any]) -> None:
@@ -296,7 +310,7 @@ def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = 
         workers: threads; the number of cores by default.
 
     Raises:
-        InputError: listing every bad file with its reason.
+        InputError: listing every bad file with its reason; or if there is no datalist.
     """
     if datalist.content.get("rendered"):
         return  # anatomies, which were read whole for their hash; their volumes are made while training
@@ -314,6 +328,8 @@ def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = 
         return found
 
     items = datalist.items
+    if not items:
+        raise _no_datalist(datalist.path)
     share = items[process_rank() :: process_count()]
     with ThreadPoolExecutor(workers or joblib.cpu_count()) as pool:
         checked = tqdm(

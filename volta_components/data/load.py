@@ -35,6 +35,7 @@ class LoadScand(MapTransform):
         shape: of the prepared volume, voxels.
         label_key: where items may have the label map's path; None to ignore label maps.
         assume_orientation: axis codes such as ``"RAS"`` for scans whose header has no orientation; None refuses these.
+        track_meta: whether the result knows its grid and its file; false gives plain tensors.
 
     Shapes:
         scan: ``MetaTensor`` ``[1, D, H, W]``, float32 in [0, 1], with its own grid in ``original_affine`` and
@@ -52,11 +53,13 @@ class LoadScand(MapTransform):
         shape: Sequence[int],
         label_key: str | None = None,
         assume_orientation: str | None = None,
+        track_meta: bool = True,
     ) -> None:
         super().__init__(keys)
         mm = tuple(np.broadcast_to(np.asarray(spacing, float), 3).tolist())
         self.settings = Settings(spacing=mm, shape=tuple(shape), assume_orientation=assume_orientation)  # type: ignore[arg-type]
         self.label_key = label_key
+        self.track_meta = track_meta
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Replace paths by volumes."""
@@ -69,9 +72,10 @@ class LoadScand(MapTransform):
         given = None if self.label_key is None else data.get(self.label_key)
         label_path = Path(str(given)) if isinstance(given, (str, os.PathLike)) else None
         for key in self.key_iterator(data):
-            result[key], label = self._load(Path(str(data[key])), label_path)
+            image, label = self._load(Path(str(data[key])), label_path)
+            result[key] = image if self.track_meta else image.as_tensor()
             if label is not None:
-                result[self.label_key] = label
+                result[self.label_key] = label if self.track_meta else label.as_tensor()
         return result
 
     def _load(self, path: Path, label_path: Path | None) -> tuple[MetaTensor, MetaTensor | None]:

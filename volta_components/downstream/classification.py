@@ -43,7 +43,7 @@ def labelled_items(datalist: Datalist, key: str, classes: Sequence[str], session
     """The datalist's items that belong to one of the classes.
 
     Args:
-        datalist: the prepared data set.
+        datalist: the prepared data set; an empty one has none of them.
         key: where items have their class: ``sex``, ``diagnosis``.
         classes: values of ``key``; the second one is the positive class.
         sessions: which scans of a patient: ``first`` (the baseline, whatever its class), ``all``, or a session's name.
@@ -68,7 +68,7 @@ def labelled_items(datalist: Datalist, key: str, classes: Sequence[str], session
             items.append({**item, "label": list(classes).index(value)})
     counts = Counter(int(item["label"]) for item in items)
     missing = [name for index, name in enumerate(classes) if not counts[index]]
-    if missing:
+    if missing and len(datalist):
         values = Counter(str(item.get(key)) for item in datalist.items)
         raise InputError.many(
             f"{datalist.path}: nobody with {key} {' or '.join(missing)} among {len(datalist)} items; the values of "
@@ -122,10 +122,10 @@ def score_only(items: Sequence[Item], fold: int | str | None) -> Parts:
             ``monai.bundle`` drops ``--fold None`` and takes the config's own fold.
 
     Raises:
-        InputError: if the fold has no items.
+        InputError: if there are items, but none in the fold.
     """
     scored = [item for item in items if fold in (None, EVERYBODY) or item["fold"] == fold]
-    if not scored:
+    if items and not scored:
         raise InputError(f"fold {fold} has none of the {len(items)} items; choose another, or --fold all for everybody")
     return Parts(training=[], validation=[], scored=scored)
 
@@ -157,22 +157,20 @@ class ClassificationResults(FoldResults):
 
     Attributes:
         scoring: evaluator of the scored fold, with the metric ``auroc`` (MONAI's ``ROCAUC``).
-        scores: its table.
-        validation: evaluator of the inner validation part.
-        validation_scores: its table.
+        validation: evaluator of the inner validation part. Both get a ``ScoreTable``.
         threshold: a number, or ``youden``: chosen on the inner validation part, and beside it (``optimistic_*``) on the
             scored fold itself, which makes the result look too good.
     """
 
-    scoring: Any
-    scores: ScoreTable
     validation: Any
-    validation_scores: ScoreTable
     threshold: float | str
 
     def __post_init__(self) -> None:
         if self.threshold != YOUDEN and not isinstance(self.threshold, (int, float)):
             raise InputError(f"threshold {self.threshold!r}: a number, or {YOUDEN!r}")
+        self.scores, self.validation_scores = ScoreTable(self.parts.scored), ScoreTable(self.parts.validation)
+        self.scores.attach(self.scoring)
+        self.validation_scores.attach(self.validation)
 
     def __call__(self, engine: Engine) -> Results:
         """Results of the last epoch."""

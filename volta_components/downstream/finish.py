@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,12 @@ from typing import Any
 from ignite.engine import Engine, Events
 
 from volta_components.distributed import process_rank
-from volta_components.downstream.results import Results
+from volta_components.downstream.results import FoldResults
 from volta_components.downstream.tracking import RunRecord
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
+from volta_components.training.checkpoint import CHECKPOINT
+from volta_components.training.record import other_settings
 from volta_components.training.tracking import find_mlflow_handler
 
 logger = logging.getLogger(__name__)
@@ -25,63 +26,56 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class FinishRun:
-    """Scores a run once, when it is complete, and keeps a complete run from being done again.
+    """Records a run, scores it once when it is complete, and keeps a complete run from being done again.
 
     At the end: ``results`` writes its files; ``result.json`` with settings, tags, numbers and history is written; the
     checkpoint is removed, as it is no longer needed; MLflow gets everything, ``finished`` last. A run that was killed
     in between resumes with the steps that are left. If ``result.json`` exists, no epoch is trained.
 
-    Put it after ``ValidationHandler`` and before ``ResumableCheckpoint``. It attaches ``record`` as well: MONAI's
-    ``check_properties`` cannot read a list of handlers in which one is a reference.
+    Put it after ``ValidationHandler``. Its state is the history, see ``RunRecord``.
 
     Attributes:
-        output_dir: the run's folder.
         settings: must be the same when the run is started again.
         tags: see ``run_tags``.
-        results: called in every process with the trainer; writes files in the first one only.
-        record: settings, tags and the history of epochs.
-        checkpoint_path: the checkpoint to remove.
+        evaluator: the validation engine.
+        results: called in every process with the trainer; writes files in the first one only. Without it the run is
+            recorded, and nobody is scored.
 
     Raises:
-        InputError: at the start, if the folder holds a finished run of other settings.
+        InputError: at the start, if the results' folder holds a finished run of other settings.
     """
 
-    output_dir: str | os.PathLike[str]
     settings: Mapping[str, Any]
     tags: Mapping[str, Any]
-    results: Callable[[Engine], Results]
-    record: RunRecord | None = None
-    checkpoint_path: str | os.PathLike[str] | None = None
+    evaluator: Engine | None = None
+    results: FoldResults | None = None
 
     def __post_init__(self) -> None:
-        self.folder = Path(self.output_dir)
         # As JSON gives them back.
         self.settings = json.loads(json.dumps(dict(self.settings), default=str))
-        self.tags = {name: str(value) for name, value in self.tags.items()}
+        self.record = RunRecord(self.settings, self.tags, self.evaluator)
+        self.state_dict = self.record.state_dict
+        self.load_state_dict = self.record.load_state_dict
         self._before: dict[str, Any] | None = None
 
     @property
     def path(self) -> Path:
         """The record of a finished run."""
-        return self.folder / "result.json"
+        assert self.results is not None
+        return self.results.folder / "result.json"
 
     def attach(self, engine: Engine) -> None:
         """Look for a finished run at the start; finish at the end."""
-        if self.record is not None:
-            self.record.attach(engine)
-        engine.add_event_handler(Events.STARTED, self._started)
-        engine.add_event_handler(Events.COMPLETED, self._completed)
+        self.record.attach(engine)
+        if self.results is not None:
+            engine.add_event_handler(Events.STARTED, self._started)
+            engine.add_event_handler(Events.COMPLETED, self._completed)
 
     def _started(self, engine: Engine) -> None:
         if not self.path.is_file():
             return
         before = read_json(self.path)
-        there = before.get("settings", {})
-        rows = [
-            (name, str(there.get(name)), str(self.settings.get(name)))
-            for name in sorted(there.keys() | self.settings.keys())
-            if there.get(name) != self.settings.get(name)
-        ]
+        rows = other_settings(before.get("settings", {}), self.settings)
         if rows:
             raise InputError.many(
                 f"{self.path} is of a finished run with other settings (name, there, here)",
@@ -99,13 +93,14 @@ class FinishRun:
         run_id = None if handler is None else str(handler.cur_run.info.run_id)
         content = self._before
         if content is None:
+            assert self.results is not None
             results = self.results(engine)
             content = {
                 "settings": self.settings,
-                "tags": self.tags,
+                "tags": self.record.tags,
                 "metrics": dict(results.metrics),
                 "artifacts": [list(artifact) for artifact in results.artifacts],
-                "history": [] if self.record is None else self.record.history,
+                "history": self.record.history,
                 "mlflow_run_id": run_id,
                 **results.record,
             }
@@ -122,8 +117,7 @@ class FinishRun:
                 handler.client.set_tag(run_id, "superseded", "true")
                 return
         if process_rank() == 0:
-            if self.checkpoint_path is not None:
-                Path(self.checkpoint_path).unlink(missing_ok=True)
+            self.path.with_name(CHECKPOINT).unlink(missing_ok=True)
             if handler is not None:
                 self._log(handler, engine.state.epoch, content)
 
@@ -132,7 +126,7 @@ class FinishRun:
         client, run_id = handler.client, str(handler.cur_run.info.run_id)
         handler._log_metrics({name: float(value) for name, value in content["metrics"].items()}, step=epoch)
         for name, folder in [*content["artifacts"], (self.path.name, "")]:
-            path = self.folder / name
+            path = self.path.parent / name
             log = client.log_artifacts if path.is_dir() else client.log_artifact
             log(run_id, str(path), folder or None)
         client.set_tag(run_id, "finished", "true")

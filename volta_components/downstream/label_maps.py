@@ -3,40 +3,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import joblib
 
-from volta_components.data.datalist import Datalist, load_datalist, make_content
+from volta_components.data.datalist import Datalist
 from volta_components.data.labels import SIDES, read_labels
 from volta_components.data.layouts.common import LabelFile
 from volta_components.data.volumes import UnusableVolume, read_volume
-from volta_components.downstream.splits import Item, Parts, item_name, split_items
+from volta_components.downstream.splits import Parts, item_name, split_items
 from volta_components.errors import InputError
-
-
-def find_datalist(path: str | os.PathLike[str], shape: Sequence[int], spacing: Sequence[float]) -> Datalist:
-    """The datalist, or an empty one where there is no file.
-
-    An annotation server gives its own items to ``train#dataset#data`` and has no datalist; when nobody does,
-    ``training_items`` says what is missing.
-
-    Args:
-        path: of ``datalist.json``, or of the folder that holds it.
-        shape: of the volumes, voxels.
-        spacing: of the volumes, mm.
-
-    Raises:
-        InputError: see ``load_datalist``.
-    """
-    if Path(path).exists():
-        return load_datalist(path, shape=shape, spacing=spacing)
-    content = make_content("none", spacing, shape, 0, 1, [], [])
-    return Datalist(Path(path), content, str(content["hash"]))
 
 
 def labelled_parts(
@@ -45,7 +24,7 @@ def labelled_parts(
     """Split the datalist by patient; see ``split_items``.
 
     Args:
-        datalist: the prepared data set; an empty one gives empty parts.
+        datalist: the prepared data set; an empty one has empty parts.
         fold: the scored fold (the paper's hold-out).
         fraction: share of the training part that is used.
         validation_fraction: share of the used ones that is held out for inner validation.
@@ -54,8 +33,6 @@ def labelled_parts(
     Raises:
         InputError: if items have no label map, naming them, or the fold cannot be scored.
     """
-    if not len(datalist):
-        return Parts([], [], [])
     items = datalist.items
     without = [item for item in items if not item.get("label")]
     if without:
@@ -66,18 +43,6 @@ def labelled_parts(
             "--labels require, which leaves out the others.",
         )
     return split_items(items, fold, fraction, validation_fraction, seed)
-
-
-def training_items(parts: Parts, datalist_path: str | os.PathLike[str]) -> list[Item]:
-    """Items to fit the weights on.
-
-    Raises:
-        InputError: if there is no datalist, or nobody to train on.
-    """
-    if not parts.training:
-        load_datalist(datalist_path)
-        raise InputError(f"{datalist_path}: nobody to train on; take a larger fraction, or prepare more subjects")
-    return parts.training
 
 
 def check_label_maps(items: Iterable[Mapping[str, Any]], workers: int | None = None) -> None:

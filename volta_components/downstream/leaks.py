@@ -67,18 +67,14 @@ def check_origin(
         allow_leak: continue anyway; the run is marked.
 
     Raises:
-        InputError: with the ids of the scored patients that were pretrained on; if the encoder has no list of its
-            patients; or if it is missing.
+        InputError: with the ids of the scored patients that were pretrained on; or if the encoder has no list of its
+            patients. A missing encoder has none here; ``check_encoder`` refuses it.
     """
     if not is_pretrained(init):
         return Origin()
     path = find_encoder(encoder_path, required=False)
     if not path.is_file():
-        raise InputError(
-            f"{path}: no such encoder. Pretrain one (python -m monai.bundle run --config_file "
-            "bundles/pretrain/configs/train.json), give another (--encoder_path FILE), or train from scratch "
-            "(the overlay of a *_scratch init)"
-        )
+        return Origin()
     record = path.with_suffix(".json")
     provenance = read_record(path).get("provenance") or {}
     digest, datalist_hash = _digest(path, path.stat().st_mtime_ns), str(provenance.get("datalist_hash") or "")
@@ -102,6 +98,25 @@ def check_origin(
     if leaked:
         logger.warning("%d scored patients were pretrained on; the run is marked: %s", len(leaked), ", ".join(leaked))
     return Origin(digest, datalist_hash, "allowed" if leaked else "none", tuple(leaked), tuple(known))
+
+
+def check_encoder(init: str, encoder_path: str | os.PathLike[str]) -> None:
+    """Make sure that the weights of an init are there, before long work starts.
+
+    Args:
+        init: see ``is_pretrained``.
+        encoder_path: the exported encoder, or a folder that holds one (``find_encoder``).
+
+    Raises:
+        InputError: if they are not.
+    """
+    path = find_encoder(encoder_path, required=False)
+    if is_pretrained(init) and not path.is_file():
+        raise InputError(
+            f"{path}: no such encoder. Pretrain one (python -m monai.bundle run --config_file "
+            "bundles/pretrain/configs/train.json), give another (--encoder_path FILE), or train from scratch "
+            "(the overlay of a *_scratch init)"
+        )
 
 
 def patients_known_to(items: Iterable[Mapping[str, Any]], keys: Iterable[str]) -> list[str]:

@@ -236,12 +236,3 @@ class VoltaUNETR(UNETR):
         features = self.decoder4(features, quarter)
         features = self.decoder3(features, half)
         return self.out(self.decoder2(features, full))
-
-
-def describe_network(network: nn.Module) -> dict[str, Any]:
-    """Sizes of a network, for the run's settings: its ``config``, or the attributes of MONAI's ``UNet``."""
-    names = ("in_channels", "out_channels", "channels", "strides", "num_res_units")
-    config = getattr(network, "config", None) or {
-        name: getattr(network, name) for name in names if isinstance(getattr(network, name, None), (int, Sequence))
-    }
-    return {name: list(value) if isinstance(value, (list, tuple)) else value for name, value in config.items()}

@@ -98,14 +98,14 @@ class FoldResults:
 
     Attributes:
         parts: who is trained on, who validates, who is scored.
-        network: the network, without any distributed wrapper.
+        scoring: evaluator of the scored fold; its network has no distributed wrapper.
         output_dir: the run's folder.
         model_path: where the trained network goes; None to keep none.
         record: written beside the network: classes, settings, provenance.
     """
 
     parts: Parts
-    network: nn.Module
+    scoring: Any
     output_dir: str | os.PathLike[str]
     model_path: str | os.PathLike[str] | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -114,6 +114,16 @@ class FoldResults:
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.output_dir)
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that is scored."""
+        network: nn.Module = self.scoring.network
+        return network
+
+    def __call__(self, engine: Engine) -> Results:
+        """Results of a run that is complete."""
+        raise NotImplementedError
 
     @property
     def subjects(self) -> dict[str, int]:

@@ -103,8 +103,7 @@ class SegmentationResults(FoldResults):
     with the highest Dice on the scored fold itself, which is what the paper did and what flatters the result.
 
     Attributes:
-        scoring: evaluator of the scored fold.
-        table: its table.
+        scoring: evaluator of the scored fold. It gets a ``MaskTable``.
         best: the best epoch by inner validation; without validation, the last epoch counts.
         optimistic: the best epoch by the scored fold.
         penalty: HD95 in mm that an empty mask counts as in ``hd95_with_penalty``.
@@ -113,12 +112,14 @@ class SegmentationResults(FoldResults):
             ``paths.csv`` names those of all.
     """
 
-    scoring: Any
-    table: MaskTable
     best: KeepBest | None
     optimistic: KeepBest | None
     penalty: float
     show_all_below: int = 20
+
+    def __post_init__(self) -> None:
+        self.table = MaskTable(self.parts.scored)
+        self.table.attach(self.scoring)
 
     def __call__(self, engine: Engine) -> Results:
         """Results of a run that is complete."""

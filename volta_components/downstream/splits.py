@@ -73,7 +73,7 @@ def split_items(
     a larger one. Of those taken, evenly spread ones are the inner validation part, so that it is nested as well.
 
     Args:
-        items: those that can be used, with ``patient_id`` and ``fold``.
+        items: those that can be used, with ``patient_id`` and ``fold``; without any, all parts are empty.
         fold: the scored fold.
         fraction: share of the training part that is used, in (0, 1].
         validation_fraction: share of the used ones that is held out for inner validation, in [0, 1).
@@ -88,6 +88,8 @@ def split_items(
         raise InputError(f"fraction {fraction}: expected a share of the training part in (0, 1]")
     if not 0 <= validation_fraction < 1:
         raise InputError(f"validation_fraction {validation_fraction}: expected a share in [0, 1)")
+    if not items:
+        return Parts([], [], [])
     scored = [item for item in items if item["fold"] == fold]
     rest = [item for item in items if item["fold"] != fold]
     if not scored or not rest:
@@ -142,12 +144,14 @@ def check_shares(parts: Mapping[str, Sequence[Any]], processes: int) -> None:
     MONAI's evaluators skip a process without scans, and the others would wait for it for ever.
 
     Args:
-        parts: scans by name of the part.
+        parts: scans by name of the part; ``training`` must have some.
         processes: how many train together.
 
     Raises:
-        InputError: naming the parts, their scans, and the number of processes.
+        InputError: naming the parts, their scans, and the number of processes; or if there is nobody to train on.
     """
+    if not parts.get("training", True):
+        raise InputError("nobody to train on; take a larger fraction, or prepare more subjects")
     rows = [(name, f"{len(items)} scans") for name, items in parts.items() if 0 < len(items) < processes]
     if rows:
         most = min(len(items) for items in parts.values() if items)

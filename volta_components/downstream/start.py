@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ignite.engine import Engine, Events
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from volta_components.distributed import process_rank
 from volta_components.downstream.inits import is_pretrained
 from volta_components.errors import InputError
+from volta_components.files import write_text
 from volta_components.method.monai_versions import fit_cross_attention, freeze_cross_attention
 from volta_components.method.weights import LoadReport, load_pretrained, read_record, read_weights, write_weights
 
@@ -51,47 +54,86 @@ def freeze_encoder(encoder: nn.Module, unfrozen_blocks: int) -> None:
     freeze_cross_attention(encoder)
 
 
-def start_from(
-    network: nn.Module,
-    init: str,
-    encoder_path: str | os.PathLike[str],
-    unfrozen_blocks: int,
-    prefix: str,
-    report_path: str | os.PathLike[str] | None = None,
-) -> LoadReport | None:
-    """Give a network its start: pretrained weights and frozen blocks, or nothing when it trains from scratch.
+ENCODERS = ("encoder", "vit")  # where a classifier and a UNETR have it
+
+
+def encoder_name(network: nn.Module) -> str:
+    """The attribute of a network that is its encoder.
+
+    Raises:
+        InputError: if it has none.
+    """
+    for name in ENCODERS:
+        if isinstance(getattr(network, name, None), nn.Module):
+            return name
+    raise InputError(f"{type(network).__name__} has no {' or '.join(ENCODERS)} to load pretrained weights into")
+
+
+def freeze_for(network: nn.Module, init: str, unfrozen_blocks: int) -> nn.Module:
+    """Freeze what an init does not train; see ``freeze_encoder``. Models from scratch always train whole.
+
+    It is done before the optimiser is made. The weights come later, by ``LoadPretrained``, so that a config can be read
+    without them.
 
     Args:
         network: the network, changed in place.
-        init: see ``is_pretrained``; models from scratch always train whole.
-        encoder_path: the exported encoder.
-        unfrozen_blocks: see ``freeze_encoder``.
-        prefix: where the encoder sits in the network: ``"encoder."``, or ``"vit."`` in a UNETR.
-        report_path: where the report of what was loaded, resampled or left is written as text.
+        init: see ``is_pretrained``.
+        unfrozen_blocks: how many blocks of the encoder train.
 
     Returns:
-        That report, or None from scratch.
+        The network.
+    """
+    if is_pretrained(init):
+        freeze_encoder(network.get_submodule(encoder_name(network)), unfrozen_blocks)
+    return network
+
+
+class LoadPretrained:
+    """Loads pretrained weights when a training starts; does nothing for an init from scratch.
+
+    MONAI's ``CheckpointLoader`` neither resamples a position embedding nor reports what it has loaded. Put it before
+    ``ResumableCheckpoint``, which loads what has been trained since.
+
+    Args:
+        network: the network, without a distributed wrapper.
+        init: see ``is_pretrained``.
+        encoder_path: the exported encoder.
+        report_path: where the first process writes which weights were loaded, resampled or left.
 
     Raises:
-        InputError: see ``load_pretrained`` and ``freeze_encoder``.
+        InputError: when the training starts; see ``load_pretrained``.
     """
-    if not is_pretrained(init):
-        logger.info("%s: all %d parameters train from scratch", init, sum(p.numel() for p in network.parameters()))
-        return None
-    report = load_pretrained(network, encoder_path, prefix=prefix)
-    freeze_encoder(network.get_submodule(prefix.rstrip(".")), unfrozen_blocks)
-    total, trained = (
-        sum(p.numel() for p in network.parameters() if p.requires_grad or every) for every in (True, False)
-    )
-    line = f"{trained:,} of {total:,} parameters train ({unfrozen_blocks} blocks of the encoder unfrozen)"
-    logger.info("%s", line)
-    if report_path is not None:
-        target = Path(report_path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        names = [("loaded", report.loaded), ("resampled", report.resampled), ("left", report.missing)]
-        rows = [f"{what}  {name}" for what, keys in [*names, ("unused", report.unused)] for name in keys]
-        target.write_text("\n".join([str(report), line, *rows]) + "\n", encoding="utf-8")
-    return report
+
+    def __init__(
+        self,
+        network: nn.Module,
+        init: str,
+        encoder_path: str | os.PathLike[str],
+        report_path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.network = network
+        self.init = init
+        self.encoder_path = encoder_path
+        self.report_path = None if report_path is None else Path(report_path)
+
+    def attach(self, engine: Engine) -> None:
+        """Load at the start."""
+        engine.add_event_handler(Events.STARTED, self.load)
+
+    def load(self) -> LoadReport | None:
+        """Load now; return the report, or None from scratch."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.network.parameters()]
+        total, trained = sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+        line = f"{self.init}: {trained:,} of {total:,} parameters train"
+        logger.info("%s", line)
+        if not is_pretrained(self.init):
+            return None
+        report = load_pretrained(self.network, self.encoder_path, prefix=f"{encoder_name(self.network)}.")
+        if self.report_path is not None and process_rank() == 0:
+            names = [("loaded", report.loaded), ("resampled", report.resampled), ("left", report.missing)]
+            rows = [f"{what}  {name}" for what, keys in [*names, ("unused", report.unused)] for name in keys]
+            write_text(self.report_path, "\n".join([str(report), line, *rows]) + "\n")
+        return report
 
 
 def save_model(path: str | os.PathLike[str], network: nn.Module, record: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor
 from volta_components.data.datalist import Datalist
 from volta_components.distributed import mean_over_processes
 from volta_components.downstream.leaks import Origin
-from volta_components.training.record import code_version
-from volta_components.training.sampling import ResumableSampler
-from volta_components.training.tracking import describe_run, find_mlflow_handler, name_runs
+from volta_components.downstream.splits import Parts
+from volta_components.training.record import code_version, provenance
+from volta_components.training.schedules import CosineSchedule
+from volta_components.training.tracking import describe_run, find_mlflow_handler, name_runs, raise_error
 
 # Set by crossval: hashes of all that decides a run's result, and of what all runs of an init share.
 SETTINGS_TAG = "crossval_settings"
@@ -25,27 +26,43 @@ RECIPE_TAG = "crossval_recipe"
 class TrainingPlan:
     """Order and learning rate of a ``SupervisedTrainer``, as functions of epoch and mini-batch: nothing to restore.
 
-    MONAI's ``LrScheduleHandler`` drives PyTorch's schedulers, whose counters would have to be saved with the run.
+    The learning rate warms up from 0 and then follows a cosine over the whole run, mini-batch by mini-batch; see
+    ``CosineSchedule``. MONAI's ``LrScheduleHandler`` drives PyTorch's schedulers, whose counters would have to be saved
+    with the run. The loader's sampler is told where each epoch begins.
 
     Args:
-        sampler: told where each epoch begins.
-        learning_rate: of an optimiser step, counted from 0.
+        learning_rate: after the warm-up.
+        final_learning_rate: of the last mini-batch.
+        warmup_epochs: length of the warm-up.
+
+    Raises:
+        InputError: at the start of a run, if the warm-up is longer than the run.
     """
 
-    def __init__(self, sampler: ResumableSampler, learning_rate: Callable[[int], float]) -> None:
-        self.sampler = sampler
+    def __init__(self, learning_rate: float, final_learning_rate: float = 0.0, warmup_epochs: float = 0) -> None:
         self.learning_rate = learning_rate
+        self.final_learning_rate = final_learning_rate
+        self.warmup_epochs = warmup_epochs
+        self._schedule: CosineSchedule | None = None
 
     def attach(self, engine: Engine) -> None:
         """Follow epochs and mini-batches."""
+        engine.add_event_handler(Events.STARTED, self._started)
         engine.add_event_handler(Events.EPOCH_STARTED, self._epoch_started)
         engine.add_event_handler(Events.ITERATION_STARTED, self._iteration_started)
 
-    def _epoch_started(self, engine: Engine) -> None:
-        self.sampler.set_position(engine.state.epoch)
+    def _started(self, engine: Engine) -> None:
+        length, epochs = engine.state.epoch_length, engine.state.max_epochs
+        assert length is not None and epochs is not None
+        warmup = int(self.warmup_epochs * length)
+        self._schedule = CosineSchedule(self.learning_rate, self.final_learning_rate, epochs * length, warmup)
+
+    def _epoch_started(self, engine: Any) -> None:
+        engine.data_loader.sampler.set_position(engine.state.epoch)
 
     def _iteration_started(self, engine: Any) -> None:
-        rate = self.learning_rate(engine.state.iteration - 1)
+        assert self._schedule is not None
+        rate = self._schedule(engine.state.iteration - 1)
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
 
@@ -70,7 +87,6 @@ class RunRecord:
         self.history: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
         self._recorded = False
-        self._engine: Engine | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The numbers of past epochs."""
@@ -81,10 +97,8 @@ class RunRecord:
         self.history = [dict(row) for row in state["history"]]
 
     def attach(self, engine: Engine) -> None:
-        """Follow every mini-batch and epoch; once, whoever attaches it."""
-        if self._engine is engine:
-            return
-        self._engine = engine
+        """Follow every mini-batch and epoch."""
+        engine.add_event_handler(Events.EXCEPTION_RAISED, raise_error)
         engine.add_event_handler(Events.STARTED, lambda: name_runs(engine, self.evaluator))
         engine.add_event_handler(Events.EPOCH_STARTED, self.record)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
@@ -117,17 +131,12 @@ class RunRecord:
         self.history.append(row)
 
 
-def run_tags(
-    bundle: str, init: str, fold: int, fraction: float, seed: int, datalist: Datalist, origin: Origin
-) -> dict[str, str]:
+def run_tags(settings: Mapping[str, Any], datalist: Datalist, origin: Origin) -> dict[str, str]:
     """The tags by which MLflow's runs are found and compared; ``finished`` comes last, by ``FinishRun``."""
     cohorts = {str(item.get("cohort", "")) for item in datalist.content["training"]} | {datalist.name}
     return {
-        "bundle": bundle,
-        "init": init,
-        "fold": str(fold),
-        "fraction": f"{fraction:g}",
-        "seed": str(seed),
+        **{name: str(settings[name]) for name in ("bundle", "init", "fold", "seed")},
+        "fraction": f"{settings['fraction']:g}",
         "datalist_hash": datalist.hash,
         "datalist_name": datalist.name,
         "code_version": code_version(),
@@ -135,4 +144,31 @@ def run_tags(
         "pretrain_datalist_hash": origin.pretrain_datalist_hash,
         "leak": origin.leak,
         "phantom": str(any("phantom" in cohort.lower() for cohort in cohorts)).lower(),
+    }
+
+
+def model_record(
+    settings: Mapping[str, Any],
+    tags: Mapping[str, str],
+    datalist: Datalist,
+    parts: Parts,
+    origin: Origin,
+    **classes: Sequence[str] | str,
+) -> dict[str, Any]:
+    """What is written beside a trained network, but for its results: what it was made from, and whom it has seen.
+
+    Args:
+        settings: see ``run_settings``.
+        tags: see ``run_tags``.
+        datalist: the data set.
+        parts: of it.
+        origin: where the weights come from.
+        classes: what the network's outputs mean.
+    """
+    return {
+        "bundle": tags["bundle"],
+        **classes,
+        "tags": dict(tags),
+        "pretraining": origin.record,
+        "provenance": provenance(settings, datalist.hash, parts.training + parts.validation, datalist.name),
     }

@@ -41,13 +41,15 @@ def is_datalist(path: Path) -> bool:
     return path.suffix == ".json" or (path / "datalist.json").is_file()
 
 
-def find_volumes(source: Source, output: PathLike | None = None) -> list[Item]:
+def find_volumes(source: Source, output: PathLike | None = None, required: bool = True) -> list[Item]:
     """Volumes to predict.
 
     Args:
         source: a folder (its ``datalist.json``, or else every scan below it, see ``scans_below``), a
             ``datalist.json``, a volume, or a list of these.
         output: where results go; it must not lie in a folder that is searched for volumes.
+        required: false gives nothing for what is not there, so that a config can be read without its data;
+            ``check_source`` refuses it.
 
     Returns:
         Items with ``image``, ``subject_id`` and ``session``; ids come from the datalist or from file names, as in BIDS.
@@ -57,6 +59,8 @@ def find_volumes(source: Source, output: PathLike | None = None) -> list[Item]:
     """
     items: list[Item] = []
     for part in parts_of(source):
+        if not required and not part.exists():
+            continue
         if is_datalist(part):
             everyone = load_datalist(part).items
             items += [{key: item.get(key) for key in ("image", "subject_id", "session")} for item in everyone]
@@ -186,7 +190,9 @@ def prepared_grid(
     for part in parts_of(source):
         grid: Any = given
         if is_datalist(part):
-            datalist = load_datalist(part)
+            datalist = load_datalist(part, required=False)
+            if not len(datalist):
+                continue
             grid = (tuple(map(float, datalist.spacing)), tuple(datalist.shape))
         grids.setdefault(grid, str(part))
     if len(grids) > 1:

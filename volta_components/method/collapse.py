@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Engine
+from monai.engines.utils import IterationEvents
 
 
 class CollapseError(RuntimeError):
@@ -72,8 +73,8 @@ class CollapseMonitor:
         self.queue: deque[torch.Tensor] = deque(maxlen=queue_size)
 
     def attach(self, engine: Engine) -> None:
-        """Follow every mini-batch."""
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
+        """Follow every mini-batch, before the handlers that record or save it, wherever this one is listed."""
+        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._model_completed)
 
     def state_dict(self) -> dict[str, Any]:
         """Running means, counters and the queue."""
@@ -87,7 +88,7 @@ class CollapseMonitor:
         self.queue.clear()
         self.queue.extend(state["queue"].unbind(0) if len(state["queue"]) else ())
 
-    def _iteration_completed(self, engine: Any) -> None:
+    def _model_completed(self, engine: Any) -> None:
         output = engine.state.output[0]
         iteration = engine.state.iteration
         self.queue.extend(engine.state.summaries.cpu().unbind(0))

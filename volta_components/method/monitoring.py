@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,11 @@ def restore(network: VoltaViT, image: torch.Tensor) -> torch.Tensor:
 class ReconstructionPicture:
     """Every few epochs, a picture of original, masked and reconstructed slices of one volume.
 
-    The volume, its crops and its mask are the same every time, so that pictures can be compared.
+    It is the data set's first volume. Its crops and its mask are the same every time, so that pictures can be compared.
 
     Args:
         folder: where PNG files are written.
-        volume: ``[1, D, H, W]`` in [0, 1], or an item of the data set that has it as ``image``.
+        dataset: items with ``image``, ``[1, D, H, W]`` in [0, 1].
         network: the student's network, with its decoder.
         views: makes the crops and the mask.
         interval: epochs between two pictures.
@@ -41,13 +40,13 @@ class ReconstructionPicture:
     def __init__(
         self,
         folder: str | os.PathLike[str],
-        volume: Any,
+        dataset: Any,
         network: VoltaViT,
         views: ViewGenerator,
         interval: int = 10,
     ) -> None:
         self.folder = Path(folder)
-        self.volume = volume["image"] if isinstance(volume, Mapping) else volume
+        self.dataset = dataset
         self.network = network
         self.views = views
         self.interval = interval
@@ -71,7 +70,7 @@ class ReconstructionPicture:
         """Write the picture of the network as it is now, computed in single precision."""
         from matplotlib.figure import Figure
 
-        volume = torch.as_tensor(self.volume).to(engine.state.device)[None]
+        volume = torch.as_tensor(self.dataset[0]["image"]).to(engine.state.device)[None]
         views = self.views(volume, [(0, 0)])
         restored = restore(self.network, views.student[0])
         images = {

@@ -47,8 +47,8 @@ class VoltaTrainer(Trainer):
     Args:
         device: where to compute.
         max_epochs: epochs of the run.
-        train_data_loader: gives ``image`` ``[B, 1, D, H, W]`` in [0, 1] and ``key`` ``[B, 2]`` (epoch, index).
-        sampler: the loader's sampler; it is set to the first mini-batch of each epoch here.
+        train_data_loader: gives ``image`` ``[B, 1, D, H, W]`` in [0, 1] and ``key`` ``[B, 2]`` (epoch, index). Its
+            sampler, a ``ResumableSampler``, is set to the first mini-batch of each epoch here.
         student: the student, or its ``DistributedDataParallel`` wrapper.
         teacher: gives the targets; nothing here changes it.
         optimizer: over the student's parameters; its learning rate is set here.
@@ -75,7 +75,6 @@ class VoltaTrainer(Trainer):
         device: torch.device,
         max_epochs: int,
         train_data_loader: DataLoader,
-        sampler: ResumableSampler,
         student: nn.Module,
         teacher: VoltaTeacher,
         optimizer: torch.optim.Optimizer,
@@ -104,12 +103,14 @@ class VoltaTrainer(Trainer):
                 "amp_dtype float16: its gradients would need scaling, which pretraining does not have; use bfloat16 "
                 "(--amp_dtype '$torch.bfloat16'), or --amp False on a GPU without it"
             )
+        sampler = train_data_loader.sampler
+        assert isinstance(sampler, ResumableSampler)
         self.sampler = sampler
         self.student = student
         self.teacher = teacher
         self.optimizer = optimizer
         self.views = views
-        self.loss = loss
+        self.loss = loss.to(device)
         self.learning_rate = learning_rate
         self.teacher_temperature = teacher_temperature
         self.patch_teacher_temperature = patch_teacher_temperature or teacher_temperature

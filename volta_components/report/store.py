@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import tempfile
 from collections import Counter, defaultdict
@@ -268,11 +267,7 @@ def _variant(tags: Mapping[str, str], params: Mapping[str, str]) -> str:
     init = tags["init"]
     if "variant" in tags or init != BASE_INIT:
         return tags.get("variant", init)
-    try:
-        layers = ast.literal_eval(params.get("network_config", "{}")).get("num_layers")
-    except (ValueError, SyntaxError, AttributeError):
-        layers = None
-    return {"0": "frozen", str(layers): "full"}.get(params.get("unfrozen_blocks", ""), init)
+    return {"0": "frozen", params.get("num_layers"): "full"}.get(params.get("unfrozen_blocks", ""), init)
 
 
 def _study(store: Store, bundle: str, runs: list[FinishedRun]) -> Study:

@@ -18,6 +18,7 @@ from typing import Any
 from volta_components.errors import InputError
 from volta_components.files import read_json
 from volta_components.templates import template_environment
+from volta_components.training.record import settings_of
 
 BLOCK = re.compile(r"<!-- pack: (\w+) -->\n(.*?)<!-- end -->\n?", re.DOTALL)
 # Blocks that replace a marked one; the others of the template have places of their own.
@@ -148,26 +149,21 @@ def _packed_rows(folder: Path) -> Callable[[str], str]:
 def other_settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a training that a packed ``train.json`` has otherwise, as it has them.
 
-    Told from what needs no data: plain ids, and losses and intensity changes, which settings describe.
+    Expressions are not compared: they need the data.
 
     Args:
         folder: the packed bundle.
         record: of the weights.
     """
-    from monai.bundle import ConfigParser
-
-    parser = ConfigParser()
-    parser.read_config(str(folder / "configs" / "train.json"))
-    config = parser.get()
-    own = config.get("settings", {})
-    found = {}
+    packed = settings_of(read_json(folder / "configs" / "train.json"))
+    del packed["config"]
+    found: dict[str, Any] = {}
     for name, value in record["provenance"]["settings"].items():
-        packed = config.get(name, value)
-        if "describe(" in str(own.get(name)):
-            packed = json.loads(json.dumps(parser.get_parsed_content(f"settings#{name}")))
-        is_plain = not isinstance(packed, str) or not packed.startswith(("$", "@"))
-        if is_plain and packed != value:
-            found[name] = packed
+        # Of a block that is not there, such as an optional loss, the id alone has a value.
+        for known in (name, name.partition(".")[0]):
+            if known in packed:
+                found |= {name: packed[known]} if packed[known] != value else {}
+                break
     return found
 
 

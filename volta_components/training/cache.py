@@ -10,7 +10,6 @@ from typing import Any
 
 import joblib
 import torch
-from ignite.engine import Engine, Events
 from monai.transforms import Compose
 from monai.transforms.traits import RandomizableTrait
 
@@ -21,7 +20,7 @@ class KeyedCacheDataset(KeyedDataset):
     """``KeyedDataset`` that applies the transforms before the first random one only once.
 
     MONAI's ``CacheDataset`` seeds random transforms once for each worker, and fills its cache when it is built, even if
-    the run is finished already. This one is filled by ``FillCache``, or item by item as it is used.
+    the run is finished already. This one is filled by ``KeyedDataLoader``, or item by item as it is used.
 
     Args:
         data: items.
@@ -76,20 +75,3 @@ class KeyedCacheDataset(KeyedDataset):
         item["key"] = torch.tensor([epoch, index])
         self._compose.set_random_state(seed=derived_seed(self.seed, "transform", epoch, index) % 2**32)
         return self._compose(item, start=self._first)
-
-
-class FillCache:
-    """Fills a data set's cache in the main process before an engine's first epoch: workers lose theirs when they end.
-
-    Args:
-        dataset: of the engine's loader.
-        indices: items that this process needs, where it never sees the others; all by default.
-    """
-
-    def __init__(self, dataset: KeyedCacheDataset, indices: Iterable[int] | None = None) -> None:
-        self.dataset = dataset
-        self.indices = indices
-
-    def attach(self, engine: Engine) -> None:
-        """Fill when an epoch starts: a run that is finished already has none."""
-        engine.add_event_handler(Events.EPOCH_STARTED, lambda: self.dataset.fill(self.indices))

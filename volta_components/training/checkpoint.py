@@ -20,9 +20,16 @@ from torch.nn.parallel import DistributedDataParallel
 from volta_components.distributed import mean_over_processes, process_count, process_rank
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, remove_partials
-from volta_components.training.record import flatten_settings, plain_settings
+from volta_components.training.record import other_settings, plain_settings
 
 logger = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def has_checkpoint(folder: str | os.PathLike[str]) -> bool:
+    """Whether a run that has been saved lies in a folder."""
+    return (Path(folder) / CHECKPOINT).exists()
 
 
 class ResumableCheckpoint:
@@ -40,11 +47,12 @@ class ResumableCheckpoint:
     see ``volta_components.training.sampling.signals_wait``.
 
     Args:
-        path: the checkpoint file.
+        path: the checkpoint file; with None, nothing is saved or loaded.
         objects: what to save, by name: anything with ``state_dict`` and ``load_state_dict``.
         settings: the run's settings by name; they must be the same when it is resumed.
         interval: mini-batches between two checkpoints; a multiple of the accumulation window. 0: ends of epochs only.
         window: mini-batches of an accumulation window.
+        handlers: more to save, which is attached as well, before this handler.
         minutes: least time between two checkpoints at ends of epochs; 0: at the end of every epoch. The last epoch
             always has one, because scoring follows it.
 
@@ -55,20 +63,23 @@ class ResumableCheckpoint:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None,
         objects: Mapping[str, Any],
         settings: Mapping[str, Any],
         interval: int = 0,
         window: int = 1,
+        handlers: Mapping[str, Any] | None = None,
         minutes: float = 0.0,
     ) -> None:
         if interval % window:
             raise InputError(
                 f"checkpoint interval {interval} is not a multiple of the {window} accumulated mini-batches"
             )
-        self.path = Path(path)
+        self.path = None if path is None else Path(path)
+        self.handlers = {name: handler for name, handler in (handlers or {}).items() if handler is not None}
         self.objects = {
-            name: item.module if isinstance(item, DistributedDataParallel) else item for name, item in objects.items()
+            name: item.module if isinstance(item, DistributedDataParallel) else item
+            for name, item in {**objects, **self.handlers}.items()
         }
         self.settings = plain_settings(dict(settings))
         self.interval = interval
@@ -80,6 +91,10 @@ class ResumableCheckpoint:
 
     def attach(self, engine: Engine) -> None:
         """Load at the start; save at intervals and at ends of epochs."""
+        for handler in self.handlers.values():
+            handler.attach(engine)
+        if self.path is None:
+            return
         engine.add_event_handler(Events.STARTED, self.load)
         if self.interval:
             engine.add_event_handler(Events.STARTED, self._listen)
@@ -143,7 +158,7 @@ class ResumableCheckpoint:
 
     def save(self, engine: Engine) -> None:
         """Write the checkpoint, atomically, from the first process."""
-        if process_rank():
+        if process_rank() or self.path is None:
             return
         state = {name: item.state_dict() for name, item in self.objects.items()}
         scaler = getattr(engine, "scaler", None)
@@ -161,6 +176,7 @@ class ResumableCheckpoint:
 
     def load(self, engine: Engine) -> None:
         """Restore a run if there is a checkpoint; remove half-written files of killed runs."""
+        assert self.path is not None
         self._last_save = time.monotonic()
         if not process_rank():
             remove_partials(self.path.parent)
@@ -173,12 +189,7 @@ class ResumableCheckpoint:
             raise InputError(
                 f"{self.path}: not a checkpoint of this project ({type(error).__name__}); remove it to start again"
             ) from error
-        there, here = flatten_settings(settings), flatten_settings(self.settings)
-        rows = [
-            (name, str(there.get(name)), str(here.get(name)))
-            for name in sorted(there.keys() | here.keys())
-            if there.get(name) != here.get(name)
-        ]
+        rows = other_settings(settings, self.settings)
         if rows:
             raise InputError.many(
                 f"{self.path} belongs to a run with other settings (name, there, here)",

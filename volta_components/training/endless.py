@@ -155,7 +155,7 @@ class EndlessHeads(Dataset[Any]):
         return self.length
 
     def fill(self, indices: Iterable[int] | None = None) -> None:
-        """There is nothing to keep: every head is rendered when it is used (``FillCache`` calls this)."""
+        """There is nothing to keep: every head is rendered when it is used (``KeyedDataLoader`` calls this)."""
 
     def __getitem__(self, key: tuple[int, ...] | int) -> Any:
         epoch, index, *repeat = (0, key) if isinstance(key, int) else key

@@ -27,12 +27,11 @@ class KeepBest:
     checkpoint still names the older. This handler removes a file only when no checkpoint needs it, and all of them when
     the run is finished.
 
-    Put it after ``FinishRun`` and before ``ResumableCheckpoint``.
+    Put it after ``FinishRun``.
 
     Args:
-        network: the network whose weights are kept.
-        evaluator: the evaluator.
-        metric: its metric; of several equal epochs the first counts.
+        evaluator: the evaluator. Its network's weights are kept, by its key metric; of several equal epochs the first
+            counts.
         path: file of the weights; the epoch is added to its name.
         interval: epochs between two runs of the evaluator; 0 leaves them to a ``ValidationHandler``.
         report_as: also put the value into the trainer's metrics of that epoch, under this name.
@@ -40,16 +39,13 @@ class KeepBest:
 
     def __init__(
         self,
-        network: nn.Module,
         evaluator: Any,
-        metric: str,
         path: str | os.PathLike[str],
         interval: int = 0,
         report_as: str | None = None,
     ) -> None:
-        self.network = network
+        self.network: nn.Module = evaluator.network
         self.evaluator = evaluator
-        self.metric = metric
         self.path = Path(path)
         self.interval = interval
         self.report_as = report_as
@@ -85,9 +81,10 @@ class KeepBest:
     def _epoch_completed(self, engine: Engine) -> None:
         if self.interval and engine.state.epoch % self.interval == 0:
             self.evaluator.run(engine.state.epoch)
-        if self.evaluator.state.epoch != engine.state.epoch or self.metric not in self.evaluator.state.metrics:
+        state = self.evaluator.state
+        if state.epoch != engine.state.epoch or state.key_metric_name not in state.metrics:
             return
-        value = float(self.evaluator.state.metrics[self.metric])
+        value = float(state.metrics[state.key_metric_name])
         if self.report_as is not None:
             engine.state.metrics[self.report_as] = value
         if value > self.value:

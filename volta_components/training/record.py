@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -12,9 +13,112 @@ from typing import Any
 
 import monai
 import torch
+from monai.bundle import ConfigParser
 
 from volta_components._version import __version__
 from volta_components.data.identity import canonical_patient_id, is_worldwide
+from volta_components.distributed import process_count
+from volta_components.files import sha256_json
+
+# Ids that may differ when a run is resumed, each group with the reason. Every other id of a config is compared.
+HARMLESS: dict[str, tuple[str, ...]] = {
+    "Names and places. What lies there counts: the hash of the datalist and of the encoder.": (
+        *("bundle_root", "run_name", "experiment_name", "output_dir", "ckpt_dir", "model_path", "suffix"),
+        *("dataset_dir", "datalist_path", "anatomies", "encoder_path", "encoder"),
+    ),
+    "Where and how fast it is computed. The same samples are drawn, in the same order.": (
+        *("device", "num_workers", "cache"),
+    ),
+    "What is looked at, and how often.": (
+        *("deep_check", "checkpoint_interval", "checkpoint_minutes", "picture_interval", "log_interval"),
+        *("show_all_below", "collapse_grace_epochs", "collapse_patience_epochs"),
+    ),
+    "Checks that end a run or let it pass. Whether patients have leaked is a tag of the run.": (
+        *("allow_leak", "checks"),
+    ),
+    "What follows from other ids, and is written beside the results.": ("tags", "record", "settings"),
+    "What starts and ends the workflow, and MONAI's own metadata.": ("initialize", "run", "finalize", "_meta_"),
+    "What MONAI adds for its tracking.": ("tracking_uri", "save_execute_config", "is_not_rank0"),
+}
+
+# Handlers that only watch: with or without them, the weights are the same.
+WATCHING = ("StatsHandler", "ProgressBar", "MLFlowHandler", "TensorBoardStatsHandler", "TensorBoardImageHandler")
+
+# Blocks that say how a run is carried out. Their numbers are ids at the top of a config.
+WORKFLOW = ("imports", "datalist", "train", "validate", "score", "results")
+
+
+def run_settings(**facts: Any) -> dict[str, Any]:
+    """Return what the run of a config is: everything that its result depends on. For an expression in the config.
+
+    These are all ids of the merged config, except for the ``HARMLESS`` ones. Nothing has to be listed in the config, so
+    nothing can be forgotten. MONAI gives expressions no access to the config that they stand in; this function
+    therefore looks for the parser among its callers.
+
+    Args:
+        facts: what the text of the config does not say, such as the datalist's hash; and values of expressions, by id.
+
+    Returns:
+        Values by id; the number of ``processes``; and under ``config`` the rest: references, expressions, and how the
+        run is carried out.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), ConfigParser):
+        frame = frame.f_back
+    if frame is None:
+        raise RuntimeError("run_settings must be called by an expression in a config")
+    settings = settings_of(frame.f_locals["self"].get())
+    rest = {name: value for name, value in settings.pop("config").items() if name not in facts}
+    return {**settings, "processes": process_count(), **plain_settings(facts), "config": rest}
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a merged config says of a run, without following its expressions; see ``run_settings``."""
+    harmless = {name for names in HARMLESS.values() for name in names}
+    values: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in harmless or name == "_desc_":
+            continue
+        for _ in config:  # a reference to an id counts as the value of that id
+            if not isinstance(value, str) or value[1:] not in config or value[0] != "@":
+                break
+            value = config[value[1:]]
+        for path, leaf in flatten_settings({name: _without_watchers(value)}).items():
+            is_text = isinstance(leaf, str) and leaf.startswith(("@", "$", "%"))
+            (rest if is_text or name in WORKFLOW else values)[path] = leaf
+    return {**values, "config": rest}
+
+
+def _without_watchers(block: Any) -> Any:
+    """A block without comments and watching handlers; a class is named without its module, data by its hash."""
+    if isinstance(block, Mapping):
+        named = {"class" if key == "_target_" else key: value for key, value in block.items() if key != "_desc_"}
+        if "class" in named:
+            named["class"] = str(named["class"]).rpartition(".")[2]
+        return {key: _without_watchers(value) for key, value in named.items()}
+    if not isinstance(block, list):
+        return block
+    items = [_without_watchers(item) for item in block]
+    if not any(isinstance(item, Mapping) for item in items):
+        return items
+    if any(isinstance(item, Mapping) and "class" not in item for item in items):
+        return sha256_json(items)
+    kept = [item for item in items if not isinstance(item, Mapping) or item["class"] not in WATCHING]
+    return {str(place): item for place, item in enumerate(kept)}
+
+
+def shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings for people, such as MLflow's parameters: of ``config``, only the first digits of its hash."""
+    plain: dict[str, Any] = flatten_settings(plain_settings({k: v for k, v in settings.items() if k != "config"}))
+    return plain | ({"config": sha256_json(settings["config"])[:12]} if "config" in settings else {})
+
+
+def other_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows (name, there, here) of the settings that differ."""
+    there, here = flatten_settings(there), flatten_settings(here)
+    names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+    return [(name.removeprefix("config."), str(there.get(name)), str(here.get(name))) for name in names]
 
 
 def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -22,13 +126,15 @@ def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str,
     result: dict[str, Any] = {}
     for name, value in settings.items():
         result |= (
-            flatten_settings(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+            flatten_settings(value, f"{prefix}{name}.")
+            if isinstance(value, Mapping) and value
+            else {f"{prefix}{name}": value}
         )
     return result
 
 
 def plain_settings(value: Any) -> Any:
-    """Settings as types that a ``weights_only`` checkpoint can hold."""
+    """Settings as types that a ``weights_only`` checkpoint can hold, and JSON."""
     if isinstance(value, Mapping):
         return {str(key): plain_settings(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -50,13 +156,6 @@ def code_version() -> str:
     except (OSError, subprocess.SubprocessError):
         return __version__
     return f"{__version__}+{commit}"
-
-
-def describe(thing: Any) -> dict[str, Any]:
-    """An object's class and the plain values that it was built with, for a run's settings."""
-    plain = (str, int, float, bool, type(None), list, tuple)
-    values = {key: value for key, value in vars(thing).items() if not key.startswith("_") and key != "training"}
-    return {"class": type(thing).__name__, **{key: value for key, value in values.items() if isinstance(value, plain)}}
 
 
 def patient_key(patient_id: str, cohort: str = "") -> str:
@@ -90,7 +189,7 @@ def provenance(
     """
     items = list(items)
     return {
-        "settings": dict(settings),
+        "settings": shown_settings(settings),
         "cohort": cohort,
         "volumes": len(items),
         "datalist_hash": datalist_hash,

@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import signal
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from monai.data import DataLoader
 from monai.transforms import Randomizable
 from torch.utils.data import Dataset, Sampler
 
+from volta_components.distributed import process_count, process_rank
 from volta_components.errors import InputError
 
 
@@ -37,8 +41,8 @@ class ResumableSampler(Sampler[tuple[int, ...]]):
         num_samples: size of the data set.
         seed: base seed.
         batch_size: samples of one process in one mini-batch.
-        num_replicas: processes.
-        rank: this process.
+        num_replicas: processes; by default those that train together.
+        rank: this process; by default its own.
         weights: chances of the samples; with them, samples are drawn with replacement, and how often one was drawn
             before in its epoch is the third number of its key, so that its views differ.
         shuffle: false keeps the order of the data set.
@@ -52,12 +56,13 @@ class ResumableSampler(Sampler[tuple[int, ...]]):
         num_samples: int,
         seed: int = 0,
         batch_size: int = 1,
-        num_replicas: int = 1,
-        rank: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
         weights: Sequence[float] | None = None,
         shuffle: bool = True,
     ) -> None:
-        if num_samples < num_replicas:
+        num_replicas = process_count() if num_replicas is None else num_replicas
+        if 0 < num_samples < num_replicas:
             raise InputError(
                 f"{num_samples} volumes cannot be shared by {num_replicas} processes; start fewer processes"
             )
@@ -67,7 +72,7 @@ class ResumableSampler(Sampler[tuple[int, ...]]):
         self.seed = seed
         self.batch_size = batch_size
         self.num_replicas = num_replicas
-        self.rank = rank
+        self.rank = process_rank() if rank is None else rank
         self.weights = None if weights is None else np.asarray(weights, dtype=float) / float(sum(weights))
         self.shuffle = shuffle
         self.epoch = 1
@@ -158,6 +163,9 @@ class KeyedDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.data)
 
+    def fill(self, indices: Iterable[int] | None = None) -> None:
+        """Prepare items before a loader's workers are forked off; there is nothing to prepare here."""
+
     def __getitem__(self, key: tuple[int, ...] | int) -> Any:
         epoch, index, *repeat = (0, key) if isinstance(key, int) else key
         item: Any = {**self.data[index], "key": torch.tensor([epoch, index, *repeat])}
@@ -166,3 +174,52 @@ class KeyedDataset(Dataset[Any]):
         if isinstance(self.transform, Randomizable):
             self.transform.set_random_state(seed=derived_seed(self.seed, "transform", epoch, index, *repeat) % 2**32)
         return self.transform(item)
+
+
+class KeyedDataLoader(DataLoader):
+    """MONAI's ``DataLoader`` for a ``KeyedDataset``, in this process and in those that it trains with.
+
+    When an epoch begins, a data set that keeps its items in memory is filled before the workers are forked off: what
+    workers keep dies with them. A run that turns out to be finished has no epoch and reads nothing.
+
+    Args:
+        dataset: a ``KeyedDataset``, or another with ``seed``, which decides the order, and ``fill``.
+        batch_size: samples of this process in one mini-batch.
+        shuffle: whether to train: the order is drawn by a ``ResumableSampler``, workers live as long as the loader and
+            wait when they are signalled (``signals_wait``). Otherwise this process goes through its share in order.
+        num_workers: processes that load.
+        weights: chances of the samples, see ``ResumableSampler``.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int = 1,
+        shuffle: bool = False,
+        num_workers: int = 0,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        options: dict[str, Any] = {"sampler": range(process_rank(), len(dataset), process_count())}
+        if shuffle:
+            options = {
+                "sampler": ResumableSampler(len(dataset), dataset.seed, batch_size, weights=weights),
+                "pin_memory": torch.cuda.is_available(),
+                "persistent_workers": num_workers > 0,
+                "worker_init_fn": signals_wait,
+            }
+        super().__init__(dataset, batch_size=batch_size, num_workers=num_workers, **options)
+        if shuffle and num_workers:
+            atexit.register(_end_workers, weakref.ref(self))
+
+    def __iter__(self) -> Any:
+        dataset: Any = self.dataset
+        dataset.fill(self.sampler if isinstance(self.sampler, range) else None)
+        return super().__iter__()
+
+
+def _end_workers(reference: weakref.ReferenceType[KeyedDataLoader]) -> None:
+    """End a loader's workers in time; otherwise Python sends them SIGTERM at exit and waits for their grace to end."""
+    loader = reference()
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()

@@ -13,14 +13,21 @@ import torch
 from ignite.engine import Engine, Events
 from monai.handlers import MLFlowHandler
 
-from volta_components.distributed import mean_over_processes
-from volta_components.training.record import code_version, flatten_settings, plain_settings
+from volta_components.distributed import mean_over_processes, process_rank
+from volta_components.training.record import code_version, shown_settings
 
 logger = logging.getLogger(__name__)
 
+MLFLOW_BATCH = 100  # parameters that a store takes at a time
+# Of an epoch's means, what is printed; MONAI's ``StatsHandler`` would print all of them.
+SHOWN = (
+    *("loss", "loss_global", "loss_patch", "loss_reconstruction", "volumes_per_second"),
+    *("global_teacher_entropy", "global_predicted", "patch_teacher_entropy", "patch_predicted"),
+)
+
 
 def find_mlflow_handler(engine: Engine) -> Any:
-    """The MLflow handler that ``--tracking`` has attached to an engine; ``None`` when there is none.
+    """The MLflow handler that ``--tracking`` has attached to an engine and that has begun; ``None`` without one.
 
     ``monai.bundle`` appends it to the list of handlers after the config was read, so no config can refer to it.
     """
@@ -49,29 +56,19 @@ def _mlflow_handlers(engine: Engine) -> Iterator[Any]:
                 yield owner
 
 
-def refer(handler: Any) -> Any:
-    """The handler itself, for a list of handlers in a config: an entry that is defined elsewhere in the config.
-
-    A plain reference would run, but ``check_properties`` and MONAI Label expect every entry of the list to be a
-    dictionary with a ``_target_``.
-
-    Args:
-        handler: by reference, ``"@train#record"``.
-    """
-    return handler
-
-
 def describe_run(handler: Any, settings: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
     """Give MLflow a run's settings, as parameters that it does not have yet, and its tags.
 
     Args:
         handler: see ``find_mlflow_handler``.
-        settings: by name.
+        settings: see ``run_settings``.
         tags: by name.
     """
     run_id = handler.cur_run.info.run_id
     known = handler.client.get_run(run_id).data.params
-    handler._log_params({name: value for name, value in settings.items() if name not in known})
+    params = [(name, value) for name, value in shown_settings(settings).items() if name not in known]
+    for start in range(0, len(params), MLFLOW_BATCH):
+        handler._log_params(dict(params[start : start + MLFLOW_BATCH]))
     for name, value in tags.items():
         handler.client.set_tag(run_id, name, str(value))
 
@@ -85,14 +82,14 @@ class TrainingRecord:
     cover only the remaining mini-batches.
 
     Args:
-        settings: recorded as parameters.
+        settings: recorded as parameters; the bundle, the seed and the datalist's hash as tags as well.
         interval: mini-batches over which to average.
-        tags: recorded as tags, such as the seed or the datalist's hash.
     """
 
-    def __init__(self, settings: Mapping[str, Any], interval: int = 8, tags: Mapping[str, Any] | None = None) -> None:
-        self.settings = flatten_settings(plain_settings(dict(settings)))
-        self.tags = {"code_version": code_version(), **plain_settings(dict(tags or {}))}
+    def __init__(self, settings: Mapping[str, Any], interval: int = 8) -> None:
+        self.settings = dict(settings)
+        tags = {name: settings[name] for name in ("bundle", "seed", "datalist_hash") if name in settings}
+        self.tags = {"code_version": code_version(), **tags}
         self.interval = interval
         self._described = False
         self._recent: dict[str, list[float]] = defaultdict(list)
@@ -101,7 +98,7 @@ class TrainingRecord:
     def attach(self, engine: Engine) -> None:
         """Follow every mini-batch and epoch."""
         # Before StatsHandler's, which prints a traceback that Python prints once more.
-        engine.add_event_handler(Events.EXCEPTION_RAISED, _raise)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, raise_error)
         engine.add_event_handler(Events.STARTED, name_runs)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
@@ -130,27 +127,16 @@ class TrainingRecord:
             mlflow_handler.client.set_tag(run_id, "superseded", "true")
 
     def _epoch_completed(self, engine: Any) -> None:
-        engine.state.metrics |= _means(self._epoch, engine.state.device)
+        means = _means(self._epoch, engine.state.device)
+        engine.state.metrics |= means
+        if process_rank() == 0:
+            numbers = ", ".join(f"{name} {means[name]:.4g}" for name in SHOWN if name in means)
+            logger.info("epoch %d of %s: %s", engine.state.epoch, engine.state.max_epochs, numbers)
 
 
-def _raise(engine: Engine, error: BaseException) -> None:
+def raise_error(engine: Engine, error: BaseException) -> None:
+    """Raise an engine's error before MONAI's ``StatsHandler`` prints its traceback."""
     raise error
-
-
-def log_epoch(engine: Engine) -> None:
-    """One line for an epoch with the main numbers; for MONAI's ``StatsHandler``, whose own line lists all of them."""
-    numbers = engine.state.metrics
-    parts = [
-        f"loss {numbers['loss']:.3f} (global {numbers['loss_global']:.3f}, patch {numbers['loss_patch']:.3f}, "
-        f"reconstruction {numbers['loss_reconstruction']:.4f})",
-        *(
-            f"{branch}: entropy {numbers[f'{branch}_teacher_entropy']:.2f}, "
-            f"predicted {numbers[f'{branch}_predicted']:.3f} of ln K"
-            for branch in ("global", "patch")
-        ),
-        f"{numbers['volumes_per_second']:.2f} volumes/s",
-    ]
-    logger.info("epoch %d of %s: %s", engine.state.epoch, engine.state.max_epochs, "; ".join(parts))
 
 
 def _means(numbers: dict[str, list[float]], device: torch.device) -> dict[str, float]:
