@@ -88,8 +88,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside ``path`` to write to; move it into place when the block ends well.
 
     The temporary name keeps the suffixes of ``path``, since writers such as nibabel choose a format by them.
-    When the block raises, nothing is left behind and an older ``path`` stays as it was. What a killed process leaves
-    behind is for ``remove_partials``.
+    When the block raises, nothing is left behind and an older ``path`` stays as it was. ``remove_partials``
+    removes what a killed process leaves behind.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -695,7 +695,7 @@ def cause_of(bundle: str, data: Path, encoder: Path, output: Path, *names: str, 
 def test_a_datalist_without_the_label_is_an_error(prepared, encoder, tmp_path):
     data = changed(prepared, tmp_path / "data", lambda item: item.pop("sex"))
     message = cause_of("ixi_sex", data, encoder, tmp_path / "run")
-    assert "nobody with sex M or F among 12 items" in message and "sub-0000" in message
+    assert "no scan with sex M or F among 12 items" in message and "sub-0000" in message
     assert "participants.tsv" in message
 
 

@@ -111,7 +111,7 @@ def test_units_are_turned_into_mm(head, unit, factor, name):
     assert np.allclose(volume.affine, image.affine, atol=1e-4)
 
 
-@pytest.mark.parametrize(("unit", "note"), [(1, "which cannot be: taken as mm"), (0, None), (7, None)])
+@pytest.mark.parametrize(("unit", "note"), [(1, "which cannot be right: read as mm"), (0, None), (7, None)])
 def test_units_that_cannot_be_are_not_believed(head, unit, note):
     assert_right(read_volume(edit(head, xyzt_units=unit)), note)
 

@@ -27,5 +27,5 @@ def test_aibl_takes_a_patients_first_session_unless_told_otherwise(tmp_path):
     assert len(first.items) == 12 and first.items[0]["label"] == 0
     assert first.left_out == [("sub-0000_ses-M018", "not the patient's first session")]
     assert len(labelled_items(datalist, "diagnosis", ["CN", "AD"], "all").items) == 13
-    with pytest.raises(InputError, match="nobody with diagnosis CN"):
+    with pytest.raises(InputError, match="no scan with diagnosis CN"):
         labelled_items(datalist, "diagnosis", ["CN", "AD"], "ses-M018")

@@ -385,7 +385,7 @@ def test_wrong_scores_are_named_with_their_subjects(tmp_path):
     rows[3]["score"] = float("nan")
     writer = Writer(tmp_path / "store")
     writer.run("ixi_sex", "volta", 0, files={"predictions": write_rows(tmp_path / "predictions.csv", rows)})
-    with pytest.raises(InputError, match=f"not so for {rows[3]['subject_id']}; score"):
+    with pytest.raises(InputError, match=f"but are not for {rows[3]['subject_id']}; score"):
         report(tmp_path / "out", writer.uri)
 
 

@@ -95,7 +95,7 @@ class Datalist:
         others, held_out = ([item for item in items if (item["fold"] == fold) is side] for side in (False, True))
         if not others or not held_out:
             raise InputError(
-                f"{self.path}: fold {fold} has {len(held_out)} of {len(items)} items, which leaves nobody on one side; "
+                f"{self.path}: fold {fold} has {len(held_out)} of {len(items)} items, so one side has no scan; "
                 "choose another fold, or prepare the data set with --folds 2 or more"
             )
         return others, held_out

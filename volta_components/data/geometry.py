@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Affines of volumes: what a scan's may be, what is assumed where there is none, and in what two of them differ."""
+"""Affines of volumes: which are plausible, what to assume if there is none, and how two of them differ."""
 
 from __future__ import annotations
 

@@ -411,7 +411,7 @@ class _Reader:
         if plausible(spacing * factor):
             self.notes.append(f"its unit is {_UNITS[unit]} (xyzt_units): turned into mm")
             return factor
-        self.notes.append(f"its unit is said to be {_UNITS[unit]} (xyzt_units), which cannot be: taken as mm")
+        self.notes.append(f"its unit is {_UNITS[unit]} by xyzt_units, which cannot be right: read as mm")
         return 1.0
 
     def _qform(self) -> tuple[np.ndarray | None, str | None]:

@@ -101,7 +101,7 @@ def check(*datalists: Path | str, strict: bool = False, volumes: bool = False, d
             InputError.many(
                 f"{len(certain)} overlaps",
                 certain,
-                "Prepare one of them again without: volta3d prepare ... --exclude-patients-of OTHER.",
+                "Prepare one of them again without these: volta3d prepare ... --exclude-patients-of OTHER.",
             )
         )
         return 1

@@ -71,7 +71,7 @@ def labelled_items(datalist: Datalist, key: str, classes: Sequence[str], session
     if missing and len(datalist):
         values = Counter(str(item.get(key)) for item in datalist.items)
         raise InputError.many(
-            f"{datalist.path}: nobody with {key} {' or '.join(missing)} among {len(datalist)} items; the values of "
+            f"{datalist.path}: no scan with {key} {' or '.join(missing)} among {len(datalist)} items; the values of "
             f"{key} are {', '.join(f'{value} ({count})' for value, count in sorted(values.items()))}",
             left_out or [(item_name(item), f"{key} is {item.get(key)}") for item in items],
             f"This bundle needs {key} {' and '.join(classes)}: give participants.tsv (or the sessions' tables) with it "

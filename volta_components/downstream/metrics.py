@@ -74,8 +74,8 @@ def summarise_scores(rows: Sequence[Mapping[str, float]], penalty: float) -> dic
         penalty: HD95 in mm that a side with an empty mask counts as in ``hd95_with_penalty``.
 
     Returns:
-        ``mean_dice``, ``dice_left``, ``dice_right``; ``hd95``, ``hd95_left``, ``hd95_right`` over those that have one
-        (left out when nobody has); ``hd95_with_penalty`` over everybody; ``hd95_failures``, sides with an empty mask.
+        ``mean_dice``, ``dice_left``, ``dice_right``; ``hd95``, ``hd95_left``, ``hd95_right`` over scans that have one
+        (left out if none has); ``hd95_with_penalty`` over all scans; ``hd95_failures``, sides with an empty mask.
     """
     result = {
         "mean_dice": float(np.mean([row["dice"] for row in rows])),

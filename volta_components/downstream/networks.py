@@ -147,8 +147,8 @@ NUM_CLASSES = 3
 class VoltaUNETR(UNETR):
     """MONAI's ``UNETR`` with a number of transformer blocks that can be chosen.
 
-    ``UNETR`` has 12 blocks and takes its skip connections after blocks 4, 7 and 10, whatever the encoder that is to be
-    loaded; here the skips lie at a quarter, a half and three quarters of the depth, which is the same at 12. With 12
+    ``UNETR`` has 12 blocks and takes its skip connections after blocks 4, 7 and 10, whatever the depth of the encoder.
+    Here the skips are at a quarter, a half and three quarters of the depth, which is the same at 12. With 12
     blocks, state dict and output are MONAI's own. Its ``vit`` takes an exported encoder's weights as they are.
 
     Args:

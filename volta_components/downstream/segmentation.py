@@ -108,8 +108,8 @@ class SegmentationResults(FoldResults):
         optimistic: the best epoch by the scored fold.
         penalty: HD95 in mm that an empty mask counts as in ``hd95_with_penalty``.
         show_all_below: label maps are kept beside the masks, so that a report can show and score on another machine;
-            volumes too, with fewer scored scans than this of all, otherwise of the worst, median and best by Dice.
-            ``paths.csv`` names those of all.
+            volumes too: of all scans if fewer than this are scored, otherwise of the worst, median and best by Dice.
+            ``paths.csv`` names those of all scans.
     """
 
     best: KeepBest | None

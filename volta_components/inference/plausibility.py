@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is odd about a mask of the hippocampi, whatever made it."""
+"""Signs that a mask of the hippocampi is implausible, whatever tool made it."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class ProbabilityTable(ResultTable):
     Args:
         path: the table.
         classes: names of the classes.
-        threshold: the positive class is called from this probability on; with None nothing is called.
+        threshold: the positive class is predicted from this probability on; None predicts no class.
         journal: see ``ResultTable``.
     """
 

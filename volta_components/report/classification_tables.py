@@ -125,10 +125,10 @@ class ClassificationTables:
         )
         note += (
             "DeLong: fold differences and variances added up (MLstatkit); not corrected"
-            + ("; not made where folds have several seeds." if self.study.several_seeds else ".")
+            + ("; not run where folds have several seeds." if self.study.several_seeds else ".")
             if statistics.has_delong()
-            else "DeLong's test was not made: of the libraries at hand none has it (SciPy and scikit-learn do not; "
-            "MLstatkit, which has, is not installed: pip install volta-components[delong])."
+            else "DeLong's test was not run: it needs MLstatkit, which is not installed (pip install "
+            "volta-components[delong]); SciPy and scikit-learn do not have it."
         )
         return comparison_table(f"{self.study.bundle}_comparisons", "AUROC", [c for c in found if c], note, delong=True)
 

@@ -155,8 +155,8 @@ class Store:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
-        # MLflow would make an empty database, try again and again to read what is none, and ask an absent server for
-        # minutes.
+        # MLflow would create a missing database, retry a file that is no database, and wait minutes for an absent
+        # server.
         if tracking_uri.startswith("sqlite:///"):
             database = Path(tracking_uri.removeprefix("sqlite:///"))
             if not database.is_file():
@@ -333,7 +333,7 @@ def _read_tables(store: Store, runs: list[FinishedRun]) -> str:
             wrong = table.loc[~table["label"].isin([0, 1]) | ~table["score"].between(0, 1), "subject_id"].tolist()
             if wrong:
                 raise InputError(
-                    f"run {run.name} ({run.run_id}): labels must be 0 or 1 and scores in [0, 1]; not so for "
+                    f"run {run.name} ({run.run_id}): labels must be 0 or 1 and scores in [0, 1], but are not for "
                     f"{', '.join(wrong[:20])}; score these subjects again"
                 )
         run.table = table
