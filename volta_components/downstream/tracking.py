@@ -155,7 +155,7 @@ def model_record(
     origin: Origin,
     **classes: Sequence[str] | str,
 ) -> dict[str, Any]:
-    """What is written beside a trained network, but for its results: what it was made from, and whom it has seen.
+    """The record beside a trained network, without its results: what it was made from, and which patients it has seen.
 
     Args:
         settings: see ``run_settings``.

@@ -125,7 +125,7 @@ class Listing:
         cohort: name of the data set, lower case.
         scans: to prepare, unsorted.
         findings: about everything else.
-        people: everybody of whom there is a scan, a folder or a row: canonical id, and the name in the data set.
+        people: everybody with a scan, a folder or a row: canonical id, and the name in the data set.
         found: counts to print beside the paper's, such as ``{"rows": 619, "male": 342}``.
         swapped: subjects whose left and right label files are known to be swapped.
     """
@@ -341,7 +341,7 @@ def describe_person(
 
 
 def note_rows_without_scans(listing: Listing, people: People, patients: Iterable[str], what: str = "scan") -> None:
-    """Note everybody in a table of whom there is nothing else."""
+    """Note everybody in a table who has nothing else."""
     for patient in people.without(patients):
         remedy = f"fetch the {what}, or drop the row"
         listing.note("problem", people.spelled[patient], people.file, f"has a row but no {what}", remedy, True, patient)

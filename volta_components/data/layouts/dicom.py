@@ -473,7 +473,7 @@ def _note_without_t1(
     with_t1: set[str],
     skipped: dict[str, list[str]],
 ) -> None:
-    """Name everybody of whom there is no T1, and volumes that are no DICOM."""
+    """Name everybody without a T1, and volumes that are no DICOM."""
     for patient, reasons in sorted(skipped.items()):
         if patient not in with_t1:
             some = "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
