@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +26,8 @@ from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file, sha256_json
 
 FORMAT = 1
+# Shares of scans without skull in two cohorts that differ by more than this are uneven.
+_UNEVEN = 0.2
 
 
 @dataclass(frozen=True)
@@ -330,6 +332,8 @@ def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = 
     items = datalist.items
     if not items:
         raise _no_datalist(datalist.path)
+    if process_rank() == 0 and (note := uneven_skulls(items, datalist.name)):
+        warnings.warn(f"{datalist.path}: {note}", stacklevel=2)
     share = items[process_rank() :: process_count()]
     with ThreadPoolExecutor(workers or joblib.cpu_count()) as pool:
         checked = tqdm(
@@ -373,6 +377,27 @@ def _check_volume(path: Path, kind: str, item: Mapping[str, Any], datalist: Data
         raise UnusableVolume(path, "label values that are no integers", remedy)
     if kind == "image" and item.get("sha256") and sha256_file(path) != item["sha256"]:
         raise UnusableVolume(path, "its content is not what was prepared (another hash)", remedy)
+
+
+def uneven_skulls(items: Iterable[Mapping[str, Any]], name: str) -> str | None:
+    """What to say of a mixture in which some cohorts have skulls and others have none; None where all are alike.
+
+    Args:
+        items: of a datalist; ``stripped`` and ``cohort`` count, items without ``stripped`` do not.
+        name: the cohort of items that name none.
+    """
+    counts: dict[str, Counter[bool]] = defaultdict(Counter)
+    for item in items:
+        if isinstance(item.get("stripped"), bool):
+            counts[str(item.get("cohort") or name)][item["stripped"]] += 1
+    shares = {cohort: count[True] / count.total() for cohort, count in sorted(counts.items())}
+    if len(shares) < 2 or max(shares.values()) - min(shares.values()) <= _UNEVEN:
+        return None
+    shown = ", ".join(f"{cohort} {100 * share:.0f} %" for cohort, share in shares.items())
+    return (
+        f"scans without skull: {shown}. A network can tell these cohorts by their skulls; bring them to one form with "
+        "volta3d prepare --mask"
+    )
 
 
 def cohort_weights(datalist: Datalist, items: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> list[float]:

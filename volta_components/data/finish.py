@@ -141,6 +141,7 @@ def _item(scan: Scan, record: Mapping[str, Any], cohort: str) -> dict[str, Any]:
         "sex": scan.sex,
         "diagnosis": scan.diagnosis,
         "age": scan.age,
+        "stripped": record["quality"]["stripped"],
         "fold": 0,
         "source": scan.source,
         "source_sha256": record["source_sha256"],

@@ -16,6 +16,7 @@ from volta_components.data.datalist import (
     check_volumes,
     load_datalist,
     make_content,
+    uneven_skulls,
 )
 from volta_components.data.identity import canonical_patient_id, is_worldwide
 from volta_components.errors import InputError
@@ -96,6 +97,9 @@ def check(*datalists: Path | str, strict: bool = False, volumes: bool = False, d
             f"{len(uncertain)} ids are in cohorts of different names and were counted as different people "
             f"(--strict counts them): {ids}"
         )
+    everyone = [{"cohort": d.name, **item} for d in loaded for item in d.content["training"]]
+    if note := uneven_skulls(everyone, ""):
+        print(f"warning: {note}")
     if certain:
         print(
             InputError.many(
@@ -206,6 +210,8 @@ def merge(
     people = len({item["patient_id"] for item in items})
     twice = f" - {sum(parts) - people} in more than one" if people < sum(parts) else ""
     print(f"people: {people} = {' + '.join(map(str, parts))}{twice}; {len(excluded)} scans were left out before")
+    if note := uneven_skulls(items, name):
+        print(f"warning: {note}")
     if clashing:
         print(f"{len(clashing)} ids were in two cohorts; the cohort's name was put in front of them")
     return 0

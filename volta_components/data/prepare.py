@@ -14,7 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from volta_components.data.identity import canonical_patient_id
 from volta_components.data.layouts import Layout, LayoutOptions, Listing, Scan, reader
 from volta_components.data.overlaps import check_folds, check_phantom_name
 from volta_components.data.preprocess import Settings
+from volta_components.data.skull import attach_masks
 from volta_components.data.tables import KNOWN_DIAGNOSES, parse_diagnosis
 from volta_components.data.worker import DTYPES, STATE, Task, finished, read_record, run
 from volta_components.errors import InputError
@@ -57,6 +58,7 @@ def prepare(
     strict: bool = False,
     assume_orientation: str | None = None,
     patients_from: Literal["id", "folder"] | None = None,
+    mask: Path | str | None = None,
 ) -> int:
     """Turn a data set into volumes that the bundles read, a datalist with folds, and a QC page.
 
@@ -91,6 +93,9 @@ def prepare(
         patients_from: What names a DICOM scan's patient: "id" (its PatientID) or "folder" (the first below the source).
             By default the id, or the folder where the id says nothing or several people have it, which counts as a
             problem.
+        mask: Apply brain masks that exist already: "bids" for those among the derivatives of a BIDS data set, or a
+            folder of masks, named after their scans as SynthStrip, HD-BET, FreeSurfer and BIDS do. "none" is the
+            default.
 
     Returns:
         0; 1 if something was left out.
@@ -99,7 +104,10 @@ def prepare(
         InputError: if nothing could be prepared.
     """
     started = time.monotonic()
-    settings = _settings(layout, spacing, shape, dtype, assume_orientation)
+    masks = None if mask is None or str(mask) == "none" else str(mask)
+    if masks not in (None, "bids") and not Path(str(masks)).is_dir():
+        raise InputError(f"--mask {masks}: give none, bids or a folder of masks")
+    settings = replace(_settings(layout, spacing, shape, dtype, assume_orientation), masked=masks is not None)
     check_folds(folds)
     index, n_shards = _shard(shard)
     if workers is not None and workers < 1:
@@ -132,6 +140,8 @@ def prepare(
         cohort = name or listing.cohort
         check_phantom_name(cohort, "phantom" in listing.cohort.lower())
         scans = _select(listing, wanted_labels, needed, diagnoses, excluded_patients)
+        if masks is not None:
+            scans = attach_masks(listing, scans, masks, root)
         if not scans:
             books = balance(listing, [])
             print_findings(listing.findings)
@@ -233,7 +243,7 @@ def _same_settings(state: Path, layout: str, settings: Settings, labels: str) ->
     path = state / "settings.json"
     if not path.exists():
         return
-    wanted, found = _settings_content(layout, settings, labels), read_json(path)
+    wanted, found = _settings_content(layout, settings, labels), {"masked": False, **read_json(path)}
     changed = [key for key in wanted if found.get(key) != wanted[key]]
     if changed:
         was = ", ".join(f"{key} {found.get(key)} instead of {wanted[key]}" for key in changed)

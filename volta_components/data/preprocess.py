@@ -19,6 +19,7 @@ import nibabel as nib
 import numpy as np
 
 from volta_components.data.resample import orthogonal_axes, resample, resample_label
+from volta_components.data.skull import is_stripped
 from volta_components.data.survey import SIDES, Survey, UnusableVoxels, coarse_affine, survey
 from volta_components.data.volumes import Volume
 
@@ -34,12 +35,14 @@ class Settings:
         shape: of the target grid, voxels per axis.
         dtype: ``float32``, or ``uint16``/``uint8`` with NIfTI's scale factor, which a reader turns into [0, 1] again.
         assume_orientation: axis codes for scans whose header has no orientation; None refuses these.
+        masked: whether scans are prepared with their brain masks applied.
     """
 
     spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
     shape: tuple[int, int, int] = (144, 192, 192)
     dtype: str = "float32"
     assume_orientation: str | None = None
+    masked: bool = False
 
 
 @dataclass(frozen=True)
@@ -226,6 +229,7 @@ def prepare_volume(
         "foreground_fraction": round(float((image > 0.1).mean()), 5),
         "mean": round(float(image[image > 0.1].mean()), 5) if (image > 0.1).any() else 0.0,
         "snr": None if (snr := snr_like(image)) is None else round(snr, 2),
+        "stripped": is_stripped(seen),
         "cut": round(cut["total"], 5),
         **{f"cut_{side}": round(cut[side], 5) for side in SIDES},
     }

@@ -53,6 +53,7 @@ _COLUMNS = (
     "foreground_fraction",
     "mean",
     "snr",
+    "stripped",
     "cut",
     "cut_left",
     "cut_right",

@@ -32,6 +32,7 @@ from volta_components.data.layouts.common import relative
 from volta_components.data.layouts.series import convert_series
 from volta_components.data.nifti import nifti_header
 from volta_components.data.preprocess import Prepared, Settings, prepare_volume
+from volta_components.data.skull import apply_mask
 from volta_components.data.survey import UnusableVoxels
 from volta_components.data.volumes import UnusableVolume, Volume, read_volume
 from volta_components.errors import InputError
@@ -70,7 +71,7 @@ def _image_files(scan: Scan) -> list[Path]:
 def _stamp(scan: Scan, source: Path) -> list[list[Any]]:
     """Name, size and time of each file that a volume is made from."""
     stamps: list[list[Any]] = []
-    for path in [*_image_files(scan), *(label.path for label in scan.labels)]:
+    for path in [*_image_files(scan), *(label.path for label in scan.labels), *([scan.mask] if scan.mask else [])]:
         try:
             status = path.stat()
             stamps.append([relative(path, source), status.st_size, status.st_mtime_ns])
@@ -195,7 +196,11 @@ def _prepared(task: Task) -> dict[str, Any]:
     quirks: list[tuple[str, str]] = []
     if task.labels and scan.labels:
         label, label_affine, quirks = read_labels(scan.labels, volume, scan.image, settings.assume_orientation)
+    if scan.mask is not None:
+        volume = apply_mask(volume, scan.mask)
     done = prepare_volume(volume, settings, label, label_affine)
+    if scan.mask is not None and not done.quality["stripped"]:
+        done.warnings.append("it does not look stripped, although its brain mask was applied")
     del volume, label
     return _write(task, done, quirks)
 

@@ -88,6 +88,7 @@ class Scan:
         labels: its label files.
         series: for DICOM, the files of the series; empty for a volume file.
         date: of the scan, ``YYYY-MM-DD``, where known.
+        mask: its brain mask, to be applied; None for none.
         visit: which of the patient's prepared scans it is in the order of time, from 0; None where that is not known.
         site, sex, diagnosis, age: where known. Sex is ``F`` or ``M``; age in years.
     """
@@ -100,6 +101,7 @@ class Scan:
     labels: tuple[LabelFile, ...] = ()
     series: tuple[Path, ...] = ()
     date: str | None = None
+    mask: Path | None = None
     visit: int | None = None
     site: str | None = None
     sex: str | None = None

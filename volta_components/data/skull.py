@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Skulls: existing brain masks are found and applied, and whether a scan still has its skull is measured.
+
+Cohorts with and without skulls in one mixture teach an encoder which cohort a scan is from. Masks that a tool made
+(SynthStrip, HD-BET, FreeSurfer, a BIDS derivative) bring both to one form.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+
+from volta_components.data.layouts.common import Listing, Scan
+from volta_components.data.resample import resample
+from volta_components.data.survey import Survey, find_foreground
+from volta_components.data.unusable import UnusableVolume
+from volta_components.data.volumes import Volume, read_volume, volume_stem
+from volta_components.data.walk import VolumeFile, walk
+
+# A scan without skull has one value in this share of its background.
+_CONSTANT = 0.9
+# Share of rays from outside that cross a dark layer (bone) below a bright one (scalp).
+_RAYS, _FEWEST_RAYS = 0.5, 100
+# A brain fills this part of the cube of its own width, a head with face or neck more.
+_FULLEST = 1.05
+_NO_OTHER_SPACE = ("space-T1w", "space-orig", "space-individual")
+
+
+# --- finding masks ---------------------------------------------------------------------------------------------------
+
+
+def attach_masks(listing: Listing, scans: Sequence[Scan], where: str, root: Path) -> list[Scan]:
+    """Give each scan its brain mask; scans without one become problems and are left out.
+
+    Args:
+        listing: takes the problems.
+        scans: of the data set.
+        where: ``bids`` for the data set's own derivatives, or a folder of masks.
+        root: of the data set.
+
+    Returns:
+        The scans that have a mask.
+    """
+    folders = [root / "derivatives", root / "sourcedata"] if where == "bids" else [Path(where)]
+    files = [file for folder in folders if folder.is_dir() for file in walk(folder).volumes()]
+    by_name: dict[str, list[VolumeFile]] = defaultdict(list)
+    for file in files:
+        if name := _mask_of(file):
+            by_name[name].append(file)
+    if where != "bids":  # a mask may simply have the name of its scan
+        for file in files:
+            by_name[file.stem].append(file)
+    kept = []
+    for scan in scans:
+        names = dict.fromkeys((volume_stem(scan.image), scan.key, f"{scan.key}_T1w"))
+        found = next((by_name[name] for name in names if by_name.get(name)), [])
+        paths = sorted({file.path for file in found})
+        if len(paths) == 1:
+            kept.append(replace(scan, mask=paths[0]))
+        elif paths:
+            words = ", ".join(path.name for path in paths[:3])
+            listing.note_scan("problem", scan, f"has {len(paths)} brain masks: {words}", "remove all but one")
+        else:
+            remedy = f"add {next(iter(names))}_mask.nii.gz, or leave out --mask"
+            listing.note_scan("problem", scan, f"has no brain mask in {', '.join(map(str, folders))}", remedy)
+    return kept
+
+
+def _mask_of(file: VolumeFile) -> str | None:
+    """The name of the scan that a file is the brain mask of, by the usual tools' names; None for another file."""
+    stem = file.stem
+    if stem == "brainmask" and file.folder.name == "mri":  # FreeSurfer
+        return file.folder.parent.name
+    words = stem.split("_")
+    if any(word.startswith("space-") and word not in _NO_OTHER_SPACE for word in words):
+        return None
+    for ending in ("_desc-brain_mask", "_bet_mask", "_synthstrip_mask", "_brain_mask", "_brainmask", "_mask"):
+        if stem.lower().endswith(ending):
+            name = stem[: -len(ending)]
+            return "_".join(word for word in name.split("_") if not word.startswith("space-"))
+    return None
+
+
+# --- applying masks --------------------------------------------------------------------------------------------------
+
+
+def apply_mask(volume: Volume, path: Path) -> Volume:
+    """A scan with everything outside of its brain mask at 0, or at its darkest value where that is below.
+
+    Args:
+        volume: the scan.
+        path: the mask, on any grid in the scan's space: two values, or an image that is 0 outside of the brain.
+
+    Raises:
+        UnusableVolume: if the mask cannot be read, is empty or holds nearly everything, or lies beside the head.
+    """
+    given = read_volume(path)
+    voxels = given.voxels.astype(np.float32) * np.float32(given.slope) + np.float32(given.intercept)
+    # FreeSurfer writes 1 where a person has erased something; a probability map is cut at a half.
+    least = 1.0 if voxels.max() > 1 and len(np.unique(voxels)) > 2 else voxels.max() / 2
+    share = resample((voxels > least).astype(np.uint8), given.affine, volume.affine, volume.voxels.shape)
+    inside = share > 0.5
+    part = float(inside.mean())
+    if part < 1e-3 or part > 0.95:
+        raise UnusableVolume(
+            path,
+            f"the brain mask holds {100 * part:.1f} % of the scan's voxels",
+            "give the mask of this scan's brain, in this scan's space",
+        )
+    zero = -volume.intercept / volume.slope if volume.slope else 0.0
+    dark = min(zero, float(volume.voxels[inside].min()))
+    kind = volume.voxels.dtype
+    fits = kind.kind == "f" or (dark == int(dark) and np.iinfo(kind).min <= dark <= np.iinfo(kind).max)
+    masked = np.asfortranarray(volume.voxels if fits else volume.voxels.astype(np.float32)).copy(order="F")
+    masked[~inside] = dark
+    notes = [f"brain mask: {text}" for text in given.warnings]
+    head = find_foreground(volume.voxels[::2, ::2, ::2].astype(np.float32))
+    if head.any() and (overlap := float(head[inside[::2, ::2, ::2]].mean())) < 0.8:
+        notes.append(f"{100 * (1 - overlap):.0f} % of the brain mask lie outside of the head")
+    return replace(volume, voxels=masked, warnings=(*volume.warnings, *notes))
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def is_stripped(seen: Survey) -> bool:
+    """Whether a scan shows a brain without skull.
+
+    Its background is one constant value, its outline is no larger than a brain's, and from outside, no bright scalp
+    comes before dark bone. Heads whose background was blanked differ in the latter two.
+
+    Args:
+        seen: the scan.
+    """
+    middles = [np.arange(n) * f + f // 2 for n, f in zip(seen.coarse.shape, seen.factors, strict=True)]
+    outside = seen.voxels[np.ix_(*middles)][~seen.foreground]
+    if not outside.size or not seen.foreground.any():
+        return False
+    _, counts = np.unique(outside, return_counts=True)
+    if counts.max() < _CONSTANT * outside.size:
+        return False
+    mm = np.linalg.norm(seen.affine[:3, :3], axis=0) * seen.factors
+    slices = seen.foreground.sum(axis=(1, 2))
+    width = float((slices > 0.25 * slices.max()).sum() * mm[0])
+    if seen.foreground.sum() * float(np.prod(mm)) > _FULLEST * width**3:
+        return False
+    crossing, rays = _crossing_bone(seen, mm, width)
+    return rays < _FEWEST_RAYS or crossing < _RAYS
+
+
+def _crossing_bone(seen: Survey, mm: np.ndarray, width: float) -> tuple[float, int]:
+    """Share of rays from above, the sides and behind that cross a dark layer below a bright one, and their number."""
+    inside = np.pad(seen.foreground, 1)
+    depth = ndimage.distance_transform_edt(inside, sampling=mm)[1:-1, 1:-1, 1:-1]
+    top = int(np.flatnonzero(seen.foreground.any(axis=(0, 1))).max())
+    upper = seen.foreground.copy()
+    upper[:, :, : max(0, top - round(0.45 * width / mm[2]))] = False
+    found = []
+    for axis, step in ((2, -1), (0, 1), (0, -1), (1, 1)):
+        flip = (slice(None, None, step),)
+        values, mask, below = (np.moveaxis(a, axis, 0)[flip] for a in (seen.coarse, upper, depth))
+        n = max(6, round(24 / mm[axis]))
+        index = np.minimum(mask.argmax(axis=0)[None] + np.arange(n)[:, None, None], len(values) - 1)
+        steep = mask.any(axis=0) & (np.take_along_axis(below, index[-1:], 0)[0] > 16)
+        ray = np.take_along_axis(values, index, 0)[:, steep] - seen.coarse.min()
+        third = max(2, n // 3)
+        first = ray[:third].argmax(axis=0)
+        outer, inner = ray[:third].max(axis=0, initial=0), ray[-max(2, n * 5 // 12) :].mean(axis=0)
+        later = np.arange(n)[:, None] >= first
+        middle = np.where(later & (np.arange(n) < n * 5 // 6)[:, None], ray, np.inf).min(axis=0, initial=np.inf)
+        found.append(middle < 0.6 * np.minimum(outer, inner))
+    rays = np.concatenate(found)
+    return (float(rays.mean()) if rays.size else 0.0), int(rays.size)
