@@ -14,6 +14,7 @@ BENCHMARKS: dict[str, tuple[str, list[str] | None, list[str]]] = {
     "Cost of a pretraining step": ("step_cost.py", ["--small"], []),
     "Time to import": ("import_time.py", [], []),
     "Throughput of preparation": ("prepare_throughput.py", [], []),
+    "Phantoms a second": ("phantom_throughput.py", ["--volumes", "5"], []),
     "How hard the phantoms' labels are": ("phantom_effects.py", None, []),
     "What keeps the global branch alive": ("collapse.py", None, []),
 }

@@ -143,7 +143,7 @@ def follow(velocity: torch.Tensor, box: Box, points: torch.Tensor, steps: int = 
 
 
 @functools.lru_cache(maxsize=64)
-def _random_spectrum(box: Box, scales: Scales) -> NDArray[np.float64]:
+def _random_spectrum(box: Box, scales: Scales) -> NDArray[np.float32]:
     """Factors that turn the spectrum of white noise over the velocity grid into that of one component of velocity."""
     shape = box.shape
     waves = sum(wave**2 for wave in box.waves())
@@ -156,7 +156,7 @@ def _random_spectrum(box: Box, scales: Scales) -> NDArray[np.float64]:
         if shape[2] % 2 == 0:
             twice[-1] = 1.0
         power += deviation**2 * part * math.prod(shape) / (part * twice).sum()
-    spectrum: NDArray[np.float64] = np.sqrt(power)
+    spectrum: NDArray[np.float32] = np.sqrt(power).astype(np.float32)
     return spectrum
 
 
@@ -172,8 +172,8 @@ def random_velocity(rng: np.random.Generator, box: Box, scales: Scales) -> torch
         ``[3, x, y, z]`` mm.
     """
     shape, spectrum = box.shape, _random_spectrum(box, scales)
-    parts = [fft.irfftn(fft.rfftn(rng.standard_normal(shape)) * spectrum, s=shape) for _ in range(3)]
-    return torch.from_numpy(np.stack(parts).astype(np.float32))
+    noise = (rng.standard_normal(shape, dtype=np.float32) for _ in range(3))
+    return torch.from_numpy(np.stack([fft.irfftn(fft.rfftn(part) * spectrum, s=shape) for part in noise]))
 
 
 def least_jacobian(displacement: torch.Tensor, grid: int) -> float:
