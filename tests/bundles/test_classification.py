@@ -23,7 +23,6 @@ from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata
 from monai.transforms import LoadImage
 from prepared import ROOT
 from sklearn.metrics import roc_auc_score
-from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from volta_components.data.datalist import load_datalist
@@ -123,13 +122,6 @@ def overlays(bundle: str) -> list[str]:
     """Every overlay of train.json: whatever lies in the folder."""
     names = {path.stem for path in (ROOT / "bundles" / bundle / "configs").glob("*.json")}
     return sorted(names - {"train", "inference", "metadata", "tiny"})
-
-
-@pytest.fixture
-def one_process(tmp_path):
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def built(made: ConfigWorkflow) -> Any:
@@ -636,7 +628,7 @@ def test_inference_gives_the_trainings_probabilities_for_folder_datalist_and_lis
     files = [str(path) for path in sorted((prepared / "images").glob("*.nii"))[:2]]
     for index, source in enumerate([str(prepared), str(prepared / "images"), files]):
         rows = inference(trained, source, tmp_path / str(index))
-        assert list(rows[0]) == ["subject_id", "session", "file", "healthy", "AD", "prediction"]
+        assert list(rows[0]) == ["subject_id", "session", "file", "healthy", "AD", "prediction", "marks"]
         assert len(rows) == (2 if source is files else 12)
         found = {row["subject_id"]: row for row in rows}
         for name in set(found) & set(expected):

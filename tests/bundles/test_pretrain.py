@@ -7,7 +7,6 @@ import json
 import runpy
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 from prepared import PRETRAIN, ROOT, TINY_SIZES
-from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from volta_components.data.datalist import load_datalist
@@ -55,14 +53,6 @@ def parsed(overlay: str | None, prepared: Path, folder: Path, **overrides: Any) 
         parser[name] = value
     parser.parse()
     return parser
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone, as ``initialize`` of the multi-GPU overlay makes it."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_there_are_no_other_configs() -> None:

@@ -29,7 +29,6 @@ from monai.losses import DiceCELoss
 from monai.networks.nets import UNETR, UNet
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from prepared import ROOT
-from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from volta_components.data.datalist import load_datalist, make_content
@@ -241,13 +240,6 @@ def test_the_type_of_mixed_precision_can_be_chosen(labelled: Path, tmp_path: Pat
     parser.update({**NETWORK, **changes, "data": [{"image": "scan.nii"}], "handlers": []})
     assert parser.get_parsed_content("evaluator").amp_kwargs == {"dtype": torch.float16}
     assert {read_json(path)["amp_dtype"] for path in configs("train", "inference")} == {"$torch.bfloat16"}
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Any:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def built(made: ConfigWorkflow, overlay: str | None) -> Any:

@@ -86,8 +86,9 @@ class VoltaViT(ViTAutoEnc):
         settle_cross_attention(self)
 
     def drop_decoder(self) -> None:
-        """Remove the decoder; ``decode`` cannot be called any more."""
-        del self.conv3d_transpose, self.conv3d_transpose_1
+        """Remove the decoder, if there is one; ``decode`` cannot be called any more."""
+        for name in ("conv3d_transpose", "conv3d_transpose_1"):
+            self._modules.pop(name, None)
 
     def token_grid(self, image: Tensor) -> tuple[int, int, int]:
         """Tokens along each axis for an image ``[B, C, D, H, W]``."""
