@@ -47,11 +47,11 @@ class FloatWindowInferer(SlidingWindowInferer):
         def in_float32(*arguments: Any, **keywords: Any) -> Tensor:
             return network(*arguments, **keywords).float()
 
-        logits = super().__call__(inputs, in_float32, *args, **kwargs)
+        logits: Any = super().__call__(inputs, in_float32, *args, **kwargs)
         if not self.mirrored:
             return logits
-        other = super().__call__(inputs.flip(2), in_float32, *args, **kwargs).flip(2)
-        return (logits + other[:, [0, 2, 1]]) / 2
+        other: Any = super().__call__(inputs.flip(2), in_float32, *args, **kwargs)
+        return (logits + other.flip(2)[:, [0, 2, 1]]) / 2
 
 
 class MaskTable(ItemRows):

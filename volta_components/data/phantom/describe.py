@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -16,6 +15,7 @@ from scipy import ndimage
 from volta_components._version import __version__
 from volta_components.data.phantom.labels import LabelMap
 from volta_components.data.phantom.subjects import SESSION, SITES, Settings, Subject
+from volta_components.data.volumes import read_volume
 from volta_components.files import atomic_path, write_csv, write_json, write_text
 
 PARAMETERS_FILE = "code/phantom.json"
@@ -178,7 +178,7 @@ def write_sheet(path: Path, subjects: Sequence[tuple[Path, Path]], most: int = 1
         most: heads on the sheet, spread evenly over the cohort.
     """
     chosen = [subjects[round(place)] for place in np.linspace(0, len(subjects) - 1, min(most, len(subjects)))]
-    tiles = [_tile(np.asarray(nib.load(a).dataobj), np.asarray(nib.load(b).dataobj)) for a, b in chosen]
+    tiles = [_tile(read_volume(image).voxels, read_volume(labels).voxels) for image, labels in chosen]
     size = [max(tile.shape[axis] for tile in tiles) for axis in (0, 1)]
     tiles = [np.pad(t, ((0, size[0] - t.shape[0]), (0, size[1] - t.shape[1]), (0, 0))) for t in tiles]
     if len(tiles) % 2:
