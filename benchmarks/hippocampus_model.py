@@ -212,7 +212,7 @@ def export(
         "steps": step,
         "batch_size": BATCH,
         "crops_of_a_head": CROPS_OF_A_HEAD,
-        "learning_rate": learning_rate,
+        "peak_learning_rate": learning_rate,
         "minutes": round(seconds / 60),
     }
     anatomies = anatomies_hash(training)
