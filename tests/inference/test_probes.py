@@ -189,6 +189,33 @@ def test_the_report_has_a_row_for_each_combination(
     assert f"{best['auroc']:.3f} ({best['auroc_low']:.3f} to {best['auroc_high']:.3f})" in line
 
 
+def test_each_cohort_is_told_from_the_rest(
+    cohort: tuple[dict[str, EmbeddingTable], list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    tables, items = cohort
+    for names, expected in (
+        (("adni", "brats"), {"cohort:brats": 20}),
+        (("adni", "brats", "ixi"), {"cohort:adni": 14, "cohort:brats": 14, "cohort:ixi": 12}),
+        (("adni",), {}),
+        (("adni",) * 19 + ("ixi",), {}),  # one patient: too few
+    ):
+        mixed = [{**item, "cohort": names[i // 2 % len(names)]} for i, item in enumerate(items)]
+        rows = probe_report(tables, mixed, {"sex": ["M", "F"], "cohort": []}, tmp_path / "probes.json", neighbours=5)
+        told = {row["label"]: row["positive"] for row in rows if row["label"] != "sex"}
+        assert told == expected and all(row["subjects"] == 40 for row in rows)
+    known = next(
+        row
+        for row in probe_report(
+            tables,
+            [{**item, "cohort": f"of {item['sex']}"} for item in items],
+            {"cohort": []},
+            tmp_path / "probes.json",
+        )
+        if (row["encoder"], row["embedding"]) == ("volta", "summary")
+    )
+    assert known["label"] == "cohort:of M" and known["auroc"] > 0.9
+
+
 @pytest.mark.parametrize("change", [lambda i: {"sex": "M"}, lambda i: {"sex": None}])
 def test_a_report_without_any_label_is_refused(
     cohort: tuple[dict[str, EmbeddingTable], list[dict[str, Any]]],

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,24 @@ def out_of_fold_scores(
     return scores
 
 
+def _questions(
+    items: Sequence[Mapping[str, Any]], targets: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Name of each question, ``[n]`` whom it is asked of, and ``[known]`` the answers, 0 or 1."""
+    for label, classes in targets.items():
+        values = np.array([str(item.get(label)) for item in items])
+        if classes:
+            negative, positive = classes
+            known = np.isin(values, [negative, positive])
+            yield label, known, (values[known] == positive).astype(int)
+            continue
+        known = np.array([item.get(label) is not None for item in items])
+        found = np.unique(values[known])
+        # Of two values, one from the other says it all.
+        for value in found[1:] if len(found) == 2 else found:
+            yield f"{label}:{value}", known, (values[known] == value).astype(int)
+
+
 def probe_report(
     tables: Mapping[str, EmbeddingTable],
     items: Sequence[Mapping[str, Any]],
@@ -87,7 +105,8 @@ def probe_report(
         tables: embeddings by encoder, such as ``{"volta": ..., "random": ...}``; rows as ``items``.
         items: the datalist's items: ``patient_id``, ``fold`` and the labels.
         targets: for each label (``sex``, ``diagnosis``) the value that counts as 0 and the one that counts as 1; items
-            with another value are left out of that label.
+            with another value are left out of that label. Without values (``cohort``), each value is told from the
+            rest, named ``cohort:adni``; an encoder that scores high on that knows scanners or skulls.
         path: the JSON file.
         neighbours: of the nearest-neighbour probe.
         seed: of probes and bootstrap.
@@ -103,11 +122,12 @@ def probe_report(
     rows: list[dict[str, Any]] = []
     folds = np.array([item["fold"] for item in items])
     patients = np.array([str(item.get("patient_id", item["subject_id"])) for item in items])
-    for label, (negative, positive) in targets.items():
-        values = np.array([str(item.get(label)) for item in items])
-        known = np.isin(values, [negative, positive])
-        truth = (values[known] == positive).astype(int)
+    for label, known, truth in _questions(items, targets):
         if len(np.unique(truth)) < 2:
+            continue
+        held = folds[known]
+        if label not in targets and min(np.bincount(truth[held != f], minlength=2).min() for f in np.unique(held)) < 2:
+            print(f"{label}: too few in some folds to be probed")
             continue
         for encoder, table in tables.items():
             for feature in ("summary", "mean", "summary+mean"):
