@@ -128,3 +128,29 @@ def test_page_has_a_row_a_subject_and_needs_no_network(tmp_path):
     assert page.links == ["thumbnails/s0.png", "thumbnails/s1.png", "thumbnails/s2.png"]
     assert "http" not in text and "&lt;b&gt;1" in text and "<b>" not in text and "odd &amp; bad" in text
     assert page.buttons > 8 and 'data-v="20.5"' in text
+
+
+def test_page_writes_each_kind_of_value_and_escapes_names(tmp_path):
+    values = {
+        "subject_id": "s",
+        "key": '"s"<',
+        "marks": ["a<b", "c"],
+        "stripped": True,
+        "high": 1234567.5,
+        "age": None,
+        "label_volume_mm3": {"left": 3000.25, "<right>": 2.0},
+    }
+    write_page(tmp_path / "index.html", "A & B", [], [{**row(), **values}, {**row(), **values, "age": 7}], [])
+    text = (tmp_path / "index.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.stack == [] and page.links == ['thumbnails/"s"<.png'] * 2
+    for cell in (
+        '<td data-v="2">a&lt;b<br>c</td>',
+        "<td>yes</td>",
+        '<td class="n" data-v="1234567.5">1.23457e+06</td>',
+        "<td>left: 3000.25, &lt;right&gt;: 2</td>",
+    ):
+        assert text.count(cell) == 2
+    assert "<td></td>" in text and '<td class="n" data-v="7">7</td>' in text
+    assert "A &amp; B" in text and "Findings" not in text and "more than 0.5 % of the head" in text

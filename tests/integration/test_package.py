@@ -63,9 +63,8 @@ def test_sdist_and_wheel_hold_what_belongs_to_them(built: Path) -> None:
         for path in (ROOT / "volta_components").rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
-    templates = {
-        f"volta_components/{place}.jinja" for place in ("report/templates/index.html", "sharing/templates/card.md")
-    }
+    places = ("data/templates/qc.html", "report/templates/index.html", "sharing/templates/card.md")
+    templates = {f"volta_components/{place}.jinja" for place in places}
     assert {"volta_components/py.typed", *templates} <= package
     meta = f"volta_components-{version}.dist-info"
     assert {name for name in wheel if not name.startswith(meta)} == package

@@ -7,8 +7,6 @@ Pillow draws them: its PNG files are the same bytes each time, which the resume 
 
 from __future__ import annotations
 
-import csv
-import html
 import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from volta_components.files import atomic_path
+from volta_components.files import atomic_path, write_csv, write_text
+from volta_components.templates import template_environment
 
 THUMBNAIL = 96  # pixels a side of each of the three views
 SHEET_COLUMNS, SHEET_ROWS = 4, 25
@@ -163,7 +162,7 @@ def write_contact_sheets(folder: Path, entries: Sequence[tuple[str, Path, bool]]
     return paths
 
 
-def write_table(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
+def write_table(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str] = _COLUMNS) -> None:
     """Write rows as CSV, atomically; lists are joined by semicolons, objects are JSON."""
 
     def text(value: Any) -> Any:
@@ -171,51 +170,7 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence
             return "; ".join(map(str, value))
         return json.dumps(value, sort_keys=True) if isinstance(value, dict) else value
 
-    columns = _COLUMNS if columns is None else columns
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(columns)
-        for row in rows:
-            writer.writerow([text(row.get(column)) for column in columns])
-
-
-_STYLE = """
-body{font:14px/1.45 system-ui,sans-serif;margin:24px;color:#222;background:#fff}
-h1{font-size:22px}h2{font-size:17px;margin-top:28px}table{border-collapse:collapse;margin-top:8px}
-th,td{border-bottom:1px solid #ddd;padding:3px 8px;text-align:left;vertical-align:top}
-th{position:sticky;top:0;background:#f3f3f3}
-th button{font:inherit;font-weight:600;border:0;background:none;cursor:pointer;padding:0}
-div{max-height:50vh;overflow:auto}
-tr.marked td{background:#fff0ec}img{display:block;width:288px;height:96px}.n{text-align:right}
-"""
-_SCRIPT = """
-for(const table of document.querySelectorAll('table.sortable')){
-  [...table.tHead.rows[0].cells].forEach((cell,column)=>{
-    const button=cell.querySelector('button'); if(!button) return;
-    button.addEventListener('click',()=>{
-      const down=cell.getAttribute('aria-sort')==='ascending';
-      for(const other of table.tHead.rows[0].cells) other.removeAttribute('aria-sort');
-      cell.setAttribute('aria-sort',down?'descending':'ascending');
-      const value=row=>row.cells[column].dataset.v??row.cells[column].textContent;
-      const rows=[...table.tBodies[0].rows].sort((a,b)=>{
-        const x=value(a),y=value(b); if(x===''||y==='') return (x==='')-(y==='');
-        const d=x-y; return (Number.isNaN(d)?x.localeCompare(y):d)*(down?-1:1);});
-      table.tBodies[0].append(...rows);
-    });
-  });
-}
-"""
-
-
-def _explain_marks() -> str:
-    """One sentence for the page."""
-    return (
-        f"A volume is marked when more than {100 * LIMITS['cut at a side']:g} % of the head is cut at a side "
-        f"({100 * LIMITS['cut at the bottom']:g} % at the bottom, where the neck is), when it fills less than "
-        f"{100 * LIMITS['foreground at least']:g} % of the window, when the source is coarser than "
-        f"{LIMITS['source spacing, mm']:g} mm or oblique by more than {LIMITS['oblique, degrees']:g} degrees, or when "
-        f"its foreground, mean or SNR is more than {LIMITS['robust deviations']:g} robust deviations from the median."
-    )
+    write_csv(path, columns, ([text(row.get(column)) for column in columns] for row in rows))
 
 
 def write_page(
@@ -238,55 +193,8 @@ def write_page(
     first = ("subject_id", "session", "marks", *(name for name in _COLUMNS if name.startswith("cut_")), "snr")
     order = [*first, *(name for name in _COLUMNS if name not in first)]
     columns = [column for column in order if any(row.get(column) not in (None, "", []) for row in rows)]
-
-    def cell(value: Any) -> str:
-        if value is None:
-            return "<td></td>"
-        if isinstance(value, bool):
-            return f"<td>{'yes' if value else 'no'}</td>"
-        if isinstance(value, int | float):
-            return f'<td class="n" data-v="{value!r}">{value:.6g}</td>'
-        if isinstance(value, list):
-            return f'<td data-v="{len(value)}">{"<br>".join(html.escape(str(v)) for v in value)}</td>'
-        if isinstance(value, dict):
-            value = ", ".join(f"{k}: {v:g}" for k, v in value.items())
-        return f"<td>{html.escape(str(value))}</td>"
-
-    def header(names: Sequence[str]) -> str:
-        return "".join(
-            f'<th scope="col"><button type="button">{html.escape(name.replace("_", " "))}</button></th>'
-            for name in names
-        )
-
-    lines = [
-        "<!doctype html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
-        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>",
-        *(f"<p>{html.escape(line)}</p>" for line in summary),
-        f"<p>{_explain_marks()}</p>",
-    ]
-    names = ("kind", "subject", "file", "reason", "remedy", "left_out")
-    if findings:
-        lines += [
-            f"<h2>Findings ({len(findings)})</h2>",
-            "<p>A problem is broken or missing; a quirk is known of the data set and was handled; a choice follows "
-            "from an option or the layout.</p>",
-            f'<div><table class="sortable"><thead><tr>{header(names)}</tr></thead><tbody>',
-            *("<tr>" + "".join(cell(finding[name]) for name in names) + "</tr>" for finding in findings),
-            "</tbody></table></div>",
-        ]
-    lines += [
-        f"<h2>Volumes ({len(rows)})</h2>",
-        "<p>Slices: sagittal (front at the right), coronal and axial (the subject's left at the left). Where there "
-        "are labels: left hippocampus red, right one blue.</p>",
-        f'<table class="sortable"><thead><tr><th scope="col">slices</th>{header(columns)}</tr></thead><tbody>',
-    ]
-    for row in rows:
-        picture = html.escape(f"thumbnails/{row['key']}.png")
-        lines.append(
-            f'<tr{" class=marked" if row["marks"] else ""}><td><img loading="lazy" alt="three slices of '
-            f'{html.escape(row["key"])}" src="{picture}"></td>' + "".join(cell(row.get(c)) for c in columns) + "</tr>"
-        )
-    lines.append(f"</tbody></table><script>{_SCRIPT}</script></body></html>")
-    with atomic_path(path) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    template = template_environment("volta_components.data", is_html=True).get_template("qc.html.jinja")
+    write_text(
+        path,
+        template.render(title=title, summary=summary, limits=LIMITS, columns=columns, rows=rows, findings=findings),
+    )
