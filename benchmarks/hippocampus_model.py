@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--hours", type=float, default=1.5)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--restart", type=float, default=0.0, help="hour at which the cosine of the rate begins again")
     parser.add_argument("--export", type=Path, help="bundle that the averaged weights are written into")
     parser.add_argument("--prefix", default="anatomy-")
     arguments = parser.parse_args()
@@ -157,7 +158,8 @@ def main() -> None:
     last_saved, recent = time.monotonic(), []
     while spent < budget:
         began = time.monotonic()
-        rate = arguments.learning_rate * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * spent / budget))
+        phase = (spent / 3600 - arguments.restart) / (arguments.hours - arguments.restart)
+        rate = arguments.learning_rate * min(1, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * phase))
         for group in optimizer.param_groups:
             group["lr"] = rate + 1e-6
         images, targets = replay.batch(step)
@@ -194,11 +196,16 @@ def main() -> None:
                 )
             last_saved = time.monotonic()
     if arguments.export is not None:
-        export(arguments.export, average.module, training, step, arguments.learning_rate, spent)
+        export(arguments.export, average.module, training, step, arguments, spent)
 
 
 def export(
-    bundle: Path, network: UNet, training: list[dict[str, Any]], step: int, learning_rate: float, seconds: float
+    bundle: Path,
+    network: UNet,
+    training: list[dict[str, Any]],
+    step: int,
+    arguments: argparse.Namespace,
+    seconds: float,
 ) -> None:
     """Write the model and its record into a bundle, as a training of its own would."""
     settings = {
@@ -212,7 +219,8 @@ def export(
         "steps": step,
         "batch_size": BATCH,
         "crops_of_a_head": CROPS_OF_A_HEAD,
-        "peak_learning_rate": learning_rate,
+        "peak_learning_rate": arguments.learning_rate,
+        "cosine_restarted_at_hour": arguments.restart,
         "minutes": round(seconds / 60),
     }
     anatomies = anatomies_hash(training)

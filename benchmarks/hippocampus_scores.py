@@ -44,10 +44,17 @@ def segment(source: str, output: Path, bundle: str) -> float:
 
 
 def score_condition(
-    folder: Path, anatomies: str, left_out: list[str], count: int, bundle: str, condition: str, seed: int, workers: int
+    folder: Path,
+    heads: Path,
+    anatomies: str,
+    left_out: list[str],
+    count: int,
+    bundle: str,
+    condition: str,
+    seed: int,
+    workers: int,
 ) -> tuple[pd.DataFrame, float]:
     """Scores of every head of a condition, and seconds a scan."""
-    heads = folder / "heads"
     phantom(
         str(heads), count, seed=seed, anatomies=anatomies, leave_out=left_out, workers=workers, **CONDITIONS[condition]
     )
@@ -75,6 +82,8 @@ def main() -> None:
     parser.add_argument("--bundle", default="bundles/harp_hippocampus")
     parser.add_argument("--scored", default="anatomy-05,anatomy-10,anatomy-15,anatomy-20")
     parser.add_argument("--renderings", type=int, default=50, help="of each anatomy, in each condition")
+    parser.add_argument("--any-renderings", type=int, help="of each anatomy with any contrast; --renderings by default")
+    parser.add_argument("--work", type=Path, help="folder where heads are kept for the next time")
     parser.add_argument("--scans", help="folder of real scans")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=77)
@@ -84,12 +93,16 @@ def main() -> None:
     left_out = [name for name in find_label_maps(Path(arguments.anatomies)) if name not in scored]
     parts, seconds = [], []
     for condition in CONDITIONS:
+        count = arguments.renderings
+        if condition.startswith("any") and arguments.any_renderings is not None:
+            count = arguments.any_renderings
         with tempfile.TemporaryDirectory() as name:
             rows, each = score_condition(
                 Path(name),
+                (arguments.work or Path(name)) / condition.replace(", ", "_").replace(" ", "_"),
                 arguments.anatomies,
                 left_out,
-                arguments.renderings * len(scored),
+                count * len(scored),
                 arguments.bundle,
                 condition,
                 arguments.seed,
@@ -102,18 +115,19 @@ def main() -> None:
     lines = [
         "# The starter model on anatomies that it was not trained on",
         "",
-        f"`python benchmarks/hippocampus_scores.py --renderings {arguments.renderings}`: {arguments.renderings} heads "
-        f"of each of {len(scored)} held-out anatomies ({', '.join(scored)}) in each condition, 1 mm, segmented by "
+        f"`python benchmarks/hippocampus_scores.py --renderings {arguments.renderings}`: heads of "
+        f"{len(scored)} held-out anatomies ({', '.join(scored)}), as many of each, 1 mm, segmented by "
         "`volta3d segment`, scored on the scan's own grid. The truth is the label map that a head was rendered from, "
         "not a manual one.",
         "",
-        "| condition | Dice | worst anatomy | worst head | HD95 mm | sides without a mask | sides exchanged |",
-        "|---|---|---|---|---|---|---|",
+        "| condition | heads | Dice | worst anatomy | worst head | HD95 mm | sides without a mask | sides exchanged |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for condition, rows in table.groupby("condition", sort=False):
         distances = rows[["hd95_left", "hd95_right"]].to_numpy()
+        worst = rows.groupby("anatomy")["dice"].mean().min()
         lines.append(
-            f"| {condition} | {rows['dice'].mean():.3f} | {rows.groupby('anatomy')['dice'].mean().min():.3f} | "
+            f"| {condition} | {len(rows)} | {rows['dice'].mean():.3f} | {worst:.3f} | "
             f"{rows['dice'].min():.3f} | {np.nanmean(distances):.2f} | {int(np.isnan(distances).sum())} of "
             f"{distances.size} | {int(rows['swapped'].sum())} of {len(rows)} |"
         )
