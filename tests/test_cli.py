@@ -193,7 +193,7 @@ def test_a_path_that_is_there_may_have_a_comma(tmp_path: Path) -> None:
         ("gret", "volta3d: no command 'gret'; did you mean greet?"),
         ("segmnt --source x", "volta3d: no command 'segmnt'; did you mean segment?"),
         ("xyz", "volta3d: no command 'xyz'; volta3d --help lists them"),
-        ("--name Ada", "volta3d: no command '--name'; volta3d --help lists them"),
+        ("--name Ada", "volta3d: no option '--name'; volta3d --help lists them"),
         ("greet", "volta3d greet: --name is missing; volta3d greet --help explains"),
         ("segment", "volta3d segment: --source and --output are missing; volta3d segment --help explains"),
         ("segment -o x", "volta3d segment: --source is missing; volta3d segment --help explains"),

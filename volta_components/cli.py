@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     words = list(sys.argv[1:] if argv is None else argv)
-    if words == ["help"]:
-        words = ["--help"]
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     program = f"volta3d {words[0]}" if words and words[0] in COMMANDS else "volta3d"
     try:
         result = read(words)()
@@ -194,6 +194,13 @@ def _shown(default: Any) -> str:
     return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
+# Python also reads "1_000" and digits of other scripts, which a person hardly means.
+NUMBER = {
+    int: re.compile(r"[+-]?[0-9]+"),
+    float: re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"),
+}
+
+
 def _read_one(kind: Any, words: Sequence[str]) -> Any:
     """One word as a value.
 
@@ -212,10 +219,9 @@ def _read_one(kind: Any, words: Sequence[str]) -> Any:
             raise ValueError("is empty; give a path")
         return Path(word).expanduser()
     if kind in (int, float):
-        try:
-            return kind(word)
-        except ValueError:
-            raise ValueError("give a whole number" if kind is int else "give a number") from None
+        if not NUMBER[kind].fullmatch(word):
+            raise ValueError("give a whole number" if kind is int else "give a number")
+        return kind(word)
     return _literal(word) if kind is Any else word
 
 
@@ -273,7 +279,8 @@ def _explain(error: CycloptsError, app: App, words: Sequence[str]) -> str:
     if name == COMPLETION:
         return str(error)
     if name not in COMMANDS:
-        return f"no command {name!r}; {_near(name, COMMANDS) or 'volta3d --help lists them'}"
+        kind = "option" if name.startswith("-") else "command"
+        return f"no {kind} {name!r}; {_near(name.lower(), COMMANDS) or 'volta3d --help lists them'}"
     arguments = app[name].assemble_argument_collection()
     known = [option for argument in arguments for option in argument.names]
     given = [found[0].replace("_", "-") for word in words[1:] if (found := re.match(r"--[\w-]+|-[A-Za-z]", word))]

@@ -65,7 +65,7 @@ def test_settings_are_all_that_a_config_says() -> None:
         "size": [8, 8],
         "rate": 0.1,
         "last_rate": 0.1,
-        "network.class": "Linear",
+        "network.class": "torch.nn.Linear",
         "network.out_features": 2,
         "processes": 1,
         "half": 4,
@@ -73,7 +73,7 @@ def test_settings_are_all_that_a_config_says() -> None:
         "config": {
             "imports": CONFIG["imports"],
             "network.in_features": "@half",
-            "train.handlers.0.class": "Teacher",
+            "train.handlers.0.class": "my_package.Teacher",
             "train.handlers.0.momentum": 0.9,
             "train.data": settings_of(CONFIG)["config"]["train.data"],
         },
@@ -112,3 +112,24 @@ def test_people_see_values_and_a_hash_of_the_rest() -> None:
     shown = shown_settings(changed())
     assert len(shown.pop("config")) == 12
     assert shown == {name: value for name, value in changed().items() if name != "config"}
+
+
+def test_a_class_of_another_module_is_another_setting() -> None:
+    """One of this package may move; a user's own of the same name is another class."""
+
+    def of(target: str) -> dict[str, Any]:
+        return settings_of({"loss": {"_target_": target}})
+
+    assert of("volta_components.method.losses.DiCoMLoss") == of("volta_components.method.dicom.DiCoMLoss")
+    assert other_settings(of("volta_components.method.losses.DiCoMLoss"), of("mine.DiCoMLoss"))
+    assert other_settings(of("torch.optim.AdamW"), of("mine.AdamW"))
+
+
+def test_null_is_not_the_same_as_absent() -> None:
+    assert other_settings(settings_of({"a": 1}), settings_of({"a": 1, "foreach": None})) == [
+        ("foreach", "None", "None")
+    ]
+
+
+def test_what_is_run_is_a_setting() -> None:
+    assert other_settings(settings_of({"run": ["$@trainer.run()"]}), settings_of({"run": ["$1", "$@trainer.run()"]}))

@@ -80,7 +80,7 @@ def crossval(
         memory_gb: SLURM: memory of a job, in GB.
         slurm: SLURM: other options of sbatch, such as qos=high,constraint=a100.
         cluster: SLURM: cluster of submitit. "local" tries the jobs on this machine.
-        dry_run: Only print each run's state and command.
+        dry_run: Only write each run's settings, and print its state and command.
         adopt: A fold whose model becomes the bundle's own once all runs are finished (of the first init and the largest
             fraction). It is copied to BUNDLE/models, where segment, pack and inference.json look for it.
 

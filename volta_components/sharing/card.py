@@ -18,7 +18,6 @@ from typing import Any
 from volta_components.errors import InputError
 from volta_components.files import read_json
 from volta_components.templates import template_environment
-from volta_components.training.record import settings_of
 
 BLOCK = re.compile(r"<!-- pack: (\w+) -->\n(.*?)<!-- end -->\n?", re.DOTALL)
 # Blocks that replace a marked one; the others of the template have places of their own.
@@ -155,6 +154,9 @@ def other_settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
         folder: the packed bundle.
         record: of the weights.
     """
+    # Here, since it imports torch: help and mistakes should not wait for it.
+    from volta_components.training.record import settings_of
+
     packed = settings_of(read_json(folder / "configs" / "train.json"))
     del packed["config"]
     found: dict[str, Any] = {}

@@ -37,7 +37,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         *("allow_leak", "checks"),
     ),
     "What follows from other ids, and is written beside the results.": ("tags", "record", "settings"),
-    "What starts and ends the workflow, and MONAI's own metadata.": ("initialize", "run", "finalize", "_meta_"),
+    "What comes before and after the training, and MONAI's own metadata.": ("initialize", "finalize", "_meta_"),
     "What MONAI adds for its tracking.": ("tracking_uri", "save_execute_config", "is_not_rank0"),
 }
 
@@ -45,7 +45,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
 WATCHING = ("StatsHandler", "ProgressBar", "MLFlowHandler", "TensorBoardStatsHandler", "TensorBoardImageHandler")
 
 # Blocks that say how a run is carried out. Their numbers are ids at the top of a config.
-WORKFLOW = ("imports", "datalist", "train", "validate", "score", "results")
+WORKFLOW = ("imports", "datalist", "train", "validate", "score", "results", "run")
 
 
 def run_settings(**facts: Any) -> dict[str, Any]:
@@ -91,11 +91,11 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_watchers(block: Any) -> Any:
-    """A block without comments and watching handlers; a class is named without its module, data by its hash."""
+    """A block without comments and watching handlers; data is named by its hash."""
     if isinstance(block, Mapping):
         named = {"class" if key == "_target_" else key: value for key, value in block.items() if key != "_desc_"}
         if "class" in named:
-            named["class"] = str(named["class"]).rpartition(".")[2]
+            named["class"] = _class_name(str(named["class"]))
         return {key: _without_watchers(value) for key, value in named.items()}
     if not isinstance(block, list):
         return block
@@ -104,8 +104,13 @@ def _without_watchers(block: Any) -> Any:
         return items
     if any(isinstance(item, Mapping) and "class" not in item for item in items):
         return sha256_json(items)
-    kept = [item for item in items if not isinstance(item, Mapping) or item["class"] not in WATCHING]
+    kept = [item for item in items if not isinstance(item, Mapping) or item["class"].rpartition(".")[2] not in WATCHING]
     return {str(place): item for place, item in enumerate(kept)}
+
+
+def _class_name(target: str) -> str:
+    """A class of this package without its module, which may move; any other one in full."""
+    return target.rpartition(".")[2] if target.startswith("volta_components.") else target
 
 
 def shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,7 +122,8 @@ def shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 def other_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Rows (name, there, here) of the settings that differ."""
     there, here = flatten_settings(there), flatten_settings(here)
-    names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+    absent = object()  # which is not the same as null
+    names = sorted(n for n in there.keys() | here.keys() if there.get(n, absent) != here.get(n, absent))
     return [(name.removeprefix("config."), str(there.get(name)), str(here.get(name))) for name in names]
 
 
