@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from volta_components.data.names import Name, date_in, look_alikes, parse_name, split_visit
+from volta_components.data.names import Name, date_in, date_of_cell, look_alikes, maybe_visits, parse_name, split_visit
 
 
 @pytest.mark.parametrize(
@@ -9,6 +9,9 @@ from volta_components.data.names import Name, date_in, look_alikes, parse_name, 
     [
         ("sub-01_ses-1_run-2_T1w", Name("sub-01", "ses-1", {"run": "2"}, "T1w")),
         ("sub-01", Name("sub-01")),
+        ("sub-05-run-1", Name("sub-05", None, {"run": "1"})),
+        ("sub-05-ses-2-run-1-T1w", Name("sub-05", "ses-2", {"run": "1"}, "T1w")),
+        ("sub-1_2", Name("sub-1")),
         ("sub-01_desc-hippocampus_dseg", Name("sub-01", None, {"desc": "hippocampus"}, "dseg")),
         ("anna T1", Name("anna", None, {}, "T1")),
         ("bert_ses-2", Name("bert", "ses-2")),
@@ -40,6 +43,8 @@ def test_names_of_t1_scans_do_not(stem):
         ("p01_2024-06-01", ("p01", "2024-06-01")),
         ("OAS1_0001_MR2", ("OAS1_0001", "MR2")),
         ("a_pre", ("a", "pre")),
+        ("p3_2019", ("p3", "2019")),
+        ("pt_2019", ("pt_2019", "")),
         ("anna", ("anna", "")),
         ("p_001", ("p_001", "")),
         ("scan1", ("", "scan1")),
@@ -66,3 +71,34 @@ def test_ids_that_look_alike_are_found_and_others_are_not():
 )
 def test_dates_are_found_in_names(text, date):
     assert date_in(text) == date
+
+
+@pytest.mark.parametrize(
+    ("cell", "date"),
+    [
+        ("2020-06-25T10:00:00", "2020-06-25"),
+        ("25.06.2020", "2020-06-25"),
+        ("6/25/2020", "2020-06-25"),
+        ("5/5/2020", "2020-05-05"),
+        ("20-Jun-2020", "2020-06-20"),
+        ("Jun 20, 2020", "2020-06-20"),
+        ("05.06.2020", None),
+        ("6/5/2018", None),
+        ("31.02.2020", None),
+        ("summer", None),
+    ],
+)
+def test_dates_in_cells_are_read_where_they_are_certain(cell, date):
+    assert date_of_cell(cell) == date
+
+
+@pytest.mark.parametrize("pair", [["P1a", "P1b"], ["S01_01", "S01_02"], ["eva_1", "eva_2"], ["anna_2019", "anna_2021"]])
+def test_names_that_may_be_visits_are_found(pair):
+    assert maybe_visits([*pair, "bob"]) == [pair]
+
+
+@pytest.mark.parametrize(
+    "names", [["p1", "p2"], ["p_1", "p_2"], [f"{k}_{i}" for k in ("con", "pat") for i in range(9)]]
+)
+def test_numbers_of_people_are_no_visits(names):
+    assert maybe_visits(names) == []

@@ -524,9 +524,10 @@ def test_strict_leaves_marked_volumes_out(tmp_path):
     tiny.save_head(root / "tilted.nii.gz", turn=tiny.rotation(0, 0, 30), seed=9)
     assert prepare("folder", str(root), str(tmp_path / "out"), **OPTIONS) == 0
     assert len(load_datalist(tmp_path / "out")) == 4
-    assert prepare("folder", str(root), str(tmp_path / "out"), **OPTIONS, strict=True) == 1
+    assert prepare("folder", str(root), str(tmp_path / "out"), **OPTIONS, strict=True) == 0
     datalist = load_datalist(tmp_path / "out")
     assert len(datalist) == 3 and "oblique by 30 degrees" in datalist.excluded[0]["reason"]
+    assert datalist.excluded[0]["kind"] == "choice"
 
 
 def test_same_voxels_under_two_ids_are_reported(tmp_path):
@@ -550,6 +551,8 @@ def test_the_books_balance_where_nothing_is_left(tmp_path, capsys, lost):
     assert (
         "people: 2 found = 0 prepared + 0 left out by your options + 2 left out by problems" in capsys.readouterr().out
     )
+    named = {row["subject"] for row in findings(tmp_path / "out") if row["kind"] == "problem"}
+    assert len(named & {path.name for path in root.glob("sub-*")}) == 2
 
 
 def test_missing_orientation_can_be_given(tmp_path):

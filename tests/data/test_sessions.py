@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 
-from volta_components.data.sessions import in_order, place, spelled_alike
+from volta_components.data.sessions import contradictions, in_order, place, spelled_alike
 
 
 def ordered(*sessions):
@@ -41,7 +41,16 @@ def test_names_of_sessions_are_put_in_order_of_time(sessions):
 
 
 @pytest.mark.parametrize(
-    "sessions", [["ses-A", "ses-B"], ["pre", "baseline"], ["2", "ses-20240101"], ["left", "right"], ["M6", "V2"]]
+    "sessions",
+    [
+        ["ses-A", "ses-B"],
+        ["pre", "baseline"],
+        ["2", "ses-20240101"],
+        ["left", "right"],
+        ["M6", "V2"],
+        ["ses-01012011", "ses-05062010"],
+        ["ses-3T", "ses-7T"],
+    ],
 )
 def test_an_order_that_names_do_not_tell_is_not_guessed(sessions):
     assert ordered(*sessions) is None
@@ -84,3 +93,17 @@ def test_different_sessions_are_not_alike():
 
 def test_a_year_is_twelve_months():
     assert place("y1") == place("M12") == ("month", 12.0)
+
+
+@pytest.mark.parametrize(
+    ("scans", "wrong"),
+    [
+        ([("ses-01", None, 72), ("ses-02", None, 70)], ["ages"]),
+        ([("ses-01", "2020-01-01", None), ("ses-02", "2019-01-01", None)], ["dates"]),
+        ([("ses-01", "2019-01-01", 70), ("ses-02", "2020-01-01", 71)], []),
+        ([("ses-01", None, 70.3), ("ses-02", None, 70)], []),
+        ([("ses-B", None, 70), ("ses-A", None, 72)], []),
+    ],
+)
+def test_names_that_contradict_ages_or_dates_are_found(scans, wrong):
+    assert contradictions(scans, lambda s: s[0], lambda s: s[1], lambda s: s[2]) == wrong

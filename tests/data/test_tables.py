@@ -161,3 +161,18 @@ def test_two_rows_of_one_session_are_none(tmp_path):
     rows = [{"session_id": "M6", "age": "1"}, {"session_id": "ses-M006", "age": "2"}]
     assert session_row(rows, "ses-M06") is None
     assert session_row(rows, "ses-M006")["age"] == "2"
+
+
+def test_a_row_of_another_visit_gives_no_age_and_no_diagnosis(tmp_path):
+    people = people_of(tmp_path, "id,session_id,sex,age,diagnosis\na,M24,F,62,AD\n")
+    row, unknown = people.row("a", "ses-M000")
+    assert (row["sex"], row["age"], row["diagnosis"], unknown) == ("F", "", "", ["age", "diagnosis"])
+    row, unknown = people.row("a", "ses-M024")
+    assert (row["age"], row["diagnosis"], unknown) == ("62", "AD", [])
+
+
+def test_dates_of_several_rows_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "t.csv").write_text("id,EXAMDATE,age\na,05.06.2020,60\na,25.06.2021,61\n")
+    said = []
+    read_people(tmp_path / "t.csv", lambda *words: said.append(words))
+    assert [(who, what) for who, what, _ in said] == [("a", "date '05.06.2020' cannot be read for certain")]

@@ -61,20 +61,18 @@ def finish(
     if strict:
         for (scan, _), found in zip(good, marks, strict=True):
             if found:
-                listing.note_scan("problem", scan, "; ".join(found), "marked by the QC (--strict)")
+                listing.note_scan("choice", scan, "; ".join(found), "marked by the QC (--strict)")
         good = [pair for pair, found in zip(good, marks, strict=True) if not found]
         marks = [[] for _ in good]
     if not good:
-        books = balance(listing, [])
-        print_findings(listing.findings)
-        print(books.line())
+        report_nothing_left(target, listing)
         raise InputError(f"{target}: no volume could be prepared; see the findings above")
     items = [_item(scan, record, cohort) for scan, record in good]
     fold_of = assign_folds(items, folds, seed)
     for item in items:
         item["fold"] = fold_of[item["patient_id"]]
     books = balance(listing, items)
-    findings = sorted(listing.findings, key=lambda f: (f.kind, f.subject, f.file, f.reason))
+    findings = sorted(listing.findings, key=_by_kind)
     excluded = [
         {"subject_id": f.subject, "source": f.file, "reason": f.reason, "kind": f.kind} for f in findings if f.left_out
     ]
@@ -90,7 +88,7 @@ def finish(
     entries = [(scan.key, path, bool(found)) for (scan, _), path, found in zip(good, thumbnails, marks, strict=True)]
     sheets = quality.write_contact_sheets(fresh, entries)
     quality.write_table(fresh / "quality.csv", rows)
-    quality.write_table(fresh / "findings.csv", map(asdict, findings), list(Finding.__dataclass_fields__))
+    _write_findings(fresh / "findings.csv", findings)
     quality.write_page(fresh / "index.html", f"{cohort}: prepared volumes", summary, rows, list(map(asdict, findings)))
     write_json(temporary / "datalist.json", content)
     # Whole files are moved to their places one after the other, the datalist last.
@@ -178,6 +176,23 @@ def _summary(
     )
     lines.append(books.line())
     return lines
+
+
+def report_nothing_left(target: Path, listing: Listing) -> None:
+    """Print what became of everybody, and write ``qc/findings.csv``, where no volume is left."""
+    books = balance(listing, [])
+    (target / "qc").mkdir(parents=True, exist_ok=True)
+    _write_findings(target / "qc" / "findings.csv", sorted(listing.findings, key=_by_kind))
+    print_findings(listing.findings)
+    print(books.line())
+
+
+def _by_kind(finding: Finding) -> tuple[str, str, str, str]:
+    return finding.kind, finding.subject, finding.file, finding.reason
+
+
+def _write_findings(path: Path, findings: Iterable[Finding]) -> None:
+    quality.write_table(path, map(asdict, findings), list(Finding.__dataclass_fields__))
 
 
 def print_findings(findings: Sequence[Finding], limit: int = 30) -> None:

@@ -20,6 +20,10 @@ vfa dseg probseg mask brainmask seg segmentation bet brain t2f t1c t1ce t1gd t1p
 OTHER_CONTRASTS = frozenset(_OTHER_WORDS.split())
 _T1 = re.compile(r"(t1w?|t1n|mprage|spgr|bravo|tfe|tfl)", re.IGNORECASE)
 _SESSION = re.compile(r"[._-](ses-[A-Za-z0-9]+)(?=[._-]|$)")
+# A session or run that hyphens part from the rest: ``sub-05-run-1-T1w``.
+_SUBJECT = re.compile(r"sub-[A-Za-z0-9]+-(?:ses|run)-[A-Za-z0-9]", re.IGNORECASE)
+_BEFORE_ENTITY = re.compile(r"-(?=(?:ses|run)-[A-Za-z0-9])", re.IGNORECASE)
+_AFTER_ENTITY = re.compile(r"(_(?:ses|run)-[A-Za-z0-9]+)-", re.IGNORECASE)
 # Words at the end of a name that distinguish visits and repeats of one person.
 _WORD = (
     r"(?:ses|sess|session|visit|tp|timepoint|time|wave|scan|run|rep|repeat|rescan|retest|mr|bl|baseline|base|sc"
@@ -29,7 +33,12 @@ _LETTER = (
     r"(?:v|m|mo|month|w|wk|week|y|yr|year|d|day|t)-?\d{1,4}|\d{1,3}(?:m|mo|months?|y|yr|years?|w|wk|weeks?|d|days?)"
 )
 _DATE = r"(?:19|20)\d\d-?[01]\d-?[0-3]\d(?:[T_-]?\d{6})?"
+# A year is a visit only behind something with a digit: p3_2019 is, pt_2019 may be the 2019th patient.
+_YEAR = re.compile(r"(.*\d.*?)[_. -]+((?:19[89]|20[0-4])\d)")
 _VISIT = re.compile(rf"(.*?)((?:(?:^|[_. -]+)(?:{_WORD}|{_LETTER}|{_DATE}))+)", re.IGNORECASE)
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+# What may be a visit, or a number of a person.
+_SHORT_END = re.compile(r"(.*\d)[a-f]|(.*[^\W_].*?)[_. -](?:\d{1,2}|(?:19|20)\d\d|[a-f])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -68,11 +77,13 @@ def parse_name(stem: str) -> Name:
     Args:
         stem: the file's name without suffix, such as ``sub-01_ses-1_run-2_T1w`` or ``anna T1``.
     """
+    if _SUBJECT.match(stem):
+        stem = _AFTER_ENTITY.sub(r"\1_", _BEFORE_ENTITY.sub("_", stem))
     words = stem.split("_")
     if re.match(r"sub-\w", words[0], re.IGNORECASE):
         parts = dict(word.split("-", 1) for word in words[1:] if "-" in word)
         session = f"ses-{value}" if (value := parts.pop("ses", "")) else None
-        contrast = words[-1] if len(words) > 1 and "-" not in words[-1] else ""
+        contrast = words[-1] if len(words) > 1 and "-" not in words[-1] and not words[-1].isdecimal() else ""
         return Name("sub-" + words[0][4:], session, parts, contrast)
     rest, last = match.groups() if (match := re.fullmatch(r"(.+?)[_. -]+([^_. -]+)", stem)) else (stem, "")
     contrast = last if _T1.fullmatch(last) or last.lower() in OTHER_CONTRASTS else ""
@@ -87,8 +98,22 @@ def split_visit(subject: str) -> tuple[str, str]:
     Returns:
         The name without them, empty where there is nothing else in it; the words, empty where there are none.
     """
-    match = _VISIT.fullmatch(subject)
+    match = _VISIT.fullmatch(subject) or _YEAR.fullmatch(subject)
     return (match[1], match[2].strip("_. -")) if match else (subject, "")
+
+
+def maybe_visits(subjects: Iterable[str]) -> list[list[str]]:
+    """Groups of up to four names that may be visits of one person: ``P1a`` and ``P1b``, ``eva_1`` and ``eva_2``.
+
+    Names that all have one stem are different people: ``p_1``, ``p_2``. Long rows are as well: ``con_1`` to ``con_20``.
+    """
+    groups: dict[str, list[str]] = {}
+    for subject in sorted(set(subjects)):
+        match = _SHORT_END.fullmatch(subject)
+        groups.setdefault(loose(match[1] or match[2]) if match else subject, []).append(subject)
+    return [
+        group for stem, group in groups.items() if 1 < len(group) <= 4 and (len(groups) > 1 or re.search(r"\d", stem))
+    ]
 
 
 def look_alikes(patients: Iterable[str]) -> list[list[str]]:
@@ -113,6 +138,33 @@ def date_in(text: str) -> str | None:
         except ValueError:
             continue
     return None
+
+
+def date_of_cell(text: str) -> str | None:
+    """The date in a table's cell, as ``YYYY-MM-DD``; None where it is none, or where day and month may be swapped.
+
+    Read are ``2020-06-25``, ``25.06.2020``, ``6/25/2020``, ``5/5/2020``, ``20-Jun-2020`` and ``Jun 20, 2020``.
+    """
+    if found := date_in(text):
+        return found
+    if match := re.match(r"(\d{1,2})[-./](\d{1,2})[-./]((?:19|20)\d\d)(?!\d)", text.strip()):
+        one, other, year = map(int, match.groups())
+        pairs = {(month, day) for month, day in ((one, other), (other, one)) if month <= 12}
+    elif match := re.match(
+        r"(?:(\d{1,2})[- .]*([a-z]{3})[a-z]*|([a-z]{3})[a-z]*[- .]*(\d{1,2}))[-,. ]+((?:19|20)\d\d)(?!\d)",
+        text.strip().lower(),
+    ):
+        word, year = match[2] or match[3], int(match[5])
+        pairs = {(_MONTHS.index(word) + 1, int(match[1] or match[4]))} if word in _MONTHS else set()
+    else:
+        return None
+    if len(pairs) != 1:
+        return None
+    month, day = pairs.pop()
+    try:
+        return date(year, month, day).isoformat()
+    except ValueError:
+        return None
 
 
 def date_of_folders(parts: Sequence[str]) -> str | None:

@@ -21,9 +21,8 @@ from typing import Any, Literal
 import joblib
 import numpy as np
 
-from volta_components.data.books import balance
 from volta_components.data.datalist import load_datalist
-from volta_components.data.finish import finish, print_findings
+from volta_components.data.finish import finish, report_nothing_left
 from volta_components.data.geometry import axis_codes
 from volta_components.data.identity import canonical_patient_id
 from volta_components.data.layouts import Layout, LayoutOptions, Listing, Scan, reader
@@ -143,9 +142,7 @@ def prepare(
         if masks is not None:
             scans = attach_masks(listing, scans, masks, root)
         if not scans:
-            books = balance(listing, [])
-            print_findings(listing.findings)
-            print(books.line())
+            report_nothing_left(target, listing)
             reasons = Counter(finding.reason for finding in listing.findings if finding.left_out)
             common = "".join(f"; {count} times: {reason}" for reason, count in reasons.most_common(3))
             raise InputError(

@@ -45,6 +45,9 @@ def place(session: str) -> Place | None:
         return "first", _FIRST[text]
     if text in _LAST:
         return "last", 0.0
+    # Dates in another order, and strengths of the field, are no numbers of sessions.
+    if re.fullmatch(r"\d{6}|\d{8}|(1|1\.5|15|3|7)t", text):
+        return None
     match = re.fullmatch(r"([a-z]*)(\d+(?:\.\d+)?)([a-z]*)", text)
     if match is None:
         return None
@@ -101,6 +104,31 @@ def in_order(
     for ranks in (dates, names, ages):
         groups = [part for group in groups for part in _parted(group, ranks(group))]
     return [item for group in groups for item in group], [group for group in groups if len(group) > 1]
+
+
+def contradictions(
+    items: Iterable[T],
+    session: Callable[[T], str | None],
+    date: Callable[[T], str | None],
+    age: Callable[[T], float | None],
+) -> list[str]:
+    """What says that the sessions of one patient are not in the order of their names.
+
+    Returns:
+        ``dates``, ``ages``, both, or nothing. Ages may differ by half a year, for they may be rounded.
+    """
+    placed = [(found, item) for item in items if (found := place(session(item) or ""))]
+    wrong: set[str] = set()
+    for (scale, number), one in placed:
+        for (other_scale, later), other in placed:
+            if scale != other_scale or number >= later:
+                continue
+            days, years = (date(one), date(other)), (age(one), age(other))
+            if days[0] and days[1] and days[0] > days[1]:
+                wrong.add("dates")
+            if years[0] is not None and years[1] is not None and years[0] > years[1] + 0.5:
+                wrong.add("ages")
+    return sorted(wrong)
 
 
 def _parted(group: list[T], ranks: Sequence[Rank | None]) -> list[list[T]]:

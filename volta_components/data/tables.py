@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from volta_components.data.identity import canonical_patient_id
-from volta_components.data.names import date_in, loose
+from volta_components.data.names import date_in, date_of_cell, loose
 from volta_components.data.sessions import in_order, spelled_alike
 from volta_components.data.unusable import missing_content
 from volta_components.data.volumes import volume_suffix
@@ -329,10 +329,12 @@ class People:
         """What the table says of a patient at a session.
 
         Of several rows the session's own counts, told by its name or its date; without a session the first one. Where
-        that cannot be told, and for the sex, only what all rows agree on is taken.
+        that cannot be told, and for the sex, only what all rows agree on is taken. Age and diagnosis are not taken from
+        rows that are all of other sessions.
 
         Returns:
-            Cells by column, or None if there is no row; and what is unknown because the rows differ in it.
+            Cells by column, or None if there is no row; and what is unknown because the rows differ in it, or are of
+            other sessions.
         """
         rows = self.rows.get(self.also.get(patient, patient))
         if rows is None:
@@ -343,9 +345,14 @@ class People:
                 if is_missing(merged.get(column)):
                     merged[column] = cell
         differ = [name for name in _FACTS if len({_plain(name, row) for row in rows} - {None}) > 1]
+        own = session_row(rows, session, date)
+        if session is not None and own is None and all(pick(row, *SESSION_COLUMNS) for row in rows):
+            # Every row is of another visit: age and diagnosis may have been others then.
+            differ += [
+                name for name in ("age", "diagnosis") if name not in differ and pick(merged, *_FACTS[name]) is not None
+            ]
         if not differ:
             return merged, []
-        own = session_row(rows, session, date)
         if session is None and date is None:
             ordered, tied = in_order(rows, lambda row: pick(row, *SESSION_COLUMNS), _date_of)
             own = None if any(ordered[0] in group for group in tied) else ordered[0]
@@ -374,7 +381,7 @@ def _by_loose(ids: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _date_of(row: Row) -> str | None:
-    return date_in(pick(row, *DATE_COLUMNS) or "")
+    return date_of_cell(pick(row, *DATE_COLUMNS) or "")
 
 
 def session_row(rows: Iterable[Row], session: str | None, date: str | None = None) -> Row | None:
@@ -416,4 +423,9 @@ def read_people(
             text = text[: len(text) - len(volume_suffix(Path(text)) or "")]
             people.rows.setdefault(name(text), []).append(row)
             people.spelled.setdefault(name(text), text)
+    # Of a single row nothing depends on its date.
+    for patient, several in people.rows.items() if complain else ():
+        for cell in [pick(row, *DATE_COLUMNS) for row in several] if len(several) > 1 else []:
+            if complain and cell and not date_of_cell(cell):
+                complain(people.spelled[patient], f"date {cell!r} cannot be read for certain", "write it as 2020-06-25")
     return people

@@ -133,3 +133,12 @@ def test_named_sessions_are_taken_in_any_spelling_and_missing_ones_named(tmp_pat
     listing = listed(tmp_path, people("sub-1"), *files, sessions=("M6", "M24"))
     assert [scan.session for scan in listing.scans] == ["ses-M006"]
     assert {why for _, _, why in found(listing)} == {"nobody has a session M24"}
+
+
+def test_dates_that_cannot_be_read_and_ages_against_names_are_named(tmp_path):
+    table = "sub-1/sub-1_sessions.tsv", "session_id\tacq_time\tage\nses-1\t05.06.2020\t72\nses-2\t20-Jun-2019\t70\n"
+    listing = listed(tmp_path, people("sub-1"), table, t1("sub-1", "ses-1"), t1("sub-1", "ses-2"))
+    assert {why for _, _, why in found(listing)} == {
+        "date '05.06.2020' cannot be read for certain",
+        "the names of its sessions and their ages say different orders",
+    }

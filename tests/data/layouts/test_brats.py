@@ -62,3 +62,8 @@ def test_years_that_name_the_same_people_differently_are_not_mixed_silently(tmp_
     files = ["BraTS2021_00000/BraTS2021_00000_t1.nii.gz", "BraTS-GLI-00005-100/BraTS-GLI-00005-100-t1n.nii.gz"]
     listing = listed(tmp_path, *files)
     assert len(listing.scans) == 2 and "whose patients have other names since then" in found(listing)["BraTS2021_00000"]
+
+
+def test_a_file_in_the_folder_of_another_case_is_named(tmp_path):
+    listing = listed(tmp_path, "BraTS-GLI-00014-000/BraTS-GLI-00015-000-t1n.nii.gz")
+    assert found(listing)["BraTS-GLI-00015-000"] == "lies in the folder of BraTS-GLI-00014-000"

@@ -243,3 +243,10 @@ def test_studies_without_a_date_are_not_put_in_order(tmp_path):
         write(tmp_path / "P1" / folder, patient="P1", StudyInstanceUID=study, **nothing)
     listing = listed(tmp_path)
     assert len(listing.scans) == 1 and "is the first is not known" in found(listing)[0][2]
+
+
+def test_series_of_one_slice_each_are_named_once(tmp_path):
+    for i in range(24):
+        write(tmp_path / f"P1/{i}", patient="P1", slices={i})
+    ((who, _, reason),) = found(listed(tmp_path))
+    assert who == "P1" and "24 series of one slice each" in reason and reason.count("SeriesInstanceUID") == 1

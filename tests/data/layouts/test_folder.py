@@ -169,3 +169,42 @@ def test_dicom_files_archives_and_dead_links_are_named(tmp_path):
     listing = listed(tmp_path, "p1.nii", "p2/IM1.dcm", "p2/IM2.dcm", "rest.zip", "p1.nii.json")
     assert found(listing) == {("p2", "DICOM files, not read"), ("p4", "a link to nothing")}
     assert found(listing, "quirk") == {("(archives)", "an archive, not looked into")}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (("pre/P1", "pre/P2", "post/P1"), {("P1", "ses-pre"), ("P2", "ses-pre"), ("P1", "ses-post")}),
+        (("pre/P1/T1", "pre/P2/T1", "post/P1/T1"), {("P1", "ses-pre"), ("P2", "ses-pre"), ("P1", "ses-post")}),
+        (("v1/anna/T1", "v2/anna/T1", "v1/bob/T1"), {("anna", "ses-v1"), ("anna", "ses-v2"), ("bob", "ses-v1")}),
+        (("pre/anna/T1", "post/anna/T1"), {("anna", "ses-pre"), ("anna", "ses-post")}),
+        (("pre/1", "pre/2", "post/1"), {("1", "ses-pre"), ("2", "ses-pre"), ("1", "ses-post")}),
+        (("001/T1", "002/T1"), {("001", None), ("002", None)}),
+        (("sub01_T1_pre", "sub01_T1_post"), {("sub01", "ses-pre"), ("sub01", "ses-post")}),
+        (("p3_2019", "p3_2021"), {("p3", "ses-2019"), ("p3", "ses-2021")}),
+    ],
+)
+def test_names_of_time_points_are_sessions_not_people(tmp_path, files, expected):
+    listing = listed(tmp_path, *(f"{file}.nii" for file in files), sessions=("all",))
+    assert {(who, session) for who, session, _ in scans(listing)} == expected
+
+
+def test_runs_behind_hyphens_are_one_patient(tmp_path):
+    listing = listed(tmp_path, "sub-05-run-1.nii.gz", "sub-05-run-2.nii.gz", sessions=("all",))
+    assert scans(listing) == [("sub-05", None, "sub-05-run-1.nii.gz")]
+
+
+def test_names_that_may_be_visits_ask_unless_a_table_has_each(tmp_path):
+    files = ("P1a.nii", "P1b.nii", "P2a.nii")
+    assert [why for _, why in found(listed(tmp_path, *files))] == [
+        "P1a and P1b: taken for different people, but may be visits of one"
+    ]
+    assert not found(listed(tmp_path, *files, table="id,sex\nP1a,F\nP1b,M\nP2a,F\n"))
+
+
+def test_a_number_behind_a_bids_name_is_a_person_if_the_table_says_so(tmp_path):
+    files, table = ("sub-1_1.nii", "sub-1_2.nii"), "id,sex\nsub-1_1,F\nsub-1_2,M\n"
+    listing = listed(tmp_path / "a", *files, table=table)
+    assert {(scan.patient_id, scan.sex) for scan in listing.scans} == {("sub-1_1", "F"), ("sub-1_2", "M")}
+    assert set(listing.people) == {"sub-1_1", "sub-1_2"} and not found(listing)
+    assert {scan.patient_id for scan in listed(tmp_path / "b", *files).scans} == {"sub-1"}

@@ -29,7 +29,7 @@ from volta_components.data.layouts.common import (
     relative,
     slug,
 )
-from volta_components.data.names import OTHER_CONTRASTS, date_in, parse_name
+from volta_components.data.names import OTHER_CONTRASTS, date_in, date_of_cell, parse_name
 from volta_components.data.tables import DATE_COLUMNS, People, Row, is_missing, pick, read_table, session_row
 from volta_components.data.volumes import NIFTI_SUFFIXES
 from volta_components.data.walk import VolumeFile, tidy
@@ -143,7 +143,10 @@ def _scans(
             remedy = "name the session alike in the table; kept with what participants.tsv says"
             listing.note("problem", subject, f"{subject}/{subject}_sessions.tsv", reason, remedy, False)
         when = pick(row or {}, *DATE_COLUMNS) or _scan_time(listing, volume.path, root, tables)
-        date = date_in(when or "") or date_in(session or "")
+        date = date_of_cell(when or "") or date_in(session or "")
+        if when and not is_missing(when) and not date_of_cell(when):
+            reason, remedy = f"date {when!r} cannot be read for certain", "write it as 2020-06-25; kept without it"
+            listing.note("problem", subject, place, reason, remedy, False)
         more = {column: cell for column, cell in (row or {}).items() if not is_missing(cell)}
         facts = describe_person(listing, people, patient, session, date, more)
         scans.append(Scan(subject, session, patient, volume.path, place, date=date, **facts))

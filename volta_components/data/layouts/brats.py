@@ -47,6 +47,10 @@ def read(options: LayoutOptions) -> Listing:
     strange: list[VolumeFile] = []
     for volume in tree.volumes():
         kind, case = _MODALITY.search(volume.stem), _case(volume.stem)
+        holder = tidy(volume.path.parent.name)
+        if case and _case(holder) == holder != case:
+            reason, remedy = f"lies in the folder of {holder}", "move it to its own folder, or rename it"
+            listing.note("problem", case, relative(volume.path, root), reason, remedy, False)
         if kind and case:
             cases.setdefault(case, {}).setdefault(kind[1].lower(), []).append(volume)
         else:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from volta_components.data.identity import canonical_patient_id, cohort_of
-from volta_components.data.sessions import in_order, spelled_alike
+from volta_components.data.sessions import contradictions, in_order, spelled_alike
 from volta_components.data.tables import (
     AGE_COLUMNS,
     DIAGNOSIS_COLUMNS,
@@ -334,7 +334,7 @@ def describe_person(
             "problem",
             who,
             file,
-            f"rows differ in {' and '.join(missing)}, and none is surely this scan's",
+            f"{' and '.join(missing)}: rows differ or are of other sessions, and none is surely this scan's",
             f"keep one row, or name its session ({where}); left empty",
             False,
             patient_id,
@@ -394,6 +394,9 @@ def select_sessions(listing: Listing, scans: Iterable[Scan], sessions: tuple[str
     met = set()
     for group in patients.values():
         ordered, tied = in_order(group, lambda scan: scan.session, lambda scan: scan.date, lambda scan: scan.age)
+        if wrong := contradictions(group, lambda scan: scan.session, lambda scan: scan.date, lambda scan: scan.age):
+            reason = f"the names of its sessions and their {' and '.join(wrong)} say different orders"
+            listing.note_scan("problem", ordered[0], reason, "correct the table, or rename the sessions", False)
         unsure = next((part for part in tied if ordered[0] in part), [])
         taken = []
         for scan in ordered:

@@ -136,12 +136,16 @@ def read(options: LayoutOptions) -> Listing:
     groups: dict[tuple[str, str], list[_Series]] = {}
     skipped: dict[str, list[str]] = {}
     sessions = _sessions(series, who, root)
+    single = Counter((who[one.uid], one.description) for one in series if len(slices(one.images)) == 1)
     for one in series:
         patient, place = who[one.uid], relative(one.folders[0], root)
         listing.meet(patient)
         if reason := why_not_t1(one.facts, one.images):
+            if (count := single[patient, one.description]) >= MIN_SLICES and len(slices(one.images)) == 1:
+                reason = f"{count} series of one slice each: every file has a SeriesInstanceUID of its own"
             listing.note("skipped", patient, place, f"series {one.description!r} skipped: {reason}", patient_id=patient)
-            skipped.setdefault(patient, []).append(f"{one.description!r}: {reason}")
+            if (why := f"{one.description!r}: {reason}") not in skipped.setdefault(patient, []):
+                skipped[patient].append(why)
         else:
             groups.setdefault((patient, sessions[one.uid]), []).append(one)
     for (patient, session), several in sorted(groups.items()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,13 +26,18 @@ from volta_components.data.layouts.common import (
     relative,
     slug,
 )
-from volta_components.data.names import Name, date_in, date_of_folders, parse_name, split_visit
+from volta_components.data.names import Name, date_in, date_of_folders, maybe_visits, parse_name, split_visit
+from volta_components.data.sessions import place
 from volta_components.data.tables import People
 from volta_components.data.walk import Tree, VolumeFile, is_hidden, tidy
 from volta_components.errors import InputError
 
 _LABEL = re.compile(r"[._-](label|labels|seg|mask|dseg)$", re.IGNORECASE)
 _BRAIN = re.compile(r"(brain|skull|bet)[._-]?(mask|seg)?$", re.IGNORECASE)
+# Folders that surely are sessions, those that are if something else says who, and file names that are nobody's.
+_TIME = re.compile(r"(ses|sess|session|visit|tp|timepoint|time|fu|followup|wave)[-_ ]?\d{1,3}", re.IGNORECASE)
+_MAYBE_TIME = re.compile(r"(v|m|mo|month|w|week|y|year|d|day)[-_ ]?\d{1,3}", re.IGNORECASE)
+_NOBODY = re.compile(r"(t1[a-z]?|mprage|spgr|bravo|brain|orig|nu|norm|image|anat|struct|scan)", re.IGNORECASE)
 _LABEL_FOLDERS = {"labels", "label", "labelstr"}
 
 
@@ -161,6 +166,12 @@ def _identified(listing: Listing, root: Path, images: list[VolumeFile], people: 
         date = date_of_folders(folders)
         session = name.session or next((part for part in folders if re.fullmatch(r"ses-\w+", part)), None)
         own = canonical_patient_id(volume.stem)
+        if folders in alike and (time := next(filter(_is_time, folders), None)):
+            session = session or _session(time)
+        if people and name.is_bids and not (name.session or name.entities or people.knows(name.subject)):
+            # A table that has sub-1_2 as a whole says that this is somebody's name.
+            whole = volume.stem.removesuffix(f"_{name.contrast}")
+            name = replace(name, subject=whole) if people.knows(whole) else name
         by_table = people is not None and people.knows(name.subject)
         above = next((part for part in folders if _is_person(part, people)), None)
         if name.is_bids:
@@ -171,8 +182,9 @@ def _identified(listing: Listing, root: Path, images: list[VolumeFile], people: 
         elif not by_table and (above or folders in alike):
             others = [place for place in alike if place != folders]
             differ = [part for i, part in enumerate(folders) if any(place[i : i + 1] != (part,) for place in others)]
-            who = above or next(iter(differ or folders), tidy(root.resolve().name))
-            rest = [part for part in differ if part != who and not above] + [volume.stem] * (crowd[folders] > 1)
+            who = above or _who(differ, folders, name.subject) or tidy(root.resolve().name)
+            rest = [part for part in differ if part != who and (not above or _is_time(part))]
+            rest += [volume.stem] * (crowd[folders] > 1 and who != name.subject)
             session = session or _session(date or "".join(rest))
             found.append(_Found(volume, name, who, session, canonical_patient_id(who), date))
             if not above:
@@ -194,6 +206,30 @@ def _is_person(folder: str, people: People | None) -> bool:
         or is_worldwide(canonical_patient_id(folder))
         or (people is not None and people.knows(folder))
     )
+
+
+def _is_time(folder: str) -> bool:
+    """Whether the name of a folder surely is a session: ``pre``, ``followup``, ``visit2``, ``2020-06-25``."""
+    found = place(folder)
+    return _TIME.fullmatch(folder) is not None or (found is not None and found[0] in ("first", "last", "date"))
+
+
+def _who(differ: Sequence[str], folders: Sequence[str], subject: str) -> str | None:
+    """Who a file of an ambiguous name is of: a folder that is no session, else the file's name if it is somebody's.
+
+    Args:
+        differ: the folders that tell it from files of the same name.
+        folders: all of them.
+        subject: the file's name.
+    """
+    if not differ:
+        return next(iter(folders), None)
+    people = [part for part in differ if not _is_time(part)]
+    surely = [part for part in people if not _MAYBE_TIME.fullmatch(part)]
+    if _NOBODY.fullmatch(subject):
+        shared = [part for part in folders if part not in differ and not _is_time(part)]
+        return next(iter(surely or people or shared), None)
+    return next(iter(surely), subject)
 
 
 def _session(text: str) -> str | None:
@@ -219,6 +255,12 @@ def _by_name(listing: Listing, root: Path, plain: list[_Found], people: People |
         base, visit = split_visit(one.subject)
         known = people is not None and people.knows(one.subject)
         bases.setdefault(base if base and visit and not known else one.subject, []).append(one)
+    unknown = [one for one in plain if not (people is not None and people.knows(one.subject))]
+    if unsure := maybe_visits(base for base in bases if any(base == one.subject for one in unknown)):
+        some = "; ".join(" and ".join(group) for group in unsure[:5]) + (" and more" if len(unsure) > 5 else "")
+        reason = f"{some}: taken for different people, but may be visits of one"
+        remedy = "give a --table with each of them if they are different people; if not, name them sub-X_ses-N"
+        listing.note("problem", unsure[0][0], "", reason, remedy, False)
     result = []
     for base, group in bases.items():
         patient = canonical_patient_id(base)
@@ -233,8 +275,11 @@ def _by_name(listing: Listing, root: Path, plain: list[_Found], people: People |
             bids = f"sub-{re.sub(r'[^A-Za-z0-9]', '', base)}_ses-..."
             remedy = f"if so, name them {bids}, or give a --table with {base}; if not, a --table with each of them"
             listing.note("problem", base, relative(group[0].volume.path, root), reason, remedy, False, patient)
-        for one in group:
-            visit = split_visit(one.subject)[1]
+        visits = [split_visit(one.subject)[1] for one in group]
+        # The word for the contrast is no part of a visit's name.
+        if all(re.match(r"t1[_. -]", visit, re.IGNORECASE) for visit in visits):
+            visits = [re.sub(r"^t1[_. -]+", "", visit, flags=re.IGNORECASE) for visit in visits]
+        for one, visit in zip(group, visits, strict=True):
             session = one.session or _session(visit)
             date = one.date or date_in(visit)
             result.append(replace(one, subject=base, patient=patient, session=session, date=date))
