@@ -207,6 +207,16 @@ def test_an_offset_that_the_length_does_not_fit_is_refused(head):
             read_volume(path)
 
 
+@pytest.mark.parametrize("offset", [353, 1000])
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_offset_beyond_the_first_voxel_is_named(head, offset, packed):
+    size = head.stat().st_size
+    path = edit(head, vox_offset=offset)
+    told = f"{size - offset:,} of {size - 352:,} bytes of voxels after vox_offset, which is {offset}"
+    with pytest.raises(UnusableVolume, match=told):
+        read_volume(packed_copy(path) if packed else path)
+
+
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
 @pytest.mark.parametrize("packed", [False, True])
 def test_extensions_are_skipped(head, kind, packed):

@@ -11,8 +11,9 @@ import tiny_datasets as tiny
 from volta_components.data.datalist import load_datalist, uneven_skulls
 from volta_components.data.overlaps import check, merge
 from volta_components.data.prepare import prepare
+from volta_components.data.preprocess import Settings, prepare_volume
 from volta_components.data.skull import apply_mask, is_stripped
-from volta_components.data.survey import survey
+from volta_components.data.survey import MAYBE_STRIPPED, survey
 from volta_components.data.volumes import UnusableVolume, Volume, read_volume
 
 OPTIONS = {"spacing": 1.0, "shape": (28, 30, 32), "workers": 1, "folds": 1}
@@ -64,8 +65,11 @@ def test_what_is_no_mask_of_the_scan_is_refused_or_noted(tmp_path):
     for voxels in (np.zeros(SCAN[0]), np.ones(SCAN[0])):
         with pytest.raises(UnusableVolume, match="the brain mask holds"):
             apply_mask(scan, write_mask(tmp_path / "a.nii", voxels=voxels))
-    beside = np.linalg.norm(tiny.world(*SCAN) - [9, 10, 9], axis=-1) < 5
-    assert "outside of the head" in apply_mask(scan, write_mask(tmp_path / "b.nii", voxels=beside)).warnings[-1]
+    for voxels in (~brain(SCAN), np.linalg.norm(tiny.world(*SCAN) - [9, 10, 9], axis=-1) < 5):
+        with pytest.raises(UnusableVolume, match="of the brain mask lie outside of the head: it is inverted, or of"):
+            apply_mask(scan, write_mask(tmp_path / "b.nii", voxels=voxels))
+    beside = np.linalg.norm(tiny.world(*SCAN) - [7, 0, 0], axis=-1) < 6
+    assert "outside of the head" in apply_mask(scan, write_mask(tmp_path / "c.nii", voxels=beside)).warnings[-1]
 
 
 def test_dark_is_dark_whatever_the_scale(tmp_path):
@@ -142,7 +146,7 @@ def test_two_masks_of_one_scan_are_a_problem(tmp_path):
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def true_size(skull, air):
+def true_size(skull, air, stretch=(1, 1, 1)):
     """A brain of true size at 2 mm, with or without scalp and bone around it; air is noise or nothing."""
     shape, affine = (96, 110, 100), np.diag([2.0, 2.0, 2.0, 1.0])
     affine[:3, 3] = [-96, -110, -110]
@@ -155,12 +159,36 @@ def true_size(skull, air):
     if skull:
         voxels = np.where((radius >= 1) & (radius < 1.12), 50 + rng.normal(0, 8, shape), voxels)
         voxels = np.where((radius >= 1.12) & (radius < 1.2), 700, voxels)
+    affine = np.diag([*stretch, 1]) @ affine
     return Volume(np.asfortranarray(np.round(voxels).astype(np.int16)), affine, 1.0, 0.0, 1)
 
 
 @pytest.mark.parametrize(("skull", "air"), [(True, "noise"), (True, "blank"), (False, "blank")])
 def test_skulls_are_measured(skull, air):
     assert is_stripped(survey(true_size(skull, air))) is not skull
+
+
+@pytest.mark.parametrize("skull", [False, True])
+@pytest.mark.parametrize("stretch", [(0.88, 1.05, 1.05), (0.8, 1.1, 1.1), (1.15, 0.9, 1)])
+def test_narrow_and_wide_brains_are_stripped_too(skull, stretch):
+    assert is_stripped(survey(true_size(skull, "blank", stretch))) is not skull
+
+
+def test_what_looks_like_padding_is_no_mark_of_a_stripped_scan(rng):
+    brain = true_size(False, "blank")
+    inside = brain.voxels > 0
+    brain.voxels[inside] += rng.normal(1000, 20, inside.sum()).astype(np.int16)
+    settings = Settings(spacing=(3.0, 3.0, 3.0), shape=(56, 64, 60))
+    assert MAYBE_STRIPPED in survey(brain).warnings[0]
+    done = prepare_volume(brain, settings)
+    assert done.quality["stripped"] and done.warnings == []
+
+
+def test_a_scan_whose_mask_was_applied_counts_as_stripped():
+    settings = Settings(spacing=(3.0, 3.0, 3.0), shape=(56, 64, 60))
+    done = prepare_volume(true_size(True, "noise"), settings, has_mask=True)
+    assert done.quality["stripped"]
+    assert done.warnings == ["it does not look stripped, although its brain mask was applied"]
 
 
 def test_brats_is_stripped_and_a_head_with_a_neck_is_not(tmp_path):

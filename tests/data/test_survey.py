@@ -136,6 +136,37 @@ def test_foreground_is_the_head_with_its_ventricles_and_without_specks():
     assert mask.sum() < 1.1 * 4 / 3 * np.pi * 9 * 10.5 * 10
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("slices", [1, 2, 7])
+def test_blank_slices_within_the_head_change_nothing_and_are_noted(big, plain, axis, slices):
+    voxels, affine = big
+    index = [slice(None)] * 3
+    index[axis] = slice(33, 33 + slices)
+    blank = voxels.copy()
+    blank[tuple(index)] = 0
+    done = prepare(blank, affine)
+    assert np.abs(done.affine[:3, 3] - plain.affine[:3, 3]).max() <= 3
+    pieces, count = done.warnings
+    assert pieces.startswith("the head is in pieces")
+    assert count.startswith(f"{slices} blank slice")
+
+
+def test_a_dark_band_through_the_head_changes_nothing_and_is_noted(big, plain):
+    voxels, affine = big
+    dark = voxels.copy()
+    dark[36:40] *= 0.03
+    done = prepare(dark, affine)
+    assert np.abs(done.affine[:3, 3] - plain.affine[:3, 3]).max() <= 3
+    assert [text[:26] for text in done.warnings] == ["the head is in pieces, and"]
+
+
+def test_a_scan_without_a_head_has_no_share_of_a_brightness():
+    voxels = np.full((40, 40, 40), 100, np.int16)
+    voxels[12:28, 12:28, 12:28] = 0
+    notes = survey(Volume(voxels, np.diag([4.0, 4, 4, 1]), 1.0, 0.0, 1)).warnings
+    assert notes and all(len(text) < 200 for text in notes)
+
+
 # --- padding and spikes ----------------------------------------------------------------------------------------------
 
 

@@ -37,6 +37,8 @@ PAIR_SUFFIXES = (".img", ".img.gz", ".hdr", ".hdr.gz")
 # Millimetres in one unit of NIfTI's xyzt_units; a unit that is not known counts as mm.
 _MM = {1: 1000.0, 3: 0.001}
 _UNITS = {1: "metres", 3: "micrometres"}
+# Bytes before the voxels of a NIfTI-1 and a NIfTI-2 file without extensions, and of a pair's image.
+_USUAL_OFFSETS = (0, 352, 544)
 AGAIN = "convert it from its source again"
 NO_ORIENTATION = (
     "convert it from its source again, or say which way its axes run, such as --assume-orientation RAS (volta3d "
@@ -97,8 +99,22 @@ def megabytes(n: float) -> str:
     return f"{n / 1e6:.1f}" if n >= 1e5 else f"{n / 1e6:.4f}"
 
 
-def too_short(path: Path, size: int, wanted: int) -> UnusableVolume:
-    """The error of a file that ends early."""
+def too_short(path: Path, size: int, wanted: int, offset: int = 0) -> UnusableVolume:
+    """The error of a file that ends early, or that says that its voxels begin later than they do.
+
+    Args:
+        path: the file.
+        size: bytes that it has.
+        wanted: bytes that it should have.
+        offset: byte at which voxels begin by its header.
+    """
+    if offset not in _USUAL_OFFSETS:
+        return UnusableVolume(
+            path,
+            f"{size - offset:,} of {wanted - offset:,} bytes of voxels after vox_offset, which is {offset}: truncated, "
+            "or vox_offset is wrong",
+            "fetch it again, or convert it from its source again",
+        )
     return UnusableVolume(path, f"truncated: {megabytes(size)} of {megabytes(wanted)} MB", "fetch it again")
 
 
@@ -306,7 +322,7 @@ class _Reader:
         if told is not None and self._bytes > told + n_bytes:
             return self._after_extensions(int(told), n_bytes)
         if told is not None and not self.is_pair:
-            raise too_short(self.path, self._bytes, int(told) + n_bytes)
+            raise too_short(self.path, self._bytes, int(told) + n_bytes, int(told))
         # The header's own place is impossible: the voxels fill the file's end, right after header and extensions.
         start = self._bytes - n_bytes
         places = [0] if self.is_pair else [least, least - 4, self._extensions_end()]
@@ -314,7 +330,7 @@ class _Reader:
             self.notes.append(f"vox_offset is {given:g}: voxels were read from byte {start}, which the length fits")
             return start
         if told is not None:
-            raise too_short(self.data, self._bytes, int(told) + n_bytes)
+            raise too_short(self.data, self._bytes, int(told) + n_bytes, int(told))
         raise self._refuse(
             f"vox_offset is {given:g}, before the end of the header, and {start} bytes precede {n_bytes} of voxels"
         )
@@ -326,7 +342,7 @@ class _Reader:
         if extra == 0:
             return told
         if extra < 0:
-            raise too_short(self.path, self._bytes, told + n_bytes)
+            raise too_short(self.path, self._bytes, told + n_bytes, told)
         if end == told + extra:
             self.notes.append(f"vox_offset is {told}, within an extension: voxels were read from byte {end}")
             return end

@@ -20,7 +20,7 @@ import numpy as np
 
 from volta_components.data.resample import orthogonal_axes, resample, resample_label
 from volta_components.data.skull import is_stripped
-from volta_components.data.survey import SIDES, Survey, UnusableVoxels, coarse_affine, survey
+from volta_components.data.survey import MAYBE_STRIPPED, SIDES, Survey, UnusableVoxels, coarse_affine, survey
 from volta_components.data.volumes import Volume
 
 PERCENTILES = (0.5, 99.5)
@@ -181,7 +181,11 @@ def on_grid(volume: Volume, settings: Settings) -> bool:
 
 
 def prepare_volume(
-    volume: Volume, settings: Settings, label: np.ndarray | None = None, label_affine: np.ndarray | None = None
+    volume: Volume,
+    settings: Settings,
+    label: np.ndarray | None = None,
+    label_affine: np.ndarray | None = None,
+    has_mask: bool = False,
 ) -> Prepared:
     """Take one scan to the target grid and to [0, 1], with its label map if there is one.
 
@@ -190,6 +194,7 @@ def prepare_volume(
         settings: the target.
         label: ``[X, Y, Z]`` integers on the scan's grid, in RAS order, or None.
         label_affine: ``[4, 4]`` of the label map.
+        has_mask: whether a brain mask was applied to the scan, which counts as stripped then.
 
     Raises:
         UnusableVoxels: if the voxels cannot be used (see ``survey`` and :func:`place_window`).
@@ -208,7 +213,11 @@ def prepare_volume(
 
     spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
     oblique = float(np.rad2deg(nib.affines.obliquity(volume.affine).max()))
-    warnings = [*volume.warnings, *seen.warnings]
+    looks_stripped = is_stripped(seen)
+    stripped = has_mask or looks_stripped
+    warnings = [*volume.warnings, *(note for note in seen.warnings if not (stripped and MAYBE_STRIPPED in note))]
+    if has_mask and not looks_stripped:
+        warnings.append("it does not look stripped, although its brain mask was applied")
     result_label = None
     ratios: dict[int, float] = {}
     if label is not None and label_affine is not None:
@@ -229,7 +238,7 @@ def prepare_volume(
         "foreground_fraction": round(float((image > 0.1).mean()), 5),
         "mean": round(float(image[image > 0.1].mean()), 5) if (image > 0.1).any() else 0.0,
         "snr": None if (snr := snr_like(image)) is None else round(snr, 2),
-        "stripped": is_stripped(seen),
+        "stripped": stripped,
         "cut": round(cut["total"], 5),
         **{f"cut_{side}": round(cut[side], 5) for side in SIDES},
     }

@@ -25,9 +25,12 @@ from volta_components.data.walk import VolumeFile, walk
 # A scan without skull has one value in this share of its background.
 _CONSTANT = 0.9
 # Share of rays from outside that cross a dark layer (bone) below a bright one (scalp).
-_RAYS, _FEWEST_RAYS = 0.5, 100
-# A brain fills this part of the cube of its own width, a head with face or neck more.
-_FULLEST = 1.05
+_RAYS, _FEWEST_RAYS = 0.4, 100
+# A brain fills this part of its width times its squared length, a head with face or neck more. Both change alike with
+# the width, so that a narrow brain counts as one too.
+_FULLEST = 0.8
+# Share of a brain mask that lies outside of the head, beyond which it is marked, or from which on it is refused.
+_MARKED_OUTSIDE, _REFUSED_OUTSIDE = 0.2, 0.5
 _NO_OTHER_SPACE = ("space-T1w", "space-orig", "space-individual")
 
 
@@ -120,8 +123,15 @@ def apply_mask(volume: Volume, path: Path) -> Volume:
     masked[~inside] = dark
     notes = [f"brain mask: {text}" for text in given.warnings]
     head = find_foreground(volume.voxels[::2, ::2, ::2].astype(np.float32))
-    if head.any() and (overlap := float(head[inside[::2, ::2, ::2]].mean())) < 0.8:
-        notes.append(f"{100 * (1 - overlap):.0f} % of the brain mask lie outside of the head")
+    brain = inside[::2, ::2, ::2]
+    if head.any() and brain.any() and (outside := float((~head[brain]).mean())) > _MARKED_OUTSIDE:
+        if outside >= _REFUSED_OUTSIDE:
+            raise UnusableVolume(
+                path,
+                f"{100 * outside:.0f} % of the brain mask lie outside of the head: it is inverted, or of another scan",
+                "give the mask of this scan's brain, in this scan's space, with 0 outside of the brain",
+            )
+        notes.append(f"{100 * outside:.0f} % of the brain mask lie outside of the head")
     return replace(volume, voxels=masked, warnings=(*volume.warnings, *notes))
 
 
@@ -145,9 +155,9 @@ def is_stripped(seen: Survey) -> bool:
     if counts.max() < _CONSTANT * outside.size:
         return False
     mm = np.linalg.norm(seen.affine[:3, :3], axis=0) * seen.factors
-    slices = seen.foreground.sum(axis=(1, 2))
-    width = float((slices > 0.25 * slices.max()).sum() * mm[0])
-    if seen.foreground.sum() * float(np.prod(mm)) > _FULLEST * width**3:
+    areas = [seen.foreground.sum(axis=tuple(a for a in range(3) if a != axis)) for axis in (0, 1)]
+    width, length = (float((area > 0.25 * area.max()).sum() * mm[axis]) for axis, area in enumerate(areas))
+    if seen.foreground.sum() * float(np.prod(mm)) > _FULLEST * width * length**2:
         return False
     crossing, rays = _crossing_bone(seen, mm, width)
     return rays < _FEWEST_RAYS or crossing < _RAYS

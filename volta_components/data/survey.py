@@ -26,6 +26,8 @@ _PADDING_SHARE, _PADDING_GAP = 0.002, 0.25
 _FEWEST_VALUES = 8
 # Voxels further than this many ranges (between percentiles 0.1 and 99.9) above or below that range are spikes.
 _FAR_ABOVE, _FAR_BELOW = 2.0, 1.0
+# A part of the foreground that is not connected with the largest one is of the head if it has this share of its voxels.
+_PART = 0.1
 # Share of the faces that the foreground covers, beyond which the background may be as bright, or must be.
 _COVERED, _MOSTLY_COVERED = 0.05, 0.5
 # Brightness of the background in that of the head, beyond which it is marked.
@@ -34,6 +36,9 @@ _BRIGHT = 0.3
 FACE_LIMITS = {"left": 0.2, "right": 0.2, "back": 0.2, "front": 0.2, "bottom": 0.2, "top": 0.12}
 # A head that the bottom cuts is complete down to the cerebellum when it is this high, in widths.
 LEAST_HEIGHT = 0.92
+
+# No mark where a scan is known to have no skull.
+MAYBE_STRIPPED = "far below all else: padding, or a brain without skull?"
 
 
 class UnusableVoxels(ValueError):
@@ -168,7 +173,7 @@ def _without_outliers(seen: Survey, volume: Volume) -> Survey:
     for value in values[counts >= _PADDING_SHARE * sample.size]:
         kind = _padding(sample, float(value), -volume.intercept / volume.slope)
         if kind == "padding or background":
-            notes.append(f"the background of {shown(value)} is far below all else: padding, or a brain without skull?")
+            notes.append(f"the background of {shown(value)} is {MAYBE_STRIPPED}")
         elif kind is not None:
             paddings.append(float(value))
             known &= ~ndimage.binary_dilation(sample == value, iterations=2)  # its neighbours may be interpolated
@@ -249,7 +254,7 @@ def find_foreground(coarse: np.ndarray) -> np.ndarray:
     """The head (or the brain of a stripped scan) in a coarse volume.
 
     Above Otsu's threshold, largest connected component, closed and filled, so that ventricles, sulci and bone, which
-    are dark, count as inside.
+    are dark, count as inside. Dark slices that cut a head apart leave more than one large component; all of them count.
 
     Args:
         coarse: ``[x, y, z]``, any units.
@@ -257,14 +262,18 @@ def find_foreground(coarse: np.ndarray) -> np.ndarray:
     Returns:
         ``[x, y, z]`` bool; all False where nothing stands out.
     """
-    return _largest_filled(coarse > otsu_threshold(coarse))
+    return _largest_filled(coarse > otsu_threshold(coarse), _PART)
 
 
-def _largest_filled(mask: np.ndarray) -> np.ndarray:
+def _largest_filled(mask: np.ndarray, part: float = 1.0) -> np.ndarray:
+    """The largest connected component, and those of at least a part of its size, closed and filled."""
     labels, n = ndimage.label(mask)
     if n == 0:
         return mask
-    mask = labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    largest = np.arange(n + 1) == np.argmax(sizes)
+    mask = (largest | ((sizes >= part * sizes.max()) & (part < 1)))[labels]
     steps = 2 if min(mask.shape) >= 48 else 1
     padded = np.pad(mask, steps + 1)
     padded = ndimage.binary_closing(padded, iterations=steps)
@@ -286,7 +295,7 @@ def _with_foreground(seen: Survey) -> Survey:
         share = f"{100 * covered:.0f} % of the volume's faces are as bright as the head"
         notes = [f"no background to separate the head from: {share}"]
     else:
-        notes = [*(bright or _dark_inside(seen)), *_cut_faces(seen)]
+        notes = [*(bright or _dark_inside(seen)), *_cut_faces(seen), *_apart(seen)]
     return replace(seen, warnings=(*seen.warnings, *notes))
 
 
@@ -332,9 +341,12 @@ def _bright_outside(seen: Survey) -> list[str]:
     if not outside.size or not inside.size:
         return []
     dark = float(np.percentile(seen.coarse, 0.1))
-    share = (float(np.median(outside)) - dark) / max(float(np.median(inside)) - dark, 1e-30)
-    if share <= _BRIGHT:
+    around, head = float(np.median(outside)) - dark, float(np.median(inside)) - dark
+    if around <= _BRIGHT * head:
         return []
+    if head <= 0:
+        return ["the background is brighter than the head: noise, an inverted mask, or no scan?"]
+    share = around / head
     return [f"the background is {100 * share:.0f} % as bright as the head: noise, as in an MP2RAGE image?"]
 
 
@@ -350,6 +362,32 @@ def _dark_inside(seen: Survey) -> list[str]:
         return []
     ml = largest * float(np.prod(np.linalg.norm(coarse_affine(seen)[:3, :3], axis=0))) / 1000
     return [f"{ml:.2g} ml inside the head are darker than air: negative values, wrapped around at 32767?"]
+
+
+def _apart(seen: Survey) -> list[str]:
+    """Slices of one value within the head, and a head of more than one piece."""
+    notes = []
+    pieces, _ = ndimage.label(seen.foreground & (seen.coarse > otsu_threshold(seen.coarse)))
+    sizes = np.bincount(pieces.ravel())[1:]
+    boxes = ndimage.find_objects(pieces)
+    large = [box for box, size in zip(boxes, sizes, strict=True) if size >= _PART * sizes.max()]
+    largest = boxes[int(np.argmax(sizes))] if boxes else ()
+    # The brain is a piece within the scalp, since bone is dark; that is no head in pieces.
+    if any(a.stop <= b.start or b.stop <= a.start for box in large for a, b in zip(box, largest, strict=True)):
+        notes.append("the head is in pieces, and all of them were taken: dark slices within it, or no head?")
+    for axis, name in enumerate(("left-right", "back-front", "bottom-top")):
+        planes = np.moveaxis(seen.voxels, axis, 0)
+        others = [f for a, f in enumerate(seen.factors) if a != axis]
+        within = np.flatnonzero(seen.foreground.any(axis=tuple(a for a in range(3) if a != axis)))
+        if not within.size:
+            continue
+        inner = range((int(within[0]) + 1) * seen.factors[axis], int(within[-1]) * seen.factors[axis])
+        blank = sum(bool(np.ptp(planes[i, :: others[0], :: others[1]]) == 0 and np.ptp(planes[i]) == 0) for i in inner)
+        if blank:
+            notes.append(
+                f"{blank} blank slice{'s' * (blank != 1)} within the head, along the {name} axis: fetch it again"
+            )
+    return notes
 
 
 def coarse_affine(seen: Survey) -> np.ndarray:

@@ -101,7 +101,7 @@ def _unpack(header: VolumeHeader) -> tuple[np.ndarray, int]:
         while done < len(wanted):
             n = stream.readinto(wanted[done : done + 2**22])
             if n == 0:
-                raise too_short(header.data, done + header.offset, header.n_bytes)
+                raise too_short(header.data, done + header.offset, header.n_bytes, header.offset)
             done += n
         extra = 0
         while part := stream.read(2**20):  # the checksum is compared only at the stream's end

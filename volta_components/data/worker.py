@@ -198,9 +198,7 @@ def _prepared(task: Task) -> dict[str, Any]:
         label, label_affine, quirks = read_labels(scan.labels, volume, scan.image, settings.assume_orientation)
     if scan.mask is not None:
         volume = apply_mask(volume, scan.mask)
-    done = prepare_volume(volume, settings, label, label_affine)
-    if scan.mask is not None and not done.quality["stripped"]:
-        done.warnings.append("it does not look stripped, although its brain mask was applied")
+    done = prepare_volume(volume, settings, label, label_affine, has_mask=scan.mask is not None)
     del volume, label
     return _write(task, done, quirks)
 
