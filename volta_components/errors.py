@@ -64,8 +64,21 @@ def find_input_error(error: BaseException | None) -> InputError | None:
     return error
 
 
+def find_missing_id(error: BaseException | None) -> str | None:
+    """What ``monai.bundle`` says of an id that no config file has; None if an error is another.
+
+    Args:
+        error: anything that was raised; the errors that it was raised from are searched in turn.
+    """
+    while error is not None:
+        if isinstance(error, ValueError) and (said := str(error)).endswith("is not defined in the config content."):
+            return said.removesuffix(".")
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def explain_input_errors() -> None:
-    """From now on, bad input and Ctrl-C end the process with a message alone.
+    """From now on, bad input, Ctrl-C and configs that lack another one end the process with a message alone.
 
     ``monai.bundle`` wraps each error in a configuration into errors of its own. The traceback is a hundred lines long,
     with the user's message in the middle.
@@ -77,9 +90,12 @@ def explain_input_errors() -> None:
         if isinstance(error, KeyboardInterrupt):
             left = str(error) or "started again, a training resumes from its last checkpoint"
             print(f"\ninterrupted: {left}", file=sys.stderr)
-        elif cause is None:
-            default(kind, error, traceback)
-        else:
+        elif cause is not None:
             print(f"\nerror: {cause}", file=sys.stderr)
+        elif missing := find_missing_id(error):
+            remedy = "evaluate.json, give it after train.json: --config_file \"['.../train.json','.../evaluate.json']\""
+            print(f"\nerror: {missing}; check its spelling, or, for {remedy}", file=sys.stderr)
+        else:
+            default(kind, error, traceback)
 
     sys.excepthook = hook

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,21 @@ def test_bundles_are_read_without_data_and_have_all_properties(
     made.initialize()
     assert made.check_properties() == []
     assert list((tmp_path / "empty").iterdir()) == []
+
+
+@pytest.mark.parametrize("bundle", [bundle for bundle in BUNDLES if bundle != "pretrain"])
+def test_an_evaluation_without_train_json_says_what_to_give(
+    bundle: str, downloaded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    made = workflow(downloaded, bundle, "train", ("evaluate",))
+    made.initialize()
+    with pytest.raises(ValueError, match="is not defined in the config content") as caught:
+        made.run()
+    sys.excepthook(caught.type, caught.value, caught.tb)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: the referring item `@")
+    assert line.endswith("""give it after train.json: --config_file "['.../train.json','.../evaluate.json']\"""")
 
 
 def test_the_evaluation_of_pretraining_stands_alone_as_well(downloaded: Path, tmp_path: Path) -> None:
