@@ -744,7 +744,10 @@ def test_fold_all_scores_everybody_and_says_how_many(trained, prepared, encoder,
         capsys.readouterr()
         evaluated(trained, prepared, encoder, folder, lambda _: None, fold=fold, allow_leak=True)
         people = len({item["patient_id"] for item in items})
-        assert f"{len(items)} scans of {people} people" in capsys.readouterr().out
+        told = capsys.readouterr().out
+        assert f"{len(items)} scans of {people} people" in told
+        if fold == 0:
+            assert told.rstrip().endswith(f"fold 0: {len(items)} of {len(everybody)} scans")
         names = {row["subject_id"] for row in rows_of(folder / "eval/predictions.csv")}
         assert names == {item["subject_id"] for item in items}
     assert len(part) < len(everybody)

@@ -50,5 +50,7 @@ def test_everybody_is_scored_by_name_or_by_none_and_a_fold_alone():
     assert len(score_only(items, "all").scored) == len(score_only(items, None).scored) == 12
     assert [item["patient_id"] for item in score_only(items, 1).scored] == ["p1", "p1", "p4", "p4"]
     assert counted(score_only(items, 1).scored) == "4 scans of 2 people"
+    parts = score_only(items, 1)
+    assert len(parts.unused) == len(items) - 4 and all(item["fold"] != 1 for item in parts.unused)
     with pytest.raises(InputError, match="--fold all for everybody"):
         score_only(items, 7)

@@ -127,7 +127,8 @@ def score_only(items: Sequence[Item], fold: int | str | None) -> Parts:
     scored = [item for item in items if fold in (None, EVERYBODY) or item["fold"] == fold]
     if items and not scored:
         raise InputError(f"fold {fold} has none of the {len(items)} items; choose another, or --fold all for everybody")
-    return Parts(training=[], validation=[], scored=scored)
+    others = [item for item in items if fold not in (None, EVERYBODY) and item["fold"] != fold]
+    return Parts(training=[], validation=[], scored=scored, unused=others)
 
 
 class ScoreTable(ItemRows):

@@ -165,4 +165,7 @@ class FoldResults:
         if process_rank() == 0:
             content = {"metrics": metrics, **more, "leak": leak, "scored": len(self.parts.scored)}
             write_json(self.folder / "metrics.json", content)
-            print(summary)
+            whole = sum(self.subjects.values())
+            folds = sorted({str(item.get("fold")) for item in self.parts.scored})
+            named = f"fold {folds[0]}" if len(folds) == 1 else f"{len(folds)} folds"
+            print(f"{summary}\n{named}: {len(self.parts.scored)} of {whole} scans")
