@@ -71,12 +71,13 @@ def test_without_changes_a_head_is_its_anatomy(head, settings):
 def test_volumes_do_not_depend_on_the_spacing(head, settings, spacing):
     made = render(subject_of(settings, 2), head, spacing, scanner_of(settings, subject_of(settings, 2)))
     same = render(subject_of(settings, 2), head, 2, scanner_of(settings, subject_of(settings, 2)))
-    # The deformation is looked up less often where voxels are large; these hippocampi are 10 mm thick.
+    # The deformation is looked up less often where voxels are large; these hippocampi are 10 mm thick, these
+    # ventricles (6 ml) not even that.
     for name, tolerance in (
         ("hippocampus_left", 0.06),
         ("hippocampus_right", 0.06),
         ("brain", 0.02),
-        ("ventricles", 0.03),
+        ("ventricles", 0.06),
     ):
         assert made.truth[f"volume_{name}"] == pytest.approx(same.truth[f"volume_{name}"], rel=tolerance)
     voxels = [(made.labels == label).sum() * spacing**3 for label in (1, 2)]
