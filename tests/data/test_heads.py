@@ -80,9 +80,10 @@ def test_volumes_do_not_depend_on_the_spacing(head, settings, spacing):
         ("ventricles", 0.06),
     ):
         assert made.truth[f"volume_{name}"] == pytest.approx(same.truth[f"volume_{name}"], rel=tolerance)
+    # About 600 mm3 a side: 20 voxels of 3 mm.
     voxels = [(made.labels == label).sum() * spacing**3 for label in (1, 2)]
     assert voxels == pytest.approx(
-        [made.truth["volume_hippocampus_left"], made.truth["volume_hippocampus_right"]], rel=0.2
+        [made.truth["volume_hippocampus_left"], made.truth["volume_hippocampus_right"]], rel=0.1 * spacing
     )
 
 
