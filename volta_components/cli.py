@@ -197,7 +197,7 @@ def _shown(default: Any) -> str:
 # Python also reads "1_000" and digits of other scripts, which a person hardly means.
 NUMBER = {
     int: re.compile(r"[+-]?[0-9]+"),
-    float: re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"),
+    float: re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|nan"),  # nan: the command says its range
 }
 
 
