@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.transforms import Randomizable
-from torch.utils.data import Dataset
 
 from volta_components.data.datalist import Datalist, datalist_hash
 from volta_components.data.phantom.anatomy import geometry
@@ -21,11 +19,11 @@ from volta_components.data.phantom.labels import read_label_maps
 from volta_components.data.phantom.render import Pixels, View, render_view, whole_view
 from volta_components.data.phantom.scanner import Contrast
 from volta_components.data.phantom.subjects import Settings, draw_subject, random_stream, scanner_of
+from volta_components.data.preprocess import PERCENTILES
 from volta_components.errors import InputError
-from volta_components.training.sampling import derived_seed
+from volta_components.training.sampling import KeyedDataset, derived_seed
 
 _COARSE = 4  # mm
-_PERCENTILES = (0.5, 99.5)
 
 
 def anatomies_datalist(
@@ -81,7 +79,7 @@ def anatomies_datalist(
     return Datalist(path / "datalist.json", content, datalist_hash({**content, "training": same_everywhere}))
 
 
-class EndlessHeads(Dataset[Any]):
+class EndlessHeads(KeyedDataset):
     """Heads grown from label maps, each a function of seed, epoch and index alone.
 
     What an item looks like does not depend on workers, processes or restarts. Items are as ``volta3d prepare`` would
@@ -130,7 +128,7 @@ class EndlessHeads(Dataset[Any]):
     ) -> None:
         if not data:
             raise InputError("no anatomies to render heads from; give a folder of label maps (--anatomies DIR)")
-        self.data = list(data)
+        super().__init__(list(data), transform, seed)
         self.paths = {str(item["subject_id"]): str(item["image"]) for item in data}
         self.settings = Settings(
             seed=seed,
@@ -148,27 +146,12 @@ class EndlessHeads(Dataset[Any]):
         self.jitter = jitter
         self.scanners = scanners
         self.shares = shares
-        self.transform = transform
-        self.seed = seed
 
     def __len__(self) -> int:
         return self.length
 
-    def fill(self, indices: Iterable[int] | None = None) -> None:
-        """There is nothing to keep: every head is rendered when it is used (``KeyedDataLoader`` calls this)."""
-
-    def __getitem__(self, key: tuple[int, ...] | int) -> Any:
-        epoch, index, *repeat = (0, key) if isinstance(key, int) else key
-        item = self.render(epoch, index, *repeat)
-        item["key"] = torch.tensor([epoch, index, *repeat])
-        if self.transform is None:
-            return item
-        if isinstance(self.transform, Randomizable):
-            self.transform.set_random_state(seed=derived_seed(self.seed, "transform", epoch, index, *repeat) % 2**32)
-        return self.transform(item)
-
-    def render(self, epoch: int, index: int, *repeat: int) -> dict[str, Any]:
-        """One item without ``key`` and transform."""
+    def item(self, epoch: int, index: int, *repeat: int) -> dict[str, Any]:
+        """Render a head."""
         settings = replace(self.settings, seed=derived_seed(self.seed, "heads", epoch, *repeat))
         subject = draw_subject(settings, index + 1)
         head = load_head(subject.anatomy, self.paths[subject.anatomy])
@@ -177,9 +160,7 @@ class EndlessHeads(Dataset[Any]):
         item: dict[str, Any] = {"anatomy": subject.anatomy}
         view: View | None = None
         for number in range(self.scanners):
-            drawn = (
-                settings if not number else Settings(**{**vars(settings), "seed": derived_seed(settings.seed, number)})
-            )
+            drawn = settings if not number else replace(settings, seed=derived_seed(settings.seed, number))
             scanner = scanner_of(drawn, subject, head.has_outside)
             survey = render_view(
                 subject, head, where, scanner, whole_view(head, _COARSE, rough=True), stream=10 + 2 * number
@@ -225,7 +206,7 @@ class EndlessHeads(Dataset[Any]):
 
     def _unit(self, rng: np.random.Generator, seen: Pixels, survey: Pixels) -> torch.Tensor:
         """Intensities in [0, 1] between percentiles of the whole head, estimated from a coarse picture."""
-        low, high = np.percentile(survey.image.numpy()[survey.inside], _PERCENTILES)
+        low, high = np.percentile(survey.image.numpy()[survey.inside], PERCENTILES)
         high = low + (high - low) * rng.uniform(0.85, 1.15)
         image: torch.Tensor = seen.image.sub(float(low)).div(float(high - low)).clamp(0, 1)
         return image

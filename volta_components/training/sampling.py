@@ -166,9 +166,13 @@ class KeyedDataset(Dataset[Any]):
     def fill(self, indices: Iterable[int] | None = None) -> None:
         """Prepare items before a loader's workers are forked off; there is nothing to prepare here."""
 
+    def item(self, epoch: int, index: int, *repeat: int) -> Mapping[str, Any]:
+        """A sample before its transform, without its key; here it is the same in every epoch."""
+        return self.data[index]
+
     def __getitem__(self, key: tuple[int, ...] | int) -> Any:
         epoch, index, *repeat = (0, key) if isinstance(key, int) else key
-        item: Any = {**self.data[index], "key": torch.tensor([epoch, index, *repeat])}
+        item: Any = {**self.item(epoch, index, *repeat), "key": torch.tensor([epoch, index, *repeat])}
         if self.transform is None:
             return item
         if isinstance(self.transform, Randomizable):
