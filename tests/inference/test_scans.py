@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 from prepared import make_prepared
 
+from volta_components.data.walk import walk
 from volta_components.errors import InputError
 from volta_components.inference.scans import find_volumes, result_root, scans_below
 
@@ -25,8 +26,8 @@ def test_of_a_bids_folder_the_t1_scans_are_found(tmp_path):
     for path in [*scans, *others, *plain]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    assert scans_below(tmp_path / "bids") == (sorted(scans), sorted(others))
-    assert scans_below(tmp_path / "plain") == (sorted(plain), [])
+    assert scans_below(walk(tmp_path / "bids")) == (sorted(scans), sorted(others))
+    assert scans_below(walk(tmp_path / "plain")) == (sorted(plain), [])
     assert [item["image"] for item in find_volumes(tmp_path / "bids")] == [str(path) for path in sorted(scans)]
 
 

@@ -8,7 +8,7 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from volta_components.data.volumes import volume_suffix
+from volta_components.data.volumes import volume_stem, volume_suffix
 from volta_components.errors import InputError
 from volta_components.files import readable
 
@@ -48,7 +48,7 @@ class VolumeFile:
     @property
     def stem(self) -> str:
         """The name without the volume format's suffix."""
-        return self.name[: len(self.name) - len(volume_suffix(Path(self.name)) or "")]
+        return volume_stem(Path(self.name))
 
 
 @dataclass

@@ -91,10 +91,11 @@ def _scans_of(part: Path, target: Path) -> tuple[list[Path], list[Row]]:
         if volume_suffix(part) is None:
             return [], [(str(part), "not a volume", "give .nii, .nii.gz, .mgz, ...; of DICOM, the folder")]
         return [part], []
-    volumes, others = scans_below(part)
+    tree = walk(part)
+    volumes, others = scans_below(tree)
     if others:
         print(f"{part}: {len(others)} volumes that are no T1w scans are left out, such as {others[0]}")
-    has_dicom = any(map(may_be_dicom, walk(part).files))
+    has_dicom = any(map(may_be_dicom, tree.files))
     if not volumes and not has_dicom:
         raise InputError(f"{part}: no scans in it: no volumes (.nii, .nii.gz, .mgz, ...), no DICOM files")
     converted, bad = _convert_dicom(part, target) if has_dicom else ([], [])

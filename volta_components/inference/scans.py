@@ -19,7 +19,7 @@ from volta_components.data.layouts.bids import ASIDE
 from volta_components.data.names import parse_name
 from volta_components.data.survey import UnusableVoxels, survey
 from volta_components.data.volumes import UnusableVolume, read_volume, volume_stem, volume_suffix
-from volta_components.data.walk import VolumeFile, walk
+from volta_components.data.walk import Tree, VolumeFile, walk
 from volta_components.downstream.splits import Item
 from volta_components.errors import InputError
 from volta_components.files import readable
@@ -67,7 +67,7 @@ def find_volumes(source: Source, output: PathLike | None = None, required: bool 
             continue
         if part.is_dir():
             check_outside(part, output, "--output_dir")
-            files = scans_below(part)[0]
+            files = scans_below(walk(part))[0]
         elif part.is_file():
             files = [part]
         else:
@@ -97,23 +97,23 @@ def check_outside(folder: Path, output: PathLike | None, option: str) -> None:
         )
 
 
-def scans_below(folder: Path) -> tuple[list[Path], list[Path]]:
+def scans_below(tree: Tree) -> tuple[list[Path], list[Path]]:
     """Volumes below a folder, and apart from them those that are no T1 scans by the rules of BIDS.
 
     Set apart are volumes in ``derivatives``, ``sourcedata`` and ``code`` beside folders ``sub-*``, and those whose name
     begins with ``sub-`` and ends in another word than ``T1w`` (``sub-01_dseg.nii.gz``). Any other name is a scan's.
 
     Args:
-        folder: a BIDS data set, a part of one, or a folder of anything else.
+        tree: a BIDS data set, a part of one, or a folder of anything else.
 
     Returns:
         Scans, and the volumes set apart, in order of their paths.
     """
     scans: list[Path] = []
     others: list[Path] = []
-    aside = ASIDE if any(folder.glob("sub-*/")) else frozenset()
-    for volume in walk(folder).volumes():
-        name, top = parse_name(volume.stem), volume.path.relative_to(folder).parts[0]
+    aside = ASIDE if any(tree.root.glob("sub-*/")) else frozenset()
+    for volume in tree.volumes():
+        name, top = parse_name(volume.stem), volume.path.relative_to(tree.root).parts[0]
         (others if top in aside or (name.is_bids and name.is_other) else scans).append(volume.path)
     return scans, others
 
