@@ -19,7 +19,6 @@ from volta_components.method.weights import find_encoder
 
 OWN_IDS = ("fold", "fraction", "seed", "run_name", "output_dir", "datalist_path")
 
-
 # Ids of a bundle that say who is trained on and scored, and check it without reading a volume.
 CHECKS = ("parts", "origin", "checks")
 

@@ -163,7 +163,7 @@ def read_volume(path: str | os.PathLike[str], assume_orientation: str | None = N
 
     Raises:
         UnusableVolume: if anything about the file is wrong; voxels that are NaN, infinite or all equal are found by
-            :func:`volta_components.data.preprocess.survey`, which goes over them anyway.
+            :func:`volta_components.data.survey.survey`, which goes over them anyway.
     """
     path = Path(path)
     is_nifti = path.name.lower().endswith((*NIFTI_SUFFIXES, *PAIR_SUFFIXES))

@@ -15,10 +15,7 @@ from volta_components.files import atomic_path, sha256_file, sha256_json
 from volta_components.training.record import code_version
 
 Item = dict[str, Any]
-
-
 Line = dict[str, Any]
-
 
 # Of a line: run, rest of the item, size and time of the last change of the volume's file.
 MARK = ("run", "item", "size", "mtime_ns")

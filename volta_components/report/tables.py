@@ -26,17 +26,9 @@ SHOWN_OPTIMISTIC = {
     "hd95": "HD95 (mm)",
     "epoch": "epoch",
 }
-
-
 AGE_BANDS = (0, 30, 45, 60, 70, 80, 200)
-
-
 OURS, INTERVAL, PAPER = "here", "95 % CI", "paper"
-
-
 OPERATING = {"youden": "Youden's J, chosen on an inner validation part of the training folds"}
-
-
 SEEDS = "Where a fold was trained with several seeds, these are averaged {} first, and count once."
 
 

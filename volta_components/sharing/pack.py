@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from volta_components.downstream.inits import find_overlay
+from volta_components.downstream.inits import BASE_INIT, find_overlay
 from volta_components.errors import InputError
 from volta_components.files import (
     atomic_path,
@@ -303,7 +303,7 @@ def _find_weights(bundle: Path, baked: Mapping[str, Any], model: str | os.PathLi
         path = Path(model)
     else:
         suffix = str(baked.get("suffix") or "")
-        init = "" if baked.get("init", "volta") == "volta" else f"_{baked['init']}"
+        init = "" if baked.get("init", BASE_INIT) == BASE_INIT else f"_{baked['init']}"
         names = [f"model{init}{suffix}.pt", f"encoder{suffix}.safetensors"]
         found = [bundle / "models" / name for name in names if (bundle / "models" / name).is_file()]
         path = found[0] if found else bundle / "models" / names[0]

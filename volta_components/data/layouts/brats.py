@@ -22,6 +22,7 @@ from volta_components.data.layouts.common import (
     read_table_of_people,
     relative,
 )
+from volta_components.data.tables import People
 from volta_components.data.walk import VolumeFile, tidy
 from volta_components.errors import InputError
 
@@ -114,10 +115,12 @@ def _is_below(path: Path, case: str) -> bool:
     return any(tidy(part) == case for part in path.parts[:-1])
 
 
-def _scans(listing: Listing, options: LayoutOptions, name: str, volumes: list[VolumeFile], people: object) -> None:
+def _scans(
+    listing: Listing, options: LayoutOptions, name: str, volumes: list[VolumeFile], people: People | None
+) -> None:
     """Add the native scans of a case; two of one folder are one scan, compressed and not."""
     patient, match = canonical_patient_id(name), _CASE.match(name)
-    facts = describe_person(listing, people, patient) if volumes else {}  # type: ignore[arg-type]
+    facts = describe_person(listing, people, patient) if volumes else {}
     used: dict[Path, str] = {}
     for volume in sorted(volumes, key=lambda volume: (not volume.path.name.endswith(".gz"), str(volume.path))):
         place = relative(volume.path, options.source)

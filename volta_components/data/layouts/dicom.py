@@ -161,10 +161,13 @@ def read(options: LayoutOptions) -> Listing:
 def _people(listing: Listing, options: LayoutOptions) -> People | None:
     if options.table is None:
         return None
-    prefix = "AIBL" if listing.cohort == "aibl" else ""
-    return read_table_of_people(
-        listing, options.table, lambda text: canonical_patient_id(f"{prefix}{text}" if text.isdigit() else text)
-    )
+    return read_table_of_people(listing, options.table, lambda text: _canonical(listing, text))
+
+
+def _canonical(listing: Listing, text: str) -> str:
+    """Canonical patient id; AIBL writes bare numbers."""
+    prefix = "AIBL" if listing.cohort == "aibl" and text.isdigit() else ""
+    return canonical_patient_id(f"{prefix}{text}")
 
 
 # --- which series ----------------------------------------------------------------------------------------------------
@@ -318,13 +321,9 @@ def _first_part(folder: Path, root: Path) -> str:
 
 def _patients(listing: Listing, options: LayoutOptions, series: list[_Series]) -> dict[str, str]:
     """The patient of each series; whatever is guessed is a problem that names both ways out."""
-    root, prefix = options.source, "AIBL" if listing.cohort == "aibl" else ""
-
-    def canonical(text: str) -> str:
-        return canonical_patient_id(f"{prefix}{text}" if text.isdigit() else text)
-
+    root = options.source
     tops = {one.uid: _first_part(one.folders[0], root) for one in series}
-    by_folder = {uid: canonical(top) for uid, top in tops.items()}
+    by_folder = {uid: _canonical(listing, top) for uid, top in tops.items()}
     if options.patients == "folder":
         return by_folder
     given: dict[str, list[_Series]] = {}
@@ -333,7 +332,7 @@ def _patients(listing: Listing, options: LayoutOptions, series: list[_Series]) -
     who: dict[str, str] = {}
     guesses: dict[str, str] = {}
     for text, several in given.items():
-        patient = canonical(text)
+        patient = _canonical(listing, text)
         studies = {str(one.facts.get("StudyInstanceUID")): tops[one.uid] for one in several}
         people, is_confirmed = _same_person(several)
         is_apart = len(set(studies.values())) > 1
@@ -347,7 +346,7 @@ def _patients(listing: Listing, options: LayoutOptions, series: list[_Series]) -
             continue
         else:
             split = is_apart and folders_say_who
-            who |= {one.uid: canonical(f"{tops[one.uid]}-{text}") if split else patient for one in several}
+            who |= {one.uid: _canonical(listing, f"{tops[one.uid]}-{text}") if split else patient for one in several}
             places = ", ".join(sorted(set(studies.values()))[:4])
             why = (
                 f"PatientID {text!r} has {people}" if people else f"PatientID {text!r} is in several folders ({places})"

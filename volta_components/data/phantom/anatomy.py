@@ -28,11 +28,7 @@ from volta_components.data.phantom.subjects import FIELD_OF_VIEW, Subject, rando
 from volta_components.errors import InputError
 
 TEMPLATE_BOX = Box((-84.0, -120.0, -84.0), (84.0, 87.0, 96.0), grid=3, squarings=6)
-
-
 CENTRE = np.array([0.0, -17.0, 5.0])  # of the template's brain, mm; other brains are put there
-
-
 _MARGIN = 3.0  # mm, least distance between brain and edge of the image: as much as between points of the surface
 
 

@@ -19,14 +19,8 @@ from volta_components.data.volumes import read_volume
 from volta_components.files import atomic_path, write_csv, write_json, write_text
 
 PARAMETERS_FILE = "code/phantom.json"
-
-
 LABELS_FOLDER = "derivatives/hippocampus"
-
-
 TEMPLATE_URL = "https://www.bic.mni.mcgill.ca/ServicesAtlases/ICBM152NLin2009"
-
-
 _TEMPLATE_NOTICE = """\
 The images in this data set are derived from the MNI ICBM152 2009a symmetric template, which comes with this notice:
 
@@ -37,8 +31,6 @@ University make no representations about the suitability of this software for an
 without express or implied warranty. The authors are not responsible for any data loss, equipment damage, property loss,
 or injury to subjects or patients resulting from the use or misuse of this software package.
 """
-
-
 _README = """\
 # Brain phantoms
 
@@ -55,8 +47,6 @@ age does the same, mildly. Use the images to try software. They say nothing abou
 
 The template's notice is in `LICENSE`.
 """
-
-
 _LABELS_README = """\
 # Label maps of the phantoms' hippocampi
 
@@ -64,8 +54,6 @@ _LABELS_README = """\
 They are the anatomy that the image was made from, with the same warp: the exact truth, not a rater's drawing. Volumes
 in mm^3 are in the sidecar of the T1w image, under `Phantom`.
 """
-
-
 _HEADS_README = """\
 # Heads grown from label maps
 

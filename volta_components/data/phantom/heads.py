@@ -15,23 +15,17 @@ from numpy.typing import NDArray
 from volta_components.data.phantom.anatomy import CENTRE, Anatomy, surface_points
 from volta_components.data.phantom.deformation import box_around, volume_field
 from volta_components.data.phantom.labels import (
-    BRAIN_CODES,
     CODES,
-    NAMES,
+    TISSUE,
     VENTRICLE_CODES,
     LabelMap,
+    is_code,
     read_label_map,
 )
 
 HEAD_FIELD = (168, 216, 192)  # mm; a head without the neck, and some air
-
-
 _MIDDLE = CENTRE + np.array([0.0, 6.0, 4.0])  # a head reaches farther forwards and upwards than backwards
-
-
 _MARGIN = 6  # voxels of air around a label map, so that nothing is smeared beyond its edges
-
-
 _GRID = 4  # mm
 
 
@@ -50,20 +44,9 @@ class Head(Anatomy):
     hippocampi: tuple[slice, slice, slice]
 
 
-def is_code(*codes: int) -> NDArray[np.bool_]:
-    """``[256]`` which codes are among some; index it with voxels."""
-    table = np.zeros(256, bool)
-    table[list(codes)] = True
-    return table
-
-
-BRAIN = is_code(*BRAIN_CODES)
-VENTRICLES = is_code(*VENTRICLE_CODES)
-
-
 def make_head(label_map: LabelMap) -> Head:
     """Prepare a label map for rendering: its box, and the fields of the known effects, computed from this anatomy."""
-    brain = BRAIN[label_map.codes] & (label_map.codes != CODES["fluid"])
+    brain = TISSUE[label_map.codes]
     places = [np.flatnonzero(brain.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
     centre = np.array([(place[0] + place[-1]) // 2 for place in places])
     low = CENTRE - centre - _MARGIN
@@ -76,7 +59,7 @@ def make_head(label_map: LabelMap) -> Head:
     def share(*wanted: int) -> NDArray[np.float32]:
         return is_code(*wanted)[coarse].astype(np.float32)
 
-    surface = surface_points(BRAIN[codes] & (codes != CODES["fluid"]), box, 6)
+    surface = surface_points(TISSUE[codes], box, 6)
     return Head(
         name=label_map.name,
         box=box,
@@ -200,18 +183,3 @@ def hippocampus_shares(head: Head, voxels: torch.Tensor, spacing: int) -> torch.
         x, y, z = (slice(max(0, int(a)), int(b)) for a, b in zip(low, high, strict=True))
         shares[:, x, y, z] = sample_tables(head, _SIDES, voxels[:, x, y, z], spacing)
     return shares
-
-
-__all__ = [
-    "BRAIN",
-    "HEAD_FIELD",
-    "NAMES",
-    "VENTRICLES",
-    "Head",
-    "hippocampus_shares",
-    "is_code",
-    "load_head",
-    "lookup_codes",
-    "make_head",
-    "sample_tables",
-]

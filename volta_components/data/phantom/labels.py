@@ -45,7 +45,6 @@ STRUCTURES: dict[str, tuple[int, int]] = {
     "optic_chiasm": (85, 85),
 }
 
-
 # Other numbers of the same structures: parts of the choroid plexus, hypointensities of a side, parts of the corpus
 # callosum, and FreeSurfer's unsegmented white matter. Cortical parcels are folded in by their ranges.
 _OTHER_NUMBERS = {
@@ -60,7 +59,6 @@ _PARCELS = (
     ((3000, 3036), 2),
     ((4000, 4036), 41),
 )
-
 
 # Tissues outside the brain, as the training maps of SynthSeg number them, and FreeSurfer's few.
 OUTSIDE: dict[int, str] = {
@@ -80,10 +78,7 @@ OUTSIDE: dict[int, str] = {
     259: "skull",
     257: "fluid_outside",
 }
-
-
 SIDES = {"hippocampus_left": 17, "hippocampus_right": 53}
-
 
 # Codes that the voxels hold: 0 is air; then each structure, left and right; then the tissues outside.
 NAMES: tuple[str, ...] = (
@@ -102,6 +97,18 @@ VENTRICLE_CODES = tuple(
     for name in ("lateral_ventricle", "inferior_horn", "choroid_plexus")
     for side in ("left", "right")
 )
+
+
+def is_code(*codes: int) -> NDArray[np.bool_]:
+    """``[256]`` which codes are among some; index it with voxels."""
+    table = np.zeros(256, bool)
+    table[list(codes)] = True
+    return table
+
+
+BRAIN = is_code(*BRAIN_CODES)  # the fluid around the brain is among it
+TISSUE = is_code(*(code for code in BRAIN_CODES if code != CODES["fluid"]))
+VENTRICLES = is_code(*VENTRICLE_CODES)
 _LARGEST = 15_000
 _LEAST_HIPPOCAMPUS = 300.0  # mm^3; the smallest atrophied ones have about a thousand
 

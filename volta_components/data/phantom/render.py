@@ -12,20 +12,12 @@ from numpy.typing import NDArray
 
 from volta_components.data.phantom.anatomy import Anatomy, Geometry, Template, geometry
 from volta_components.data.phantom.deformation import sample_field
-from volta_components.data.phantom.heads import (
-    VENTRICLES,
-    Head,
-    hippocampus_shares,
-    lookup_codes,
-    sample_tables,
-)
-from volta_components.data.phantom.labels import CODES
-from volta_components.data.phantom.scanner import TISSUE, BiasField, Scanner, blur, slices
+from volta_components.data.phantom.heads import Head, hippocampus_shares, lookup_codes, sample_tables
+from volta_components.data.phantom.labels import CODES, TISSUE, VENTRICLES
+from volta_components.data.phantom.scanner import BiasField, Scanner, blur, slices
 from volta_components.data.phantom.subjects import Phantom, Subject, random_stream
 
 _SLAB = 1_600_000  # voxels
-
-
 STRUCTURES = ("brain", "hippocampus_left", "hippocampus_right", "ventricles")
 
 

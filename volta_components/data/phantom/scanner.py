@@ -11,14 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from volta_components.data.phantom.labels import BRAIN_CODES, CODES, NAMES
+from volta_components.data.phantom.labels import BRAIN, CODES, NAMES, TISSUE
 from volta_components.data.phantom.settings import Contrast
 
 SIDED = ("_left", "_right")
-
-
-BRAIN = np.isin(np.arange(256), BRAIN_CODES)
-TISSUE = BRAIN & (np.arange(256) != CODES["fluid"])
 
 
 @dataclass(frozen=True)

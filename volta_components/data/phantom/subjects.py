@@ -15,14 +15,8 @@ from volta_components.data.phantom.scanner import Scanner, draw_scanner
 from volta_components.data.phantom.settings import SITES, Settings
 
 FIELD_OF_VIEW = (144, 192, 192)
-
-
 FORMAT = 2  # raised whenever the same parameters begin to give other images
-
-
 SESSION = "ses-M000"
-
-
 _MEAN_SCALE = 0.88
 
 
