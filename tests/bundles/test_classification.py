@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from csv_rows import read_rows
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata
 from monai.transforms import LoadImage
 from prepared import ROOT
@@ -101,11 +101,6 @@ def run(*args: Any, **changes: Any) -> dict[str, Any]:
     made.run()
     made.finalize()
     return read_json(args[4] / "result.json")
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
 
 
 # --- configs -----------------------------------------------------------------------------------------------------
@@ -293,7 +288,7 @@ def test_the_networks_input_and_output_are_what_the_metadata_says():
 def test_a_run_scores_the_fold_writes_everything_and_repeats_itself(prepared, encoder, tmp_path):
     first = run("ixi_sex", ("train",), prepared, encoder, tmp_path / "a", fold=1)
     items = {item["subject_id"]: item for item in read_json(prepared / "datalist.json")["training"]}
-    rows = rows_of(tmp_path / "a" / "predictions.csv")
+    rows = read_rows(tmp_path / "a" / "predictions.csv")
     assert {row["subject_id"] for row in rows} == {name for name, item in items.items() if item["fold"] == 1}
     assert all(int(row["label"]) == (items[row["subject_id"]]["sex"] == "F") for row in rows)
     labels = [int(row["label"]) for row in rows]
@@ -369,7 +364,7 @@ def test_aibl_balances_classes_and_chooses_its_threshold_on_the_validation_part(
     result = read_json(tmp_path / "run" / "result.json")
     table = made.parser.get_parsed_content("results").validation_scores
     assert result["metrics"]["threshold"] == youden_threshold(table.labels, table.scores)
-    rows = rows_of(tmp_path / "run" / "predictions.csv")
+    rows = read_rows(tmp_path / "run" / "predictions.csv")
     labels, scores = [int(row["label"]) for row in rows], [float(row["score"]) for row in rows]
     best = youden_threshold(labels, scores)
     assert result["metrics"]["optimistic_threshold"] == best == float(rows[0]["optimistic_threshold"])
@@ -418,7 +413,7 @@ def test_mlflow_holds_what_the_report_reads(prepared, encoder, tmp_path):
     assert [metric.step for metric in history] == [1, 2]
     assert [metric.step for metric in client.get_metric_history(run_id, "val_loss")] == [1, 2]
     path = client.download_artifacts(run_id, "predictions/predictions.csv", str(tmp_path))
-    assert set(rows_of(Path(path))[0]) == {
+    assert set(read_rows(Path(path))[0]) == {
         *("subject_id", "patient_id", "session", "site", "sex", "age"),
         *("label", "score", "prediction", "threshold", "optimistic_threshold"),
     }
@@ -467,7 +462,7 @@ def test_two_processes_train_and_score_every_subject_once(prepared, encoder, tmp
     done = subprocess.run(launcher, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = read_json(tmp_path / "run" / "result.json")
-    rows = rows_of(tmp_path / "run" / "predictions.csv")
+    rows = read_rows(tmp_path / "run" / "predictions.csv")
     assert len({row["subject_id"] for row in rows}) == len(rows) == 4
     labels, scores = [int(row["label"]) for row in rows], [float(row["score"]) for row in rows]
     assert result["metrics"]["auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
@@ -504,7 +499,7 @@ def test_evaluation_gives_the_same_scores_at_the_same_threshold(trained, prepare
     made = workflow("aibl_ad", ("train", "evaluate"), prepared, encoder, tmp_path, fold=0, model_path=model)
     made.initialize()
     made.run()
-    before, after = (rows_of(folder / "predictions.csv") for folder in (trained, tmp_path))
+    before, after = (read_rows(folder / "predictions.csv") for folder in (trained, tmp_path))
     assert before == after
     metrics = read_json(tmp_path / "metrics.json")["metrics"]
     assert metrics.items() >= read_json(trained / "result.json")["metrics"].items()
@@ -590,7 +585,7 @@ def inference(trained: Path, source: Any, output: Path, **changes: Any) -> list[
     made.initialize()
     assert made.check_properties() == []
     made.run()
-    return rows_of(output / "predictions.csv")
+    return read_rows(output / "predictions.csv")
 
 
 def test_bad_scans_are_all_named_before_any_is_predicted(trained, prepared, tmp_path):
@@ -624,7 +619,7 @@ def test_without_a_threshold_nobody_is_called(trained, prepared, tmp_path, caplo
 
 
 def test_inference_gives_the_trainings_probabilities_for_folder_datalist_and_list(trained, prepared, tmp_path):
-    expected = {row["subject_id"]: float(row["score"]) for row in rows_of(trained / "predictions.csv")}
+    expected = {row["subject_id"]: float(row["score"]) for row in read_rows(trained / "predictions.csv")}
     files = [str(path) for path in sorted((prepared / "images").glob("*.nii"))[:2]]
     for index, source in enumerate([str(prepared), str(prepared / "images"), files]):
         rows = inference(trained, source, tmp_path / str(index))
@@ -748,6 +743,6 @@ def test_fold_all_scores_everybody_and_says_how_many(trained, prepared, encoder,
         assert f"{len(items)} scans of {people} people" in told
         if fold == 0:
             assert told.rstrip().endswith(f"fold 0: {len(items)} of {len(everybody)} scans")
-        names = {row["subject_id"] for row in rows_of(folder / "eval/predictions.csv")}
+        names = {row["subject_id"] for row in read_rows(folder / "eval/predictions.csv")}
         assert names == {item["subject_id"] for item in items}
     assert len(part) < len(everybody)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -21,6 +20,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from csv_rows import read_rows
 from ignite.engine import Events
 from labelled_scans import SIDE, centred_affine, head, make_labelled, write_scan
 from mlflow import MlflowClient
@@ -102,11 +102,6 @@ def run(names: tuple[str, ...], data: Path, output: Path, **changes: Any) -> Con
     made.run()
     made.finalize()
     return made
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
 
 
 @pytest.fixture(scope="session")
@@ -361,7 +356,7 @@ def test_a_smaller_share_of_crops_has_foreground_in_the_middle(labelled: Path, t
 
 
 def test_scores_are_those_of_the_masks_that_were_written(finished: Path, labelled: Path) -> None:
-    rows = rows_of(finished / "predictions" / "scores.csv")
+    rows = read_rows(finished / "predictions" / "scores.csv")
     items = load_datalist(labelled).split(0)[1]
     assert [row["subject_id"] for row in rows] == [item["subject_id"] for item in items]
     dices = []
@@ -445,7 +440,7 @@ def test_mlflow_has_all_that_the_report_needs(finished: Path) -> None:
         assert [item.step for item in client.get_metric_history(record.info.run_id, name)] == [1, 2, 3]
     names = {item.path for item in client.list_artifacts(record.info.run_id, "predictions")}
     assert names == {f"predictions/{name}" for name in ("scores.csv", "paths.csv", "masks", "images", "labels")}
-    listed = rows_of(finished / "predictions" / "paths.csv")
+    listed = read_rows(finished / "predictions" / "paths.csv")
     assert all(Path(row["image"]).is_file() and Path(row["label"]).is_file() for row in listed)
     picture = nib.load(finished / "predictions" / "images" / "sub-0000_ses-M000.nii.gz")
     difference = np.asarray(picture.dataobj) - np.asarray(nib.load(listed[0]["image"]).dataobj)
@@ -589,7 +584,7 @@ def test_of_many_scans_every_label_map_and_three_images_reach_mlflow(tmp_path: P
 
     everybody = {f"sub-{number:04d}_ses-M000" for number in range(27)}
     assert names("masks") == names("labels") == everybody
-    rows = rows_of(tmp_path / "run" / "predictions" / "scores.csv")
+    rows = read_rows(tmp_path / "run" / "predictions" / "scores.csv")
     order = sorted(rows, key=lambda row: float(row["dice"]))
     shown = {f"{order[place]['subject_id']}_{order[place]['session']}" for place in (0, 13, 26)}
     assert len({float(row["dice"]) for row in rows}) < 27 or names("images") == shown
@@ -650,7 +645,7 @@ def infer(finished: Path, source: Path, output: Path, **changes: Any) -> list[di
     made.initialize()
     assert made.check_properties() == []
     made.run()
-    return rows_of(output / "volumes.csv")
+    return read_rows(output / "volumes.csv")
 
 
 def test_a_mask_lies_in_its_scans_own_space(finished: Path, tmp_path: Path) -> None:
@@ -807,7 +802,7 @@ def test_two_processes_train_and_score_together(labelled: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr[-3000:]
     result = read_json(tmp_path / "run" / "result.json")
     assert result["settings"]["processes"] == 2
-    rows = rows_of(tmp_path / "run" / "predictions" / "scores.csv")
+    rows = read_rows(tmp_path / "run" / "predictions" / "scores.csv")
     assert [row["subject_id"] for row in rows] == ["sub-0000", "sub-0005"]
     assert len(list((tmp_path / "run" / "predictions" / "masks").iterdir())) == 2
     assert result["metrics"]["mean_dice"] == pytest.approx(np.mean([float(row["dice"]) for row in rows]))

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import csv
 import json
 from collections import Counter
 from dataclasses import replace
@@ -8,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from csv_rows import read_rows
 from scipy import ndimage
 from toy_anatomies import toy_folder
 
@@ -255,8 +255,7 @@ def files(folder):
 
 
 def people(cohort):
-    with (cohort / "participants.tsv").open(newline="") as stream:
-        return list(csv.DictReader(stream, delimiter="\t"))
+    return read_rows(cohort / "participants.tsv")
 
 
 def test_anatomies_come_in_turn():

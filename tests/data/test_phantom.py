@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import csv
 import json
 import os
 import re
@@ -14,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from csv_rows import read_rows
 from scipy.linalg import expm
 
 from volta_components.cli import main
@@ -45,11 +45,6 @@ def cohort(tmp_path_factory):
 
 def files(folder):
     return {str(p.relative_to(folder)): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def rows(path):
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream, delimiter="\t"))
 
 
 # --- who the subjects are ---------------------------------------------------------------------------------------------
@@ -324,13 +319,13 @@ def test_the_bids_validator_finds_nothing_but_the_lack_of_a_scanner(cohort, tmp_
 
 
 def test_tables_and_sidecars_agree(cohort):
-    participants = rows(cohort / "participants.tsv")
+    participants = read_rows(cohort / "participants.tsv")
     assert [row["participant_id"] for row in participants] == [f"sub-PH000{i}" for i in range(1, 5)]
     assert set(json.loads((cohort / "participants.json").read_text())) == {"sex", "age", "site"}
     assert {row["sex"] for row in participants} == {"M", "F"}
     for row in participants:
         name = row["participant_id"]
-        (session,) = rows(cohort / name / f"{name}_sessions.tsv")
+        (session,) = read_rows(cohort / name / f"{name}_sessions.tsv")
         truth = json.loads((cohort / f"{name}/ses-M000/anat/{name}_ses-M000_T1w.json").read_text())["Phantom"]
         assert session["session_id"] == "ses-M000"
         assert session["diagnosis"] == truth["diagnosis"]
@@ -376,7 +371,7 @@ def test_an_interrupted_run_leaves_whole_files_only(tmp_path, monkeypatch):
     assert not any("partial" in name for name in names)
     assert not _finished(tmp_path / "d", "sub-PH0002")
     phantom(tmp_path / "d", 3, spacing=3, workers=1)
-    assert [row["participant_id"] for row in rows(tmp_path / "d" / "participants.tsv")] == [
+    assert [row["participant_id"] for row in read_rows(tmp_path / "d" / "participants.tsv")] == [
         "sub-PH0001",
         "sub-PH0002",
         "sub-PH0003",

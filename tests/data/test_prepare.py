@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import csv
 import errno
 import json
 import os
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import tiny_datasets as tiny
 from broken_volumes import BROKEN
+from csv_rows import read_rows
 from monai.data import load_decathlon_datalist
 
 from volta_components.cli import main
@@ -28,8 +28,7 @@ OPTIONS = {"spacing": 1.0, "shape": (28, 30, 32), "workers": 1}
 
 
 def findings(output):
-    with (Path(output) / "qc/findings.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
+    return read_rows(Path(output) / "qc/findings.csv")
 
 
 def tree(folder):

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Brain masks by the names of the usual tools, on any grid; skulls are measured."""
 
-import csv
-
 import nibabel as nib
 import numpy as np
 import pytest
 import tiny_datasets as tiny
+from csv_rows import read_rows
 
 from volta_components.data.datalist import load_datalist, uneven_skulls
 from volta_components.data.overlaps import check, merge
@@ -82,8 +81,7 @@ def test_dark_is_dark_whatever_the_scale(tmp_path):
 
 
 def findings(output):
-    with (output / "qc/findings.csv").open(newline="") as stream:
-        return list(csv.DictReader(stream))
+    return read_rows(output / "qc/findings.csv")
 
 
 def people(root, names, folder="anat"):

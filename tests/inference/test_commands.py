@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import os
@@ -20,6 +19,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from csv_rows import read_rows
 from labelled_scans import SIDE, head
 from prepared import PRETRAIN, ROOT, make_prepared
 from scipy import ndimage
@@ -77,11 +77,6 @@ def image_of(voxels: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
     return image
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
 
 
 @pytest.fixture(scope="session")
@@ -148,7 +143,7 @@ def segmented(sides_bundle: Path, raw: Path, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize("kind", SHAPE)
 def test_left_and_right_agree_with_the_world_in_all_orientations(kind: str, raw: Path, segmented: Path) -> None:
-    volumes = {row["subject_id"]: row for row in rows_of(segmented / "volumes.csv")}
+    volumes = {row["subject_id"]: row for row in read_rows(segmented / "volumes.csv")}
     codes = set()
     for number in range(48):
         name = f"sub-{kind}{number:02d}"
@@ -204,7 +199,7 @@ def test_one_head_has_one_embedding_however_it_is_stored(encoder_bundle: Path, r
     pattern = str(raw / "scans" / "sub-isotropic*")
     assert embed([pattern], tmp_path, bundle=encoder_bundle) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["embeddings.csv", "embeddings.jsonl", "embeddings.npz"]
-    rows = rows_of(tmp_path / "embeddings.csv")
+    rows = read_rows(tmp_path / "embeddings.csv")
     assert [row["subject_id"] for row in rows] == [f"sub-isotropic{number:02d}" for number in range(48)]
     assert [Path(row["file"]).parent for row in rows] == [raw / "scans"] * 48
     with np.load(tmp_path / "embeddings.npz") as arrays:  # without pickle
@@ -235,7 +230,7 @@ def test_a_datalist_keeps_its_own_grid_and_ids(encoder_bundle: Path, tmp_path: P
     data = make_prepared(tmp_path / "data", count=4, shape=(16, 16, 16))
     for source, name in ((data, "folder"), (data / "datalist.json", "file")):
         assert embed([source], tmp_path / name, bundle=encoder_bundle) == 0
-    rows = rows_of(tmp_path / "folder" / "embeddings.csv")
+    rows = read_rows(tmp_path / "folder" / "embeddings.csv")
     assert [(row["subject_id"], row["session"]) for row in rows] == [(f"sub-{i:04d}", "ses-M000") for i in range(4)]
     with (
         np.load(tmp_path / "folder" / "embeddings.npz") as first,
@@ -311,7 +306,7 @@ def test_dicom_series_are_converted(sides_bundle: Path, tmp_path: Path, capsys: 
     printed = capsys.readouterr()
     assert "1 T1 series converted" in printed.out and "Axial PD-T2 TSE" in printed.out
     assert "1 of 2 scans are left out" in printed.err and "broken" in printed.err
-    (row,) = rows_of(output / "volumes.csv")
+    (row,) = read_rows(output / "volumes.csv")
     assert (row["subject_id"], row["session"]) == ("sub-ADNI002S0295", "ses-20060418")
     scan, mask = nib.load(row["file"]), nib.load(output / "sub-ADNI002S0295_ses-20060418_hippocampus.nii.gz")
     assert Path(row["file"]).parent == output / "converted"
@@ -355,7 +350,7 @@ def test_masks_and_maps_have_the_transforms_of_their_scan(
         for name, value in header_of(path).items():
             assert np.array_equal(value, header_of(scan)[name]), name
     assert np.asarray(nib.load(made[0]).dataobj).dtype == np.uint8
-    row, *_ = rows_of(tmp_path / "masks" / "volumes.csv")
+    row, *_ = read_rows(tmp_path / "masks" / "volumes.csv")
     assert ("qform (code 1) and sform (code 2) disagree: up to 60.0 mm" in row["marks"]) is bool(
         sform_code and qform_code
     )
@@ -394,7 +389,7 @@ def test_marks_stand_beside_the_results_and_on_the_console(
     whole.slicer[:18].to_filename(folder / "half.nii")
     for command, bundle, table in ((segment, sides_bundle, "volumes"), (embed, encoder_bundle, "embeddings")):
         command([folder], tmp_path / table, bundle=bundle)
-        (row,) = rows_of(tmp_path / table / f"{table}.csv")
+        (row,) = read_rows(tmp_path / table / f"{table}.csv")
         assert "the field of view ends within the head at the right" in row["marks"]
         error = capsys.readouterr().err
         assert "1 of 1 scans are marked" in error and row["marks"] in error
@@ -455,7 +450,7 @@ def test_scans_that_cannot_be_used_are_named_together(
     assert list(output.iterdir()) == []  # nothing was done yet
 
     assert segment([scans], output, bundle=sides_bundle, skip_bad=True) == 0
-    assert [row["subject_id"] for row in rows_of(output / "volumes.csv")] == ["sub-isotropic00", "sub-zipped"]
+    assert [row["subject_id"] for row in read_rows(output / "volumes.csv")] == ["sub-isotropic00", "sub-zipped"]
     assert "4 of 6 scans are left out" in capsys.readouterr().err
     with pytest.raises(InputError, match="no scan is left"):
         segment([scans / "b_empty.nii"], output, bundle=sides_bundle, skip_bad=True)
@@ -593,7 +588,7 @@ def test_only_what_is_missing_is_segmented(
     def run() -> tuple[str, list[dict[str, str]], dict[str, int]]:
         assert segment([scans], output, bundle=sides_bundle) == 0
         masks = {path.name: path.stat().st_mtime_ns for path in output.glob("*.nii.gz")}
-        return capsys.readouterr().out, rows_of(output / "volumes.csv"), masks
+        return capsys.readouterr().out, read_rows(output / "volumes.csv"), masks
 
     said, rows, before = run()
     assert "done already" not in said and len(rows) == len(before) == 2

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import os
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from bundle_process import BundleProcess, last_error
+from csv_rows import read_rows
 from method_helpers import assert_equal_states
 from mlflow import MlflowClient
 from prepared import PRETRAIN, ROOT, TINY_SIZES, make_prepared
@@ -348,11 +348,6 @@ def use(workplace: Workplace, config: str, unbroken: str, *options: str) -> Bund
     return BundleProcess([*arguments, "--device", "$torch.device('cpu')", *options], ROOT, log)
 
 
-def table_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
-
-
 def embeddings_of(workplace: Workplace, unbroken: str) -> np.ndarray:
     """Summaries, computed here."""
     network = load_encoder(workplace.encoder(unbroken))
@@ -385,7 +380,7 @@ def test_evaluation_probes_the_encoder(workplace: Workplace, unbroken: str) -> N
         assert (row["subjects"], row["positive"]) == (12, 6)
         assert 0 <= row["auroc_low"] <= row["auroc"] <= row["auroc_high"] <= 1
     assert "AUROC (95 % interval), out of fold" in process.output
-    table = table_of(folder / "embeddings.csv")
+    table = read_rows(folder / "embeddings.csv")
     assert [row["subject_id"] for row in table] == [f"sub-{i:04d}" for i in range(12)]
     values = np.array([[float(row[f"summary_{i}"]) for i in range(32)] for row in table])
     np.testing.assert_allclose(values, embeddings_of(workplace, unbroken), rtol=1e-4, atol=1e-5)
@@ -396,7 +391,7 @@ def test_inference_writes_embeddings_and_attention(workplace: Workplace, unbroke
     folder = workplace.folder / "inference"
     process = use(workplace, "inference", unbroken, "--output_dir", str(folder))
     assert process.wait() == 0, process.output[-5000:]
-    items, table = load_datalist(workplace.data).items, table_of(folder / "embeddings.csv")
+    items, table = load_datalist(workplace.data).items, read_rows(folder / "embeddings.csv")
     assert [(row["subject_id"], row["session"]) for row in table] == [(i["subject_id"], i["session"]) for i in items]
     values = np.array([[float(row[f"summary_{i}"]) for i in range(32)] for row in table])
     np.testing.assert_allclose(values, embeddings_of(workplace, unbroken), rtol=1e-4, atol=1e-5)
