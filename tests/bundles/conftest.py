@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from labelled_scans import make_quick_start
+import torch
+from labelled_scans import make_labelled, make_quick_start
 from monai.bundle import ConfigParser
 from prepared import PRETRAIN, make_prepared
+from segmentation_bundle import run
 from torch import distributed as dist
 
 from volta_components.method.networks import VoltaViT
@@ -62,3 +64,37 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared data set with label maps; nobody may change it."""
+    return make_labelled(tmp_path_factory.mktemp("labelled") / "data")
+
+
+@pytest.fixture(scope="session")
+def small_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported encoder of four blocks of 24, with random weights."""
+    path = tmp_path_factory.mktemp("encoder") / "encoder.safetensors"
+    torch.manual_seed(3)
+    network = VoltaViT(
+        img_size=(32, 32, 32), hidden_size=24, mlp_dim=32, num_layers=4, num_heads=4, summary_heads=4, decoder=False
+    )
+    save_encoder(path, network, {"datalist_hash": "0" * 64, "patient_ids": []})
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(labelled: Path, small_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of the VolTA init, recorded by MLflow; nobody may change it."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    run(
+        ("train",),
+        labelled,
+        output,
+        encoder_path=str(small_encoder),
+        tracking="mlflow",
+        tracking_uri=f"sqlite:///{output.parent}/mlruns.db",
+        run_name="volta_fold0_frac1_seed0",
+    )
+    return output

@@ -1,69 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-import errno
-import json
+"""``volta3d prepare`` in every layout, and its options."""
+
+from __future__ import annotations
+
 import os
-import random
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import tiny_datasets as tiny
-from broken_volumes import BROKEN
-from csv_rows import read_rows
 from monai.data import load_decathlon_datalist
+from prepare_helpers import LAYOUTS, OPTIONS, findings
 
 from volta_components.cli import main
-from volta_components.data import layouts, worker
+from volta_components.data import worker
 from volta_components.data.datalist import load_datalist
 from volta_components.data.prepare import prepare
 from volta_components.errors import InputError
-
-OPTIONS = {"spacing": 1.0, "shape": (28, 30, 32), "workers": 1}
-
-
-def findings(output):
-    return read_rows(Path(output) / "qc/findings.csv")
-
-
-def tree(folder):
-    """Content of every file below a folder."""
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(Path(folder).rglob("*"))
-        if path.is_file()
-    }
-
-
-LAYOUTS = {
-    "bids": (tiny.make_bids, {}),
-    "ixi": (tiny.make_ixi, {}),
-    "brats": (tiny.make_brats, {}),
-    "harp": (tiny.make_harp, {"shape": (20, 20, 20)}),
-    "dicom": (tiny.make_dicom, {"sessions": ["all"]}),
-}
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """Every layout prepared once: layout -> (exit status, output)."""
-    results = {}
-
-    def get(layout):
-        if layout not in results:
-            make, extra = LAYOUTS[layout]
-            folder = tmp_path_factory.mktemp(layout)
-            source = make(folder / "source")
-            status = prepare(layout, str(source), str(folder / "out"), **{**OPTIONS, **extra})
-            results[layout] = status, folder / "out", source
-        return results[layout]
-
-    return get
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -289,178 +244,6 @@ def test_folder_layout_with_labels_and_a_table(tmp_path):
     assert ("emil", "has a row but no volume") in reasons
 
 
-# --- broken input ----------------------------------------------------------------------------------------------------
-
-
-def test_broken_volumes_are_named_and_the_rest_is_prepared(tmp_path, capsys):
-    root = tiny.make_bids(tmp_path / "source", subjects=9, labels=True)
-    images = sorted(root.glob("sub-*/ses-M000/anat/*_T1w.nii*"))
-    images[0].write_bytes(images[0].read_bytes()[:5000])
-    images[1].write_bytes(b"")
-    images[2].write_bytes(b"this is no image" * 100)
-    images[4].unlink()
-    label = next(root.glob("derivatives/hippocampus/*S0300/**/*_dseg.nii.gz"))
-    shape, affine = tiny.grid("RAS", shape=(20, 20, 20))
-    tiny.save(label, np.zeros(shape), affine, np.uint8)
-    with (root / "participants.tsv").open("a") as stream:
-        stream.write("sub-ADNI999S9999\tF\t70\n")
-    status = prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
-    assert status == 1
-    assert len(load_datalist(tmp_path / "out")) == 4
-    rows = {row["subject"]: row for row in findings(tmp_path / "out") if row["kind"] == "problem"}
-    assert "truncated" in rows["sub-ADNI002S0295"]["reason"]
-    assert rows["sub-ADNI002S0296"]["reason"] == "empty file (0 bytes)"
-    assert "wrong magic" in rows["sub-ADNI002S0297"]["reason"]
-    assert rows["sub-ADNI003S0299"]["reason"] in {"has no T1w image", "label without image"}
-    assert "label of 20x20x20 voxels" in rows["sub-ADNI003S0300"]["reason"]
-    assert rows["sub-ADNI999S9999"]["reason"] == "has a row but no folder"
-    for row in rows.values():
-        assert row["remedy"] and row["file"]
-    printed = capsys.readouterr().out
-    assert "sub-ADNI002S0296" in printed and "empty file (0 bytes)" in printed
-    excluded = {row["subject_id"]: row["reason"] for row in load_datalist(tmp_path / "out").excluded}
-    assert excluded["sub-ADNI002S0296"] == "empty file (0 bytes)"
-    assert prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS, skip_bad=True) == 0
-
-
-def test_every_kind_of_broken_file_in_one_data_set(tmp_path):
-    root, bad = tmp_path / "source", {}
-    root.mkdir()
-    for i in range(3):
-        tiny.save_head(root / f"good{i}.nii.gz", seed=i)
-    for number, (kind, (make, reason)) in enumerate(BROKEN.items()):
-        place = tmp_path / f"made{number}"
-        place.mkdir()
-        path = make(place)
-        if kind not in {"missing", "folder"}:
-            name = f"bad{number:02d}{''.join(path.suffixes)}"
-            (root / name).symlink_to(path)
-            bad[name] = reason
-    assert len(bad) > 30
-    assert prepare("folder", str(root), str(tmp_path / "out"), **OPTIONS) == 1
-    assert [item["subject_id"] for item in load_datalist(tmp_path / "out").items] == ["good0", "good1", "good2"]
-    rows = {row["file"]: row for row in findings(tmp_path / "out") if row["kind"] == "problem"}
-    assert set(rows) == set(bad)
-    for name, reason in bad.items():
-        assert re.search(reason, rows[name]["reason"]), (name, rows[name]["reason"])
-        assert len(rows[name]["remedy"]) > 10 and rows[name]["left_out"] == "True"
-    assert {row["source"] for row in load_datalist(tmp_path / "out").excluded} == set(bad)
-
-
-def test_no_permission_is_named(tmp_path, monkeypatch):
-    root = tiny.make_bids(tmp_path / "source", subjects=3, labels=False)
-    bad = next(root.glob("sub-ADNI002S0296/**/*_T1w.nii.gz"))
-    real = Path.open
-
-    def refuse(self, *args, **kwargs):
-        if self == bad:
-            raise PermissionError(errno.EACCES, "Permission denied", str(self))
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(Path, "open", refuse)  # root may read anything, so chmod would not do
-    assert prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS) == 1
-    row = next(row for row in findings(tmp_path / "out") if row["kind"] == "problem")
-    assert (row["subject"], row["reason"]) == ("sub-ADNI002S0296", "permission denied") and "chmod" in row["remedy"]
-
-
-def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, monkeypatch):
-    root = tiny.make_bids(tmp_path / "source", subjects=4, labels=False)
-    assert prepare("bids", str(root), str(tmp_path / "unbroken"), **OPTIONS) == 0
-    real, calls = worker._write_nifti, []
-
-    def full(path, *args):
-        calls.append(path)
-        if len(calls) == 3:
-            path.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return real(path, *args)
-
-    monkeypatch.setattr(worker, "_write_nifti", full)
-    with pytest.raises(InputError, match=r"disk full.*what is done is kept"):
-        prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
-    assert len(list((tmp_path / "out/images").iterdir())) == 2
-    assert not (tmp_path / "out/datalist.json").exists()
-    monkeypatch.setattr(worker, "_write_nifti", real)
-    assert prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS) == 0
-    assert tree(tmp_path / "out") == tree(tmp_path / "unbroken")
-
-
-def test_too_little_space_is_told_before_work(tmp_path, monkeypatch):
-    root = tiny.make_bids(tmp_path / "source", subjects=2, labels=False)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: os.terminal_size((1, 1)) and type("U", (), {"free": 1000})())
-    with pytest.raises(InputError, match="GB are needed for 2 volumes"):
-        prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--layout", "nifti"], "--layout nifti: choose one of bids, ixi"),
-        (["--source", "nowhere"], "nowhere: no such folder"),
-        (["--source", ""], "--source: is empty"),
-        (["--spacing", "a,b,c"], "--spacing a,b,c: give a number"),
-        (["--spacing", "0"], "--spacing 0,0,0: one number or three, from 0.2 to 10 mm"),
-        (["--spacing", "1,1"], "one number or three"),
-        (["--shape", "64,64"], "--shape 64,64: three whole numbers"),
-        (["--shape", "64,64,0"], "three whole numbers"),
-        (["--shape", "64,64,1.5"], "--shape 64,64,1.5: give a whole number"),
-        (["--dtype", "float16"], "--dtype float16: choose one of float32, uint16, uint8"),
-        (["--folds", "0"], "--folds 0: give a number from 1 to 100"),
-        (["--workers", "0"], "--workers 0: give a number of processes from 1"),
-        (["--shard", "5/4"], "i runs from 1 to n"),
-        (["--shard", "one"], "i/n, such as 3/8"),
-        (["--labels", "some"], "--labels some: choose one of auto, require, none"),
-        (["--require", "age,weight"], "--require age,weight: choose one of sex, age"),
-        (["--assume-orientation", "RRS"], "three axis codes"),
-        (["--exclude-patients-of", "nowhere.json"], "nowhere.json: no such datalist"),
-        (["--diagnoses", "XX"], "no scan is left to prepare; 1 times: diagnosis .* is not asked for. .*--diagnoses"),
-        (["--table", "nowhere.csv"], "nowhere.csv: no such file"),
-    ],
-)
-def test_bad_options_name_themselves(tmp_path, capsys, options, message):
-    root = tiny.make_bids(tmp_path / "source", subjects=1, labels=False)
-    words = {"--layout": "bids", "--source": str(root), "--output": str(tmp_path / "out"), "--shape": "28,30,32"}
-    words |= {options[0]: options[1]}
-    assert main(["prepare", *(word for option in words.items() for word in option)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("volta3d prepare: ") and re.search(message, error), error
-
-
-@pytest.mark.parametrize("layout", layouts.LAYOUTS)
-def test_an_empty_folder_is_named_by_every_layout(tmp_path, layout):
-    (tmp_path / "source").mkdir()
-    with pytest.raises(InputError, match="source: no "):
-        prepare(layout, str(tmp_path / "source"), str(tmp_path / "out"), **OPTIONS)
-
-
-def test_an_output_of_other_settings_is_refused(tmp_path):
-    root = tiny.make_bids(tmp_path / "source", subjects=1, labels=False)
-    prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
-    with pytest.raises(InputError, match=r"prepared with spacing \[1.0, 1.0, 1.0\] instead of \[2.0, 2.0, 2.0\]"):
-        prepare("bids", str(root), str(tmp_path / "out"), **{**OPTIONS, "spacing": 2})
-
-
-def test_a_wrong_start_leaves_the_folder_free(tmp_path):
-    root = tiny.make_bids(tmp_path / "source", subjects=1, labels=False)
-    for wrong in ({"layout": "ixi"}, {"layout": "bids", "spacing": 2, "diagnoses": ["XX"]}):
-        with pytest.raises(InputError):
-            prepare(**{"source": str(root), "output": str(tmp_path / "out"), **OPTIONS, **wrong})
-    assert prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS) == 0
-
-
-def test_a_scan_of_another_name_is_named(tmp_path, capsys):
-    root = tiny.make_bids(tmp_path / "source", subjects=2, labels=False)
-    scan = sorted(root.rglob("anat/*.nii*"))[0]
-    scan.rename(scan.with_name("head (final).nii.gz"))
-    prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS, skip_bad=True)
-    (row,) = [row for row in load_datalist(tmp_path / "out").excluded if "no T1w" in row["reason"]]
-    assert row["reason"] == "has no T1w image, but head (final).nii.gz"
-    assert f"; name it {row['subject_id']}_T1w.nii.gz if it is one" in capsys.readouterr().out
-
-
-# --- options ---------------------------------------------------------------------------------------------------------
-
-
 def test_patients_of_another_datalist_are_left_out_in_any_form(prepared, tmp_path):
     _, harp, _ = prepared("harp")
     root = tiny.make_bids(tmp_path / "source", subjects=4, labels=False)
@@ -567,134 +350,6 @@ def test_missing_orientation_can_be_given(tmp_path):
     centre = nib.affines.apply_affine(affine, (np.array(shape) - 1) / 2)
     found = tiny.find_landmark(load_datalist(tmp_path / "lps").items[0]["image"])
     assert np.linalg.norm(found + centre - tiny.LANDMARK) < 0.5
-
-
-# --- scale -----------------------------------------------------------------------------------------------------------
-
-
-def test_shards_workers_and_order_make_no_difference(tmp_path):
-    root = tiny.make_bids(tmp_path / "source", subjects=5)
-    options = {**OPTIONS, "name": "tiny"}
-    prepare("bids", str(root), str(tmp_path / "one"), **options)
-    prepare("bids", str(root), str(tmp_path / "two"), **{**options, "workers": 2})
-    for shard in ("3/3", "1/3"):
-        assert prepare("bids", str(root), str(tmp_path / "three"), **options, shard=shard) == 0
-        assert not (tmp_path / "three/datalist.json").exists()
-    prepare("bids", str(root), str(tmp_path / "three"), **options, shard="2/3")
-    assert tree(tmp_path / "one") == tree(tmp_path / "two") == tree(tmp_path / "three")
-
-
-def test_a_second_start_does_no_work_and_a_changed_source_is_done_again(tmp_path, monkeypatch):
-    root = tiny.make_bids(tmp_path / "source", subjects=3, labels=False)
-    prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
-    before = tree(tmp_path / "out")
-    done, real = [], worker.process
-    monkeypatch.setattr(worker, "process", lambda task: (done.append(task.scan.key), real(task))[1])
-    prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
-    assert done == [] and tree(tmp_path / "out") == before
-    tiny.save_head(next(root.glob("sub-ADNI002S0296/**/*_T1w.nii.gz")), seed=77)
-    (tmp_path / "out/images/sub-ADNI002S0297_ses-M000.nii").unlink()
-    prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
-    assert done == ["sub-ADNI002S0296_ses-M000", "sub-ADNI002S0297_ses-M000"]
-
-
-@pytest.mark.parametrize("layout", ["bids", "folder"])
-def test_an_output_among_the_scans_is_refused(tmp_path, layout):
-    root = tiny.make_bids(tmp_path / "source", subjects=1, labels=False)
-    with pytest.raises(InputError, match="lies in --source"):
-        prepare(layout, str(root), str(root if layout == "bids" else root / "prepared"), **OPTIONS)
-    assert prepare("bids", str(root), str(root / "derivatives/volta3d"), **OPTIONS) == 0
-
-
-def test_two_runs_in_one_folder_are_refused(tmp_path):
-    import fcntl
-
-    root = tiny.make_bids(tmp_path / "source", subjects=1, labels=False)
-    (tmp_path / "out/.prepare").mkdir(parents=True)
-    with (tmp_path / "out/.prepare/lock-1-of-1").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another volta3d prepare is at work"):
-            prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
-
-
-def command(source, output, workers=2):
-    return [
-        sys.executable, "-m", "volta_components.cli", "prepare", "--layout", "bids", "--source", str(source),
-        "--output", str(output), "--shape", "28,30,32", "--workers", str(workers),
-    ]  # fmt: skip
-
-
-def start(source, output, separate):
-    """Start a run: the real command with two workers, or (Python takes long to start) a fork of this process."""
-    if separate:
-        words = command(source, output)
-        return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid
-    if pid := os.fork():
-        return pid
-    with Path(os.devnull).open("w") as silence:
-        os.dup2(silence.fileno(), 1)
-        os.dup2(silence.fileno(), 2)
-        prepare("bids", str(source), str(output), shape=(28, 30, 32), workers=1)
-    os._exit(0)
-
-
-@pytest.mark.slow
-def test_killed_twenty_times_it_ends_with_the_same_bytes(tmp_path):
-    source = tiny.make_bids(tmp_path / "source", subjects=45)
-    assert prepare("bids", str(source), str(tmp_path / "unbroken"), **OPTIONS) == 0
-    expected = tree(tmp_path / "unbroken")
-    chance, output, whole = random.Random(5), tmp_path / "killed", 0
-    sizes = {name: len(content) for name, content in expected.items() if name.endswith(".nii")}
-    records = output / ".prepare/records"
-
-    def count():
-        return len(list(records.glob("*.json"))) if records.exists() else 0
-
-    for kill in range(20):
-        # Some are killed while they start; most a moment after they have finished one or two more volumes.
-        early = kill % 6 == 5
-        goal, deadline = count() + chance.randint(1, 2), time.monotonic() + (chance.uniform(0, 0.05) if early else 60)
-        pid = start(source, output, separate=kill % 7 == 3)
-        while count() < goal and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.02))
-        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "it ended before it could be killed"
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        for name, size in sizes.items():
-            if (output / name).exists():
-                whole += 1
-                assert (output / name).stat().st_size == size
-        assert not (output / "datalist.json").exists()
-    assert whole > 50
-    assert subprocess.run(command(source, output), capture_output=True, check=False).returncode == 0
-    assert tree(output) == expected
-
-
-def test_workers_do_not_outlive_a_killed_run(tmp_path):
-    import psutil
-
-    source = tiny.make_bids(tmp_path / "source", subjects=12, labels=False)
-    process = subprocess.Popen(command(source, tmp_path / "out"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    records = tmp_path / "out/.prepare/records"
-    while process.poll() is None and not (records.exists() and list(records.glob("*.json"))):
-        time.sleep(0.01)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    _, alive = psutil.wait_procs(children, timeout=10)
-    assert children and not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
-
-
-def test_settings_and_records_hold_no_absolute_path(prepared):
-    _, output, source = prepared("bids")
-    for path in (output / ".prepare").rglob("*.json"):
-        assert str(source.parent) not in path.read_text()
-    assert str(source.parent) not in (output / "datalist.json").read_text()
-    assert json.loads((output / ".prepare/settings.json").read_text())["shape"] == [28, 30, 32]
-
-
-# --- the guides ------------------------------------------------------------------------------------------------------
 
 
 def test_the_guides_way_from_raw_data_to_a_pretraining_set(prepared, tmp_path, capsys):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fenced blocks of the documentation's pages, and what the comments before them say.
 
-A comment on the line before a block says why ``test_docs.py`` does not run it (``needs: data``, ``GPU``, ``network``,
-``cluster``, ``display``) or what runs it (``runs: make demo``, ``runs: tests/...``); ``file: PATH`` says where a reader
-is to save it. A test that runs blocks takes them from the page, by ``blocks_run_by``.
+A comment on the line before a block says why ``test_docs_blocks.py`` does not run it (``needs: data``, ``GPU``,
+``network``, ``cluster``, ``display``) or what runs it (``runs: make demo``, ``runs: tests/...``); ``file: PATH`` says
+where a reader is to save it. A test that runs blocks takes them from the page, by ``blocks_run_by``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from csv_rows import read_rows
 from method_helpers import assert_equal_states
 from mlflow import MlflowClient
 from prepared import PRETRAIN, ROOT, TINY_SIZES, make_prepared
+from pretrain_workplace import EPOCHS, LENGTH, Workplace, environment, fresh_process
 from safetensors.torch import load_file
 
 from volta_components.data.datalist import load_datalist
@@ -34,85 +34,6 @@ from volta_components.method.weights import load_encoder
 from volta_components.training.record import shown_settings
 
 pytestmark = pytest.mark.slow
-
-# Fold 0 (four of twelve volumes) is held out: eight mini-batches an epoch, windows of 3, 3 and 2.
-EPOCHS, LENGTH = 3, 8
-
-
-class Workplace:
-    """A folder with a prepared data set, an overlay that makes the bundle small, and the runs' output."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.logs = itertools.count()
-        self.data = make_prepared(folder / "data")
-        overlay = {
-            "_desc_": "For tests.",
-            "dataset_dir": str(self.data),
-            "ckpt_dir": str(folder / "models"),
-            "encoder_path": "$@ckpt_dir + '/' + @run_name + '.safetensors'",
-            "output_dir": f"$'{folder}/runs/' + @run_name",
-            "num_workers": 0,
-            "epochs": EPOCHS,
-            "accumulation_steps": 3,
-            "warmup_epochs": 1,
-            "teacher_temperature_epochs": 1,
-            "checkpoint_interval": 3,
-            "picture_interval": 2,
-            "log_interval": 4,
-            "validation_fold": 0,
-            **TINY_SIZES,
-        }
-        write_json(folder / "overlay.json", overlay)
-
-    def arguments(self, *options: str, configs: tuple[str, ...] = ("train",)) -> list[str]:
-        """Of ``python -m monai.bundle``, with the CPU as device."""
-        files = [*(str(PRETRAIN / f"{name}.json") for name in configs), str(self.folder / "overlay.json")]
-        device = [] if "multi_gpu_train" in configs else ["--device", "$torch.device('cpu')"]
-        return ["run", "--config_file", str(files), *device, *options]
-
-    def start(self, *options: str, configs: tuple[str, ...] = ("train",), **environment: str) -> BundleProcess:
-        """A run in a child of the server process."""
-        log = self.folder / f"log{next(self.logs)}.txt"
-        return BundleProcess(self.arguments(*options, configs=configs), ROOT, log, environment)
-
-    def run(self, *options: str, configs: tuple[str, ...] = ("train",)) -> BundleProcess:
-        """A run that must end well."""
-        process = self.start(*options, configs=configs)
-        assert process.wait() == 0, process.output[-5000:]
-        return process
-
-    def checkpoint(self, name: str) -> dict[str, Any] | None:
-        """Of a run; None while there is none."""
-        path = self.folder / "runs" / name / "checkpoint.pt"
-        return torch.load(path, weights_only=True) if path.exists() else None
-
-    def iteration(self, name: str) -> int:
-        """Mini-batches in a run's checkpoint."""
-        state = self.checkpoint(name)
-        return state["engine"]["iteration"] if state else 0
-
-    def encoder(self, name: str) -> Path:
-        return self.folder / "models" / f"{name}.safetensors"
-
-
-def environment() -> dict[str, str]:
-    """Of a fresh process: one thread, and nothing of MLflow's that the tests' own process may have."""
-    keep = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
-    return {**keep, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-
-
-def fresh_process(module: str, *arguments: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """``python -m MODULE ARGUMENTS`` as a user starts it."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -223,8 +144,6 @@ def test_ctrl_c_and_sigterm_lose_nothing(
     assert_equal_runs(workplace, unbroken, name)
 
 
-# Two processes ------------------------------------------------------------------------------------------------------
-
 SHARED = ("train", "multi_gpu_train")
 
 
@@ -261,8 +180,6 @@ def test_two_processes_train_resume_and_export(workplace: Workplace) -> None:
     assert state["settings"]["processes"] == 2
     assert isinstance(load_encoder(workplace.encoder("torchrun")), VoltaViT)
 
-
-# What is recorded ---------------------------------------------------------------------------------------------------
 
 CURVES = {
     *("loss", "loss_global", "loss_patch", "loss_reconstruction"),
@@ -336,9 +253,6 @@ def test_the_export_tells_where_it_comes_from(workplace: Workplace, unbroken: st
     assert 0 < check["reconstruction"] < 1
 
 
-# What it is good for ------------------------------------------------------------------------------------------------
-
-
 def use(workplace: Workplace, config: str, unbroken: str, *options: str) -> BundleProcess:
     log = workplace.folder / f"log{next(workplace.logs)}.txt"
     places = ["--dataset_dir", str(workplace.data), "--encoder_path", str(workplace.encoder(unbroken))]
@@ -408,9 +322,6 @@ def test_inference_writes_embeddings_and_attention(workplace: Workplace, unbroke
         # Corners of the map lie beyond the outermost tokens' centres and hold their weights; the mean is 1.
         corners = result.get_fdata()[np.ix_([0, -1], [0, -1], [0, -1])]
         np.testing.assert_allclose(corners, weights * 8, rtol=1e-4)
-
-
-# Bad input ----------------------------------------------------------------------------------------------------------
 
 
 def save_volume(path: Path, voxels: np.ndarray, spacing: float = 1.0) -> None:

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``volta3d prepare`` in shards and workers, killed, and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_datasets as tiny
+from prepare_helpers import OPTIONS, tree
+
+from volta_components.data import worker
+from volta_components.data.prepare import prepare
+from volta_components.errors import InputError
+
+
+def test_shards_workers_and_order_make_no_difference(tmp_path):
+    root = tiny.make_bids(tmp_path / "source", subjects=5)
+    options = {**OPTIONS, "name": "tiny"}
+    prepare("bids", str(root), str(tmp_path / "one"), **options)
+    prepare("bids", str(root), str(tmp_path / "two"), **{**options, "workers": 2})
+    for shard in ("3/3", "1/3"):
+        assert prepare("bids", str(root), str(tmp_path / "three"), **options, shard=shard) == 0
+        assert not (tmp_path / "three/datalist.json").exists()
+    prepare("bids", str(root), str(tmp_path / "three"), **options, shard="2/3")
+    assert tree(tmp_path / "one") == tree(tmp_path / "two") == tree(tmp_path / "three")
+
+
+def test_a_second_start_does_no_work_and_a_changed_source_is_done_again(tmp_path, monkeypatch):
+    root = tiny.make_bids(tmp_path / "source", subjects=3, labels=False)
+    prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
+    before = tree(tmp_path / "out")
+    done, real = [], worker.process
+    monkeypatch.setattr(worker, "process", lambda task: (done.append(task.scan.key), real(task))[1])
+    prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
+    assert done == [] and tree(tmp_path / "out") == before
+    tiny.save_head(next(root.glob("sub-ADNI002S0296/**/*_T1w.nii.gz")), seed=77)
+    (tmp_path / "out/images/sub-ADNI002S0297_ses-M000.nii").unlink()
+    prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
+    assert done == ["sub-ADNI002S0296_ses-M000", "sub-ADNI002S0297_ses-M000"]
+
+
+@pytest.mark.parametrize("layout", ["bids", "folder"])
+def test_an_output_among_the_scans_is_refused(tmp_path, layout):
+    root = tiny.make_bids(tmp_path / "source", subjects=1, labels=False)
+    with pytest.raises(InputError, match="lies in --source"):
+        prepare(layout, str(root), str(root if layout == "bids" else root / "prepared"), **OPTIONS)
+    assert prepare("bids", str(root), str(root / "derivatives/volta3d"), **OPTIONS) == 0
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    import fcntl
+
+    root = tiny.make_bids(tmp_path / "source", subjects=1, labels=False)
+    (tmp_path / "out/.prepare").mkdir(parents=True)
+    with (tmp_path / "out/.prepare/lock-1-of-1").open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another volta3d prepare is at work"):
+            prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
+
+
+def command(source, output, workers=2):
+    return [
+        sys.executable, "-m", "volta_components.cli", "prepare", "--layout", "bids", "--source", str(source),
+        "--output", str(output), "--shape", "28,30,32", "--workers", str(workers),
+    ]  # fmt: skip
+
+
+def start(source, output, separate):
+    """Start a run: the real command with two workers, or (Python takes long to start) a fork of this process."""
+    if separate:
+        words = command(source, output)
+        return subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid
+    if pid := os.fork():
+        return pid
+    with Path(os.devnull).open("w") as silence:
+        os.dup2(silence.fileno(), 1)
+        os.dup2(silence.fileno(), 2)
+        prepare("bids", str(source), str(output), shape=(28, 30, 32), workers=1)
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_with_the_same_bytes(tmp_path):
+    source = tiny.make_bids(tmp_path / "source", subjects=45)
+    assert prepare("bids", str(source), str(tmp_path / "unbroken"), **OPTIONS) == 0
+    expected = tree(tmp_path / "unbroken")
+    chance, output, whole = random.Random(5), tmp_path / "killed", 0
+    sizes = {name: len(content) for name, content in expected.items() if name.endswith(".nii")}
+    records = output / ".prepare/records"
+
+    def count():
+        return len(list(records.glob("*.json"))) if records.exists() else 0
+
+    for kill in range(20):
+        # Some are killed while they start; most a moment after they have finished one or two more volumes.
+        early = kill % 6 == 5
+        goal, deadline = count() + chance.randint(1, 2), time.monotonic() + (chance.uniform(0, 0.05) if early else 60)
+        pid = start(source, output, separate=kill % 7 == 3)
+        while count() < goal and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.02))
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0), "it ended before it could be killed"
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        for name, size in sizes.items():
+            if (output / name).exists():
+                whole += 1
+                assert (output / name).stat().st_size == size
+        assert not (output / "datalist.json").exists()
+    assert whole > 50
+    assert subprocess.run(command(source, output), capture_output=True, check=False).returncode == 0
+    assert tree(output) == expected
+
+
+def test_workers_do_not_outlive_a_killed_run(tmp_path):
+    import psutil
+
+    source = tiny.make_bids(tmp_path / "source", subjects=12, labels=False)
+    process = subprocess.Popen(command(source, tmp_path / "out"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    records = tmp_path / "out/.prepare/records"
+    while process.poll() is None and not (records.exists() and list(records.glob("*.json"))):
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert children and not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_settings_and_records_hold_no_absolute_path(prepared):
+    _, output, source = prepared("bids")
+    for path in (output / ".prepare").rglob("*.json"):
+        assert str(source.parent) not in path.read_text()
+    assert str(source.parent) not in (output / "datalist.json").read_text()
+    assert json.loads((output / ".prepare/settings.json").read_text())["shape"] == [28, 30, 32]
