@@ -37,12 +37,7 @@ class Outcome:
 
 
 def execute(run: Run, gpus: str | None = None) -> Outcome:
-    """Start one run's process, wait for it, and ask MLflow whether it finished.
-
-    Args:
-        run: the run.
-        gpus: value of ``CUDA_VISIBLE_DEVICES``; unchanged when None.
-    """
+    """Start one run's process on ``gpus`` (``CUDA_VISIBLE_DEVICES``), wait for it, and ask MLflow how it ended."""
     run.folder.mkdir(parents=True, exist_ok=True)
     with run_lock(run.folder / "lock") as lock:
         if lock is None:

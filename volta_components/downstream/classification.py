@@ -86,10 +86,7 @@ def labelled_items(datalist: Datalist, key: str, classes: Sequence[str], session
 
 
 def _in_order_of_time(items: Sequence[Item]) -> list[Item]:
-    """Items by patient, and the scans of each from the first to the last.
-
-    ``volta3d prepare`` writes the order (``visit``) where it knows it; otherwise the names of the sessions decide.
-    """
+    """Items by patient, each one's scans in the order that ``volta3d prepare`` knew, else by their sessions' names."""
     patients: dict[str, list[Item]] = {}
     for item in items:
         patients.setdefault(str(item["patient_id"]), []).append(item)
@@ -116,10 +113,8 @@ def _reasons(rows: Iterable[tuple[str, str]], names: int = 5) -> str:
 def score_only(items: Sequence[Item], fold: int | str | None) -> Parts:
     """Items of one fold as the scored part, and nobody to train on.
 
-    Args:
-        items: those that can be scored.
-        fold: which fold; ``all`` or None for everybody. On a command line only ``all`` can say so, since
-            ``monai.bundle`` drops ``--fold None`` and takes the config's own fold.
+    ``all`` or None is everybody. On a command line only ``all`` can say so, since ``monai.bundle`` drops ``--fold
+    None`` and takes the config's own fold.
 
     Raises:
         InputError: if there are items, but none in the fold.
@@ -193,11 +188,7 @@ class ClassificationResults(FoldResults):
         return self.finished(metrics, "predictions.csv", {"subjects": self.subjects})
 
     def evaluate(self, record: Mapping[str, Any], allow_leak: bool = False) -> dict[str, float]:
-        """Score a trained model at its own threshold; write ``predictions.csv`` and ``metrics.json``.
-
-        Args:
-            record: the JSON beside the model.
-            allow_leak: score patients even if the model was, or may have been, trained or pretrained on them.
+        """Score a trained model at the threshold in its record; write ``predictions.csv`` and ``metrics.json``.
 
         Raises:
             InputError: see ``check_model``; or if there is no threshold to score at.

@@ -31,11 +31,7 @@ def is_pretrained(init: str) -> bool:
 
 
 def find_overlay(configs: Path, name: str) -> Path:
-    """The file of an overlay, absolute.
-
-    Args:
-        configs: the bundle's folder of configurations.
-        name: a name in it, with or without ``.json``, or a path.
+    """The file of an overlay, absolute: a name in the folder ``configs``, with or without ``.json``, or a path.
 
     Raises:
         InputError: if there is none, naming those that there are.

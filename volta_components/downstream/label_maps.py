@@ -21,14 +21,7 @@ from volta_components.errors import InputError
 def labelled_parts(
     datalist: Datalist, fold: int, fraction: float = 1.0, validation_fraction: float = 0.2, seed: int = 0
 ) -> Parts:
-    """Split the datalist by patient; see ``split_items``.
-
-    Args:
-        datalist: the prepared data set; an empty one has empty parts.
-        fold: the scored fold (the paper's hold-out).
-        fraction: share of the training part that is used.
-        validation_fraction: share of the used ones that is held out for inner validation.
-        seed: of the order.
+    """Split the datalist by patient; see ``split_items``. An empty datalist has empty parts.
 
     Raises:
         InputError: if items have no label map, naming them, or the fold cannot be scored.
@@ -50,10 +43,6 @@ def check_label_maps(items: Iterable[Mapping[str, Any]], workers: int | None = N
 
     Sides are told from the centroids in world coordinates: the left hippocampus has the smaller x (NIfTI's x points to
     the right), whatever the orientation of the file.
-
-    Args:
-        items: with ``image`` and ``label``, paths.
-        workers: threads; the number of cores by default.
 
     Raises:
         InputError: listing every item with its file and what is wrong.

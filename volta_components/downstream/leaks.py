@@ -103,10 +103,6 @@ def check_origin(
 def check_encoder(init: str, encoder_path: str | os.PathLike[str]) -> None:
     """Make sure that the weights of an init are there, before long work starts.
 
-    Args:
-        init: see ``is_pretrained``.
-        encoder_path: the exported encoder, or a folder that holds one (``find_encoder``).
-
     Raises:
         InputError: if they are not.
     """

@@ -67,11 +67,7 @@ def score_mask(mask: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) ->
 
 
 def summarise_scores(rows: Sequence[Mapping[str, float]], penalty: float) -> dict[str, float]:
-    """Means over scans.
-
-    Args:
-        rows: see ``score_mask``.
-        penalty: HD95 in mm that a side with an empty mask counts as in ``hd95_with_penalty``.
+    """Means over scans of what ``score_mask`` gives; ``penalty`` is the HD95 (mm) of a side with an empty mask.
 
     Returns:
         ``mean_dice``, ``dice_left``, ``dice_right``; ``hd95``, ``hd95_left``, ``hd95_right`` over scans that have one
@@ -92,14 +88,9 @@ def summarise_scores(rows: Sequence[Mapping[str, float]], penalty: float) -> dic
 
 
 def score_intervals(rows: Sequence[Mapping[str, float]], patients: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """95 % bootstrap intervals over patients of the mean Dice and HD95.
+    """95 % bootstrap intervals of ``mean_dice`` and ``hd95``, where two patients or more have a value.
 
-    Args:
-        rows: see ``score_mask``.
-        patients: of each row; scans of one patient are averaged first.
-
-    Returns:
-        Lower and upper bound of ``mean_dice`` and ``hd95``, where two patients or more have a value.
+    Scans of one patient are averaged first.
     """
     result = {}
     for name, key in (("mean_dice", "dice"), ("hd95", "hd95")):
@@ -126,11 +117,6 @@ def _pair(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]
 def sensitivity_specificity(labels: ArrayLike, scores: ArrayLike, threshold: float) -> tuple[float, float]:
     """Shares of label 1 and of label 0 that are called right, when ``score >= threshold`` is called 1.
 
-    Args:
-        labels: ``[n]``, 0 or 1; both must be there.
-        scores: ``[n]``, higher for label 1.
-        threshold: any number.
-
     Raises:
         InputError: if a class is missing or a score is not finite.
     """
@@ -145,10 +131,6 @@ def youden_threshold(labels: ArrayLike, scores: ArrayLike) -> float:
     Between the lowest score that is then called 1 and the highest one that is called 0 every threshold is as good; the
     middle is taken, as neither side should be favoured in scores to come. Of several equally good cuts, the one with
     the higher threshold is taken.
-
-    Args:
-        labels: ``[n]``, 0 or 1; both must be there.
-        scores: ``[n]``, higher for label 1.
 
     Raises:
         InputError: if a class is missing or a score is not finite.
@@ -256,17 +238,9 @@ def auroc_interval(
     samples: int = BOOTSTRAP,
     seed: int = 0,
 ) -> tuple[float, float, float]:
-    """AUROC with its 95 % bootstrap interval over patients; samples of one class only are left out.
+    """AUROC with its 95 % bootstrap interval over patients (by default, each row is one): value, lower, upper bound.
 
-    Args:
-        labels: ``[n]``, 0 or 1; both must be there.
-        scores: ``[n]``, higher for label 1.
-        patients: of each row; by default, each row is a patient.
-        samples: bootstrap samples.
-        seed: of the draws.
-
-    Returns:
-        AUROC, lower and upper bound.
+    Bootstrap samples of one class only are left out.
 
     Raises:
         InputError: if a class is missing or a score is not finite.

@@ -21,12 +21,7 @@ POOLS = ("summary", "mean")
 
 
 def _logits(head: nn.Module, features: Tensor) -> Tensor:
-    """The head's output in float32, in mixed precision as well: rounded to bfloat16, many subjects would share a score.
-
-    Args:
-        head: the last layer.
-        features: ``[B, features]``.
-    """
+    """The head's output in float32, in mixed precision as well: in bfloat16, many subjects would share a score."""
     with torch.autocast(features.device.type, enabled=False):
         return head(features.float())
 

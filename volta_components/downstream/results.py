@@ -51,12 +51,7 @@ class ItemRows:
         self._rows: dict[int, Any] = {}
 
     def batch_rows(self, output: Mapping[str, Any], items: Sequence[Item]) -> Iterable[Any]:
-        """The rows of a mini-batch.
-
-        Args:
-            output: the evaluator's: ``pred`` and ``label``.
-            items: those of the mini-batch.
-        """
+        """The rows of a mini-batch, of the evaluator's ``pred`` and ``label``."""
         raise NotImplementedError
 
     def attach(self, engine: Engine) -> None:
@@ -137,13 +132,7 @@ class FoldResults:
             logger.info("model written to %s", self.model_path)
 
     def finished(self, metrics: Mapping[str, float], scores: str, record: Mapping[str, Any]) -> Results:
-        """What ``FinishRun`` hands to MLflow.
-
-        Args:
-            metrics: final numbers.
-            scores: file or folder of the scores within the run's folder.
-            record: more of the run's record.
-        """
+        """What ``FinishRun`` hands to MLflow; ``scores`` is a file or folder within the run's folder."""
         reports = [("pretrained.txt", "")] if (self.folder / "pretrained.txt").is_file() else []
         return Results(metrics, [(scores, "predictions"), *reports], record)
 
@@ -154,14 +143,7 @@ class FoldResults:
             write_csv(path, [*FACTS, *columns], ([*who, *row] for who, row in zip(facts, rows, strict=True)))
 
     def write_metrics(self, metrics: Mapping[str, float], leak: str, summary: str, **more: Any) -> None:
-        """Write ``metrics.json`` of a trained model and print them.
-
-        Args:
-            metrics: its numbers.
-            leak: see ``check_model``.
-            summary: for the terminal.
-            more: of ``metrics.json``.
-        """
+        """Write ``metrics.json`` of a trained model, with what ``check_model`` said and more, and print the summary."""
         if process_rank() == 0:
             content = {"metrics": metrics, **more, "leak": leak, "scored": len(self.parts.scored)}
             write_json(self.folder / "metrics.json", content)

@@ -22,11 +22,7 @@ def like_validation(
 ) -> SupervisedEvaluator:
     """Make the evaluator of the scored fold: network, transforms, inferer and loading are those of the validation.
 
-    Args:
-        validation: evaluator of the inner validation part; its loader is a ``KeyedDataLoader``.
-        items: those that are scored. Each process has a share of them.
-        key_val_metric: the metric, by name.
-        cache: whether to keep the volumes in memory, for more than one scoring.
+    Each process has a share of the items. ``cache`` keeps volumes in memory, for more than one scoring.
     """
     loader: Any = validation.data_loader
     return SupervisedEvaluator(

@@ -78,14 +78,9 @@ class MaskTable(ItemRows):
             yield score_mask(mask, truth, header.spacing)
 
     def score(self, evaluator: Any, folder: Path | None = None) -> list[dict[str, float]]:
-        """Run an evaluator that this table is attached to.
+        """Run an evaluator that this table is attached to; a row for each item, in their order (see ``score_mask``).
 
-        Args:
-            evaluator: the evaluator.
-            folder: where masks are written, as ``<subject_id>_<session>.nii.gz``; None for no masks.
-
-        Returns:
-            A row for each item, in their order; see ``score_mask``.
+        Masks are written to the folder, if there is one, as ``<subject_id>_<session>.nii.gz``.
         """
         self.active, self.folder = True, folder
         try:
@@ -148,20 +143,11 @@ class SegmentationResults(FoldResults):
         return score_intervals(rows, [str(item["patient_id"]) for item in self.table.items])
 
     def save_model(self, engine: Engine, record: Mapping[str, Any]) -> None:
-        """Write the model without scoring it, as an annotation server needs.
-
-        Args:
-            engine: the trainer.
-            record: written into the model's record, in place of what the config says of the datalist.
-        """
+        """Write the model without scoring it, as an annotation server needs; ``record`` wins over the config's."""
         self.keep({**self._choose(engine), **record})
 
     def evaluate(self, record: Mapping[str, Any], allow_leak: bool = False) -> dict[str, float]:
-        """Score a trained model; write ``predictions`` and ``metrics.json``.
-
-        Args:
-            record: the JSON beside the model.
-            allow_leak: score patients even if the model was, or may have been, trained or pretrained on them.
+        """Score a trained model, given the JSON beside it; write ``predictions`` and ``metrics.json``.
 
         Raises:
             InputError: see ``check_model``.

@@ -139,13 +139,9 @@ def check_disjoint(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
 
 
 def check_shares(parts: Mapping[str, Sequence[Any]], processes: int) -> None:
-    """Make sure that every process has scans of every part, where a part has any.
+    """Make sure that every process has scans of every part, where a part has any; ``training`` must have some.
 
     MONAI's evaluators skip a process without scans, and the others would wait for it for ever.
-
-    Args:
-        parts: scans by name of the part; ``training`` must have some.
-        processes: how many train together.
 
     Raises:
         InputError: naming the parts, their scans, and the number of processes; or if there is nobody to train on.
@@ -171,13 +167,6 @@ def check_classes(
     key: str = "label",
 ) -> None:
     """Make sure that every part has every class, before anything is trained.
-
-    Args:
-        parts: items with ``key``, the index of the class.
-        classes: names of the classes, by index.
-        fraction: named in the message.
-        validation: whether the inner validation part needs every class as well.
-        key: where items have their class.
 
     Raises:
         InputError: naming the part, the class, and the subjects that are there.
@@ -218,15 +207,7 @@ def check_classes(
 
 
 def class_weights(items: Sequence[Mapping[str, Any]], num_classes: int, key: str = "label") -> Tensor:
-    """Weights that balance the classes in a cross-entropy: ``n / (num_classes * n_class)``.
-
-    Args:
-        items: the training part, with ``key``, the index of the class.
-        num_classes: number of classes.
-        key: where items have their class.
-
-    Returns:
-        ``[num_classes]``; their mean over the items is 1.
+    """Weights ``[num_classes]`` that balance the classes in a cross-entropy: ``n / (num_classes * n_class)``.
 
     Raises:
         InputError: if a class has no items.

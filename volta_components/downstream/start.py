@@ -25,15 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 def freeze_encoder(encoder: nn.Module, unfrozen_blocks: int) -> None:
-    """Let only the last blocks of a ViT train.
+    """Let only the last blocks of a ViT (``VoltaViT``, MONAI's ``ViT`` or ``ViTAutoEnc``) train.
 
     With 0, the whole encoder (and its summariser) is frozen; with ``n``, the last ``n`` blocks train, and the final
     norm and the summariser after them; with all blocks, the patch and position embeddings train as well. What did not
     train before stays as it is: DDP would wait for the gradient of a summariser that a classifier does not use.
-
-    Args:
-        encoder: ``VoltaViT``, or MONAI's ``ViT`` or ``ViTAutoEnc``.
-        unfrozen_blocks: how many of its blocks train.
 
     Raises:
         InputError: if there are not so many blocks.
@@ -70,18 +66,10 @@ def encoder_name(network: nn.Module) -> str:
 
 
 def freeze_for(network: nn.Module, init: str, unfrozen_blocks: int) -> nn.Module:
-    """Freeze what an init does not train; see ``freeze_encoder``. Models from scratch always train whole.
+    """The network, with what an init does not train frozen; see ``freeze_encoder``. From scratch it trains whole.
 
     It is done before the optimiser is made. The weights come later, by ``LoadPretrained``, so that a config can be read
     without them.
-
-    Args:
-        network: the network, changed in place.
-        init: see ``is_pretrained``.
-        unfrozen_blocks: how many blocks of the encoder train.
-
-    Returns:
-        The network.
     """
     if is_pretrained(init):
         freeze_encoder(network.get_submodule(encoder_name(network)), unfrozen_blocks)
@@ -137,12 +125,9 @@ class LoadPretrained:
 
 
 def save_model(path: str | os.PathLike[str], network: nn.Module, record: Mapping[str, Any]) -> None:
-    """Write a trained network as a plain state dict and, beside it, a JSON that says what it is.
+    """Write a trained network as a plain state dict (``.pt``) and, beside it, a JSON that says what it is.
 
-    Args:
-        path: the ``.pt`` file, which ``torch.load(..., weights_only=True)`` reads; the JSON has the suffix ``.json``.
-        network: the network, with or without a distributed wrapper.
-        record: written into the JSON, with the file's hash and the network's class and ``config``.
+    The JSON is the record, with the file's hash and the network's class and ``config``.
     """
     plain = network.module if isinstance(network, DistributedDataParallel) else network
     state = {name: value.detach().cpu().contiguous() for name, value in plain.state_dict().items()}
@@ -151,14 +136,7 @@ def save_model(path: str | os.PathLike[str], network: nn.Module, record: Mapping
 
 
 def load_model(network: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Load a trained network's weights, all of them, after verifying their hash.
-
-    Args:
-        network: a network of the same class and sizes, changed in place; with or without a distributed wrapper.
-        path: the ``.pt`` file.
-
-    Returns:
-        The JSON beside it; empty when there is none.
+    """Load a trained network's weights, all of them, after verifying their hash; the JSON beside them, empty for none.
 
     Raises:
         InputError: if the file is missing, damaged, changed, could run code, or is of another network.

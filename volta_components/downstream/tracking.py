@@ -155,16 +155,7 @@ def model_record(
     origin: Origin,
     **classes: Sequence[str] | str,
 ) -> dict[str, Any]:
-    """The record beside a trained network, without its results: what it was made from, and which patients it has seen.
-
-    Args:
-        settings: see ``run_settings``.
-        tags: see ``run_tags``.
-        datalist: the data set.
-        parts: of it.
-        origin: where the weights come from.
-        classes: what the network's outputs mean.
-    """
+    """The record beside a trained network, without its results: what it was made from, which patients it has seen."""
     return {
         "bundle": tags["bundle"],
         **classes,

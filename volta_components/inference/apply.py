@@ -30,20 +30,9 @@ def apply_bundle(
     assume_orientation: str | None,
     settings: Mapping[str, Any],
 ) -> int:
-    """Run a bundle's ``inference.json`` on scans.
+    """Run a bundle's ``inference.json`` on scans; how many are done, now or before.
 
-    Args:
-        root: folder of the bundle.
-        source: folders, scans, datalists or patterns.
-        output: folder of the results.
-        overlays: more configuration files: names in the bundle's ``configs``, or paths.
-        device: torch's name of it; None for the bundle's own choice.
-        skip_bad: leave out scans that cannot be used.
-        assume_orientation: axis codes for scans whose header has no orientation.
-        settings: ids of the config to change.
-
-    Returns:
-        How many scans were done, now or before.
+    ``settings`` are ids of the config to change; the rest are the options of ``volta3d segment``.
 
     Raises:
         InputError: if the bundle, its weights, the output or, without ``skip_bad``, a scan cannot be used.

@@ -53,8 +53,8 @@ class EmbeddingTable(ResultTable):
     """Collects the embeddings that an evaluator computes; writes them as tables, and attention maps as NIfTI.
 
     The table (CSV) has a row for each volume: ``subject_id``, ``session``, ``file`` where volumes come from files, then
-    ``summary_0`` ... and ``mean_0`` ... . Beside it, with the suffix ``.npz``, the same lies as arrays for NumPy:
-    those columns as text (``file`` as ``path``), ``summary`` and ``mean`` ``[volumes, D]`` as float32.
+    ``summary_0`` ... and ``mean_0`` ... . Beside it, with the suffix ``.npz``, the same lies as arrays for NumPy: those
+    columns as text (``file`` as ``path``), ``summary`` and ``mean`` ``[volumes, D]`` as float32.
 
     An attention map lies on the scan's own grid (see ``grids_of``); it is named after the volume's file, or after
     subject and session.
@@ -130,14 +130,7 @@ class EmbeddingTable(ResultTable):
 def embedding_picture(
     table: EmbeddingTable, items: Sequence[Mapping[str, Any]], keys: Sequence[str], path: str | os.PathLike[str]
 ) -> None:
-    """Scatter plot of the summaries' first two principal components, once for each key, coloured by its values.
-
-    Args:
-        table: embeddings, rows as ``items``.
-        items: the datalist's items.
-        keys: ``sex``, ``diagnosis``, ``site``, ...
-        path: the PNG file.
-    """
+    """Scatter plot of the summaries' first two principal components, once for each key, coloured by its values."""
     from matplotlib.figure import Figure
     from sklearn.decomposition import PCA
 

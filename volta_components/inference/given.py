@@ -51,13 +51,7 @@ def expand_source(source: Sequence[Path | str], target: Path) -> list[Path]:
 def choose_scans(
     parts: Sequence[Path], target: Path, skip_bad: bool, assume_orientation: str | None = None
 ) -> list[Path]:
-    """Datalists as they are, and every scan that can be used.
-
-    Args:
-        parts: see ``expand_source``.
-        target: the output's folder; DICOM series are converted into it.
-        skip_bad: leave out scans that cannot be used.
-        assume_orientation: axis codes for scans whose header has no orientation.
+    """Datalists as they are, and every scan that can be used; DICOM series are converted into ``target``.
 
     Raises:
         InputError: listing all scans that cannot be used; if no scan is left; if a datalist's volume is bad.

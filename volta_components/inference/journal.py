@@ -47,12 +47,7 @@ class Journal:
         return bool(self._items)
 
     def begin(self, dataset: Dataset, weights: str | os.PathLike[str]) -> None:
-        """Leave those items in a dataset whose row is missing or does not hold; do it before an evaluator is built.
-
-        Args:
-            dataset: its ``data`` are items with ``image``, the path of a file.
-            weights: file of the network's weights.
-        """
+        """Leave those items in a dataset whose row is missing or does not hold; do it before an evaluator is built."""
         items: Sequence[Item] = dataset.data
         facts = {"settings": self.settings, "weights": sha256_file(weights), "code_version": code_version()}
         self.run = sha256_json(facts)
@@ -67,13 +62,7 @@ class Journal:
             print(f"{done} of {len(items)} volumes are done already, by {self.path}")
 
     def add(self, file: str | os.PathLike[str], row: Any, outputs: Iterable[str | os.PathLike[str]] = ()) -> None:
-        """Keep a volume's row.
-
-        Args:
-            file: the volume's.
-            row: anything that JSON holds.
-            outputs: files that were made of the volume; the row holds while they are there.
-        """
+        """Keep a volume's row (anything that JSON holds); it holds while the ``outputs`` of the volume are there."""
         key = _key(file)
         made = [str(Path(output).absolute()) for output in outputs]
         self._lines[key] = {**self._mark(self._items[key]), "file": key, "outputs": made, "row": row}

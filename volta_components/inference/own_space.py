@@ -14,12 +14,7 @@ from scipy import ndimage
 
 
 def grids_of(image: Any) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    """The grid of a loaded volume ``[1, D, H, W]``, and the one of its scan's file.
-
-    Returns:
-        Affine ``[4, 4]`` of the volume; affine and shape of the scan, which ``LoadScand`` notes in ``meta``. Without a
-        note these are the volume's own.
-    """
+    """A loaded volume's affine; affine and shape of its scan, which ``LoadScand`` notes in ``meta``, or its own."""
     if not isinstance(image, MetaTensor):
         return np.eye(4), np.eye(4), tuple(image.shape[1:])
     affine = np.asarray(torch.as_tensor(image.affine).cpu(), float)
@@ -30,13 +25,7 @@ def grids_of(image: Any) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
 
 
 def voxels_to_voxels(source: np.ndarray, target: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Matrix ``[4, 4]`` from voxel indices of one grid to those of another; whole numbers where only rounding differs.
-
-    Args:
-        source: affine of the first grid.
-        target: affine of the second.
-        shape: of the first, voxels.
-    """
+    """Matrix ``[4, 4]`` from voxels of one affine's grid to another's; whole numbers where only rounding differs."""
     matrix = np.linalg.inv(target) @ source
     snapped = np.round(matrix)
     return snapped if np.abs(matrix - snapped).max() * max(shape) < 1e-3 else matrix
@@ -45,17 +34,7 @@ def voxels_to_voxels(source: np.ndarray, target: np.ndarray, shape: Sequence[int
 def restore_map(
     values: np.ndarray, affine: np.ndarray, target_affine: np.ndarray, target_shape: Sequence[int]
 ) -> np.ndarray:
-    """A map on the prepared grid, interpolated linearly to a scan's own grid.
-
-    Args:
-        values: ``[D, H, W]``.
-        affine: ``[4, 4]`` of the prepared grid.
-        target_affine: ``[4, 4]`` of the scan.
-        target_shape: of the scan, voxels.
-
-    Returns:
-        ``target_shape``, float32; 0 outside the prepared grid. On equal grids nothing changes.
-    """
+    """A map ``[D, H, W]`` on the prepared grid, interpolated linearly to a scan's grid; float32, 0 outside."""
     to_prepared = voxels_to_voxels(target_affine, affine, target_shape)
     return ndimage.affine_transform(
         np.asarray(values, np.float32), to_prepared, output_shape=tuple(target_shape), order=1, mode="constant"
@@ -65,19 +44,11 @@ def restore_map(
 def restore_mask(
     probabilities: np.ndarray, affine: np.ndarray, target_affine: np.ndarray, target_shape: Sequence[int]
 ) -> np.ndarray:
-    """Label map on a scan's own grid from probabilities on the prepared grid.
+    """Label map (uint8) on a scan's own grid from probabilities ``[C, D, H, W]`` on the prepared one.
 
-    Probabilities are interpolated linearly, and the class with the highest one is taken afterwards, so that edges are
-    as smooth as the scan's grid allows; an interpolated label map would be frayed. On equal grids nothing changes.
-
-    Args:
-        probabilities: ``[C, D, H, W]``, background first.
-        affine: ``[4, 4]`` of the prepared grid.
-        target_affine: ``[4, 4]`` of the scan.
-        target_shape: of the scan, voxels.
-
-    Returns:
-        ``target_shape``, uint8; background outside the prepared grid.
+    Probabilities are interpolated linearly, and the class with the highest one is taken afterwards (background, the
+    first, outside the prepared grid), so that edges are as smooth as the scan's grid allows; an interpolated label map
+    would be frayed. On equal grids nothing changes.
     """
     shape = tuple(int(side) for side in target_shape)
     result = np.zeros(shape, np.uint8)

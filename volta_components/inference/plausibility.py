@@ -19,16 +19,13 @@ _PLACES = {"from the midline": (0.05, 0.35), "from front to back": (-0.35, 0.2),
 
 
 def odd_about_masks(mask: np.ndarray, affine: np.ndarray, image: np.ndarray, image_affine: np.ndarray) -> list[str]:
-    """Marks on a mask: volume, difference of the sides, place in the head, pieces.
+    """Marks on a mask: volume, difference of the sides, place in the head, pieces; none for most masks.
 
     Args:
         mask: ``[X, Y, Z]``, 1 left, 2 right.
         affine: ``[4, 4]`` of the mask.
         image: ``[D, H, W]``, the prepared volume in [0, 1], RAS order.
         image_affine: ``[4, 4]`` of the prepared volume.
-
-    Returns:
-        One text for each; empty for most masks.
     """
     voxel_ml = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
     parts = {side: mask == value for side, value in SIDES.items()}

@@ -22,19 +22,10 @@ from volta_components.inference.embeddings import EmbeddingTable
 def out_of_fold_scores(
     features: np.ndarray, labels: np.ndarray, folds: np.ndarray, probe: str, neighbours: int = 20, seed: int = 0
 ) -> np.ndarray:
-    """Scores of every subject from a probe that was fitted on the other folds.
+    """Scores ``[n]``, higher for label 1, of every subject from a probe that was fitted on the other folds.
 
-    Args:
-        features: ``[n, D]``.
-        labels: ``[n]``, 0 or 1.
-        folds: ``[n]``, by patient.
-        probe: ``knn`` (cosine distance, votes weighted by it) or ``linear`` (standardised features, L2 logistic
-            regression whose strength is chosen by cross-validation within the training part).
-        neighbours: of ``knn``.
-        seed: for the inner cross-validation.
-
-    Returns:
-        ``[n]``, higher for label 1.
+    The probe is ``knn`` (cosine distance, votes weighted by it) or ``linear`` (standardised features, L2 logistic
+    regression whose strength is chosen by cross-validation within the training part). Features are ``[n, D]``.
 
     Raises:
         InputError: if a training part has fewer than two of a class.

@@ -83,13 +83,7 @@ def find_volumes(source: Source, output: PathLike | None = None, required: bool 
 
 
 def check_outside(folder: Path, output: PathLike | None, option: str) -> None:
-    """Refuse results in a folder that is searched for scans.
-
-    Args:
-        folder: part of the source.
-        output: where results go, if anywhere.
-        option: by which the output was given.
-    """
+    """Refuse results, given by an option, in a folder that is searched for scans."""
     if output is not None and Path(output).resolve().is_relative_to(folder.resolve()):
         raise InputError(
             f"{option} {output} lies in --source {folder}, where the next start would read results as scans; "
@@ -98,16 +92,10 @@ def check_outside(folder: Path, output: PathLike | None, option: str) -> None:
 
 
 def scans_below(tree: Tree) -> tuple[list[Path], list[Path]]:
-    """Volumes below a folder, and apart from them those that are no T1 scans by the rules of BIDS.
+    """Volumes below a folder, and apart from them those that are no T1 scans by the rules of BIDS; in order of paths.
 
     Set apart are volumes in ``derivatives``, ``sourcedata`` and ``code`` beside folders ``sub-*``, and those whose name
     begins with ``sub-`` and ends in another word than ``T1w`` (``sub-01_dseg.nii.gz``). Any other name is a scan's.
-
-    Args:
-        tree: a BIDS data set, a part of one, or a folder of anything else.
-
-    Returns:
-        Scans, and the volumes set apart, in order of their paths.
     """
     scans: list[Path] = []
     others: list[Path] = []
@@ -121,14 +109,9 @@ def scans_below(tree: Tree) -> tuple[list[Path], list[Path]]:
 def result_root(source: Source) -> str:
     """Where the folders of results begin (``SaveImaged``'s ``data_root_dir``).
 
-    Results have the names of their scans. Where these are unique the folder does not matter; where they are not, as
-    FreeSurfer's ``T1.mgz`` are, results are written to folders like those of the scans.
-
-    Args:
-        source: see ``find_volumes``.
-
-    Returns:
-        The scans' common folder where names clash, otherwise an empty text; also where there are no scans.
+    Results have the names of their scans. Where these are unique the folder does not matter, and the text is empty;
+    where they are not, as FreeSurfer's ``T1.mgz`` are, results are written to folders like those of the scans below
+    their common one.
 
     Raises:
         InputError: if two scans of one folder have the same name up to the suffix.
@@ -149,12 +132,9 @@ def result_root(source: Source) -> str:
 
 
 def check_source(source: Source, deep: bool = True, assume_orientation: str | None = None) -> None:
-    """Check every volume that a config's ``source`` names, before long work starts.
+    """Check every volume that a config's ``source`` names (see ``find_volumes``), before long work starts.
 
-    Args:
-        source: see ``find_volumes``.
-        deep: of a datalist, read voxels and compare hashes; scans without a datalist are always read.
-        assume_orientation: axis codes for scans whose header has no orientation.
+    Scans without a datalist are read; of a datalist, voxels and hashes only if ``deep``.
 
     Raises:
         InputError: listing every bad file with its reason.
@@ -172,15 +152,7 @@ def check_source(source: Source, deep: bool = True, assume_orientation: str | No
 def prepared_grid(
     source: Source, spacing: float | Sequence[float], shape: Sequence[int]
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """The grid that a network sees volumes on: a datalist's own, otherwise the one that scans are prepared to.
-
-    Args:
-        source: see ``find_volumes``.
-        spacing: of scans that are prepared on the way, mm, one number or three.
-        shape: of the same, voxels.
-
-    Returns:
-        Spacing and shape, three numbers each.
+    """Spacing and shape that a network sees: a datalist's own, otherwise those given, to which scans are prepared.
 
     Raises:
         InputError: if the parts of the source do not have one grid.
@@ -206,16 +178,7 @@ def prepared_grid(
 def unusable_scans(
     files: Sequence[Path], assume_orientation: str | None = None, workers: int | None = None
 ) -> list[Row]:
-    """Read every scan once, with a progress bar.
-
-    Args:
-        files: volumes of any format.
-        assume_orientation: axis codes for those whose header has no orientation.
-        workers: threads, a scan in memory each; the number of cores by default.
-
-    Returns:
-        File, reason and remedy of each that cannot be used.
-    """
+    """Read every scan once, with a progress bar: file, reason and remedy of each that cannot be used."""
 
     def examine(path: Path) -> Row | None:
         if readable(str(path)) != str(path):

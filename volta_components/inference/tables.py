@@ -27,12 +27,7 @@ def marks_of(image: Any) -> str:
 
 
 def print_marks(rows: Iterable[tuple[str, str]], count: int) -> None:
-    """List the scans that are marked, on the error stream.
-
-    Args:
-        rows: file and marks of each scan.
-        count: of all scans.
-    """
+    """List the scans (file and marks) that are marked, of ``count`` scans, on the error stream."""
     if marked := [row for row in rows if row[1]]:
         headline = f"{len(marked)} of {count} scans are marked; look at them before you use their results"
         print(str(InputError.many(headline, marked, "")).rstrip(), file=sys.stderr)
@@ -52,12 +47,7 @@ class ResultTable:
         self._made: list[Any] = []
 
     def result(self, item: Mapping[str, Any], output: Mapping[str, Any]) -> tuple[Any, str, Sequence[Path]]:
-        """One volume's row (anything that JSON holds), its file, and the files that were made of it.
-
-        Args:
-            item: the volume's, with ``image``.
-            output: the evaluator's, with ``pred``.
-        """
+        """One volume's row (anything that JSON holds), its file, and the files that were made of it."""
         raise NotImplementedError
 
     def write(self) -> None:

@@ -84,14 +84,8 @@ def annotation_record(
 ) -> dict[str, Any]:
     """Provenance and tags of a model that was trained on scans without a datalist.
 
-    Args:
-        record: of the config.
-        start: see ``find_start``.
-        training: items with ``image`` and ``label``, paths.
-        validation: the same, for inner validation.
-
-    Returns:
-        ``started_from``, ``pretraining``, ``provenance``, ``tags`` and ``subjects``.
+    Adds ``started_from``, ``pretraining``, ``provenance``, ``tags`` and ``subjects`` to the config's record. Items have
+    ``image`` and ``label``, paths; for ``start`` see ``find_start``.
     """
     items = [*training, *validation]
     files = [[sha256_file(item[key]) for key in SHOWN] for item in items]

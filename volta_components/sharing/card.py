@@ -35,15 +35,10 @@ def fill_card(
     record: Mapping[str, Any],
     later: Any = None,
 ) -> None:
-    """Write the card and the licence of the data.
+    """Write the packed bundle's card and the licence of the data.
 
-    Args:
-        folder: the packed bundle, with its configs and weights.
-        bundle: name of the bundle's folder in the repository.
-        overlays: names of the overlays that are merged into the configs.
-        metadata: the packed ``metadata.json``.
-        record: of the weights.
-        later: further numbers: ``metrics.json`` of an evaluation, or ``probes.json``; otherwise None.
+    ``overlays`` are merged into the configs; ``metadata`` and ``record`` are the packed ones; ``later`` has further
+    numbers, ``metrics.json`` of an evaluation or ``probes.json``.
 
     Raises:
         InputError: if the card has a block that nobody fills, or card or licence still deny what the record says.
@@ -146,14 +141,7 @@ def _packed_rows(folder: Path) -> Callable[[str], str]:
 
 
 def other_settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a training that a packed ``train.json`` has otherwise, as it has them.
-
-    Expressions are not compared: they need the data.
-
-    Args:
-        folder: the packed bundle.
-        record: of the weights.
-    """
+    """Settings of a training that a packed ``train.json`` has otherwise, as it has them; expressions need the data."""
     # Here, since it imports torch: help and mistakes should not wait for it.
     from volta_components.training.record import settings_of
 

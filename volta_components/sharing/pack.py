@@ -199,18 +199,7 @@ def assemble(
 ) -> Path:
     """Make a bundle's folder self-contained: configs that fit the weights, weights as ``models/model.pt``, filled card.
 
-    Args:
-        bundle: the bundle's folder.
-        target: the new folder; its name is the packed bundle's name.
-        overlays: see ``pack``.
-        model: see ``pack``.
-        metrics: see ``pack``.
-
-    Returns:
-        ``target``.
-
-    Raises:
-        InputError: see ``pack``.
+    The name of ``target``, a new folder, is the packed bundle's name; for the rest, and for errors, see ``pack``.
     """
     if not NAME.fullmatch(target.name):
         raise InputError(f"name {target.name!r}: letters, digits and _ only, as MONAI takes it for a folder's name")
@@ -252,11 +241,7 @@ def assemble(
 
 
 def _kept(bundle: Path) -> Iterator[Path]:
-    """The files of a bundle's folder that are passed on; hidden ones are not, and texts can be read.
-
-    Raises:
-        InputError: if a text is not UTF-8.
-    """
+    """The files of a bundle's folder that are passed on; hidden ones are not, and texts can be read."""
     for path in sorted(path for pattern in KEPT for path in bundle.glob(pattern)):
         if path.name.startswith(".") or not path.is_file():
             continue
@@ -315,11 +300,7 @@ def _find_weights(bundle: Path, baked: Mapping[str, Any], model: str | os.PathLi
 
 
 def _checked_record(weights: Path) -> dict[str, Any]:
-    """The JSON beside the weights.
-
-    Raises:
-        InputError: if there is none, or it is of other weights.
-    """
+    """The JSON beside the weights, which is there and of these weights."""
     path = weights.with_suffix(".json")
     if not path.is_file():
         raise InputError(f"{path}: missing; weights without provenance are not packed: train or export them again")
@@ -376,11 +357,7 @@ def _fit_metadata(metadata: dict[str, Any], inference: Mapping[str, Any], record
 def _check_fit(
     folder: Path, weights: Path, inference: Mapping[str, Any], record: Mapping[str, Any], overlays: Sequence[str]
 ) -> None:
-    """Build the packed config's network and load the packed weights into it, all of them.
-
-    Raises:
-        InputError: if it is another network, or one of another spacing or size than the weights were trained for.
-    """
+    """Build the packed config's network and load the packed weights into it, all of them, or raise ``InputError``."""
     from monai.bundle import ConfigParser
 
     from volta_components.downstream.start import load_model
@@ -471,10 +448,6 @@ def write_zip(folder: Path, path: Path) -> None:
 
     Nothing is compressed: the weights, which are nearly all of it, hardly shrink, and what deflate gives differs
     between versions of zlib.
-
-    Args:
-        folder: the folder.
-        path: the zip.
     """
     files = {file.relative_to(folder.parent).as_posix(): file for file in folder.rglob("*") if file.is_file()}
     with atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as zipped:
