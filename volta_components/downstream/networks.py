@@ -108,24 +108,16 @@ class SwinClassifier(nn.Module):
         wrong = [heads for stage, heads in enumerate(num_heads) if (embed_dim * 2**stage) % heads]
         if wrong:
             raise InputError(f"num_heads {wrong} do not divide the channels of their stages (embed_dim {embed_dim})")
-        self.encoder = SwinTransformer(
-            in_chans=in_channels,
-            embed_dim=embed_dim,
-            window_size=tuple(window_size),
-            patch_size=tuple(patch_size),
-            depths=tuple(depths),
-            num_heads=tuple(num_heads),
-        )
-        self.head = nn.Linear(16 * embed_dim, num_classes)
-        self.config: dict[str, Any] = {
-            "in_channels": in_channels,
-            "num_classes": num_classes,
+        sizes: dict[str, Any] = {
             "embed_dim": embed_dim,
             "window_size": list(window_size),
             "patch_size": list(patch_size),
             "depths": list(depths),
             "num_heads": list(num_heads),
         }
+        self.encoder = SwinTransformer(in_channels, **sizes)
+        self.head = nn.Linear(16 * embed_dim, num_classes)
+        self.config = {"in_channels": in_channels, "num_classes": num_classes, **sizes}
 
     def features(self, image: Tensor) -> Tensor:
         """What the head sees: the mean of the last stage's normalised map, ``[B, 16 * embed_dim]``."""
@@ -182,42 +174,20 @@ class VoltaUNETR(UNETR):
         if num_layers < 4:
             raise InputError(f"num_layers {num_layers}: UNETR needs 4 blocks or more for its skip connections")
         check_heads(hidden_size, num_heads)
-        super().__init__(
-            in_channels=in_channels,
-            out_channels=out_channels,
-            img_size=tuple(img_size),
-            feature_size=feature_size,
-            hidden_size=hidden_size,
-            mlp_dim=mlp_dim,
-            num_heads=num_heads,
-            proj_type="conv",
-            norm_name=norm_name,
-            res_block=True,
-        )
-        if num_layers != self.num_layers:
-            self.num_layers = num_layers
-            self.vit = ViT(
-                in_channels=in_channels,
-                img_size=tuple(img_size),
-                patch_size=self.patch_size,
-                hidden_size=hidden_size,
-                mlp_dim=mlp_dim,
-                num_layers=num_layers,
-                num_heads=num_heads,
-                proj_type="conv",
-            )
-        self.skips = tuple(num_layers * quarter // 4 for quarter in (1, 2, 3))
-        self.config: dict[str, Any] = {
+        vit: dict[str, Any] = {
             "in_channels": in_channels,
-            "out_channels": out_channels,
             "img_size": list(img_size),
-            "feature_size": feature_size,
             "hidden_size": hidden_size,
             "mlp_dim": mlp_dim,
-            "num_layers": num_layers,
             "num_heads": num_heads,
-            "norm_name": norm_name,
         }
+        rest: dict[str, Any] = {"out_channels": out_channels, "feature_size": feature_size, "norm_name": norm_name}
+        super().__init__(**vit, **rest, proj_type="conv", res_block=True)
+        if num_layers != self.num_layers:
+            self.num_layers = num_layers
+            self.vit = ViT(**vit, patch_size=self.patch_size, num_layers=num_layers, proj_type="conv")
+        self.skips = tuple(num_layers * quarter // 4 for quarter in (1, 2, 3))
+        self.config = {**vit, **rest, "num_layers": num_layers}
         settle_cross_attention(self)
 
     def forward(self, x_in: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,14 @@ def freeze_for(network: nn.Module, init: str, unfrozen_blocks: int) -> nn.Module
     return network
 
 
+@dataclass(eq=False)
 class LoadPretrained:
     """Loads pretrained weights when a training starts; does nothing for an init from scratch.
 
     MONAI's ``CheckpointLoader`` neither resamples a position embedding nor reports what it has loaded. Put it before
     ``ResumableCheckpoint``, which loads what has been trained since.
 
-    Args:
+    Attributes:
         network: the network, without a distributed wrapper.
         init: see ``is_pretrained``.
         encoder_path: the exported encoder.
@@ -92,17 +94,10 @@ class LoadPretrained:
         InputError: when the training starts; see ``load_pretrained``.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        init: str,
-        encoder_path: str | os.PathLike[str],
-        report_path: str | os.PathLike[str] | None = None,
-    ) -> None:
-        self.network = network
-        self.init = init
-        self.encoder_path = encoder_path
-        self.report_path = None if report_path is None else Path(report_path)
+    network: nn.Module
+    init: str
+    encoder_path: str | os.PathLike[str]
+    report_path: str | os.PathLike[str] | None = None
 
     def attach(self, engine: Engine) -> None:
         """Load at the start."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ class CollapseError(RuntimeError):
     """A branch of the self-distillation has died."""
 
 
+@dataclass(eq=False)
 class CollapseMonitor:
     """Stops a run whose teacher has collapsed, and says which branch died.
 
@@ -30,7 +32,7 @@ class CollapseMonitor:
 
     It reads ``engine.state.output`` and ``engine.state.summaries``, and adds ``effective_rank`` to the former.
 
-    Args:
+    Attributes:
         low: entropies under this share of ``ln K`` count as a collapse to a point.
         high: entropies over this share count as a uniform collapse.
         min_predicted: smallest share of ``ln K`` that the student must predict; less counts as targets of noise.
@@ -48,29 +50,20 @@ class CollapseMonitor:
         "larger batch, or an overlay against collapse: configs/sinkhorn.json or configs/koleo.json."
     )
 
-    def __init__(
-        self,
-        low: float = 0.02,
-        high: float = 0.995,
-        min_predicted: float = 0.001,
-        min_rank: float = 1.05,
-        patience: int = 4000,
-        grace: int = 2000,
-        smoothing: float = 0.95,
-        queue_size: int = 256,
-        rank_interval: int = 16,
-    ) -> None:
-        self.low = low
-        self.high = high
-        self.min_predicted = min_predicted
-        self.min_rank = min_rank
-        self.patience = patience
-        self.grace = grace
-        self.smoothing = smoothing
-        self.rank_interval = rank_interval
+    low: float = 0.02
+    high: float = 0.995
+    min_predicted: float = 0.001
+    min_rank: float = 1.05
+    patience: int = 4000
+    grace: int = 2000
+    smoothing: float = 0.95
+    queue_size: int = 256
+    rank_interval: int = 16
+
+    def __post_init__(self) -> None:
         self.means: dict[str, float] = {}
         self.bad: dict[str, int] = defaultdict(int)
-        self.queue: deque[torch.Tensor] = deque(maxlen=queue_size)
+        self.queue: deque[torch.Tensor] = deque(maxlen=self.queue_size)
 
     def attach(self, engine: Engine) -> None:
         """Follow every mini-batch, before the handlers that record or save it, wherever this one is listed."""

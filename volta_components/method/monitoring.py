@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ def restore(network: VoltaViT, image: torch.Tensor) -> torch.Tensor:
     return network.decode(network.encode(image), network.token_grid(image))
 
 
+@dataclass(eq=False)
 class ReconstructionPicture:
     """Every few epochs, a picture of original, masked and reconstructed slices of one volume.
 
     It is the data set's first volume. Its crops and its mask are the same every time, so that pictures can be compared.
 
-    Args:
+    Attributes:
         folder: where PNG files are written.
         dataset: items with ``image``, ``[1, D, H, W]`` in [0, 1].
         network: the student's network, with its decoder.
@@ -37,19 +39,11 @@ class ReconstructionPicture:
         interval: epochs between two pictures.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        dataset: Any,
-        network: VoltaViT,
-        views: ViewGenerator,
-        interval: int = 10,
-    ) -> None:
-        self.folder = Path(folder)
-        self.dataset = dataset
-        self.network = network
-        self.views = views
-        self.interval = interval
+    folder: str | os.PathLike[str]
+    dataset: Any
+    network: VoltaViT
+    views: ViewGenerator
+    interval: int = 10
 
     def attach(self, engine: Engine) -> None:
         """Draw after the first epoch, every ``interval`` epochs, and after the last."""
@@ -59,7 +53,7 @@ class ReconstructionPicture:
         epoch = engine.state.epoch
         if process_rank() or not (epoch == 1 or epoch == engine.state.max_epochs or epoch % self.interval == 0):
             return
-        path = self.folder / f"reconstruction_{epoch:04d}.png"
+        path = Path(self.folder) / f"reconstruction_{epoch:04d}.png"
         self.draw(engine, path)
         mlflow_handler = find_mlflow_handler(engine)
         if mlflow_handler is not None:
@@ -94,6 +88,7 @@ class ReconstructionPicture:
             figure.savefig(temporary, dpi=80)
 
 
+@dataclass(eq=False)
 class ReconstructionCheck:
     """Masked reconstruction error on held-out volumes, beside that of predicting the mean training volume.
 
@@ -102,7 +97,7 @@ class ReconstructionCheck:
     lower, ``validation_share_better``, go to ``engine.state.metrics`` every ``interval`` epochs and, at the end, to a
     JSON.
 
-    Args:
+    Attributes:
         path: the JSON file.
         validation: held-out items, with ``image`` ``[1, D, H, W]`` in [0, 1]; none of them is trained on.
         training: items whose mean volume is the naive prediction.
@@ -112,23 +107,15 @@ class ReconstructionCheck:
         limit: volumes of each that are used at most.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        validation: Any,
-        training: Any,
-        network: VoltaViT,
-        mask: GroupMask,
-        interval: int = 10,
-        limit: int = 64,
-    ) -> None:
-        self.path = Path(path)
-        self.validation = validation
-        self.training = training
-        self.network = network
-        self.mask = mask
-        self.interval = interval
-        self.limit = limit
+    path: str | os.PathLike[str]
+    validation: Any
+    training: Any
+    network: VoltaViT
+    mask: GroupMask
+    interval: int = 10
+    limit: int = 64
+
+    def __post_init__(self) -> None:
         self._mean: torch.Tensor | None = None
 
     def attach(self, engine: Engine) -> None:

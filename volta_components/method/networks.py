@@ -57,17 +57,7 @@ class VoltaViT(ViTAutoEnc):
         check_heads(hidden_size, num_heads)
         if any(math.isqrt(side) ** 2 != side for side in patch_size):
             raise InputError(f"patch_size {tuple(patch_size)}: ViTAutoEnc's decoder needs square numbers (4, 9, 16)")
-        super().__init__(
-            in_channels=in_channels,
-            img_size=tuple(img_size),
-            patch_size=tuple(patch_size),
-            hidden_size=hidden_size,
-            mlp_dim=mlp_dim,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            proj_type="conv",
-        )
-        self.config: dict[str, Any] = {
+        sizes: dict[str, Any] = {
             "in_channels": in_channels,
             "img_size": list(img_size),
             "patch_size": list(patch_size),
@@ -75,8 +65,9 @@ class VoltaViT(ViTAutoEnc):
             "mlp_dim": mlp_dim,
             "num_layers": num_layers,
             "num_heads": num_heads,
-            "summary_heads": summary_heads,
         }
+        super().__init__(**sizes, proj_type="conv")
+        self.config = {**sizes, "summary_heads": summary_heads}
         self.grid = tuple(size // patch for size, patch in zip(self.img_size, self.patch_size))
         self.summariser = ClsSummariser(hidden_size, summary_heads, mlp_dim)
         if not decoder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -71,10 +72,11 @@ def _sampling_grid(matrices: np.ndarray, source: Sequence[int], size: Sequence[i
     return terms[0] + terms[1] + terms[2]
 
 
+@dataclass(eq=False)
 class CropGeometry:
     """Random placement of a crop: its position in the volume, its size and its rotation.
 
-    Args:
+    Attributes:
         size: voxels of the crop along each axis.
         extent: voxels of the volume along each axis that the crop spans before zoom; ``size`` by default. A larger
             extent gives a coarser crop.
@@ -87,37 +89,28 @@ class CropGeometry:
         flip: chance of a left-right flip (first axis); 0 since left and right are different classes downstream.
     """
 
-    def __init__(
-        self,
-        size: Sequence[int],
-        extent: Sequence[float] | None = None,
-        zoom: tuple[float, float] = (1.0, 1.0),
-        cube_side: tuple[float, float] | None = None,
-        rotation: float = 0.0,
-        translation: float = 0.0,
-        anywhere: bool = False,
-        flip: float = 0.0,
-    ) -> None:
-        if any(side < 1 for side in size):
-            raise InputError(f"crop size {tuple(size)} has an empty side")
-        for name, span in {"zoom": zoom, "cube_side": cube_side}.items():
+    size: Sequence[int]
+    extent: Sequence[float] | None = None
+    zoom: tuple[float, float] = (1.0, 1.0)
+    cube_side: tuple[float, float] | None = None
+    rotation: float = 0.0
+    translation: float = 0.0
+    anywhere: bool = False
+    flip: float = 0.0
+
+    def __post_init__(self) -> None:
+        if any(side < 1 for side in self.size):
+            raise InputError(f"crop size {tuple(self.size)} has an empty side")
+        for name, span in {"zoom": self.zoom, "cube_side": self.cube_side}.items():
             if span is not None and not 0 < span[0] <= span[1]:
                 raise InputError(f"crop {name} {tuple(span)} is not a range of positive numbers from small to large")
-        self.size = tuple(size)
-        self.extent = tuple(float(side) for side in (size if extent is None else extent))
-        self.zoom = zoom
-        self.cube_side = cube_side
-        self.rotation = rotation
-        self.translation = translation
-        self.anywhere = anywhere
-        self.flip = flip
 
     def draw(self, volume_shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
         """One random affine ``[4, 4]`` from voxel indices of the crop to voxel indices of the volume."""
         if self.cube_side is not None:
             extent = np.full(3, math.exp(rng.uniform(*np.log(self.cube_side))))
         else:
-            extent = np.asarray(self.extent) / math.exp(rng.uniform(*np.log(self.zoom)))
+            extent = np.asarray(self.extent or self.size, float) / math.exp(rng.uniform(*np.log(self.zoom)))
         shape = np.asarray(volume_shape, dtype=float)
         centre = shape / 2
         if self.anywhere:
@@ -136,13 +129,14 @@ class CropGeometry:
         )
 
 
+@dataclass(eq=False)
 class IntensityAugment:
     """Random contrast, brightness, gamma, smooth bias field, blur and noise; mild and strong are two settings of it.
 
     Everything but the blur is one pass over the voxels: ``clip(field * x^gamma + brightness + noise)``, the field
     holding contrast and bias. MONAI's transforms would take six passes and one Python call a crop each.
 
-    Args:
+    Attributes:
         brightness: largest shift, in units of intensity.
         contrast: largest relative change of the scale.
         gamma: largest exponent; drawn log-uniformly between its reciprocal and itself; at least 1.
@@ -155,25 +149,18 @@ class IntensityAugment:
         InputError: for values out of range.
     """
 
-    def __init__(
-        self,
-        brightness: float = 0.0,
-        contrast: float = 0.0,
-        gamma: float = 1.0,
-        bias: float = 0.0,
-        noise: float = 0.0,
-        blur: float = 0.0,
-        blur_probability: float = 0.5,
-    ) -> None:
-        if min(brightness, contrast, bias, noise, blur) < 0 or gamma < 1 or contrast >= 1:
+    brightness: float = 0.0
+    contrast: float = 0.0
+    gamma: float = 1.0
+    bias: float = 0.0
+    noise: float = 0.0
+    blur: float = 0.0
+    blur_probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        strengths = (self.brightness, self.contrast, self.bias, self.noise, self.blur)
+        if min(strengths) < 0 or self.gamma < 1 or self.contrast >= 1:
             raise InputError("intensity augmentation: strengths are >= 0, contrast < 1 and gamma >= 1")
-        self.brightness = brightness
-        self.contrast = contrast
-        self.gamma = gamma
-        self.bias = bias
-        self.noise = noise
-        self.blur = blur
-        self.blur_probability = blur_probability
 
     def __call__(self, crop: Tensor, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
         """Augment one crop.
@@ -229,13 +216,14 @@ class Views(NamedTuple):
     local: Tensor
 
 
+@dataclass(eq=False)
 class ViewGenerator:
     """Makes the views of a mini-batch on its own device.
 
     The views of a volume depend on the seed and the volume's key (epoch, index) alone: not on the batch, the worker,
     the process, or earlier mini-batches.
 
-    Args:
+    Attributes:
         global_geometry: placement of the two global crops.
         local_geometry: placement of local crops.
         num_local: local crops of each volume; 0 for none.
@@ -247,23 +235,13 @@ class ViewGenerator:
 
     num_global = 2
 
-    def __init__(
-        self,
-        global_geometry: CropGeometry,
-        local_geometry: CropGeometry,
-        num_local: int,
-        teacher_intensity: IntensityAugment,
-        student_intensity: IntensityAugment,
-        mask: GroupMask,
-        seed: int = 0,
-    ) -> None:
-        self.global_geometry = global_geometry
-        self.local_geometry = local_geometry
-        self.num_local = num_local
-        self.teacher_intensity = teacher_intensity
-        self.student_intensity = student_intensity
-        self.mask = mask
-        self.seed = seed
+    global_geometry: CropGeometry
+    local_geometry: CropGeometry
+    num_local: int
+    teacher_intensity: IntensityAugment
+    student_intensity: IntensityAugment
+    mask: GroupMask
+    seed: int = 0
 
     @torch.no_grad()
     def __call__(self, volumes: Tensor, keys: Sequence[Sequence[int]] | Tensor) -> Views:
