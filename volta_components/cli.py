@@ -54,9 +54,6 @@ COMPLETION = "--install-completion"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command.
 
-    Args:
-        argv: the words after ``volta3d``; the process's own by default.
-
     Returns:
         Exit status: 0 done, 1 done but something was left out, 2 bad input, 130 interrupted (Ctrl-C).
     """
@@ -79,10 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read(words: Sequence[str]) -> Callable[[], Any]:
-    """The command with its options, ready to run; nothing has run yet.
-
-    Args:
-        words: the words after ``volta3d``.
+    """The command of the words after ``volta3d``, with its options, ready to run; nothing has run yet.
 
     Raises:
         InputError: if there is no such command or option, a value does not fit, or something is missing or too much.
@@ -202,11 +196,7 @@ NUMBER = {
 
 
 def _read_one(kind: Any, words: Sequence[str]) -> Any:
-    """One word as a value.
-
-    Raises:
-        ValueError: if it is none; says what is expected.
-    """
+    """One word as a value; a ``ValueError`` says what is expected."""
     (word,) = words
     if get_origin(kind) is Literal:
         choices = get_args(kind)

@@ -64,11 +64,7 @@ def local_device() -> torch.device:
 
 
 def join_processes(device: torch.device) -> None:
-    """Join the processes that ``torchrun`` has started; used by ``multi_gpu_train.json``.
-
-    Args:
-        device: of this process.
-    """
+    """Join the processes that ``torchrun`` has started; used by ``multi_gpu_train.json``."""
     if not dist.is_initialized():
         dist.init_process_group(backend="nccl" if torch.cuda.is_available() else "gloo")
     if device.type == "cuda":

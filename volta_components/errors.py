@@ -36,9 +36,6 @@ class InputError(ValueError):
 def check_counts(**counts: object) -> None:
     """Refuse ids of a config that count something and are no whole number of at least 1.
 
-    Args:
-        counts: values by id.
-
     Raises:
         InputError: naming all that are not.
     """
@@ -55,9 +52,6 @@ def find_input_error(error: BaseException | None) -> InputError | None:
     """The bad input behind an error, or None.
 
     ``monai.bundle`` and Ignite wrap what goes wrong in a configuration into errors of their own.
-
-    Args:
-        error: anything that was raised; the errors that it was raised from are searched in turn.
     """
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__ or error.__context__
@@ -65,11 +59,7 @@ def find_input_error(error: BaseException | None) -> InputError | None:
 
 
 def find_missing_id(error: BaseException | None) -> str | None:
-    """What ``monai.bundle`` says of an id that no config file has; None if an error is another.
-
-    Args:
-        error: anything that was raised; the errors that it was raised from are searched in turn.
-    """
+    """What ``monai.bundle`` says of an id that no config file has; None if an error is another."""
     while error is not None:
         if isinstance(error, ValueError) and (said := str(error)).endswith("is not defined in the config content."):
             return said.removesuffix(".")

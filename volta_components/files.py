@@ -130,14 +130,7 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
 def write_csv(
     path: str | os.PathLike[str], header: Sequence[str], rows: Iterable[Iterable[Any]], delimiter: str = ","
 ) -> None:
-    """Write a table as text, atomically.
-
-    Args:
-        path: the file.
-        header: names of the columns.
-        rows: values in order of the columns; None and NaN become empty cells.
-        delimiter: between cells; a tab for the tables of BIDS.
-    """
+    """Write a table as text, atomically; None and NaN become empty cells."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, delimiter=delimiter, lineterminator="\n")
         writer.writerow(header)

@@ -7,12 +7,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def template_environment(package: str, is_html: bool = False) -> Environment:
-    """Templates of a package's folder ``templates``; a name that is not given is an error.
-
-    Args:
-        package: such as ``volta_components.report``.
-        is_html: escape what is filled in.
-    """
+    """Templates of a package's folder ``templates``; a name that is not given is an error."""
     return Environment(
         loader=PackageLoader(package),
         autoescape=is_html,

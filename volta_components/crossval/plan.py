@@ -171,12 +171,7 @@ def plan(
 
 
 def _check_parts(run: Run) -> None:
-    """Let the bundle itself say what is wrong with a run's subjects, as it would when the run starts.
-
-    Raises:
-        InputError: with the run's name, if labels or classes are missing, a fraction is too small (also for as many
-            processes), or there is a leak.
-    """
+    """Let the bundle itself say what is wrong with a run's subjects, as it would when the run starts."""
     from monai.bundle import ConfigParser
 
     from volta_components.downstream.splits import Parts, check_shares
@@ -225,11 +220,7 @@ def _check_ids(merged: Mapping[str, Any], settings: Mapping[str, Any], shares: S
 
 
 def _encoder_hash(merged: Mapping[str, Any], changes: Mapping[str, Any], bundle: Path) -> str:
-    """Hash of the weights that a run starts from; empty for inits that start from scratch.
-
-    Raises:
-        InputError: if the file is not there.
-    """
+    """Hash of the weights that a run starts from, which are there; empty for inits that start from scratch."""
     if "encoder_path" not in merged or str(changes.get("init", merged.get("init", ""))).endswith(SCRATCH):
         return ""
     from monai.bundle import ConfigParser

@@ -247,14 +247,6 @@ def assign_folds(items: Iterable[Mapping[str, Any]], n_folds: int, seed: int) ->
     that has the fewest of its stratum, then of its diagnosis, its sex, its site, its cohort, then of scans. So the
     folds depend on nothing but the patients and the seed: not on the machine, the order of files, or a library's
     version. scikit-learn's ``StratifiedGroupKFold`` balances one label only and hangs on NumPy's shuffling.
-
-    Args:
-        items: with ``patient_id`` and, where known, ``diagnosis``, ``sex``, ``site``, ``cohort``.
-        n_folds: at least 1; with 1, everybody is in fold 0.
-        seed: any integer.
-
-    Returns:
-        Fold of each patient, from 0.
     """
     patients: dict[str, dict[str, Any]] = {}
     scans: Counter[str] = Counter()
@@ -301,15 +293,10 @@ def assign_folds(items: Iterable[Mapping[str, Any]], n_folds: int, seed: int) ->
 def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = None) -> None:
     """Check that every volume of a datalist is there and is what the datalist says, before a training starts.
 
-    By default the headers and file sizes are read (about a millisecond a volume), since the content was checked when
-    it was prepared. ``deep`` also reads every voxel and compares hashes, with a progress bar; threads suffice, as
-    reading, NumPy and hashing all release the interpreter's lock. Processes that train together share the work, and
-    each raises what any of them found.
-
-    Args:
-        datalist: the data set.
-        deep: read voxels as well.
-        workers: threads; the number of cores by default.
+    By default the headers and file sizes are read (about a millisecond a volume), since the content was checked when it
+    was prepared. ``deep`` also reads every voxel and compares hashes, with a progress bar; threads suffice, as reading,
+    NumPy and hashing all release the interpreter's lock. Processes that train together share the work, and each raises
+    what any of them found.
 
     Raises:
         InputError: listing every bad file with its reason; or if there is no datalist.
@@ -382,9 +369,7 @@ def _check_volume(path: Path, kind: str, item: Mapping[str, Any], datalist: Data
 def uneven_skulls(items: Iterable[Mapping[str, Any]], name: str) -> str | None:
     """What to say of a mixture in which some cohorts have skulls and others have none; None where all are alike.
 
-    Args:
-        items: of a datalist; ``stripped`` and ``cohort`` count, items without ``stripped`` do not.
-        name: the cohort of items that name none.
+    Items without ``stripped`` do not count; ``name`` is the cohort of those that name none.
     """
     counts: dict[str, Counter[bool]] = defaultdict(Counter)
     for item in items:

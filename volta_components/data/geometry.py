@@ -22,10 +22,7 @@ _TOLERANCE_MM, _TOLERANCE_DEGREES, _TOLERANCE_SIZE = 1.0, 1.0, 0.01
 def check_geometry(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> tuple[int, int, int]:
     """Check the dimensions and the affine of a volume of any format; give its three dimensions.
 
-    Args:
-        path: to name it.
-        shape: further axes of length 1 are dropped.
-        affine: ``[4, 4]``, voxel to world mm.
+    Further axes of length 1 are dropped. The affine is ``[4, 4]``, voxel to world mm.
 
     Raises:
         UnusableVolume: if it is not 3-D, huge, or has an affine that no scan has.
@@ -121,13 +118,7 @@ def assumed_affine(codes: str, shape: tuple[int, ...], spacing: np.ndarray) -> n
 
 
 def describe_difference(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...]) -> str:
-    """In which respects two affines of one volume differ, empty where they agree.
-
-    Args:
-        first: ``[4, 4]``, voxel to world mm.
-        second: ``[4, 4]``, the same.
-        shape: of the volume, voxels.
-    """
+    """In which respects two affines ``[4, 4]`` of one volume of a shape differ, empty where they agree."""
     if unusable_axes(first) is not None:
         return f"the qform is unusable ({unusable_axes(first)})"
     parts = []

@@ -100,14 +100,7 @@ def megabytes(n: float) -> str:
 
 
 def too_short(path: Path, size: int, wanted: int, offset: int = 0) -> UnusableVolume:
-    """The error of a file that ends early, or that says that its voxels begin later than they do.
-
-    Args:
-        path: the file.
-        size: bytes that it has.
-        wanted: bytes that it should have.
-        offset: byte at which voxels begin by its header.
-    """
+    """The error of a file that ends early, or that says by ``offset`` that its voxels begin later than they do."""
     if offset not in _USUAL_OFFSETS:
         return UnusableVolume(
             path,
@@ -145,11 +138,7 @@ def read_header(
 
 
 def own_space(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields of a NIfTI header that say where its voxels lie, as they are; none where a volume is not NIfTI.
-
-    Args:
-        path: a volume that ``read_header`` reads.
-    """
+    """The fields of a NIfTI header that say where its voxels lie, as they are; none where a volume is not NIfTI."""
     path = Path(path)
     if not path.name.lower().endswith((".nii", ".nii.gz", *PAIR_SUFFIXES)) or not path.is_file():
         return {}

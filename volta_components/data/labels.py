@@ -18,11 +18,7 @@ SIDES = {"left": LEFT, "right": RIGHT}
 
 
 def _integers(path: Path, volume: Volume) -> np.ndarray:
-    """Voxels as integers.
-
-    Raises:
-        UnusableVolume: if they are not.
-    """
+    """Voxels as integers, or ``UnusableVolume``."""
     voxels = volume.voxels
     if volume.slope != 1 or volume.intercept != 0:
         voxels = voxels * volume.slope + volume.intercept

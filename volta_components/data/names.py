@@ -72,11 +72,7 @@ class Name:
 
 
 def parse_name(stem: str) -> Name:
-    """Take the name of a volume apart.
-
-    Args:
-        stem: the file's name without suffix, such as ``sub-01_ses-1_run-2_T1w`` or ``anna T1``.
-    """
+    """Take the name of a volume apart, without its suffix: ``sub-01_ses-1_run-2_T1w`` or ``anna T1``."""
     if _SUBJECT.match(stem):
         stem = _AFTER_ENTITY.sub(r"\1_", _BEFORE_ENTITY.sub("_", stem))
     words = stem.split("_")
@@ -95,8 +91,7 @@ def parse_name(stem: str) -> Name:
 def split_visit(subject: str) -> tuple[str, str]:
     """A name, and the words at its end that distinguish visits of one person: ``p01`` and ``visit2`` of ``p01_visit2``.
 
-    Returns:
-        The name without them, empty where there is nothing else in it; the words, empty where there are none.
+    The name is empty where there is nothing else in it, the words where there are none.
     """
     match = _VISIT.fullmatch(subject) or _YEAR.fullmatch(subject)
     return (match[1], match[2].strip("_. -")) if match else (subject, "")

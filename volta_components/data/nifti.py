@@ -57,12 +57,7 @@ def write_nifti(
 ) -> None:
     """Write a volume as NIfTI-1, atomically; the same voxels give the same bytes.
 
-    Args:
-        path: ``.nii`` or ``.nii.gz``.
-        voxels: ``[X, Y, Z]``, in the type that is stored.
-        affine: ``[4, 4]``, voxel to world mm; stored as sform and qform, both with the code of scanner space.
-        slope: intensity of a stored 1.
-        like: see ``nifti_header``.
+    The affine becomes sform and qform, both with the code of scanner space; see ``nifti_header`` for the rest.
     """
     header = nifti_header(voxels, affine, 1, slope, like)
     content = header.binaryblock + bytes(4) + np.asarray(voxels).tobytes(order="F")

@@ -30,10 +30,7 @@ def _person(item: Mapping[str, Any]) -> tuple[str, bool]:
 
 
 def find_overlaps(datalists: Sequence[Datalist]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """Patients or voxels that datalists share.
-
-    Args:
-        datalists: at least one; a single one is searched for the same voxels under two ids.
+    """Patients or voxels that datalists share; a single one is searched for the same voxels under two ids.
 
     Returns:
         Certain overlaps, as rows (what, id, where and where), and uncertain ones: an id like ``sub-0001`` in two

@@ -150,14 +150,8 @@ def _percentile_range(seen: Survey, window: np.ndarray, shape: tuple[int, ...]) 
 def snr_like(image: np.ndarray, threshold: float = 0.1) -> float | None:
     """Mean of the foreground over its noise, which is told from second differences along the left-right axis.
 
-    Works with and without a background, unlike the usual ratio with the air's deviation.
-
-    Args:
-        image: ``[X, Y, Z]`` in [0, 1].
-        threshold: foreground is what lies above it.
-
-    Returns:
-        The ratio, or None when there is too little foreground or no noise at all.
+    Works with and without a background, unlike the usual ratio with the air's deviation. None when there is too little
+    foreground (above ``threshold``) or no noise at all. The image ``[X, Y, Z]`` is in [0, 1].
     """
     part = image[:, ::2, ::2]
     middle = part[1:-1]

@@ -66,11 +66,9 @@ _COLUMNS = (
 
 
 def thumbnail(image: np.ndarray, label: np.ndarray | None = None) -> bytes:
-    """Sagittal, coronal and axial middle slice side by side, labels in colour, as PNG.
+    """Sagittal, coronal and axial middle slice of ``[X, Y, Z]`` in [0, 1] side by side, as PNG.
 
-    Args:
-        image: ``[X, Y, Z]`` in [0, 1], RAS.
-        label: the same shape, or None; the slices then go through the labels' centre.
+    With a label map they go through its centre, labels in colour.
     """
     centre = [n // 2 for n in image.shape]
     if label is not None and label.any():
@@ -98,15 +96,10 @@ def thumbnail(image: np.ndarray, label: np.ndarray | None = None) -> bytes:
 
 
 def find_marks(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """What is odd about each volume: beyond an absolute limit, or far from the rest of the data set.
+    """What is odd about each volume: beyond an absolute limit, or far from the rest of the data set; nothing for most.
 
-    Far is more than 6 robust deviations (1.4826 times the median absolute one) from the median, among at least 10.
-
-    Args:
-        rows: the measures of :class:`volta_components.data.preprocess.Prepared`, with its ``warnings``.
-
-    Returns:
-        A list of marks for each row; empty for most.
+    Far is more than 6 robust deviations (1.4826 times the median absolute one) from the median, among at least 10. Rows
+    are the measures of :class:`volta_components.data.preprocess.Prepared`, with its ``warnings``.
     """
     marks: list[list[str]] = [list(row.get("warnings", [])) for row in rows]
     for row, found in zip(rows, marks, strict=True):
@@ -134,11 +127,9 @@ def find_marks(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def write_contact_sheets(folder: Path, entries: Sequence[tuple[str, Path, bool]]) -> list[Path]:
-    """Draw all thumbnails on sheets of 100, marked ones framed in red; further sheets are numbered from 2.
+    """Draw all thumbnails (caption, file, marked) on sheets of 100, marked ones framed in red.
 
-    Args:
-        folder: to write ``contact_sheet.png`` to.
-        entries: (caption, thumbnail, marked) of each volume.
+    The first is ``contact_sheet.png``; further ones are numbered from 2.
     """
     per_sheet = SHEET_COLUMNS * SHEET_ROWS
     width, height = 3 * THUMBNAIL + 8, THUMBNAIL + 20
@@ -182,12 +173,7 @@ def write_page(
 ) -> None:
     """Write the QC page: one row a volume, sortable by a click on a column; needs no network.
 
-    Args:
-        path: the HTML file; thumbnails are looked for in ``thumbnails/`` beside it.
-        title: headline.
-        summary: lines under it.
-        rows: item, measures, ``marks`` and ``key`` of each volume.
-        findings: kind, subject, file, reason, remedy and left_out of each.
+    Thumbnails are looked for in ``thumbnails/`` beside it. A row has item, measures, ``marks`` and ``key`` of a volume.
     """
     # What one looks for stands beside the picture; the rest may need scrolling.
     first = ("subject_id", "session", "marks", *(name for name in _COLUMNS if name.startswith("cut_")), "snr")

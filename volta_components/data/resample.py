@@ -18,14 +18,7 @@ def orthogonal_axes(affine: np.ndarray) -> np.ndarray:
 
 
 def _axis_weights(n_in: int, n_out: int, scale: float, offset: float) -> tuple[sparse.csr_array, np.ndarray]:
-    """Weights of source voxels in each target voxel along one axis.
-
-    Linear interpolation; where a target voxel is longer than 1.5 source voxels, the triangle is widened to its length,
-    so that fine structure does not alias (as Pillow and ``torch.nn.functional.interpolate(antialias=True)`` do).
-
-    Returns:
-        ``[n_out, n_in]`` sparse, rows sum to 1; ``[n_out]`` bool, which target voxels have their centre in the source.
-    """
+    """Weights ``[n_out, n_in]`` of source voxels in target voxels; which targets have their centre in the source."""
     centre = scale * np.arange(n_out) + offset
     reach = abs(scale) if abs(scale) > 1.5 else 1.0
     index = np.floor(centre - reach).astype(int)[:, None] + np.arange(int(np.ceil(2 * reach)) + 2)
@@ -65,10 +58,12 @@ def _resample_straight(
 def resample(
     voxels: np.ndarray, affine: np.ndarray, target: np.ndarray, shape: tuple[int, ...], fill: float = 0.0
 ) -> np.ndarray:
-    """Resample a scan onto another grid in one step; a mere crop or pad is copied, not interpolated.
+    """Resample a scan onto another grid in one step (float32); a mere crop or pad is copied, not interpolated.
 
-    Linear interpolation with protection against aliasing, see :func:`_axis_weights`. Grids whose axes are not parallel
-    (a sheared scan) go through ``scipy.ndimage.affine_transform``, each target voxel as the mean of samples within it.
+    Linear interpolation; where a target voxel is longer than 1.5 source voxels, the triangle is widened to its length,
+    so that fine structure does not alias (as Pillow and ``torch.nn.functional.interpolate(antialias=True)`` do). Grids
+    whose axes are not parallel (a sheared scan) go through ``scipy.ndimage.affine_transform``, each target voxel as the
+    mean of samples within it.
 
     Args:
         voxels: ``[X, Y, Z]``, any real type.
@@ -76,9 +71,6 @@ def resample(
         target: ``[4, 4]`` of the target grid.
         shape: of the target grid.
         fill: value outside the scan, in the scan's units.
-
-    Returns:
-        ``shape``, float32, in the scan's units.
     """
     to_source = np.linalg.inv(affine) @ target
     matrix, offset = to_source[:3, :3], to_source[:3, 3]
@@ -115,17 +107,11 @@ def _copy_window(voxels: np.ndarray, start: np.ndarray, shape: tuple[int, ...], 
 def resample_label(
     label: np.ndarray, affine: np.ndarray, target: np.ndarray, shape: tuple[int, ...]
 ) -> tuple[np.ndarray, dict[int, float]]:
-    """Resample a label map so that each structure keeps its volume.
+    """Resample a label map ``[X, Y, Z]`` (0 is background) so that each structure keeps its volume.
 
     Each label's share of every target voxel is computed by linear interpolation, and as many of the fullest voxels are
     taken as make up the structure's volume in the source (a fixed threshold of a half shrinks thin structures; nearest
     neighbour frays them).
-
-    Args:
-        label: ``[X, Y, Z]`` integers, 0 is background.
-        affine: ``[4, 4]`` of the label map.
-        target: ``[4, 4]`` of the target grid.
-        shape: of the target grid.
 
     Returns:
         ``shape``, uint8; and each label's volume after relative to before.

@@ -73,19 +73,10 @@ def in_order(
     date: Callable[[T], str | None] = lambda _: None,
     age: Callable[[T], float | None] = lambda _: None,
 ) -> tuple[list[T], list[list[T]]]:
-    """One patient's scans from the first to the last.
+    """One patient's scans from the first to the last, and groups of those whose order is not known.
 
-    Dates decide if all scans have one; else the names of the sessions; else the ages. If none of these decides, scans
-    are in the order of their sessions' names.
-
-    Args:
-        items: the scans.
-        session: gives a scan's session.
-        date: gives its date as ``YYYY-MM-DD``, or None.
-        age: gives the patient's age in years, or None.
-
-    Returns:
-        The scans, and groups of those whose order is not known.
+    Dates (``YYYY-MM-DD``) decide if all scans have one; else the names of the sessions; else the ages (years). If none
+    of these decides, scans are in the order of their sessions' names.
     """
 
     def dates(group: Sequence[T]) -> list[Rank | None]:
@@ -112,10 +103,9 @@ def contradictions(
     date: Callable[[T], str | None],
     age: Callable[[T], float | None],
 ) -> list[str]:
-    """What says that the sessions of one patient are not in the order of their names.
+    """What says that one patient's sessions are not in the order of their names: ``dates``, ``ages``, both or none.
 
-    Returns:
-        ``dates``, ``ages``, both, or nothing. Ages may differ by half a year, for they may be rounded.
+    Ages may differ by half a year, for they may be rounded.
     """
     placed = [(found, item) for item in items if (found := place(session(item) or ""))]
     wrong: set[str] = set()

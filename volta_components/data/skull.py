@@ -40,14 +40,7 @@ _NO_OTHER_SPACE = ("space-T1w", "space-orig", "space-individual")
 def attach_masks(listing: Listing, scans: Sequence[Scan], where: str, root: Path) -> list[Scan]:
     """Give each scan its brain mask; scans without one become problems and are left out.
 
-    Args:
-        listing: takes the problems.
-        scans: of the data set.
-        where: ``bids`` for the data set's own derivatives, or a folder of masks.
-        root: of the data set.
-
-    Returns:
-        The scans that have a mask.
+    Masks are looked for among the data set's own derivatives (``bids``), or in a folder.
     """
     folders = [root / "derivatives", root / "sourcedata"] if where == "bids" else [Path(where)]
     files = [file for folder in folders if folder.is_dir() for file in walk(folder).volumes()]
@@ -143,9 +136,6 @@ def is_stripped(seen: Survey) -> bool:
 
     Its background is one constant value, its outline is no larger than a brain's, and from outside, no bright scalp
     comes before dark bone. Heads whose background was blanked differ in the latter two.
-
-    Args:
-        seen: the scan.
     """
     middles = [np.arange(n) * f + f // 2 for n, f in zip(seen.coarse.shape, seen.factors, strict=True)]
     outside = seen.voxels[np.ix_(*middles)][~seen.foreground]

@@ -111,14 +111,9 @@ def survey(volume: Volume) -> Survey:
 
 
 def block_means(voxels: np.ndarray, factors: tuple[int, int, int]) -> tuple[np.ndarray, float, float]:
-    """Means over blocks of voxels, one slab of the file at a time, and the extremes of all voxels.
+    """Means over blocks of voxels (``[x, y, z]``, float32), one slab of the file at a time; extremes of all voxels.
 
-    Args:
-        voxels: ``[X, Y, Z]``.
-        factors: voxels per block, per axis; voxels left over at the end of an axis are not in the means.
-
-    Returns:
-        ``[x, y, z]`` float32; minimum; maximum.
+    Voxels left over at the end of an axis are not in the means.
 
     Raises:
         UnusableVoxels: if there are NaN or infinite voxels.
@@ -205,12 +200,7 @@ def _padding(sample: np.ndarray, value: float, zero: float) -> str | None:
     """What a value is that fills the volume's corners and lies far from all others; None where it is nothing special.
 
     Dark padding and the background of a brain without skull look alike. Padding borders on air, which is dark, and it
-    is below zero or lies around a field of view that reaches the volume's faces.
-
-    Args:
-        sample: ``[x, y, z]``, some of the voxels.
-        value: one that many voxels have.
-        zero: the stored value that means an intensity of 0.
+    is below zero (stored as ``zero``) or lies around a field of view that reaches the volume's faces.
     """
     at = sample == value
     # One piece of some thickness, unlike the white half of salt and pepper.
@@ -237,30 +227,17 @@ def _padding(sample: np.ndarray, value: float, zero: float) -> str | None:
 
 
 def otsu_threshold(values: np.ndarray) -> float:
-    """Otsu's threshold of values clipped at their 99.8th percentile (a few bright vessels must not move it).
-
-    Args:
-        values: any shape; not all equal.
-
-    Returns:
-        The threshold that maximises the variance between the two classes; foreground is what lies above it.
-    """
+    """Otsu's threshold of values clipped at their 99.8th percentile (a few bright vessels must not move it)."""
     values = values.ravel()  # threshold_otsu takes a short last axis for colours
     top = float(np.percentile(values, 99.8))
     return float(threshold_otsu(np.minimum(values, top) if top > values.min() else values))
 
 
 def find_foreground(coarse: np.ndarray) -> np.ndarray:
-    """The head (or the brain of a stripped scan) in a coarse volume.
+    """The head (or the brain of a stripped scan) in a coarse volume ``[x, y, z]``; all False where nothing stands out.
 
     Above Otsu's threshold, largest connected component, closed and filled, so that ventricles, sulci and bone, which
     are dark, count as inside. Dark slices that cut a head apart leave more than one large component; all of them count.
-
-    Args:
-        coarse: ``[x, y, z]``, any units.
-
-    Returns:
-        ``[x, y, z]`` bool; all False where nothing stands out.
     """
     return _largest_filled(coarse > otsu_threshold(coarse), _PART)
 
@@ -307,11 +284,7 @@ def _covered(mask: np.ndarray) -> float:
 
 
 def _smooth_part(seen: Survey) -> np.ndarray | None:
-    """The head as the part of a scan in which neighbouring voxels are alike, as they are in tissue and not in noise.
-
-    Returns:
-        ``[x, y, z]`` bool; None if smoothness does not separate a head either.
-    """
+    """The head as the part in which neighbouring voxels are alike, as in tissue and not in noise; None for no head."""
     inner = [np.arange(n) * f + (f - 1) // 2 for n, f in zip(seen.coarse.shape, seen.factors, strict=True)]
     here = seen.voxels[np.ix_(*inner)].astype(np.float32)
     rough = np.zeros(seen.coarse.shape, np.float32)

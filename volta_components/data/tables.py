@@ -64,10 +64,7 @@ def read_table(path: Path, complain: Complain | None = None) -> list[Row]:
 
     Text may be UTF-8, UTF-16 or of an old Windows, lines may end in any way, cells be separated by tabs, commas,
     semicolons or bars, told from the header. What is an Excel sheet is told from the content, not the name.
-
-    Args:
-        path: the table.
-        complain: called for rows and columns that are left out; without it, they are an error.
+    ``complain`` is called for rows and columns that are left out; without it, they are an error.
 
     Raises:
         InputError: if it cannot be read.
@@ -227,11 +224,7 @@ def pick(row: Mapping[str, str], *names: str) -> str | None:
 
 
 def parse_sex(text: str | None, codes: Mapping[str, str] | None = None) -> str | None:
-    """``F``, ``M`` or None where it is missing.
-
-    Args:
-        text: the cell.
-        codes: further codes of the table, such as ``{"1": "M", "2": "F"}``.
+    """``F``, ``M`` or None where it is missing; a table may have codes of its own, such as ``{"1": "M", "2": "F"}``.
 
     Raises:
         ValueError: if the code is unknown.
@@ -293,9 +286,6 @@ class People:
 
     def find(self, patients: Iterable[str]) -> list[tuple[str, str]]:
         """Match ids that are spelled in another way: ``sub-1``, ``SUB_01`` and ``1`` are ``sub-01`` if nobody else is.
-
-        Args:
-            patients: canonical ids of all scans.
 
         Returns:
             Id of the scan and id of the table, for each that was matched in this way.
@@ -403,12 +393,7 @@ def session_row(rows: Iterable[Row], session: str | None, date: str | None = Non
 def read_people(
     path: Path, complain: Complain | None = None, name: Callable[[str], str] = canonical_patient_id
 ) -> People:
-    """Read a table of people.
-
-    Args:
-        path: CSV, TSV or Excel.
-        complain: see :func:`read_table`.
-        name: gives the canonical patient id of what the table has as an id.
+    """Read a table of people; ``name`` gives the canonical id of what it has as an id. See :func:`read_table`.
 
     Raises:
         InputError: if the table cannot be read or has no column of ids.

@@ -108,10 +108,7 @@ def finished(task: Task) -> dict[str, Any] | None:
 
 
 def _write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray, code: int, slope: float | None = None) -> str:
-    """Write a NIfTI-1 file; give the SHA-256 of its bytes.
-
-    The voxels are written from memory as they lie, hashed on the way.
-    """
+    """Write a NIfTI-1 file from memory, as its voxels lie; give the SHA-256 of its bytes, hashed on the way."""
     header = nifti_header(voxels, affine, code, 1.0 if slope is None else slope)
     digest = hashlib.sha256()
     with path.open("wb") as stream:

@@ -118,13 +118,9 @@ class CollapseMonitor:
 
 
 def effective_rank(rows: torch.Tensor) -> float:
-    """Exponential of the entropy of the covariance's normalised eigenvalues.
+    """Exponential of the entropy of the covariance's normalised eigenvalues, of rows ``[n, D]``.
 
-    Args:
-        rows: ``[n, D]``.
-
-    Returns:
-        Between 1 and ``min(n - 1, D)``; 1 when all rows are equal.
+    It is between 1 (all rows are equal) and ``min(n - 1, D)``.
 
     Source: Roy and Vetterli, 2007, on eigenvalues of the covariance.
     """

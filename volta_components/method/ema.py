@@ -62,9 +62,5 @@ class TeacherEMAHandler:
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
-        """Take one step towards the student as it is now.
-
-        Args:
-            momentum: in [0, 1]; 1 leaves the teacher as it is, 0 makes it equal to the student.
-        """
+        """Take one step towards the student; a momentum of 1 leaves the teacher as it is, 0 makes it equal."""
         torch._foreach_lerp_(self._teacher, self._student, 1.0 - momentum)

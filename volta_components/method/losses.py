@@ -219,12 +219,7 @@ class SinkhornTargets(nn.Module):
 
     @torch.no_grad()
     def forward(self, logits: Tensor, temperature: float) -> Tensor:
-        """Targets ``[..., K]`` of teacher logits; the queue grows in training mode.
-
-        Args:
-            logits: ``[..., K]``.
-            temperature: not used; ``epsilon`` replaces it.
-        """
+        """Targets ``[..., K]`` of teacher logits; the queue grows in training mode; ``epsilon`` is the temperature."""
         own = logits.float().flatten(0, -2)
         current = gather_rows(own)
         mean = current.mean(dim=0)

@@ -55,14 +55,7 @@ class GroupMask:
         self.cell = (cell,) * 3 if isinstance(cell, int) else tuple(cell)
 
     def draw(self, shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-        """Labels of cells (``VISIBLE``, ``ZEROS``, ``NOISE``) for a volume of ``shape`` voxels.
-
-        Args:
-            shape: voxels along each axis.
-            rng: source of randomness.
-
-        Returns:
-            ``uint8`` array with ``ceil(shape / cell)`` cells along each axis.
+        """Labels (``VISIBLE``, ``ZEROS``, ``NOISE``) of the ``ceil(shape / cell)`` cells of a volume, uint8.
 
         Raises:
             InputError: if a single cell is already larger than the largest box.
@@ -118,15 +111,6 @@ class GroupMask:
 
     @staticmethod
     def fill(image: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
-        """Replace what is masked.
-
-        Args:
-            image: ``[..., D, H, W]`` in [0, 1].
-            labels: voxel labels of the same shape.
-            noise: standard normal values of the same shape; mapped so that three deviations span [0, 1].
-
-        Returns:
-            A new tensor of the same shape.
-        """
+        """Replace what is masked in images ``[..., D, H, W]`` in [0, 1]; three deviations of the noise span [0, 1]."""
         noise = (noise / 6.0 + 0.5).clamp_(0.0, 1.0)
         return torch.where(labels == NOISE, noise, image.masked_fill(labels == ZEROS, 0.0))

@@ -26,16 +26,11 @@ def freeze_cross_attention(network: nn.Module) -> None:
 
 
 def fit_cross_attention(state: Mapping[str, Any], network: nn.Module, prefix: str = "") -> dict[str, Any]:
-    """A state dict of one version of MONAI, made to fit a network of another version.
+    """A state dict of one version of MONAI, made to fit a network of another version, or a part (``prefix``) of it.
 
     MONAI's ``TransformerBlock`` registers weights of cross-attention even where it never uses them: version 1.5 whole
     attention blocks, version 1.6 only their norm. Those that the network does not have are removed, and those that the
     state dict lacks are taken from the network. No output depends on them. Every other key stays.
-
-    Args:
-        state: the state dict.
-        network: the network it is for, or a part of it.
-        prefix: of that part's keys in the state dict.
     """
     unused = tuple(f"{prefix}{name}." for name, _ in _unused_modules(network))
     own = {name: value for name, value in network.state_dict(prefix=prefix).items() if name.startswith(unused)}
@@ -53,9 +48,6 @@ def settle_cross_attention(network: nn.Module) -> None:
     """Freeze cross-attention that is never used, and make ``load_state_dict`` accept state dicts with or without it.
 
     Strict or not, it then takes state dicts of MONAI 1.5 and 1.6 alike; see ``fit_cross_attention``.
-
-    Args:
-        network: a network with MONAI's transformer blocks.
     """
     freeze_cross_attention(network)
     for block in network.modules():

@@ -135,18 +135,10 @@ class VoltaViT(ViTAutoEnc):
 
 
 def resample_position_embedding(embedding: Tensor, grid: Sequence[int], new_grid: Sequence[int]) -> Tensor:
-    """Resample a learned position embedding from one token grid to another (trilinear, ``align_corners=False``).
-
-    Args:
-        embedding: ``[1, N, D]`` with ``N = prod(grid)``.
-        grid: token counts along each axis that the embedding was learned for.
-        new_grid: token counts along each axis to resample to.
-
-    Returns:
-        ``[1, prod(new_grid), D]``; the input itself when both grids are equal.
+    """Resample a position embedding ``[1, prod(grid), D]`` to another token grid (trilinear, ``align_corners=False``).
 
     Raises:
-        InputError: if ``N`` is not ``prod(grid)``.
+        InputError: if it is not of its grid.
     """
     if embedding.shape[1] != math.prod(grid):
         raise InputError(
@@ -203,12 +195,8 @@ class StudentOutput(NamedTuple):
 class VoltaStudent(nn.Module):
     """Network and projection head, with one ``forward`` that gives all that the losses need.
 
-    Distributed data-parallel training sends gradients only through what ``forward`` of the wrapped module returns;
-    the plain network (``network``), with its single output, is what bundles share.
-
-    Args:
-        network: encoder, summariser and (for the student) decoder.
-        head: projection head.
+    Distributed data-parallel training sends gradients only through what ``forward`` of the wrapped module returns; the
+    plain network (``network``), with its single output, is what bundles share.
     """
 
     def __init__(self, network: VoltaViT, head: ProjectionHead) -> None:
@@ -231,12 +219,7 @@ class VoltaStudent(nn.Module):
 
 
 class VoltaTeacher(VoltaStudent):
-    """Gives targets for the student's outputs; has no gradients and follows the student by ``TeacherEMAHandler``.
-
-    Args:
-        network: as the student's, without decoder.
-        head: as the student's.
-    """
+    """Gives targets for the student's outputs; has no gradients and follows the student by ``TeacherEMAHandler``."""
 
     def __init__(self, network: VoltaViT, head: ProjectionHead) -> None:
         super().__init__(network, head)
@@ -253,10 +236,6 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
 
     Biases, norms, the position embedding, the CLS-style token and frozen parameters are not decayed (``method.md``,
     section 6; as DINO).
-
-    Args:
-        module: the module whose trainable parameters are grouped.
-        weight_decay: decay of the first group.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []

@@ -65,13 +65,9 @@ class ClsSummariser(nn.Module):
         return summary[:, 0]
 
     def attention(self, tokens: Tensor) -> Tensor:
-        """Attention of the summary to each patch token, averaged over heads.
+        """Attention of the summary to each patch token, ``[B, N]``, averaged over heads.
 
-        Args:
-            tokens: ``[B, N, D]``.
-
-        Returns:
-            ``[B, N]``, non-negative; the share that the summary gives to itself is left out and the rest sums to 1.
+        The share that the summary gives to itself is left out, and the rest sums to 1.
         """
         _, query, key, _ = self._query_key_value(tokens)
         weights = (query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).softmax(dim=-1)
@@ -80,12 +76,7 @@ class ClsSummariser(nn.Module):
 
 
 def check_heads(hidden_size: int, num_heads: int, name: str = "num_heads") -> None:
-    """Refuse a token size that the attention heads cannot share.
-
-    Args:
-        hidden_size: token size.
-        num_heads: attention heads.
-        name: what a config calls their number.
+    """Refuse a token size that the attention heads (by their name in a config) cannot share.
 
     Raises:
         InputError: if ``num_heads`` does not divide ``hidden_size``.

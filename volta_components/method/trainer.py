@@ -159,15 +159,9 @@ class VoltaTrainer(Trainer):
         self.sampler.set_position(state.epoch, state.iteration - (state.epoch - 1) * state.epoch_length)
 
     def window(self, iteration: int) -> tuple[int, int, int]:
-        """Position of a mini-batch in its accumulation window.
+        """Place of a mini-batch (from 0) in its accumulation window, the window's length, and its optimiser step.
 
         The last window of an epoch may be shorter; gradients are averaged over the mini-batches it has.
-
-        Args:
-            iteration: mini-batch of the run, counted from 0.
-
-        Returns:
-            position in the window, length of the window, and the optimiser step (of the run) that the window makes.
         """
         length, steps = self.state.epoch_length, self.accumulation_steps
         epoch, place = divmod(iteration, length)

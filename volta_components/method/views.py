@@ -21,7 +21,7 @@ from volta_components.training.sampling import derived_seed
 
 
 def sample_crops(volume: Tensor, affines: Sequence[np.ndarray] | np.ndarray, size: Sequence[int]) -> Tensor:
-    """Crops of one volume by affine resampling (trilinear, zeros outside), all of them in one call.
+    """Crops ``[n, C, *size]`` of one volume by affine resampling (trilinear, zeros outside), all of them in one call.
 
     MONAI's ``AffineTransform`` takes one source for each crop, which would copy the volume once for each. Here the
     sampling grids are joined, and the volume is read in place. Crops that are coarser than 1.5 voxels are taken from
@@ -32,9 +32,6 @@ def sample_crops(volume: Tensor, affines: Sequence[np.ndarray] | np.ndarray, siz
         affines: ``[n, 4, 4]``, from voxel indices of a crop to voxel indices of the volume (the "pull" convention of
             ``scipy.ndimage.affine_transform``).
         size: voxels of a crop along each axis.
-
-    Returns:
-        ``[n, C, *size]``.
     """
     matrices = np.asarray(affines, dtype=np.float64)
     steps = np.linalg.norm(matrices[:, :3, :3], axis=1).mean(axis=1)
@@ -163,15 +160,9 @@ class IntensityAugment:
             raise InputError("intensity augmentation: strengths are >= 0, contrast < 1 and gamma >= 1")
 
     def __call__(self, crop: Tensor, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
-        """Augment one crop.
+        """Augment a crop ``[1, C, D, H, W]`` in [0, 1], which is not changed.
 
-        Args:
-            crop: ``[1, C, D, H, W]`` in [0, 1]; not changed.
-            rng: source of the few numbers that are drawn on the host.
-            generator: source of voxel noise, on the crop's device.
-
-        Returns:
-            A new tensor of the same shape, in [0, 1].
+        ``generator`` gives the voxels' noise on the crop's device, ``rng`` the few other numbers.
         """
         gamma = math.exp(rng.uniform(-1.0, 1.0) * math.log(self.gamma))
         scale = 1.0 + rng.uniform(-self.contrast, self.contrast)
@@ -245,12 +236,7 @@ class ViewGenerator:
 
     @torch.no_grad()
     def __call__(self, volumes: Tensor, keys: Sequence[Sequence[int]] | Tensor) -> Views:
-        """Views of volumes ``[B, 1, D, H, W]`` in [0, 1].
-
-        Args:
-            volumes: the mini-batch; views are made on its device.
-            keys: (epoch, index) of each volume.
-        """
+        """Views of volumes ``[B, 1, D, H, W]`` in [0, 1], on their device; keys are (epoch, index) of each."""
         batch = [
             self._views_of(volume, [int(part) for part in key])
             for volume, key in zip(volumes.split(1), keys, strict=True)

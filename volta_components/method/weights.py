@@ -61,12 +61,9 @@ class LoadReport:
 
 
 def save_encoder(path: str | os.PathLike[str], network: VoltaViT, provenance: Mapping[str, Any]) -> None:
-    """Write encoder and summariser (no decoder) and, beside them, a JSON of configuration and provenance.
+    """Write encoder and summariser (no decoder) as safetensors and, beside them, a JSON with their provenance.
 
-    Args:
-        path: the ``.safetensors`` file; the JSON has the same name with the suffix ``.json``.
-        network: the network; keys are MONAI's ``ViTAutoEnc``'s, and ``summariser.*``.
-        provenance: see ``volta_components.training.record.provenance``.
+    Keys are MONAI's ``ViTAutoEnc``'s, and ``summariser.*``; see ``volta_components.training.record.provenance``.
     """
     state = {
         name: value.detach().cpu().contiguous()
@@ -83,16 +80,10 @@ def write_weights(
     save: Callable[[Path], None],
     record: Mapping[str, Any],
 ) -> None:
-    """Write weights and, beside them, their record with the file's hash.
+    """Write weights by ``save`` and, beside them, their record with the file's hash.
 
     Both are written under temporary names, then renamed one right after the other, while Ctrl-C waits. If the process
     dies between the two renames, the hash check rejects the pair.
-
-    Args:
-        path: the file of weights; the record has the same name with the suffix ``.json``.
-        state: the weights, to be counted.
-        save: writes them to a path.
-        record: what else the record holds.
     """
     path = Path(path)
     remove_partials(path.parent)

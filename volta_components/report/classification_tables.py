@@ -36,13 +36,7 @@ from volta_components.report.tables import (
 
 
 class ClassificationTables:
-    """Tables of a classification bundle.
-
-    Args:
-        study: its finished runs.
-        samples: bootstrap samples.
-        seed: of the bootstrap.
-    """
+    """Tables of a classification bundle's finished runs."""
 
     METRICS = ("auroc", "sensitivity", "specificity")
 

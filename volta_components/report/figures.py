@@ -230,13 +230,7 @@ def _binned(x: NDArray[Any], y: NDArray[Any], bins: int = 150) -> tuple[NDArray[
 
 
 def case_figure(study: Study, cases: Mapping[str, Case], folder: Path) -> Picture:
-    """Figure 3: one coronal slice of the worst, median and best subject, with the truth and each mask.
-
-    Args:
-        study: the segmentation study.
-        cases: by rank ("worst", ...), each with image and truth.
-        folder: where to write.
-    """
+    """Figure 3: one coronal slice of the worst, median and best subject, with the truth and each mask."""
     columns = [name for case in cases.values() for name in case.masks]
     columns = list(dict.fromkeys(columns))
     slices = [slice_of(case) for case in cases.values()]

@@ -93,14 +93,9 @@ def score_masks(store: Store, study: Study, tool: str, folder: Path) -> tuple[pd
     """Score another tool's label maps on the scans that the reference init was scored on.
 
     Label maps have left = 1 and right = 2, or FreeSurfer's 17 and 53; they may be on any grid in the scans' world
-    space, and are resampled (nearest) to the truth's grid, as FreeSurfer's own grid is not the scan's.
-
-    Args:
-        store: where truths are.
-        study: a segmentation study.
-        tool: its name.
-        folder: files ``<scan>.nii[.gz]``, ``<scan>.mgz``, or FreeSurfer's ``<scan>/mri/aseg.mgz``, where scan is
-            ``<subject_id>_<session>`` or ``<subject_id>``.
+    space, and are resampled (nearest) to the truth's grid, as FreeSurfer's own grid is not the scan's. Files are
+    ``<scan>.nii[.gz]``, ``<scan>.mgz``, or FreeSurfer's ``<scan>/mri/aseg.mgz``, where scan is
+    ``<subject_id>_<session>`` or ``<subject_id>``.
 
     Returns:
         A table like the bundle's ``scores.csv``, the files, and notes.

@@ -56,14 +56,7 @@ class Section:
 
 
 def render(sections: list[Section], runs: Table, absent: list[str], root: Path) -> str:
-    """The page as text.
-
-    Args:
-        sections: in the order of the page.
-        runs: table of all runs.
-        absent: tables of the paper without runs.
-        root: the page's folder; links to CSV, PNG and SVG are relative to it.
-    """
+    """The page as text; links to CSV, PNG and SVG are relative to its folder, ``root``."""
     environment = template_environment("volta_components.report", is_html=True)
     environment.filters["embedded"] = embedded
     environment.filters["relative"] = lambda path: Path(path).relative_to(root).as_posix()

@@ -26,15 +26,7 @@ from volta_components.report.viewer import share_blobs, slice_viewer
 def make_sections(
     studies: list[Study], store: Store, root: Path, tools: Mapping[str, Path], samples: int, seed: int
 ) -> list[Section]:
-    """The section of each study, its figures written.
-
-    Args:
-        studies: finished runs of a bundle each.
-        store: where they are.
-        root: folder of the report.
-        tools: folders with masks of other tools, by name.
-        samples: number of bootstrap samples.
-        seed: of the bootstrap.
+    """The section of each study, its figures written; ``tools`` are folders with masks of other tools, by name.
 
     Raises:
         InputError: if masks cannot be used.

@@ -35,14 +35,7 @@ from volta_components.report.tables import (
 
 
 class SegmentationTables:
-    """Tables of a segmentation bundle.
-
-    Args:
-        study: its finished runs.
-        tools: tables of other tools' masks, by the tool's name.
-        samples: bootstrap samples.
-        seed: of the bootstrap.
-    """
+    """Tables of a segmentation bundle's finished runs, and of other tools' masks by the tool's name."""
 
     METRICS = ("dice", "hd95")
 

@@ -64,12 +64,7 @@ class Comparison:
 
 
 def classification_metrics(table: pd.DataFrame, weights: ArrayLike = 1.0) -> dict[str, Array]:
-    """AUROC, sensitivity (share of the ones found) and specificity (share of the zeros found) of a prediction table.
-
-    Args:
-        table: columns label, score, prediction.
-        weights: ``[..., len(table)]``.
-    """
+    """AUROC, sensitivity and specificity of a table with label, score, prediction; weights are ``[..., rows]``."""
     label, prediction = table["label"].to_numpy().astype(bool), table["prediction"].to_numpy().astype(bool)
     return {
         "auroc": auroc(label, table["score"].to_numpy(float), weights),
@@ -132,17 +127,12 @@ def wilcoxon(first: NDArray[Any], second: NDArray[Any]) -> float:
 
 
 def delong(pairs: Sequence[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]) -> float:
-    """Two-sided p value of DeLong's test that the mean AUROC over folds is the same for two inits.
+    """Two-sided p value of DeLong's test that the mean AUROC over folds is the same for two inits; NaN for none.
 
-    Folds are independent samples: their differences and variances add up. The variances are MLstatkit's, the one
-    package on PyPI with the paired test; it is optional since it is young. Where DeLong's variance is zero, that
-    package would quietly give a bootstrap p value instead; here no p value is given.
-
-    Args:
-        pairs: (labels, scores of the first init, scores of the second) of each fold, subject by subject.
-
-    Returns:
-        NaN where MLstatkit is not installed or a variance is not defined.
+    For each fold: labels, scores of the first init, scores of the second, subject by subject. Folds are independent
+    samples: their differences and variances add up. The variances are MLstatkit's, the one package on PyPI with the
+    paired test; it is optional since it is young. Where DeLong's variance is zero, that package would quietly give a
+    bootstrap p value instead; here no p value is given.
     """
     try:
         from MLstatkit import Delong_test
@@ -171,17 +161,9 @@ def has_delong() -> bool:
 def summarise(
     runs: Mapping[Any, pd.DataFrame], folds: Mapping[Any, int], resamplings: Mapping[int, Resampling]
 ) -> tuple[dict[str, Estimate], dict[str, Array]]:
-    """Metrics of a classification init: mean and SD over folds, and intervals.
+    """Estimates of a classification init's metrics, and bootstrap replicates of their means over folds.
 
     Several runs of a fold (seeds) are averaged first: they share their subjects, and are one value of the fold.
-
-    Args:
-        runs: prediction tables.
-        folds: the fold of each run.
-        resamplings: for each fold.
-
-    Returns:
-        Estimates, and bootstrap replicates of the means, by metric.
     """
     values, replicates = [], []
     for fold in sorted({folds[key] for key in runs}):

@@ -144,9 +144,6 @@ class Study:
 class Store:
     """An MLflow store, read only.
 
-    Args:
-        tracking_uri: its address.
-
     Raises:
         InputError: if it is not there or is not MLflow's.
     """
@@ -201,11 +198,7 @@ class Store:
 
 
 def read_studies(store: Store, experiments: list[str] | None = None) -> list[Study]:
-    """The finished runs, by bundle, in the order of the paper's tables.
-
-    Args:
-        store: where they are.
-        experiments: only those of these experiments; all by default.
+    """The finished runs (of some experiments), by bundle, in the order of the paper's tables.
 
     Raises:
         InputError: if there are none, or a finished run lacks its table.

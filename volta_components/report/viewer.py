@@ -35,13 +35,9 @@ def agreement_map(mask: nib.Nifti1Image, truth: nib.Nifti1Image) -> nib.Nifti1Im
 
 
 def slice_viewer(case: Case, variant: str) -> str:
-    """HTML of a page of its own that shows where a mask and the truth agree; it needs no network.
+    """HTML of a page of its own that shows where a variant's mask and the truth agree; it needs no network.
 
     It opens at the left hippocampus.
-
-    Args:
-        case: with image and truth.
-        variant: whose mask.
     """
     from matplotlib.colors import ListedColormap
     from nilearn.plotting import view_img
@@ -75,11 +71,7 @@ def slice_viewer(case: Case, variant: str) -> str:
 
 
 def share_blobs(pages: dict[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Take long base64 texts out of pages, so that the same volume is embedded once.
-
-    Returns:
-        The pages with ``@@key@@`` in their places, and the texts by key.
-    """
+    """Pages with ``@@key@@`` for their long base64 texts, and these by key: a volume is embedded once."""
     blobs: dict[str, str] = {}
 
     def take(found: re.Match[str]) -> str:

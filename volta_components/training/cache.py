@@ -48,12 +48,7 @@ class KeyedCacheDataset(KeyedDataset):
         return self.transform
 
     def fill(self, indices: Iterable[int] | None = None, workers: int | None = None) -> None:
-        """Fill the cache with threads, before workers are started.
-
-        Args:
-            indices: items to cache; all by default.
-            workers: threads; the number of cores, up to 8, by default.
-        """
+        """Fill the cache, all of it by default, with threads (cores, up to 8), before workers are started."""
         indices = range(len(self.data)) if indices is None else indices
         missing = [index for index in indices if index not in self._cache]
         if not self.cache or not missing:

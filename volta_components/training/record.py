@@ -185,14 +185,7 @@ def patient_keys(item: Mapping[str, Any]) -> set[str]:
 def provenance(
     settings: Mapping[str, Any], datalist_hash: str, items: Iterable[Mapping[str, Any]], cohort: str = ""
 ) -> dict[str, Any]:
-    """Everything needed to say how a result was obtained, and which patients it must not be scored on.
-
-    Args:
-        settings: the run's settings, by name.
-        datalist_hash: hash of the datalist that it read.
-        items: the items trained on, with ``patient_id`` and, where known, ``cohort``.
-        cohort: name of the data set.
-    """
+    """Everything needed to say how a result was obtained, and which patients it must not be scored on."""
     items = list(items)
     return {
         "settings": shown_settings(settings),

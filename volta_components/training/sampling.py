@@ -127,9 +127,6 @@ def signals_wait(worker_id: int) -> None:
     once, and the trainer with an error. The trainer itself ends a worker by SIGTERM and waits for it. So a first
     SIGTERM ends a worker after ``WORKER_GRACE`` seconds, a second one at once. It replaces MONAI's ``worker_init_fn``,
     which seeds random transforms: ``KeyedDataset`` does that for each sample.
-
-    Args:
-        worker_id: as ``DataLoader`` numbers them.
     """
 
     def terminate(number: int, _: Any) -> None:

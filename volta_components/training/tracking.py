@@ -57,13 +57,7 @@ def _mlflow_handlers(engine: Engine) -> Iterator[Any]:
 
 
 def describe_run(handler: Any, settings: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
-    """Give MLflow a run's settings, as parameters that it does not have yet, and its tags.
-
-    Args:
-        handler: see ``find_mlflow_handler``.
-        settings: see ``run_settings``.
-        tags: by name.
-    """
+    """Give MLflow a run's settings, as parameters that it does not have yet, and its tags."""
     run_id = handler.cur_run.info.run_id
     known = handler.client.get_run(run_id).data.params
     params = [(name, value) for name, value in shown_settings(settings).items() if name not in known]
@@ -140,10 +134,7 @@ def raise_error(engine: Engine, error: BaseException) -> None:
 
 
 def _means(numbers: dict[str, list[float]], device: torch.device) -> dict[str, float]:
-    """Means of the numbers, over all processes; the lists are emptied.
-
-    Computed on the training's device: NCCL cannot reduce tensors on the CPU.
-    """
+    """Means over all processes, on the device (NCCL cannot reduce tensors on the CPU); the lists are emptied."""
     names = sorted(numbers)
     means = torch.tensor([float(np.mean(numbers[name])) for name in names], dtype=torch.float64, device=device)
     numbers.clear()

@@ -263,12 +263,7 @@ def look(listing: Listing, root: Path) -> Tree:
 
 
 def read_table_of_people(listing: Listing, path: Path, name: Callable[[str], str] = canonical_patient_id) -> People:
-    """Read a table of people; note what is wrong with it.
-
-    Args:
-        listing: takes the notes.
-        path: CSV, TSV or Excel.
-        name: gives the canonical patient id of what the table has as an id.
+    """Read a table of people, ids brought to one form by ``name``; note what is wrong with it.
 
     Raises:
         InputError: if the table cannot be read or has no column of ids.
@@ -313,16 +308,7 @@ def describe_person(
     date: str | None = None,
     more: Row | None = None,
 ) -> dict[str, Any]:
-    """Sex, age, diagnosis and site of a patient at a session.
-
-    Args:
-        listing: takes notes of what is missing or contradictory.
-        people: the table; None if there is none.
-        patient_id: canonical.
-        session: of the scan.
-        date: of the scan.
-        more: cells of the session's own table, which win.
-    """
+    """Sex, age, diagnosis and site of a patient at a session; cells of the session's own table (``more``) win."""
     row, differ = people.row(patient_id, session, date) if people else (None, [])
     file, who = people.file if people else "", listing.people.get(patient_id, patient_id)
     if people and row is None:

@@ -371,10 +371,7 @@ def _patients(listing: Listing, options: LayoutOptions, series: list[_Series]) -
 
 
 def _same_person(several: Iterable[_Series]) -> tuple[str, bool]:
-    """What contradicts that series of one PatientID are of one person, and whether anything confirms it.
-
-    Sex, birth date and name; a name that repeats the id says nothing.
-    """
+    """What contradicts that series of one PatientID are of one person, and whether anything confirms it."""
     values: dict[str, set[str]] = {"sexes": set(), "birth dates": set(), "names": set()}
     for one in several:
         facts = {key: str(one.facts.get(key) or "").strip() for key in ("PatientID", "PatientSex", "PatientBirthDate")}

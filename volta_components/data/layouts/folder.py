@@ -215,13 +215,7 @@ def _is_time(folder: str) -> bool:
 
 
 def _who(differ: Sequence[str], folders: Sequence[str], subject: str) -> str | None:
-    """Who a file of an ambiguous name is of: a folder that is no session, else the file's name if it is somebody's.
-
-    Args:
-        differ: the folders that tell it from files of the same name.
-        folders: all of them.
-        subject: the file's name.
-    """
+    """Who a file of an ambiguous name is of: of the folders that differ, one that is no session, else its own name."""
     if not differ:
         return next(iter(folders), None)
     people = [part for part in differ if not _is_time(part)]

@@ -290,11 +290,7 @@ def run_dcm2niix(folder: Path, output: Path, *options: str) -> subprocess.Comple
 
 
 def convert_series(files: Sequence[Path], output: Path) -> tuple[Path, list[str]]:
-    """Convert one series to NIfTI.
-
-    Args:
-        files: of the series, of whatever folders.
-        output: an empty folder.
+    """Convert one series, of files in whatever folders, to NIfTI in an empty folder.
 
     Returns:
         The NIfTI file; warnings of dcm2niix about missing or uneven slices.

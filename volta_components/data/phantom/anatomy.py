@@ -166,13 +166,7 @@ def surface_points(brain: NDArray[np.bool_], box: Box, step: int) -> torch.Tenso
 
 
 def draw_velocity(subject: Subject, anatomy: Anatomy, strength: float = 1.0) -> torch.Tensor:
-    """Velocity field of a subject: ``[3, x, y, z]`` mm; look the anatomy up at its exponential.
-
-    Args:
-        subject: the subject.
-        anatomy: what is deformed.
-        strength: factor of the random part.
-    """
+    """Velocity field of a subject: ``[3, x, y, z]`` mm; look the anatomy up at its exponential."""
     random = random_velocity(random_stream(subject.seed, 5, subject.number), anatomy.box, anatomy.random_scales)
     left, right = subject.log_hippocampus_left, subject.log_hippocampus_right
     if subject.mirrored:
@@ -188,17 +182,7 @@ def draw_velocity(subject: Subject, anatomy: Anatomy, strength: float = 1.0) -> 
 def _fit(
     matrix: NDArray[np.float64], translation: NDArray[np.float64], brain: NDArray[np.float64], anatomy: Anatomy
 ) -> tuple[float, NDArray[np.float64]]:
-    """Smallest change of size and place that brings a brain into the field of view.
-
-    Args:
-        matrix: ``[3, 3]`` from the deformed anatomy to the head.
-        translation: ``[3]`` mm.
-        brain: ``[n, 3]`` positions of the brain's surface in the deformed anatomy, mm from its centre.
-        anatomy: the anatomy.
-
-    Returns:
-        A factor of at most 1, and the translation, mm.
-    """
+    """Factor (at most 1) and translation (mm) that bring a brain's surface into the field of view with least change."""
     room = np.array(anatomy.field) / 2 - _MARGIN
     shift = anatomy.middle - anatomy.centre
     placed = brain @ matrix.T

@@ -51,14 +51,7 @@ def _anatomy(settings: Settings, name: str, paths: Mapping[str, str]) -> Anatomy
 
 
 def write_subject(output: str | os.PathLike[str], settings: Settings, number: int, paths: Mapping[str, str]) -> None:
-    """Render one subject and write its files, each whole or not at all.
-
-    Args:
-        output: folder of the data set.
-        settings: the cohort's.
-        number: the subject's.
-        paths: label maps by the names of anatomies; empty for the template.
-    """
+    """Render one subject and write its files, each whole or not at all; ``paths`` are label maps by anatomy."""
     subject = draw_subject(settings, number)
     anatomy = _anatomy(settings, subject.anatomy, paths)
     scanner = scanner_of(settings, subject, not isinstance(anatomy, Head) or anatomy.has_outside)
@@ -112,11 +105,7 @@ def _run(output: Path, settings: Settings, numbers: list[int], workers: int, pat
 
 
 def _claim(output: Path, settings: Settings, maps: Sequence[LabelMap]) -> None:
-    """Make sure that an output folder is new, or holds a cohort of the same parameters.
-
-    Raises:
-        InputError: if it holds something else; says what.
-    """
+    """Make sure that an output folder is new, or holds a cohort of the same parameters."""
     parameters = {**asdict(settings), "anatomies": {each.name: each.digest for each in maps}}
     wanted: dict[str, Any] = {"format": FORMAT, **parameters}
     path = output / PARAMETERS_FILE
@@ -141,13 +130,6 @@ def make_dataset(
     folder: Path, settings: Settings, numbers: Sequence[int], maps: Sequence[LabelMap], workers: int | None
 ) -> tuple[int, int]:
     """Make the subjects that are missing, and everything of the data set that is not one subject's.
-
-    Args:
-        folder: of the data set.
-        settings: what the phantoms look like.
-        numbers: of the subjects.
-        maps: label maps that heads grow from; none for the template.
-        workers: processes; the number of cores where it is None.
 
     Returns:
         How many subjects the data set has now, and how many of them are new.

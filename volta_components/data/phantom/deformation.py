@@ -104,15 +104,7 @@ def volume_field(share: NDArray[np.float32], box: Box, step: int, fine: float, w
 
 
 def exponential(velocity: torch.Tensor, box: Box) -> torch.Tensor:
-    """Flow of a stationary velocity field after unit time, by scaling and squaring.
-
-    Args:
-        velocity: ``[3, x, y, z]`` mm, on the velocity grid.
-        box: the box.
-
-    Returns:
-        ``[3, x, y, z]`` displacement in mm: position ``p`` goes to ``p + displacement(p)``.
-    """
+    """Displacement ``[3, x, y, z]`` (mm) of a stationary velocity field after unit time, by scaling and squaring."""
     half = box.half[:, None, None, None]
     step = velocity / half / 2**box.squarings
     for _ in range(box.squarings):
@@ -121,16 +113,9 @@ def exponential(velocity: torch.Tensor, box: Box) -> torch.Tensor:
 
 
 def follow(velocity: torch.Tensor, box: Box, points: torch.Tensor, steps: int = 16) -> torch.Tensor:
-    """Carry points along a stationary velocity field for unit time, by the midpoint rule.
+    """Carry points ``[n, 3]`` (mm) along a stationary velocity field for unit time, by the midpoint rule.
 
-    Args:
-        velocity: ``[3, x, y, z]`` mm, on the velocity grid.
-        box: the box.
-        points: ``[n, 3]`` mm.
-        steps: of equal length.
-
-    Returns:
-        ``[n, 3]`` mm; what `exponential` gives, for a few points.
+    It gives what `exponential` gives, for a few points.
     """
 
     def speed(places: torch.Tensor) -> torch.Tensor:
@@ -161,16 +146,7 @@ def _random_spectrum(box: Box, scales: Scales) -> NDArray[np.float32]:
 
 
 def random_velocity(rng: np.random.Generator, box: Box, scales: Scales) -> torch.Tensor:
-    """A smooth random velocity field.
-
-    Args:
-        rng: random numbers.
-        box: the box.
-        scales: smoothing and amplitude of each part: standard deviations, mm; the latter of each component.
-
-    Returns:
-        ``[3, x, y, z]`` mm.
-    """
+    """A smooth random velocity field ``[3, x, y, z]``, mm; for each scale its smoothing and amplitude, mm."""
     shape, spectrum = box.shape, _random_spectrum(box, scales)
     noise = (rng.standard_normal(shape, dtype=np.float32) for _ in range(3))
     return torch.from_numpy(np.stack([fft.irfftn(fft.rfftn(part) * spectrum, s=shape) for part in noise]))
@@ -180,10 +156,6 @@ def least_jacobian(displacement: torch.Tensor, grid: int) -> float:
     """Smallest change of volume of ``p -> p + displacement(p)`` by differences to neighbours on either side.
 
     Central differences would average a fold with its surroundings.
-
-    Args:
-        displacement: ``[3, x, y, z]`` mm, on the velocity grid.
-        grid: its spacing, mm.
     """
     steps = [displacement.diff(dim=axis) / grid for axis in (1, 2, 3)]
     least = []

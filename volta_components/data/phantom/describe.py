@@ -77,14 +77,7 @@ The images are derived from the label maps: the licence of the label maps also h
 
 
 def describe(output: Path, settings: Settings, subjects: Sequence[Subject], maps: Sequence[LabelMap]) -> None:
-    """Write everything of the data set that is not one subject's.
-
-    Args:
-        output: folder of the data set.
-        settings: the cohort's.
-        subjects: all that are there.
-        maps: the anatomies; none for the template.
-    """
+    """Write everything of the data set that is not one subject's."""
     generated = [{"Name": "volta3d phantom", "Version": __version__, "Description": f"Parameters: {PARAMETERS_FILE}"}]
     description: dict[str, Any] = {
         "Name": "VolTA-3D brain phantoms",
@@ -158,13 +151,7 @@ def describe(output: Path, settings: Settings, subjects: Sequence[Subject], maps
 
 
 def write_sheet(path: Path, subjects: Sequence[tuple[Path, Path]], most: int = 12) -> None:
-    """Write a picture of some heads, three planes each through the hippocampi, these outlined: a sheet to look at.
-
-    Args:
-        path: of the PNG.
-        subjects: image and label map of each.
-        most: heads on the sheet, spread evenly over the cohort.
-    """
+    """Write a picture of some heads, three planes each through the hippocampi, these outlined: a sheet to look at."""
     chosen = [subjects[round(place)] for place in np.linspace(0, len(subjects) - 1, min(most, len(subjects)))]
     tiles = [_tile(read_volume(image).voxels, read_volume(labels).voxels) for image, labels in chosen]
     size = [max(tile.shape[axis] for tile in tiles) for axis in (0, 1)]

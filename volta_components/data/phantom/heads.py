@@ -162,13 +162,7 @@ _SIDES = np.stack([is_code(CODES[name]) for name in ("hippocampus_left", "hippoc
 
 
 def hippocampus_shares(head: Head, voxels: torch.Tensor, spacing: int) -> torch.Tensor:
-    """Shares of the left and the right hippocampus of the anatomy in each voxel: ``[2, X, Y, Z]``.
-
-    Args:
-        head: the anatomy.
-        voxels: ``[3, X, Y, Z]`` fractional voxels of the label map.
-        spacing: mm that a voxel is wide, whole.
-    """
+    """Shares ``[2, X, Y, Z]`` of both hippocampi, left first, in voxels as ``sample_tables`` takes them."""
     shares = torch.zeros((2, *voxels.shape[1:]))
     # Every fourth voxel tells where the hippocampi are; its neighbours lie within some mm of it.
     margin = 2 * spacing

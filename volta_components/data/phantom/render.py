@@ -73,12 +73,6 @@ class Pixels:
 def render(subject: Subject, anatomy: Anatomy, spacing: int, scanner: Scanner) -> Phantom:
     """Make the image and the label map of one subject.
 
-    Args:
-        subject: from `draw_subject`.
-        anatomy: the anatomy that it grows from.
-        spacing: voxel size, mm: 1, 2 or 3.
-        scanner: from `scanner_of`.
-
     Raises:
         InputError: if the subject's deformation folds.
     """
@@ -106,16 +100,7 @@ def render(subject: Subject, anatomy: Anatomy, spacing: int, scanner: Scanner) -
 def render_view(
     subject: Subject, anatomy: Anatomy, where: Geometry, scanner: Scanner, view: View, stream: int = 6
 ) -> Pixels:
-    """Make what a view shows of a subject.
-
-    Args:
-        subject: the subject.
-        anatomy: its anatomy.
-        where: its geometry.
-        scanner: its scanner.
-        view: the grid.
-        stream: of the random numbers of texture and noise.
-    """
+    """Make what a view shows of a subject; ``stream`` is that of the random numbers of texture and noise."""
     rng = random_stream(subject.seed, stream, subject.number)
     if isinstance(anatomy, Head):
         clean, hippocampi, brain, ventricles, inside = _head_tissues(rng, anatomy, where, scanner, view, subject)

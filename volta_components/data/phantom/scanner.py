@@ -69,13 +69,9 @@ class Scanner:
 def draw_scanner(
     rng: np.random.Generator, contrast: Contrast = "t1", with_skull: bool = True, variation: float = 1.0
 ) -> Scanner:
-    """Draw a scanner.
+    """Draw a scanner: ``t1``, contrasts as of T1-weighted images, or ``any``, every tissue on its own.
 
-    Args:
-        rng: random numbers.
-        contrast: ``t1`` for contrasts as of T1-weighted images; ``any`` draws every tissue on its own.
-        with_skull: whether tissues outside the brain stay.
-        variation: how far scanners differ: factor of the spread of noise, blur, bias field and gamma.
+    ``variation`` is how far scanners differ: factor of the spread of noise, blur, bias field and gamma.
     """
     means = _t1_means(rng) if contrast == "t1" else _any_means(rng)
     deviations = np.zeros(256, np.float32)
@@ -199,13 +195,7 @@ class BiasField:
         return cls(terms, float(whole.mean()), deviation / float(whole.std()))
 
     def over(self, shape: tuple[int, ...], low: tuple[float, ...], high: tuple[float, ...]) -> torch.Tensor:
-        """The field ``[X, Y, Z]`` over a part of the image.
-
-        Args:
-            shape: voxels.
-            low: the part's first voxel; the image's edges are -1 and 1.
-            high: the part's last voxel.
-        """
+        """The field ``[X, Y, Z]`` over a part of the image, from voxel to voxel; the image's edges are -1 and 1."""
         axes = [np.linspace(a, b, 24) for a, b in zip(low, high, strict=True)]
         field = np.exp((_polynomial(self.terms, axes) - self.mean) * self.scale)
         coarse = torch.from_numpy(field.astype(np.float32))[None, None]
@@ -223,14 +213,7 @@ def _polynomial(
 
 
 def slices(image: torch.Tensor, thickness: float, axis: int, spacing: float) -> torch.Tensor:
-    """An image as it is scanned in thick slices and interpolated afterwards: ``[X, Y, Z]``.
-
-    Args:
-        image: ``[X, Y, Z]``.
-        thickness: of the slices, mm; what is no thicker than a voxel changes nothing.
-        axis: of the slices.
-        spacing: of the voxels along it, mm.
-    """
+    """An image ``[X, Y, Z]`` as it is scanned in slices of a thickness (mm) and interpolated to its spacing."""
     length = image.shape[axis]
     count = max(2, math.floor(length * spacing / thickness))
     if thickness <= spacing * 1.05 or count >= length:

@@ -76,10 +76,7 @@ def random_stream(seed: int, *stream: int) -> np.random.Generator:
 
 
 def _diagnosis(settings: Settings, number: int) -> tuple[bool, int]:
-    """Whether a subject has AD, and how many of the same diagnosis come before it.
-
-    Patients are spread evenly: a share of 0.5 has two in each group of four, in a random place.
-    """
+    """Whether a subject has AD (evenly spread over groups of four), and how many of its diagnosis come before it."""
     index = number - 1
     group, place = divmod(index, 4)
     position = 4 * group + int(random_stream(settings.seed, 1, group).permutation(4)[place])
@@ -89,14 +86,10 @@ def _diagnosis(settings: Settings, number: int) -> tuple[bool, int]:
 
 
 def draw_subject(settings: Settings, number: int) -> Subject:
-    """Draw the person and the scanner of one phantom.
+    """Draw the person and the scanner of one phantom, by its number from 1.
 
     Sexes and sites are in turn within each diagnosis, in random order, so that even a few subjects have all of them and
     none goes with another.
-
-    Args:
-        settings: the cohort's.
-        number: the subject's, from 1.
     """
     patient, rank = _diagnosis(settings, number)
     pair, turn = divmod(rank, 2)
@@ -167,11 +160,6 @@ def scanner_of(settings: Settings, subject: Subject, has_outside: bool = True) -
 
     A subject of the template has its site's, with a shift of its own. A subject of an anatomy has one of its own; its
     site shifts grey matter and fluid, and scales gamma, bias field, blur and noise.
-
-    Args:
-        settings: the cohort's.
-        subject: the subject.
-        has_outside: whether its anatomy has anything outside the brain.
     """
     rng = random_stream(settings.seed, 8, subject.number)
     with_skull = bool(rng.random() < settings.skull_share) and has_outside
