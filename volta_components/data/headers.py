@@ -328,10 +328,6 @@ class _Reader:
         """The offset in the header, for a file that is longer than it says."""
         end = self._extensions_end()
         extra = self._bytes - told - n_bytes
-        if extra == 0:
-            return told
-        if extra < 0:
-            raise too_short(self.path, self._bytes, told + n_bytes, told)
         if end == told + extra:
             self.notes.append(f"vox_offset is {told}, within an extension: voxels were read from byte {end}")
             return end

@@ -4,39 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
 from volta_components.data.layouts.common import LEFT, RIGHT, LabelFile
-from volta_components.data.volumes import UnusableVolume, Volume, read_volume
+from volta_components.data.volumes import UnusableVolume, Volume, canonical, read_volume, whole_numbers
 
 SIDES = {"left": LEFT, "right": RIGHT}
-
-
-def _integers(path: Path, volume: Volume) -> np.ndarray:
-    """Voxels as integers, or ``UnusableVolume``."""
-    voxels = volume.voxels
-    if volume.slope != 1 or volume.intercept != 0:
-        voxels = voxels * volume.slope + volume.intercept
-    if voxels.dtype.kind == "f":
-        if not np.isfinite(voxels).all():
-            raise UnusableVolume(path, "label contains NaN or Inf", "fetch it again")
-        rounded = np.round(voxels)
-        if np.abs(voxels - rounded).max() > 1e-3:
-            raise UnusableVolume(path, "label values are no integers", "give a label map, not a probability map")
-        voxels = rounded.astype(np.int64)
-    return voxels
-
-
-def _canonical(volume: Volume) -> Volume:
-    """The same volume, viewed in the axis order and directions nearest to RAS."""
-    orientation = io_orientation(volume.affine)
-    affine = volume.affine @ inv_ornt_aff(orientation, volume.voxels.shape)
-    return replace(volume, voxels=apply_orientation(volume.voxels, orientation), affine=affine)
 
 
 ONE_GRID = "give them on one grid, or leave labels alone (--labels none)"
@@ -79,14 +55,14 @@ def read_labels(
     Raises:
         UnusableVolume: if a file cannot be used, is empty, is on another grid or holds unexpected values.
     """
-    grid = _canonical(scan)
+    grid = canonical(scan)
     merged = np.zeros(grid.voxels.shape, np.uint8, order="F")
     quirks: list[tuple[str, str]] = []
     sides: dict[int, np.ndarray] = {}
     for file in files:
-        volume = _canonical(read_volume(file.path, assume_orientation))
+        volume = canonical(read_volume(file.path, assume_orientation))
         _same_grid(file.path, volume, grid, scan_path)
-        voxels = _integers(file.path, volume)
+        voxels = whole_numbers(file.path, volume)
         values = np.unique(voxels)
         if len(values) == 1:
             raise UnusableVolume(file.path, f"empty label: every voxel is {values[0]}", "fetch it again")

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from volta_components.data.datalist import (
     Datalist,
@@ -23,12 +22,6 @@ from volta_components.errors import InputError
 from volta_components.files import write_json
 
 
-def _person(item: Mapping[str, Any]) -> tuple[str, bool]:
-    """Canonical patient of an item, and whether that id is one person's in any data set."""
-    patient = canonical_patient_id(str(item["patient_id"]))
-    return patient, is_worldwide(patient)
-
-
 def find_overlaps(datalists: Sequence[Datalist]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     """Patients or voxels that datalists share; a single one is searched for the same voxels under two ids.
 
@@ -42,8 +35,7 @@ def find_overlaps(datalists: Sequence[Datalist]) -> tuple[list[tuple[str, ...]],
     voxels: dict[str, dict[tuple[int, str], None]] = defaultdict(dict)
     for i, datalist in enumerate(datalists):
         for item in datalist.content["training"]:
-            patient, _ = _person(item)
-            where[patient][i].add(str(item.get("cohort", datalist.name)))
+            where[canonical_patient_id(item["patient_id"])][i].add(str(item.get("cohort", datalist.name)))
             for key in ("voxels_sha256", "source_sha256", "sha256"):
                 if item.get(key):
                     name = "_".join(str(item[k]) for k in ("subject_id", "session") if item.get(k))
@@ -174,7 +166,7 @@ def merge(
             for key in ("image", "label"):
                 if key in entry:
                     entry[key] = (base / entry[key]).as_posix()
-            if _person(item)[0] in shared:
+            if canonical_patient_id(item["patient_id"]) in shared:
                 entry.pop("visit", None)  # counted in each datalist on its own
             if entry["patient_id"] in clashing:
                 for key in ("subject_id", "patient_id"):

@@ -119,11 +119,9 @@ def resample_label(
     values = [int(v) for v in np.unique(label) if v != 0]
     # Only the box around the labels matters, and a rim for interpolation.
     rim = 2 + np.ceil(np.linalg.norm((np.linalg.inv(affine) @ target)[:3, :3], axis=0)).astype(int).max()
-    box = [
-        slice(max(0, int(index.min()) - rim), int(index.max()) + rim + 1) if len(index) else slice(0, 1)
-        for index in (np.flatnonzero(label.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3))
-    ]
-    label = label[tuple(box)]
+    found = ndimage.find_objects((label > 0).view(np.uint8)) or [(slice(0, 1),) * 3]
+    box = tuple(slice(max(0, side.start - rim), side.stop + rim) for side in found[0])
+    label = label[box]
     affine = affine @ nib.affines.from_matvec(np.eye(3), [part.start for part in box])
     source_mm3, target_mm3 = abs(np.linalg.det(affine[:3, :3])), abs(np.linalg.det(target[:3, :3]))
     result = np.zeros(shape, np.uint8)

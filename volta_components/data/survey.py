@@ -12,11 +12,12 @@ import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
-from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+from nibabel.orientations import io_orientation
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
-from volta_components.data.volumes import Volume
+from volta_components.data.unusable import UnusableVoxels
+from volta_components.data.volumes import Volume, canonical
 
 SIDES = ("left", "right", "back", "front", "bottom", "top")
 _COARSE_MM = 2.0
@@ -39,20 +40,6 @@ LEAST_HEIGHT = 0.92
 
 # No mark where a scan is known to have no skull.
 MAYBE_STRIPPED = "far below all else: padding, or a brain without skull?"
-
-
-class UnusableVoxels(ValueError):
-    """The voxels of a scan cannot be used; ``args`` are the reason and the remedy."""
-
-    @property
-    def reason(self) -> str:
-        """What is wrong."""
-        return str(self.args[0])
-
-    @property
-    def remedy(self) -> str:
-        """What to do."""
-        return str(self.args[1])
 
 
 @dataclass(frozen=True)
@@ -88,11 +75,10 @@ def survey(volume: Volume) -> Survey:
     Raises:
         UnusableVoxels: if there are NaN or infinite voxels, or all are equal.
     """
-    orientation = io_orientation(volume.affine)
-    if np.isnan(orientation).any():
+    if np.isnan(io_orientation(volume.affine)).any():
         raise UnusableVoxels("singular affine: an axis has no direction", "convert it from its source again")
-    voxels = apply_orientation(volume.voxels, orientation)
-    affine = volume.affine @ inv_ornt_aff(orientation, volume.voxels.shape)
+    upright = canonical(volume)
+    voxels, affine = upright.voxels, upright.affine
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     factors = tuple(int(max(1, min(round(_COARSE_MM / s), n // 8))) for s, n in zip(spacing, voxels.shape, strict=True))
     coarse, minimum, maximum = block_means(voxels, factors)  # type: ignore[arg-type]

@@ -299,10 +299,6 @@ class People:
                 self.also[ids[0]] = table[key][0]
         return sorted(self.also.items())
 
-    def has(self, patient: str) -> bool:
-        """Whether there is a row of a patient."""
-        return self.also.get(patient, patient) in self.rows
-
     def knows(self, name: str) -> bool:
         """Whether a name is in the table, in any spelling."""
         return loose(name) in self._loose

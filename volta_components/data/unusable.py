@@ -32,6 +32,25 @@ class UnusableVolume(InputError):
         return type(self), (self.path, self.reason, self.remedy)
 
 
+class UnusableVoxels(ValueError):
+    """The voxels of a scan cannot be used, for a reason, with a remedy."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason, remedy)
+        self.reason, self.remedy = reason, remedy
+
+
+def what_is_wrong(error: Exception) -> tuple[str, str]:
+    """Reason and remedy of whatever went wrong while a scan was read or prepared."""
+    if isinstance(error, (UnusableVolume, UnusableVoxels)):
+        return error.reason, error.remedy
+    if isinstance(error, OSError):
+        return readable(error.strerror or str(error)), "check the disk and the permissions"
+    if isinstance(error, MemoryError):
+        return "does not fit in memory", "use fewer workers, or check the file's dimensions"
+    return readable(f"unexpected {type(error).__name__}: {error}"), "please report it"
+
+
 def missing_content(path: Path) -> tuple[str, str] | None:
     """Why a file's content is not there: DataLad and Git LFS keep links or notes in the place of files.
 
@@ -91,7 +110,7 @@ def _reason(error: Exception) -> tuple[str, str]:
     if isinstance(error, (gzip.BadGzipFile, zlib.error)):
         return f"damaged gzip stream ({error})", "fetch it again"
     if isinstance(error, MemoryError):
-        return "does not fit in memory", "use fewer workers, or check the file's dimensions"
+        return what_is_wrong(error)
     if isinstance(error, OSError):
         return f"cannot be read ({error.strerror or error})", "check the disk and the permissions"
     return f"damaged header ({one_line(error)})", "fetch it again, or convert it again"

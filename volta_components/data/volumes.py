@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import mmap
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
 from volta_components.data.geometry import assumed_affine, check_dtype, check_geometry
 from volta_components.data.headers import (
@@ -54,6 +55,32 @@ class Volume:
     intercept: float
     code: int
     warnings: tuple[str, ...] = ()
+
+
+def canonical(volume: Volume) -> Volume:
+    """The same volume, viewed in the axis order and directions nearest to RAS."""
+    orientation = io_orientation(volume.affine)
+    affine = volume.affine @ inv_ornt_aff(orientation, volume.voxels.shape)
+    return replace(volume, voxels=apply_orientation(volume.voxels, orientation), affine=affine)
+
+
+def whole_numbers(path: Path, volume: Volume) -> np.ndarray:
+    """Voxels of a label map as integers, scaled.
+
+    Raises:
+        UnusableVolume: if they are none.
+    """
+    voxels = volume.voxels
+    if volume.slope != 1 or volume.intercept != 0:
+        voxels = voxels * volume.slope + volume.intercept
+    if voxels.dtype.kind == "f":
+        if not np.isfinite(voxels).all():
+            raise UnusableVolume(path, "label contains NaN or Inf", "fetch it again")
+        rounded = np.round(voxels)
+        if np.abs(voxels - rounded).max() > 1e-3:
+            raise UnusableVolume(path, "label values are no integers", "give a label map, no image or probabilities")
+        voxels = rounded.astype(np.int64)
+    return voxels
 
 
 def volume_suffix(path: Path) -> str | None:

@@ -33,8 +33,8 @@ from volta_components.data.layouts.series import convert_series
 from volta_components.data.nifti import nifti_header
 from volta_components.data.preprocess import Prepared, Settings, prepare_volume
 from volta_components.data.skull import apply_mask
-from volta_components.data.survey import UnusableVoxels
-from volta_components.data.volumes import UnusableVolume, Volume, read_volume
+from volta_components.data.unusable import UnusableVolume, what_is_wrong
+from volta_components.data.volumes import Volume, read_volume
 from volta_components.errors import InputError
 from volta_components.files import read_json, readable, sha256_file
 
@@ -160,27 +160,13 @@ def process(task: Task) -> dict[str, Any]:
     record: dict[str, Any] = {"key": scan.key, "stamp": _stamp(scan, task.source)}
     try:
         record |= _prepared(task)
-    except UnusableVolume as error:
-        file = relative(Path(error.path), task.source)
-        record["error"] = {"file": file, "reason": error.reason, "remedy": error.remedy}
-    except UnusableVoxels as error:
-        record["error"] = {"file": scan.source, "reason": error.reason, "remedy": error.remedy}
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        record["error"] = {
-            "file": readable(str(error.filename or scan.source)),
-            "reason": readable(str(error.strerror or error)),
-            "remedy": "check the disk and the permissions",
-        }
-    except MemoryError:
-        record["error"] = {"file": scan.source, "reason": "does not fit in memory", "remedy": "use fewer --workers"}
     except Exception as error:
-        record["error"] = {
-            "file": scan.source,
-            "reason": readable(f"unexpected {type(error).__name__}: {error}"),
-            "remedy": "please report it",
-        }
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        file = readable(str(getattr(error, "filename", None) or scan.source))
+        if isinstance(error, UnusableVolume):
+            file = relative(Path(error.path), task.source)
+        record["error"] = dict(zip(("file", "reason", "remedy"), (file, *what_is_wrong(error)), strict=True))
     text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     _place(task, f"{STATE}/records/{scan.key}.json", lambda path: _write_text(path, text))
     return record

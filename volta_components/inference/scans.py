@@ -17,8 +17,9 @@ from tqdm import tqdm
 from volta_components.data.datalist import check_volumes, load_datalist
 from volta_components.data.layouts.bids import ASIDE
 from volta_components.data.names import parse_name
-from volta_components.data.survey import UnusableVoxels, survey
-from volta_components.data.volumes import UnusableVolume, read_volume, volume_stem, volume_suffix
+from volta_components.data.survey import survey
+from volta_components.data.unusable import what_is_wrong
+from volta_components.data.volumes import read_volume, volume_stem, volume_suffix
 from volta_components.data.walk import Tree, VolumeFile, walk
 from volta_components.downstream.splits import Item
 from volta_components.errors import InputError
@@ -186,14 +187,8 @@ def unusable_scans(
         try:
             if not survey(read_volume(path, assume_orientation)).foreground.any():
                 return str(path), "nothing stands out from the background", "look at it; it may hold no head"
-        except (UnusableVolume, UnusableVoxels) as error:
-            return str(path), error.reason, error.remedy
-        except OSError as error:
-            return str(path), error.strerror or str(error), "check the disk and the permissions"
-        except MemoryError:
-            return str(path), "does not fit in memory", "check the file's dimensions"
         except Exception as error:
-            return str(path), f"unexpected {type(error).__name__}: {error}", "please report it"
+            return str(path), *what_is_wrong(error)
         return None
 
     with ThreadPoolExecutor(workers or joblib.cpu_count()) as pool:

@@ -84,11 +84,12 @@ def phantom(
     )
     # Here, since they import torch: help and mistakes should not wait for it.
     from volta_components.data.phantom.dataset import make_dataset
-    from volta_components.data.phantom.labels import describe_label_maps, read_label_maps
+    from volta_components.data.phantom.labels import read_label_maps
 
     maps = [] if anatomies is None else read_label_maps(Path(anatomies), list(leave_out))
-    for line in describe_label_maps(maps):
-        print(f"note: {line}")
+    for each in maps:
+        for note in each.notes:
+            print(f"note: {each.name}: {note}")
     settings = replace(settings, anatomies=tuple(each.name for each in maps))
     folder = Path(output)
     count, new = make_dataset(folder, settings, range(first, first + subjects), maps, workers)

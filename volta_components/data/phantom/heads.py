@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from volta_components.data.phantom.anatomy import CENTRE, Anatomy, surface_points
 from volta_components.data.phantom.deformation import box_around, volume_field
@@ -47,8 +48,7 @@ class Head(Anatomy):
 def make_head(label_map: LabelMap) -> Head:
     """Prepare a label map for rendering: its box, and the fields of the known effects, computed from this anatomy."""
     brain = TISSUE[label_map.codes]
-    places = [np.flatnonzero(brain.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    centre = np.array([(place[0] + place[-1]) // 2 for place in places])
+    centre = np.array([(side.start + side.stop - 1) // 2 for side in ndimage.find_objects(brain.view(np.uint8))[0]])
     low = CENTRE - centre - _MARGIN
     shape = np.array(label_map.codes.shape)
     box = box_around(low, low + shape + 2 * _MARGIN - 1, _GRID, squarings=4)
@@ -78,8 +78,7 @@ def make_head(label_map: LabelMap) -> Head:
 
 
 def _part_of(mask: NDArray[np.bool_]) -> tuple[slice, slice, slice]:
-    places = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    x, y, z = (slice(int(place[0]) - 1, int(place[-1]) + 2) for place in places)
+    x, y, z = (slice(side.start - 1, side.stop + 1) for side in ndimage.find_objects(mask.view(np.uint8))[0])
     return x, y, z
 
 

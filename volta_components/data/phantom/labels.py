@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from volta_components.data.resample import resample
-from volta_components.data.volumes import UnusableVolume, read_volume, volume_suffix
+from volta_components.data.volumes import UnusableVolume, canonical, read_volume, volume_suffix, whole_numbers
 from volta_components.errors import InputError
 
 # FreeSurfer's number, left and right (the same twice where a structure has no side), of each structure.
@@ -206,17 +205,7 @@ def read_label_map(name: str, path: Path) -> LabelMap:
         UnusableVolume: if it cannot be used, with reason and remedy.
     """
     volume = read_volume(path)
-    values = np.asarray(volume.voxels)
-    if values.ndim != 3:
-        raise UnusableVolume(path, f"has {values.ndim} axes", "give a label map of three")
-    if volume.slope != 1 or volume.intercept != 0:
-        values = values.astype(np.float32) * np.float32(volume.slope) + np.float32(volume.intercept)
-    if values.dtype.kind == "f":
-        if not np.isfinite(values).all() or not np.equal(np.rint(values), values).all():
-            raise UnusableVolume(
-                path, "holds fractions, so it is not a label map", "give the segmentation, not the image"
-            )
-        values = values.astype(np.int64)
+    values = whole_numbers(path, volume)
     if values.min() < 0:
         raise UnusableVolume(path, "holds negative numbers, so it is not a label map", "give the segmentation")
     table = _translation()
@@ -236,8 +225,8 @@ def read_label_map(name: str, path: Path) -> LabelMap:
             )
         nearest = ndimage.distance_transform_edt(known == 255, return_distances=False, return_indices=True)
         known = known[tuple(nearest)]
-    codes, affine = _reorient(known, volume.affine)
-    codes, changed = _to_millimetres(codes, affine)
+    upright = canonical(replace(volume, voxels=known))
+    codes, changed = _to_millimetres(upright.voxels, upright.affine)
     if changed:
         notes.append(changed)
     codes = _crop(codes)
@@ -251,15 +240,10 @@ def read_label_map(name: str, path: Path) -> LabelMap:
     if missing:
         notes.append(f"no {', '.join(missing).replace('_', ' ')}")
     digest = hashlib.sha256(f"{codes.shape}".encode() + codes.tobytes()).hexdigest()
-    result = LabelMap(name, path, codes, digest, ())
-    if not result.has_outside:
-        notes.append("nothing outside the brain: its heads are rendered without skull")
-    return LabelMap(name, path, codes, digest, tuple(notes))
-
-
-def _reorient(codes: NDArray[np.uint8], affine: NDArray[np.float64]) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    orientation = io_orientation(affine)
-    return apply_orientation(codes, orientation), affine @ inv_ornt_aff(orientation, codes.shape)
+    result = LabelMap(name, path, codes, digest, tuple(notes))
+    if result.has_outside:
+        return result
+    return replace(result, notes=(*notes, "nothing outside the brain: its heads are rendered without skull"))
 
 
 def _to_millimetres(codes: NDArray[np.uint8], affine: NDArray[np.float64]) -> tuple[NDArray[np.uint8], str]:
@@ -280,10 +264,8 @@ def _to_millimetres(codes: NDArray[np.uint8], affine: NDArray[np.float64]) -> tu
 
 
 def _crop(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    places = [np.flatnonzero(codes.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    if not all(len(place) for place in places):
-        return codes
-    return np.ascontiguousarray(codes[tuple(slice(place[0], place[-1] + 1) for place in places)])
+    boxes = ndimage.find_objects((codes > 0).view(np.uint8))
+    return np.ascontiguousarray(codes[boxes[0]]) if boxes else codes
 
 
 def _check(path: Path, codes: NDArray[np.uint8]) -> None:
@@ -304,30 +286,20 @@ def _check(path: Path, codes: NDArray[np.uint8]) -> None:
         )
 
 
-def choose_label_maps(folder: Path, leave_out: Sequence[str] = ()) -> dict[str, Path]:
-    """Label maps of a folder, by name, without those that are left out.
-
-    Raises:
-        InputError: if there are none, none are left, or one to leave out is not there.
-    """
-    found = find_label_maps(folder)
-    if unknown := sorted(set(leave_out) - set(found)):
-        raise InputError(f"{folder}: no anatomies {', '.join(unknown)} to leave out; there are {', '.join(found)}")
-    kept = {name: path for name, path in found.items() if name not in set(leave_out)}
-    if not kept:
-        raise InputError(f"{folder}: every anatomy is left out; leave out fewer")
-    return kept
-
-
 def read_label_maps(folder: Path, leave_out: Sequence[str] = ()) -> list[LabelMap]:
     """Read the label maps of a folder, but for those that are left out.
 
     Raises:
-        InputError: if there are none, or some cannot be used; names them all.
+        InputError: if there are none, none are left, one to leave out is not there, or some cannot be used.
     """
+    found = find_label_maps(folder)
+    if unknown := sorted(set(leave_out) - set(found)):
+        raise InputError(f"{folder}: no anatomies {', '.join(unknown)} to leave out; there are {', '.join(found)}")
+    chosen = {name: path for name, path in found.items() if name not in leave_out}
+    if not chosen:
+        raise InputError(f"{folder}: every anatomy is left out; leave out fewer")
     maps: list[LabelMap] = []
     bad: list[tuple[str, str, str]] = []
-    chosen = choose_label_maps(folder, leave_out)
     for name, path in chosen.items():
         try:
             maps.append(read_label_map(name, path))
@@ -344,8 +316,3 @@ def read_label_maps(folder: Path, leave_out: Sequence[str] = ()) -> list[LabelMa
             "Mend them, or move them out of the folder.",
         )
     return maps
-
-
-def describe_label_maps(maps: Sequence[LabelMap]) -> list[str]:
-    """Lines for the user: what was missing, unknown or changed."""
-    return [f"{each.name}: {note}" for each in maps for note in each.notes]
