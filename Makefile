@@ -68,7 +68,7 @@ test-gpu: $(READY)  ## each training and inference once on the GPU
 lint: $(READY)  ## ruff, mypy and the layout of the configs
 	ruff check .
 	ruff format --check .
-	python -m tools.format_json --check bundles/*/configs/*.json
+	python -m tools.format_json --check bundles/*/configs/*.json volta_components/data/fetch/resources/*.json
 	mypy volta_components tools
 
 bench: $(READY)  ## benchmarks, printed as a table of ratios

@@ -38,6 +38,7 @@ from volta_components.errors import InputError
 
 # In the order in which a study uses them.
 COMMANDS = {
+    "fetch": ("volta_components.data.fetch.command:fetch", "Download open data, checked, with its licence."),
     "phantom": ("volta_components.data.phantom.command:phantom", "Make a BIDS data set of synthetic heads."),
     "prepare": ("volta_components.data.prepare:prepare", "Turn a data set into checked volumes and a datalist."),
     "check": ("volta_components.data.overlaps:check", "Prove that no patient is in two datalists."),

@@ -153,8 +153,13 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file's bytes, as lower-case hexadecimal."""
+    return hash_file(path, "sha256")
+
+
+def hash_file(path: str | os.PathLike[str], kind: str) -> str:
+    """A hash of a file's bytes, such as ``sha256`` or ``md5``, as lower-case hexadecimal."""
     with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, kind).hexdigest()
 
 
 def sha256_json(content: Any) -> str:

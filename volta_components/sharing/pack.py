@@ -7,7 +7,6 @@ The zip is laid out as the MONAI model zoo's are: one top folder of the bundle's
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from volta_components.downstream.inits import BASE_INIT, find_overlay
 from volta_components.errors import InputError
 from volta_components.files import (
     atomic_path,
+    hash_file,
     partial_prefix,
     read_json,
     remove_partials,
@@ -170,8 +170,7 @@ def pack_bundle(
     digest = sha256_file(path)
     info_path = output / "model_info.json"
     info = read_json(info_path) if info_path.is_file() else {}
-    with path.open("rb") as stream:
-        sha1 = hashlib.file_digest(stream, "sha1").hexdigest()  # what the zoo's entries have
+    sha1 = hash_file(path, "sha1")  # what the zoo's entries have
     address = f"{source.rstrip('/')}/{path.name}" if source else ""
     info[stem] = {"checksum": sha1, "source": address, "sha256": digest}
     write_json(info_path, dict(sorted(info.items())))
