@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -104,8 +106,84 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(target)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # writing and syncing do not say which file it was
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def keep_copy(path: Path, copy: Path) -> None:
+    """Keep a file under a second name, so that another one can take its place; without copying where links exist."""
+    copy.unlink(missing_ok=True)
+    try:
+        os.link(path, copy)
+    except OSError:  # such as exFAT
+        with atomic_path(copy) as temporary:
+            shutil.copyfile(path, temporary)
+
+
+class FolderLock:
+    """A lock that one process of any machine holds until it ends, however it ends.
+
+    It is a record lock, which a child process does not inherit: loading workers that outlive a killed trainer for a few
+    seconds do not keep it, as they would the lock of the package ``filelock``. The file holds machine and process, for
+    the message, and is removed with the lock.
+
+    Args:
+        path: the file; its folder is made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: int | None = None
+
+    def take(self, otherwise: str) -> None:
+        """Take the lock.
+
+        Args:
+            otherwise: what to say if another process has it: the reason and the remedy.
+
+        Raises:
+            InputError: if another process has it; names the folder, the machine and the process.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while self._handle is None:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.read(handle, 200).decode(errors="replace").strip()
+                os.close(handle)
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise InputError(f"{self.path.parent} ({holder or 'no holder named'}): {otherwise}") from error
+                return  # a file system without locks
+            # The one that had it may have removed the file in between.
+            self._handle = handle
+            if not self.is_held():
+                self._handle = None
+                os.close(handle)
+        os.truncate(self._handle, 0)
+        os.write(self._handle, f"{socket.gethostname()}, process {os.getpid()}\n".encode())
+
+    def is_held(self) -> bool:
+        """Whether the lock is ours and its file is still there; true where the file system has no locks."""
+        if self._handle is None:
+            return self.path.parent.is_dir()
+        try:
+            return os.path.samestat(os.fstat(self._handle), self.path.stat())
+        except OSError:
+            return False
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._handle is None:
+            return
+        if self.is_held():
+            self.path.unlink(missing_ok=True)
+        os.close(self._handle)
+        self._handle = None
 
 
 def bundle_root(name: str) -> str:

@@ -108,6 +108,8 @@ def test_models_are_plain_tensors_with_a_record_and_load_whole_or_not_at_all(tmp
     save_model(tmp_path / "model.pt", network, {"threshold": 0.3})
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     assert set(state) == set(network.state_dict())
+    save_model(tmp_path / "again.pt", network, {"threshold": 0.3})
+    assert (tmp_path / "again.pt").read_bytes() == (tmp_path / "model.pt").read_bytes()
     other = Headed()
     assert load_model(other, tmp_path / "model.pt")["threshold"] == 0.3
     torch.testing.assert_close(other.head.weight, network.head.weight, rtol=0, atol=0)

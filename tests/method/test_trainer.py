@@ -155,7 +155,7 @@ def test_clipping() -> None:
 def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
     parts = tiny_run(count=2, epochs=1, reconstruction_weight=float("nan"))
     before = flat(parts.plain_student)
-    with pytest.raises(RuntimeError, match="not finite at mini-batch 2; lower the learning rate"):
+    with pytest.raises(InputError, match="not finite at mini-batch 2; lower the learning rate"):
         parts.trainer.run()
     after = flat(parts.plain_student)
     assert all(np.array_equal(value, after[name]) for name, value in before.items())

@@ -184,6 +184,56 @@ def test_a_malicious_file_is_not_executed(tmp_path: Path, suffix: str, form: str
         assert trap.exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_layers": 10**9}, "num_layers  1000000000"),
+        ({"hidden_size": 10**8}, "hidden_size  100000000"),
+        ({"mlp_dim": 10**12}, "mlp_dim 1000000000000"),
+        ({"img_size": [16 * 10**6] * 3}, "img_size"),
+        ({"in_channels": 10**9}, "a network of"),
+        ({"num_layers": -1}, "num_layers"),
+        ({"hidden_size": "x"}, "hidden_size"),
+        ({"patch_size": [16, 16]}, "patches of (16, 16)"),
+    ],
+)
+def test_an_absurd_json_is_refused_before_memory_is_taken(
+    tmp_path: Path, changes: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path)
+    record = json.loads(path.with_suffix(".json").read_text())
+    record["network"] |= changes
+    path.with_suffix(".json").write_text(json.dumps(record))
+
+    def build(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network is being built")
+
+    monkeypatch.setattr(ViTAutoEnc, "__init__", build)
+    with pytest.raises(InputError) as caught:
+        load_encoder(path)
+    assert words in str(caught.value)
+
+
+def test_a_header_that_promises_more_than_the_file_holds_is_refused(tmp_path: Path) -> None:
+    """1.5 kB that say they are a tensor of 2^40 elements, in both formats."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
+    (tmp_path / "bomb.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(1400))
+    torch.save({"a": torch.zeros(1).expand(2**40)}, tmp_path / "bomb.pt")
+    for name in ("bomb.safetensors", "bomb.pt"):
+        with pytest.raises(InputError, match=rf"{name}: "):
+            read_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    network = tiny_network(3)
+    with torch.no_grad():
+        network.norm.bias[0] = value
+    save_encoder(tmp_path / "encoder.safetensors", network, {})
+    with pytest.raises(InputError, match=r"encoder\.safetensors: 1 of its \d+ weights hold NaN .*norm\.bias"):
+        load_encoder(tmp_path / "encoder.safetensors")
+
+
 def test_an_absent_file_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.safetensors: no such weights; run the pretraining first"):
         load_encoder(tmp_path / "none.safetensors")

@@ -7,10 +7,12 @@ import os
 import pickle
 import shutil
 import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -147,7 +149,7 @@ def test_half_a_checkpoint_of_a_killed_run_is_removed_at_the_next_start(tmp_path
     left = tmp_path / partial_prefix().replace(f"-{os.getpid()}-", f"-{dead.pid}-")
     left.write_bytes(b"half a checkpoint")
     run_with_checkpoint(path)
-    assert [item.name for item in tmp_path.iterdir()] == ["c.pt"]
+    assert [item.name for item in tmp_path.iterdir()] == ["c.pt"]  # nothing was left to train, and to save
 
 
 def test_checkpoints_lie_where_no_gradient_is_pending(tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def test_ends_of_epochs_have_a_checkpoint_after_so_many_minutes_and_the_last_alw
     def run(stop_after: int, minutes: float, name: str) -> list[int]:
         saved.clear()
 
-        def save(state: Any, target: Path) -> None:
+        def save(state: Any, target: IO[bytes]) -> None:
             saved.append(state["engine"]["iteration"])
             torch.serialization.save(state, target)
 
@@ -230,7 +232,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, whole: SimpleNamespace, d
         torch.save({"settings": Trap(trap), "engine": {}}, path)
     else:
         path.write_bytes({"empty": b"", "cut": path.read_bytes()[:5000], "text": b"hello"}[damage])
-    with pytest.raises(InputError, match=r"c\.pt: not a checkpoint of this project .*remove it") as caught:
+    with pytest.raises(InputError, match=r"(?s)no checkpoint .*c\.pt  .*(damaged|plain tensors).*\nRemove ") as caught:
         run_with_checkpoint(path)
     assert "weights_only" not in str(caught.value)  # PyTorch's advice is to load without protection
     assert not trap.exists()
@@ -252,6 +254,90 @@ def test_the_trap_works(tmp_path: Path) -> None:
     assert (tmp_path / "trap").exists()
 
 
+@pytest.mark.parametrize("damage", ["a bit", "half of it", "all of it"])
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
+    tmp_path: Path, whole: SimpleNamespace, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Broken at 13 of 14 mini-batches, with checkpoints at 13 and 11: resumed from 11, it ends as if never broken."""
+    path = tmp_path / "c.pt"
+    run_with_checkpoint(path, kill_at=14)
+    assert torch.load(path, weights_only=True)["engine"]["iteration"] == 13
+    assert torch.load(tmp_path / "c_previous.pt", weights_only=True)["engine"]["iteration"] == 11
+    content = bytearray(path.read_bytes())
+    if damage == "a bit":
+        # In the middle of the largest record, which is some weight or other.
+        with zipfile.ZipFile(path) as archive:
+            record = max(archive.infolist(), key=lambda entry: entry.file_size)
+        content[record.header_offset + 200 + record.file_size // 2] ^= 4
+    path.write_bytes({"a bit": content, "half of it": content[: len(content) // 2], "all of it": b""}[damage])
+    rest = run_with_checkpoint(path)
+    assert min(rest.outputs) == 12
+    assert "c_previous.pt resumes at mini-batch 11" in caplog.text
+    for name in ("student", "teacher", "loss", "optimizer", "monitor"):
+        assert_equal_states(getattr(rest, name).state_dict(), getattr(whole, name).state_dict(), name)
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    run_with_checkpoint(path, kill_at=14)
+    good = (tmp_path / "c_previous.pt").read_bytes()
+    path.write_bytes(b"")
+    parts = run_with_checkpoint(path, run=False)
+    parts.checkpoint.load(parts.trainer)
+    parts.checkpoint.save(parts.trainer)
+    assert (tmp_path / "c_previous.pt").read_bytes() == good
+    (tmp_path / "c_previous.pt").write_bytes(b"")
+    path.write_bytes(b"")
+    with pytest.raises(InputError) as caught:
+        run_with_checkpoint(path)
+    assert [line.split()[0] for line in str(caught.value).splitlines()[1:-1]] == [str(path), f"{tmp_path}/c_previous.pt"]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    parts = run_with_checkpoint(path, run=False)
+    parts.checkpoint.save(parts.trainer)
+    before = path.read_bytes()
+    with torch.no_grad():
+        parts.student.network.norm.bias[3] = float("nan")
+    with pytest.raises(InputError, match=r"diverged: student\.network\.norm\.bias is not finite .*is kept"):
+        parts.checkpoint.save(parts.trainer)
+    assert path.read_bytes() == before
+
+
+def hold(path: Path) -> subprocess.Popen[str]:
+    """A process that has taken the lock."""
+    code = (
+        "import sys, time; from pathlib import Path; from volta_components.files import FolderLock\n"
+        "lock = FolderLock(Path(sys.argv[1])); lock.take('taken'); print('taken', flush=True); time.sleep(600)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "taken\n"
+    return process
+
+
+def test_a_second_training_is_kept_out_until_the_first_is_dead(tmp_path: Path) -> None:
+    other = hold(tmp_path / ".lock")
+    try:
+        with pytest.raises(InputError, match=f"process {other.pid}.*another training is writing.*--run_name"):
+            run_with_checkpoint(tmp_path / "c.pt")
+    finally:
+        other.kill()
+        other.wait()
+    assert (tmp_path / ".lock").exists()
+    run_with_checkpoint(tmp_path / "c.pt")
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_run_whose_folder_is_gone_stops(tmp_path: Path) -> None:
+    parts = run_with_checkpoint(tmp_path / "run" / "c.pt", run=False)
+    remove = Events.ITERATION_COMPLETED(once=3)
+    parts.trainer.add_event_handler(remove, lambda: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(InputError, match="run: the folder was removed"):
+        parts.trainer.run()
+    assert not (tmp_path / "run").exists()
+
+
 def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "c.pt"
     parts = run_with_checkpoint(path, run=False)
@@ -259,8 +345,8 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     parts.checkpoint.save(parts.trainer)
     before = path.read_bytes()
 
-    def broken_save(state: Any, target: Path) -> None:
-        Path(target).write_bytes(b"half of a checkpoint")
+    def broken_save(state: Any, target: IO[bytes]) -> None:
+        target.write(b"half of a checkpoint")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", broken_save)

@@ -7,9 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from ignite.engine import Engine, Events
 
+from volta_components.errors import InputError
 from volta_components.training.keep_best import KeepBest
 
 
@@ -56,7 +58,7 @@ def test_the_first_of_the_best_epochs_is_kept(tmp_path: Path) -> None:
     seen = run_epochs(keep, network, evaluator, [0.2, 0.7, None, 0.7])
     # Without checkpoints, the weights of the epoch before are removed when the next one starts.
     assert seen == [(0.2, ["best-1"]), (0.7, ["best-1", "best-2"]), (None, ["best-2"]), (0.7, ["best-2"])]
-    assert keep.state_dict() == {"epoch": 2, "value": 0.7}
+    assert keep.state_dict() == {"epoch": 2, "value": 0.7, "before": None}
     assert not kept(keep)  # the run is finished
 
 
@@ -96,6 +98,28 @@ def test_between_checkpoints_only_what_can_still_be_needed_is_kept(tmp_path: Pat
     seen = run_epochs(keep, network, evaluator, [0.1, 0.2, 0.3, None])
     files = [names for _, names in seen]
     assert files == [["best-1"], ["best-1", "best-2"], ["best-1", "best-2", "best-3"], ["best-1", "best-3"]]
+
+
+def test_the_weights_that_the_checkpoint_before_the_last_names_are_there(tmp_path: Path) -> None:
+    """Also after a resume: the last checkpoint may be damaged."""
+    network, evaluator = make_evaluator()
+    keep = KeepBest(evaluator, tmp_path / "best.pt")
+    keep._completed = lambda: None  # type: ignore[method-assign]
+    run_epochs(keep, network, evaluator, [0.1, None, None, None])
+    first = keep.state_dict()
+    keep.load_state_dict(first)
+    keep._completed = lambda: None  # type: ignore[method-assign]
+    run_epochs(keep, network, evaluator, [None, 0.2, None, None])
+    last = keep.state_dict()
+    again = KeepBest(evaluator, tmp_path / "best.pt")
+    again.load_state_dict(last)
+    again._epoch_started(Engine(lambda *_: None))
+    assert kept(again) == ["best-1", "best-2"]
+    again.load_state_dict(first)
+    assert again.restore()
+    (tmp_path / "best-1.pt").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"best-1\.pt: the best epoch's weights cannot be used"):
+        again.restore()
 
 
 def test_its_weights_come_back_and_it_goes_on(tmp_path: Path) -> None:

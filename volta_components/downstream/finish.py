@@ -17,7 +17,7 @@ from volta_components.downstream.results import FoldResults
 from volta_components.downstream.tracking import RunRecord
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
-from volta_components.training.checkpoint import CHECKPOINT
+from volta_components.training.checkpoint import remove_checkpoints
 from volta_components.training.record import other_settings
 from volta_components.training.tracking import find_mlflow_handler
 
@@ -117,7 +117,7 @@ class FinishRun:
                 handler.client.set_tag(run_id, "superseded", "true")
                 return
         if process_rank() == 0:
-            self.path.with_name(CHECKPOINT).unlink(missing_ok=True)
+            remove_checkpoints(self.path.parent)
             if handler is not None:
                 self._log(handler, engine.state.epoch, content)
 

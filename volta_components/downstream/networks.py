@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from volta_components.errors import InputError
 from volta_components.method.monai_versions import settle_cross_attention
-from volta_components.method.networks import VoltaViT
+from volta_components.method.networks import VoltaViT, check_sizes
 from volta_components.method.summariser import check_heads
 
 POOLS = ("summary", "mean")
+MOST_FEATURES = 4096  # channels of a convolutional stage; a config that asks for more is mistaken
 
 
 def _logits(head: nn.Module, features: Tensor) -> Tensor:
@@ -103,6 +104,8 @@ class SwinClassifier(nn.Module):
         num_heads: Sequence[int] = (3, 6, 12, 24),
     ) -> None:
         super().__init__()
+        if not 0 < embed_dim <= MOST_FEATURES or sum(depths) > MOST_FEATURES:
+            raise InputError(f"embed_dim {embed_dim}, depths {list(depths)}: at most {MOST_FEATURES:,}")
         if len(depths) != 4 or len(num_heads) != 4:
             raise InputError(f"depths {list(depths)} and num_heads {list(num_heads)}: MONAI's Swin has four stages")
         wrong = [heads for stage, heads in enumerate(num_heads) if (embed_dim * 2**stage) % heads]
@@ -173,6 +176,9 @@ class VoltaUNETR(UNETR):
             raise InputError(f"image size {tuple(img_size)}: UNETR's patch is 16; give multiples of it")
         if num_layers < 4:
             raise InputError(f"num_layers {num_layers}: UNETR needs 4 blocks or more for its skip connections")
+        check_sizes(img_size, (16, 16, 16), hidden_size, mlp_dim, num_layers, in_channels)
+        if not 0 < feature_size <= MOST_FEATURES:
+            raise InputError(f"feature_size {feature_size}: a number from 1 to {MOST_FEATURES:,}")
         check_heads(hidden_size, num_heads)
         vit: dict[str, Any] = {
             "in_channels": in_channels,

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from ignite.engine import Engine, Events
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +20,7 @@ from volta_components.errors import InputError
 from volta_components.files import write_text
 from volta_components.method.monai_versions import fit_cross_attention, freeze_cross_attention
 from volta_components.method.weights import LoadReport, load_pretrained, read_record, read_weights, write_weights
+from volta_components.training.archive import write_archive
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ def save_model(path: str | os.PathLike[str], network: nn.Module, record: Mapping
     plain = network.module if isinstance(network, DistributedDataParallel) else network
     state = {name: value.detach().cpu().contiguous() for name, value in plain.state_dict().items()}
     about = {"class": type(plain).__name__, "config": getattr(plain, "config", {})}
-    write_weights(path, state, lambda target: torch.save(state, target), {"network": about, **record})
+    write_weights(path, state, lambda target: write_archive(state, target), {"network": about, **record})
 
 
 def load_model(network: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from volta_components.method.monai_versions import settle_cross_attention
 from volta_components.method.projection import ProjectionHead
 from volta_components.method.summariser import ClsSummariser, check_heads
 
+# Twenty times ViT-giant; 160 GB in float32.
+MOST_WEIGHTS = 40e9
+
 
 class VoltaViT(ViTAutoEnc):
     """MONAI's ``ViTAutoEnc`` with a CLS-style summariser, for inputs of any size that the patch size divides.
@@ -38,7 +41,8 @@ class VoltaViT(ViTAutoEnc):
         decoder: keep the convolutional decoder; encoders for downstream tasks and the teacher need none.
 
     Raises:
-        InputError: if the patch does not divide the image, or the heads do not share ``hidden_size``.
+        InputError: if the patch does not divide the image, the heads do not share ``hidden_size``, or the network would
+            be too large for any machine (see ``check_sizes``).
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class VoltaViT(ViTAutoEnc):
         decoder: bool = True,
     ) -> None:
         check_divides(img_size, patch_size)
+        check_sizes(img_size, patch_size, hidden_size, mlp_dim, num_layers, in_channels)
         check_heads(hidden_size, num_heads)
         if any(math.isqrt(side) ** 2 != side for side in patch_size):
             raise InputError(f"patch_size {tuple(patch_size)}: ViTAutoEnc's decoder needs square numbers (4, 9, 16)")
@@ -161,6 +166,42 @@ def check_divides(size: Sequence[int], patch_size: Sequence[int]) -> None:
         raise InputError(
             f"image size {tuple(int(side) for side in size)} cannot be cut into patches of {tuple(patch_size)}; "
             "choose a size that is a multiple of the patch along each axis"
+        )
+
+
+def check_sizes(
+    img_size: Sequence[int],
+    patch_size: Sequence[int],
+    hidden_size: int,
+    mlp_dim: int,
+    num_layers: int,
+    in_channels: int = 1,
+) -> None:
+    """Refuse a ViT that no machine could hold, before memory is taken for it.
+
+    Args:
+        img_size: voxels along each axis.
+        patch_size: voxels of a patch along each axis.
+        hidden_size: token size.
+        mlp_dim: hidden size of each block's MLP.
+        num_layers: transformer blocks.
+        in_channels: image channels.
+
+    Raises:
+        InputError: if a number is not a positive whole one, or the weights would be more than ``MOST_WEIGHTS``.
+    """
+    sizes = {"hidden_size": hidden_size, "mlp_dim": mlp_dim, "num_layers": num_layers, "in_channels": in_channels}
+    wrong = [f"{name} {size!r}" for name, size in sizes.items() if not isinstance(size, int) or size < 1]
+    if wrong:
+        raise InputError(f"{', '.join(wrong)}: not positive whole numbers; correct the config or the encoder's JSON")
+    voxels = in_channels * math.prod(patch_size)
+    tokens = math.prod(img_size) // math.prod(patch_size)
+    weights = num_layers * hidden_size * (4 * hidden_size + 2 * mlp_dim) + hidden_size * (tokens + voxels)
+    if weights > MOST_WEIGHTS:
+        numbers = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise InputError(
+            f"{numbers}, img_size {tuple(img_size)}: a network of {weights:.0e} weights; correct the config or the "
+            "encoder's JSON"
         )
 
 

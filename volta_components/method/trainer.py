@@ -179,7 +179,8 @@ class VoltaTrainer(Trainer):
         self.teacher.train()  # no dropout anywhere; centres move in training mode only
         if position == 0:
             self.optimizer.zero_grad(set_to_none=True)
-        image = batchdata["image"].to(self.state.device, non_blocking=True)
+        # Without MONAI's record of transforms, which summaries would carry into the checkpoint.
+        image = batchdata["image"].as_subclass(Tensor).to(self.state.device, non_blocking=True)
         views = self.views(image, batchdata["key"])
         temperature = self.teacher_temperature(iteration)
         patch_temperature = self.patch_teacher_temperature(iteration)
@@ -231,9 +232,9 @@ class VoltaTrainer(Trainer):
         limit = self.clip_norm if self.clip_norm > 0 else float("inf")
         norm = nn.utils.clip_grad_norm_([p for p in student.parameters() if p.grad is not None], limit)
         if not torch.isfinite(norm):
-            raise RuntimeError(
+            raise InputError(
                 f"the gradient is not finite at mini-batch {self.state.iteration}; lower the learning rate, or "
-                "turn mixed precision off; the last checkpoint was written before"
+                "turn mixed precision off; the last checkpoint was written before and is kept"
             )
         self.optimizer.step()
         return norm

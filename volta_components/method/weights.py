@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import signal
@@ -22,6 +23,7 @@ from volta_components.errors import InputError
 from volta_components.files import atomic_path, read_json, remove_partials, sha256_file, write_json
 from volta_components.method.monai_versions import fit_cross_attention
 from volta_components.method.networks import VoltaViT, resample_position_embedding
+from volta_components.training.archive import DamagedArchiveError, read_archive
 
 logger = logging.getLogger(__name__)
 
@@ -148,12 +150,12 @@ def find_encoder(path: str | os.PathLike[str], suffix: str = "", required: bool 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors`` file, or of a checkpoint that holds nothing but tensors.
 
-    Neither can run code. If a JSON with a hash is beside the file, the hash is verified first; weights of a bundle must
-    have one.
+    Neither can run code, and neither can hold more than its file does. If a JSON with a hash is beside the file, the
+    hash is verified first; weights of a bundle must have one.
 
     Raises:
-        InputError: if the file is missing, damaged, changed, or would need code to be read; or if it is in a bundle's
-            ``models`` without its JSON.
+        InputError: if the file is missing, damaged, changed, or would need code to be read; if a weight is NaN or
+            infinite; or if it is in a bundle's ``models`` without its JSON.
     """
     path = Path(path)
     if not path.is_file():
@@ -164,14 +166,13 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return _verified(path, load_file(path), expected)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_archive(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged weights ({error}); fetch them again") from error
-    except Exception as error:
+    except DamagedArchiveError as error:
         raise InputError(
-            # Not the error's own text: it advises to load without protection, or is empty.
-            f"{path}: not a file of plain weights ({type(error).__name__}): damaged, or loading it could run code, so "
-            "it is refused. Fetch it again, or convert it to safetensors where it was made"
+            f"{path}: not a file of plain weights: {error}. It is refused: fetch it again, or convert it to "
+            "safetensors where it was made"
         ) from error
     for key in ("state_dict", "model", "network"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -183,6 +184,12 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def _verified(path: Path, state: dict[str, Tensor], expected: str | None) -> dict[str, Tensor]:
     """The weights, if they may be used: without its JSON, a bundle's file could have been changed unseen."""
+    wrong = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if wrong:
+        raise InputError(
+            f"{path}: {len(wrong)} of its {len(state)} weights hold NaN or infinite numbers ({wrong[0]} first): the "
+            "training diverged; take the weights of another run or epoch"
+        )
     folder = path.absolute().parent
     if not expected and folder.name == "models" and (folder.parent / "configs" / "metadata.json").is_file():
         raise InputError(
@@ -217,7 +224,7 @@ def load_encoder(path: str | os.PathLike[str]) -> VoltaViT:
         its patch divides.
 
     Raises:
-        InputError: if either is missing, damaged or changed, or is no encoder.
+        InputError: if either is missing, damaged or changed, is no encoder, or the JSON's sizes are not the weights'.
     """
     path = find_encoder(path)
     weights = read_weights(path)
@@ -228,11 +235,29 @@ def load_encoder(path: str | os.PathLike[str]) -> VoltaViT:
     if "class" in config:
         raise InputError(f"{path}: a trained {config['class']}, not an encoder; give the pretraining bundle's")
     try:
+        inspect.signature(VoltaViT).bind(**config, decoder=False)
+        _compare_sizes(config, weights, path)  # before memory is taken for a network of these sizes
         network = VoltaViT(**config, decoder=False)
-    except TypeError as error:
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
         raise InputError(f"{record}: not an encoder's configuration ({error}); export the encoder again") from error
     _fill(network, fit_cross_attention(weights, network), "", config, str(path))
     return network.eval()
+
+
+def _compare_sizes(config: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse a configuration of another network than the weights'."""
+    width = weights["norm.bias"].numel() if "norm.bias" in weights else 0
+    blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
+    sizes = {"hidden_size": width, "num_layers": len(blocks)}
+    rows = [(name, str(config[name]), str(size)) for name, size in sizes.items() if config.get(name, size) != size]
+    if rows:
+        raise InputError.many(
+            f"{path.with_suffix('.json')} is of another network than {path.name} (name, JSON, weights)",
+            rows,
+            "Fetch both again, or export the encoder again.",
+        )
 
 
 def load_pretrained(

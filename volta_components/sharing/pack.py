@@ -382,16 +382,15 @@ def _check_fit(
 
 def _write_weights(source: Path, target: Path, record: dict[str, Any]) -> None:
     """The weights as ``model.pt``, which MONAI's tools look for, and their record with the new file's hash."""
-    import torch
-
     from volta_components.method.weights import read_weights
+    from volta_components.training.archive import write_archive
 
     target.parent.mkdir(parents=True, exist_ok=True)
     state = read_weights(source)
     if source.suffix == ".pt":
         shutil.copyfile(source, target)
     else:
-        torch.save(dict(sorted(state.items())), target)
+        write_archive(dict(sorted(state.items())), target)
     write_json(target.with_suffix(".json"), {**record, "sha256": sha256_file(target)})
 
 

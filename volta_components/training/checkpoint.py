@@ -15,21 +15,36 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from volta_components.distributed import mean_over_processes, process_count, process_rank
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, remove_partials
+from volta_components.files import FolderLock, atomic_path, keep_copy, remove_partials
+from volta_components.training.archive import DamagedArchiveError, read_archive, write_archive
 from volta_components.training.record import other_settings, plain_settings
+from volta_components.training.stamps import check_stamps, make_stamps
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.pt"
+PREVIOUS = "_previous"  # added to the name of the checkpoint before the last
 
 
 def has_checkpoint(folder: str | os.PathLike[str]) -> bool:
     """Whether a run that has been saved lies in a folder."""
     return (Path(folder) / CHECKPOINT).exists()
+
+
+def previous_checkpoint(path: Path) -> Path:
+    """Where the checkpoint before the last is kept."""
+    return path.with_stem(f"{path.stem}{PREVIOUS}")
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a run that needs them no longer."""
+    for path in (folder / CHECKPOINT, previous_checkpoint(folder / CHECKPOINT)):
+        path.unlink(missing_ok=True)
 
 
 class ResumableCheckpoint:
@@ -39,8 +54,12 @@ class ResumableCheckpoint:
     Ignite's ``Checkpoint`` with ``DiskSaver(atomic=True)`` renames, but removes the older file before it writes the new
     one, and never removes the temporary file of a killed run. Neither knows accumulation windows, compares settings, or
     loads by itself. This handler writes beside and renames, saves only where no gradient is pending, and refuses a
-    checkpoint of a run with other settings. Loading is ``weights_only``. The trainer's gradient scaler, which MONAI
-    makes when the run starts, is saved as well.
+    checkpoint of a run with other settings. Loading is ``weights_only``, after comparing checksums. The trainer's
+    gradient scaler, which MONAI makes when the run starts, is saved as well.
+
+    The checkpoint before the last stays beside it; it is used, with a message, if the last one is damaged. Weights that
+    are not finite are not saved. A lock keeps a second training out of the folder. Sizes and times of the files that
+    are trained on are saved too: files that were exchanged before a resume are refused, see ``check_stamps``.
 
     With an ``interval``, Ctrl-C and a scheduler's SIGTERM lose nothing: the accumulation window is finished and saved
     before the run ends. A second Ctrl-C ends it at once. The loader's workers receive these signals too and must wait:
@@ -57,8 +76,9 @@ class ResumableCheckpoint:
             always has one, because scoring follows it.
 
     Raises:
-        InputError: if the interval is not a multiple of the window, or at the start of a run when the checkpoint
-            belongs to other settings or cannot be read.
+        InputError: if the interval is not a multiple of the window; at the start of a run when another one is writing
+            into the folder, the checkpoint belongs to other settings or no longer fits the volumes, or both checkpoints
+            are damaged; and when weights that are not finite would be saved, or the folder is gone.
     """
 
     def __init__(
@@ -88,6 +108,9 @@ class ResumableCheckpoint:
         self._last_save = time.monotonic()
         self._signal: int | None = None
         self._before: dict[signal.Signals, Any] = {}
+        self._lock: FolderLock | None = None
+        self._stamps = torch.empty(0, 2, dtype=torch.int64)
+        self._last_is_whole = True
 
     def attach(self, engine: Engine) -> None:
         """Load at the start; save at intervals and at ends of epochs."""
@@ -101,6 +124,7 @@ class ResumableCheckpoint:
             engine.add_event_handler(Events.COMPLETED, self._restore_signals)
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._interval_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+        engine.add_event_handler(Events.COMPLETED, self._unlock)
 
     def _listen(self) -> None:
         self._signal = None
@@ -156,11 +180,25 @@ class ResumableCheckpoint:
         if self.interval and engine.state.epoch != engine.state.max_epochs and self._is_asked_to_stop(engine):
             self._stop(engine)
 
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
     def save(self, engine: Engine) -> None:
         """Write the checkpoint, atomically, from the first process."""
         if process_rank() or self.path is None:
             return
+        if self._lock is not None and not self._lock.is_held():
+            raise InputError(
+                f"{self.path.parent}: the folder was removed or replaced while the run was writing into it; put it "
+                "back, or start the same command again for a new run"
+            )
         state = {name: item.state_dict() for name, item in self.objects.items()}
+        if wrong := _not_finite(state):
+            raise InputError(
+                f"the training has diverged: {wrong} is not finite at mini-batch {engine.state.iteration}; "
+                f"{self._last_good()}. Lower the learning rate"
+            )
         scaler = getattr(engine, "scaler", None)
         if scaler is not None:
             state["scaler"] = scaler.state_dict()
@@ -170,35 +208,79 @@ class ResumableCheckpoint:
             "max_epochs": engine.state.max_epochs,
         }
         state["settings"] = self.settings
+        state["stamps"] = self._stamps
         with atomic_path(self.path) as temporary:
-            torch.save(state, temporary)
+            write_archive(state, temporary)
+            if self._last_is_whole and self.path.exists():
+                keep_copy(self.path, previous_checkpoint(self.path))
+        self._last_is_whole = True
         self._last_save = time.monotonic()
 
+    def _last_good(self) -> str:
+        """What is left of a run that is stopped."""
+        if self.path is None or not self.path.exists():
+            return "no checkpoint was written before"
+        return f"{self.path} was written before and is kept"
+
     def load(self, engine: Engine) -> None:
-        """Restore a run if there is a checkpoint; remove half-written files of killed runs."""
+        """Take the folder's lock; restore a run if there is a checkpoint; remove half-written files of killed runs."""
         assert self.path is not None
         self._last_save = time.monotonic()
         if not process_rank():
-            remove_partials(self.path.parent)
+            self._lock = FolderLock(self.path.with_name(".lock"))
+            self._lock.take("another training is writing into this folder; wait for its end, or give --run_name NAME")
+            remove_partials(*(path for path in (self.path.parent, *self.path.parent.iterdir()) if path.is_dir()))
+        items = getattr(getattr(engine.state.dataloader, "dataset", None), "data", None) or ()
+        self._stamps = make_stamps(items)
         if not self.path.exists():
             return
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            settings, progress = state["settings"], state["engine"]
-        except Exception as error:
-            raise InputError(
-                f"{self.path}: not a checkpoint of this project ({type(error).__name__}); remove it to start again"
-            ) from error
-        rows = other_settings(settings, self.settings)
+        state = self._read()
+        rows = other_settings(state["settings"], self.settings)
         if rows:
             raise InputError.many(
                 f"{self.path} belongs to a run with other settings (name, there, here)",
                 rows,
                 "Choose another run_name (--run_name NAME), or remove the checkpoint to start again.",
             )
+        check_stamps(self.path, items, state.get("stamps"), self._stamps)
         for name, item in self.objects.items():
             item.load_state_dict(state[name])
         if state.get("scaler"):
             engine.scaler.load_state_dict(state["scaler"])  # type: ignore[attr-defined]
-        engine.load_state_dict(progress)
+        engine.load_state_dict(state["engine"])
         logger.info("resumed %s at mini-batch %d", self.path, engine.state.iteration)
+
+    def _read(self) -> dict[str, Any]:
+        """The last checkpoint; if it is damaged, the one before."""
+        assert self.path is not None
+        rows = []
+        for path in (self.path, previous_checkpoint(self.path)):
+            if not path.exists():
+                continue
+            try:
+                state = read_archive(path)
+            except (DamagedArchiveError, OSError) as error:
+                rows.append((str(path), str(error)))
+                continue
+            if not isinstance(state, dict) or not {"settings", "engine", *self.objects} <= state.keys():
+                rows.append((str(path), "not a checkpoint of this project"))
+                continue
+            if rows:
+                self._last_is_whole = False
+                place = state["engine"]["iteration"]
+                message = f"{self.path} cannot be used ({rows[0][1]}); {path.name} resumes at mini-batch {place}"
+                logger.warning("%s", message)
+            return state
+        raise InputError.many(
+            "no checkpoint of this run can be used", rows, "Remove what is listed to start the run again."
+        )
+
+
+def _not_finite(state: Any, name: str = "") -> str:
+    """The first tensor with NaN or infinite numbers, by dotted name; empty when there is none."""
+    if isinstance(state, Tensor):
+        return "" if not state.is_floating_point() or bool(torch.isfinite(state).all()) else name
+    if not isinstance(state, Mapping):
+        return ""
+    found = (_not_finite(value, f"{name}.{key}".lstrip(".")) for key, value in state.items())
+    return next(filter(None, found), "")

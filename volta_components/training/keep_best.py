@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from ignite.engine import Engine, Events
 from torch import distributed as dist
 from torch import nn
 
 from volta_components.distributed import process_count, process_rank
+from volta_components.errors import InputError
 from volta_components.files import atomic_path
+from volta_components.training.archive import DamagedArchiveError, read_archive, write_archive
 
 
 class KeepBest:
@@ -24,8 +25,8 @@ class KeepBest:
     A run that is killed, even while saving, must find the weights that its checkpoint names. MONAI's
     ``CheckpointSaver`` with ``save_key_metric`` writes in place and forgets the best value. Ignite's ``Checkpoint``
     with ``DiskSaver(atomic=True)`` removes the older best file before it writes the new one, although the last
-    checkpoint still names the older. This handler removes a file only when no checkpoint needs it, and all of them when
-    the run is finished.
+    checkpoint still names the older. This handler removes a file only when neither of the last two checkpoints needs it,
+    and all of them when the run is finished.
 
     Put it after ``FinishRun``.
 
@@ -52,6 +53,7 @@ class KeepBest:
         self.epoch = 0
         self.value = -math.inf
         self._in_checkpoint: int | None = None
+        self._in_previous: int | None = None
 
     def attach(self, engine: Engine) -> None:
         """Look at every epoch's end."""
@@ -61,13 +63,13 @@ class KeepBest:
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and value of the best."""
-        self._in_checkpoint = self.epoch
-        return {"epoch": self.epoch, "value": self.value}
+        self._in_previous, self._in_checkpoint = self._in_checkpoint, self.epoch
+        return {"epoch": self.epoch, "value": self.value, "before": self._in_previous}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore them."""
         self.epoch, self.value = int(state["epoch"]), float(state["value"])
-        self._in_checkpoint = self.epoch
+        self._in_checkpoint, self._in_previous = self.epoch, state.get("before")
 
     def _file(self, epoch: int) -> Path:
         return self.path.with_name(f"{self.path.stem}-{epoch}{self.path.suffix}")
@@ -76,7 +78,7 @@ class KeepBest:
         if self.report_as is not None:
             engine.state.metrics.pop(self.report_as, None)
         # Until a checkpoint names the new best epoch, a run that is killed resumes with the older one.
-        self._remove(but=(self.epoch, self._in_checkpoint))
+        self._remove(but=(self.epoch, self._in_checkpoint, self._in_previous))
 
     def _epoch_completed(self, engine: Engine) -> None:
         if self.interval and engine.state.epoch % self.interval == 0:
@@ -91,7 +93,7 @@ class KeepBest:
             self.epoch, self.value = engine.state.epoch, value
             if process_rank() == 0:
                 with atomic_path(self._file(self.epoch)) as temporary:
-                    torch.save(self.network.state_dict(), temporary)
+                    write_archive(self.network.state_dict(), temporary)
 
     def _completed(self) -> None:
         self._remove()
@@ -105,10 +107,19 @@ class KeepBest:
                     path.unlink(missing_ok=True)
 
     def restore(self) -> bool:
-        """Put the best epoch's weights into the network; False if no epoch was evaluated."""
+        """Put the best epoch's weights into the network; False if no epoch was evaluated.
+
+        Raises:
+            InputError: if their file is gone or damaged.
+        """
         if self.epoch == 0:
             return False
         if process_count() > 1:
             dist.barrier()
-        self.network.load_state_dict(torch.load(self._file(self.epoch), map_location="cpu", weights_only=True))
+        path = self._file(self.epoch)
+        try:
+            self.network.load_state_dict(read_archive(path))
+        except (DamagedArchiveError, OSError) as error:
+            remedy = f"remove {path.parent} to train again"
+            raise InputError(f"{path}: the best epoch's weights cannot be used ({error}); {remedy}") from error
         return True
