@@ -18,6 +18,7 @@ _MODULES = {
     "volta_components.training.checkpoint": ("has_checkpoint",),
     "volta_components.training.endless": ("anatomies_datalist",),
     "volta_components.training.record": ("provenance", "run_settings"),
+    "volta_components.training.stores": ("prepare_tracking",),
     "volta_components.training.schedules": ("CosineSchedule", "LinearSchedule"),
     "volta_components.method.networks": ("VoltaViT", "make_teacher", "parameter_groups"),
     "volta_components.method.weights": ("find_encoder", "load_encoder", "read_record"),

@@ -290,7 +290,10 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one_before(tmp_p
     path.write_bytes(b"")
     with pytest.raises(InputError) as caught:
         run_with_checkpoint(path)
-    assert [line.split()[0] for line in str(caught.value).splitlines()[1:-1]] == [str(path), f"{tmp_path}/c_previous.pt"]
+    assert [line.split()[0] for line in str(caught.value).splitlines()[1:-1]] == [
+        str(path),
+        f"{tmp_path}/c_previous.pt",
+    ]
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:

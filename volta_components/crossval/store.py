@@ -12,6 +12,7 @@ from typing import Any
 from volta_components.crossval.plan import Run
 from volta_components.downstream.tracking import RECIPE_TAG, SETTINGS_TAG
 from volta_components.errors import InputError
+from volta_components.training.stores import prepare_store
 
 
 def mlflow_client(tracking_uri: str) -> Any:
@@ -27,8 +28,8 @@ def _experiment_id(tracking_uri: str, name: str) -> str:
 
     location = None
     if tracking_uri.startswith("sqlite:///"):
+        prepare_store(tracking_uri)
         database = Path(tracking_uri.removeprefix("sqlite:///"))
-        database.parent.mkdir(parents=True, exist_ok=True)
         location = (database.parent.resolve() / "mlruns").as_uri()
     try:
         client = mlflow_client(tracking_uri)

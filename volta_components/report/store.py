@@ -18,6 +18,7 @@ from volta_components.downstream.inits import BASE_INIT
 from volta_components.downstream.tracking import RECIPE_TAG
 from volta_components.errors import InputError
 from volta_components.report.paper import TASKS, in_order
+from volta_components.training.stores import check_store
 
 # Parameters and tags that differ between the runs of one cross-validation by design.
 VARYING = {"fold", "fraction", "seed", "run_name", "epoch_length", "class_weights", "max_iterations"}
@@ -154,16 +155,7 @@ class Store:
 
         # MLflow would create a missing database, retry a file that is no database, and wait minutes for an absent
         # server.
-        if tracking_uri.startswith("sqlite:///"):
-            database = Path(tracking_uri.removeprefix("sqlite:///"))
-            if not database.is_file():
-                raise InputError(
-                    f"{tracking_uri}: no such MLflow store; run volta3d crossval first, or name another with "
-                    "--tracking-uri"
-                )
-            with database.open("rb") as stream:
-                if stream.read(16) != b"SQLite format 3\0":
-                    raise InputError(f"{tracking_uri}: not an MLflow store; see --tracking-uri")
+        check_store(tracking_uri)
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         self.tracking_uri = tracking_uri

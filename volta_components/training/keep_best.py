@@ -25,8 +25,8 @@ class KeepBest:
     A run that is killed, even while saving, must find the weights that its checkpoint names. MONAI's
     ``CheckpointSaver`` with ``save_key_metric`` writes in place and forgets the best value. Ignite's ``Checkpoint``
     with ``DiskSaver(atomic=True)`` removes the older best file before it writes the new one, although the last
-    checkpoint still names the older. This handler removes a file only when neither of the last two checkpoints needs it,
-    and all of them when the run is finished.
+    checkpoint still names the older. This handler removes a file only when neither of the last two checkpoints needs
+    it, and all of them when the run is finished.
 
     Put it after ``FinishRun``.
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,7 +39,7 @@ def make_stamps(items: Sequence[Any]) -> Tensor:
     def stamp(entry: tuple[Mapping[str, Any], str]) -> tuple[int, int]:
         item, kind = entry
         try:
-            found = os.stat(item[kind])
+            found = Path(item[kind]).stat()
         except OSError:
             return ABSENT
         return found.st_size, found.st_mtime_ns
