@@ -3,11 +3,19 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 
 import pytest
 
-from volta_components.errors import InputError, check_counts, explain_input_errors, find_input_error
+from volta_components.errors import (
+    InputError,
+    check_counts,
+    describe,
+    explain_input_errors,
+    find_fault,
+    find_input_error,
+)
 
 
 def test_many_bad_inputs_in_columns() -> None:
@@ -60,4 +68,54 @@ def test_bad_input_deep_down_is_told_alone(monkeypatch: pytest.MonkeyPatch, caps
     other = ValueError("a fault of ours")
     sys.excepthook(ValueError, other, None)
     assert seen == [other]
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err.startswith(
+        "\nerror: ValueError: a fault of ours; this was not foreseen: please report"
+    )
+
+
+def test_it_is_explained_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "excepthook", lambda *_: None)
+    explain_input_errors()
+    first = sys.excepthook
+    explain_input_errors()
+    assert sys.excepthook is first
+
+
+def wrapped(error: BaseException) -> BaseException:
+    """As ``monai.bundle`` raises it."""
+    try:
+        try:
+            raise error
+        except BaseException as inner:
+            raise RuntimeError("Failed to evaluate ConfigExpression") from inner
+    except RuntimeError as outer:
+        return outer
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/runs/checkpoint.pt"), "/runs/checkpoint.pt: no space left"),
+        (OSError(errno.EROFS, "Read-only file system", "/runs"), "/runs: read-only file system; make it writable"),
+        (PermissionError(errno.EACCES, "Permission denied", "/runs"), "/runs: permission denied; make it writable"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/gone/a.nii"), "/gone/a.nii: no such file; put it back"),
+        (MemoryError(), "the memory is full; free some"),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "(DataLoader worker (pid 7) is killed",
+        ),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), "the GPU's memory is full; lower --batch_size"),
+    ],
+)
+def test_faults_of_the_machine_have_a_remedy(error: BaseException, words: str) -> None:
+    message, is_known = describe(wrapped(error))
+    assert is_known
+    assert words in message
+    assert "Failed to evaluate" not in message
+
+
+def test_what_was_not_foreseen_is_named_by_its_cause() -> None:
+    message, is_known = describe(wrapped(KeyError("colour")))
+    assert not is_known
+    assert message.startswith("KeyError: 'colour'; ")
+    assert find_fault(RuntimeError("Caught ValueError in DataLoader worker process 0.")) is None

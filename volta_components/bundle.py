@@ -10,8 +10,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from volta_components.errors import explain_input_errors
+
+# Now, since MONAI reads ids and makes folders before it evaluates ``initialize``.
+explain_input_errors()
+
 _MODULES = {
-    "volta_components.errors": ("check_counts", "explain_input_errors"),
+    "volta_components.errors": ("check_counts",),
     "volta_components.files": ("bundle_root",),
     "volta_components.distributed": ("join_processes", "local_device", "process_count", "process_rank"),
     "volta_components.data.datalist": ("check_volumes", "cohort_weights", "load_datalist"),

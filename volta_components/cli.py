@@ -34,7 +34,7 @@ from cyclopts.exceptions import (
 )
 
 from volta_components._version import __version__
-from volta_components.errors import InputError
+from volta_components.errors import InputError, describe, explain_input_errors
 
 # In the order in which a study uses them.
 COMMANDS = {
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command.
 
     Returns:
-        Exit status: 0 done, 1 done but something was left out, 2 bad input, 130 interrupted (Ctrl-C).
+        Exit status: 0 done, 1 done but something was left out, 2 bad input or a fault, 130 interrupted (Ctrl-C).
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
@@ -73,6 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The new line ends that of a progress bar.
         print(f"\n{program}: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        message, is_known = describe(error)
+        if not is_known:
+            explain_input_errors()  # the traceback, and below it what to do
+            raise
+        print(f"\n{program}: {message}", file=sys.stderr)
+        return 2
     return result if isinstance(result, int) else 0
 
 
@@ -98,7 +105,7 @@ def make_app(words: Sequence[str]) -> App:
         version_flags=["--version", "-V"],
         help="Self-supervised pretraining on brain MRI, and what comes before and after it.\n\n"
         "`volta3d COMMAND --help` explains a command. Exit status: 0 done, 1 done but something was left out, "
-        "2 bad input, 130 interrupted.",
+        "2 bad input or a fault, 130 interrupted.",
         help_format="markdown",
         group_parameters=Group("Options"),
         exit_on_error=False,

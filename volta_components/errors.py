@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -67,25 +68,82 @@ def find_missing_id(error: BaseException | None) -> str | None:
     return None
 
 
+AGAIN = "then start the same command again: a training resumes from its last checkpoint"
+FULL = f"free space there, {AGAIN}"
+READ_ONLY = f"make it writable or give another place, {AGAIN}"
+GONE = f"put it back, or connect the drive again, {AGAIN}"
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FULL),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), READ_ONLY),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN), GONE),
+    errno.EMFILE: f"allow more open files (ulimit -n 4096), {AGAIN}",
+    errno.ENOMEM: f"free memory, {AGAIN}",
+}
+
+
+def find_fault(error: BaseException | None) -> str | None:
+    """What a fault of the machine means, with its remedy: a disk, memory, a process that was killed; None for others.
+
+    Args:
+        error: anything that was raised; the errors that it was raised from are searched in turn, the first one last.
+    """
+    found = None
+    while error is not None:
+        text = str(error)
+        if isinstance(error, OSError) and error.errno in REMEDIES:
+            place = f"{error.filename}: " if error.filename is not None else ""
+            found = f"{place}{(error.strerror or text).lower()}; {REMEDIES[error.errno]}"
+        elif isinstance(error, MemoryError):
+            found = f"the memory is full; free some, or lower --batch_size and --num_workers, {AGAIN}"
+        elif type(error).__name__ == "OutOfMemoryError":  # PyTorch's; importing it here would take seconds
+            found = "the GPU's memory is full; lower --batch_size, or end what else uses the GPU"
+        elif isinstance(error, RuntimeError) and text.startswith("DataLoader worker") and "Caught" not in text:
+            found = (
+                f"a process that loads volumes has ended ({text.splitlines()[0].rstrip('. ')}), most often because the "
+                f"memory was full; free some, or lower --num_workers, {AGAIN}"
+            )
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def describe(error: BaseException) -> tuple[str, bool]:
+    """The last words on any error, and whether it is one of a kind that is known.
+
+    A known one is the user's input, a fault of the machine, or a config that lacks another one.
+    """
+    cause = find_input_error(error)
+    if cause is not None:
+        return str(cause), True
+    if (fault := find_fault(error)) is not None:
+        return fault, True
+    if (missing := find_missing_id(error)) is not None:
+        remedy = "evaluate.json, give it after train.json: --config_file \"['.../train.json','.../evaluate.json']\""
+        return f"{missing}; check its spelling, or, for {remedy}", True
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}; this was not foreseen: please report it with the lines above", False
+
+
 def explain_input_errors() -> None:
-    """From now on, bad input, Ctrl-C and configs that lack another one end the process with a message alone.
+    """From now on, the last lines of a process that an error ends say what is wrong and what to do.
 
     ``monai.bundle`` wraps each error in a configuration into errors of its own. The traceback is a hundred lines long,
-    with the user's message in the middle.
+    with the user's message in the middle. It is printed only for errors that were not foreseen.
     """
     default = sys.excepthook
+    if getattr(default, "explains", False):
+        return
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        cause = find_input_error(error)
         if isinstance(error, KeyboardInterrupt):
             left = str(error) or "started again, a training resumes from its last checkpoint"
             print(f"\ninterrupted: {left}", file=sys.stderr)
-        elif cause is not None:
-            print(f"\nerror: {cause}", file=sys.stderr)
-        elif missing := find_missing_id(error):
-            remedy = "evaluate.json, give it after train.json: --config_file \"['.../train.json','.../evaluate.json']\""
-            print(f"\nerror: {missing}; check its spelling, or, for {remedy}", file=sys.stderr)
-        else:
+            return
+        message, is_known = describe(error)
+        if not is_known:
             default(kind, error, traceback)
+        print(f"\nerror: {message}", file=sys.stderr)
 
+    hook.explains = True  # type: ignore[attr-defined]
     sys.excepthook = hook

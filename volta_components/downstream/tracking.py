@@ -14,6 +14,7 @@ from volta_components.data.datalist import Datalist
 from volta_components.distributed import mean_over_processes
 from volta_components.downstream.leaks import Origin
 from volta_components.downstream.splits import Parts
+from volta_components.errors import InputError
 from volta_components.training.record import code_version, provenance
 from volta_components.training.schedules import CosineSchedule
 from volta_components.training.tracking import describe_run, find_mlflow_handler, name_runs, raise_error
@@ -78,6 +79,9 @@ class RunRecord:
         settings: recorded as parameters.
         tags: see ``run_tags``.
         evaluator: the validation engine, whose metrics ``history`` holds too; run it before this handler.
+
+    Raises:
+        InputError: at the first mini-batch whose loss is not finite.
     """
 
     def __init__(self, settings: Mapping[str, Any], tags: Mapping[str, Any], evaluator: Engine | None = None) -> None:
@@ -116,7 +120,14 @@ class RunRecord:
 
     def _iteration_completed(self, engine: Engine) -> None:
         output: Any = engine.state.output
-        self._losses.append((output[0] if isinstance(output, list) else output)["loss"].detach())
+        loss = (output[0] if isinstance(output, list) else output)["loss"].detach()
+        if not torch.isfinite(loss).all():
+            raise InputError(
+                f"the training has diverged: the loss is {loss.mean().item()} at mini-batch {engine.state.iteration} "
+                f"(epoch {engine.state.epoch}). The last checkpoint, of an epoch before, is kept; train with a lower "
+                "--learning_rate and another --run_name, and see that no volume holds NaN (volta3d check)"
+            )
+        self._losses.append(loss)
 
     def _epoch_completed(self, engine: Any) -> None:
         row = {
