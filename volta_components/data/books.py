@@ -74,12 +74,5 @@ def balance(listing: Listing, items: Iterable[Mapping[str, Any]]) -> Books:
 def note_look_alikes(listing: Listing, patients: Iterable[str]) -> None:
     """Note ids that may be one person's: the same but for case, leading zeros and separators."""
     for group in look_alikes(patients):
-        listing.note(
-            "problem",
-            group[0],
-            "",
-            f"{' and '.join(group)}: taken for different people, although their names are nearly the same",
-            "if they are one, name them alike",
-            False,
-            group[0],
-        )
+        reason = f"{' and '.join(group)}: taken for different people, although their names are nearly the same"
+        listing.note("problem", group[0], "", reason, "if they are one, name them alike", False, group[0])

@@ -122,7 +122,9 @@ def prepare(
     _make_folder(target)
     state = target / STATE
     with _lock(state, index, n_shards) as temporary:
-        _same_settings(state, layout, settings, wanted_labels)
+        # As JSON gives it back.
+        kept = json.loads(json.dumps({"version": 1, "layout": layout, "labels": wanted_labels, **asdict(settings)}))
+        _same_settings(state, kept)
         listing = find(
             LayoutOptions(
                 source=root,
@@ -149,7 +151,9 @@ def prepare(
                 f"{root}: no scan is left to prepare{common}. See the findings above; other filters (--sessions, "
                 "--diagnoses, --require, --labels), or another --layout?"
             )
-        _keep_settings(state, temporary, layout, settings, wanted_labels)
+        if not (state / "settings.json").exists():  # not earlier: a wrong start leaves a folder free
+            write_json(temporary / "settings.json", kept)
+            (temporary / "settings.json").replace(state / "settings.json")
         tasks = [Task(scan, settings, wanted_labels != "none", root, target, temporary) for scan in scans]
         mine = [task for i, task in enumerate(tasks) if i % n_shards == index]
         _check_space(target, settings, [task for task in mine if finished(task) is None], wanted_labels)
@@ -231,29 +235,18 @@ def _make_folder(target: Path) -> None:
         raise InputError(f"{target}: cannot write there ({error.strerror}); choose another --output") from error
 
 
-def _settings_content(layout: str, settings: Settings, labels: str) -> dict[str, Any]:
-    return json.loads(json.dumps({"version": 1, "layout": layout, "labels": labels, **asdict(settings)}))
-
-
-def _same_settings(state: Path, layout: str, settings: Settings, labels: str) -> None:
+def _same_settings(state: Path, wanted: Mapping[str, Any]) -> None:
     """Refuse to mix volumes of different settings in one folder."""
     path = state / "settings.json"
     if not path.exists():
         return
-    wanted, found = _settings_content(layout, settings, labels), {"masked": False, **read_json(path)}
+    found = {"masked": False, **read_json(path)}
     changed = [key for key in wanted if found.get(key) != wanted[key]]
     if changed:
         was = ", ".join(f"{key} {found.get(key)} instead of {wanted[key]}" for key in changed)
         raise InputError(
             f"{state.parent}: holds a data set prepared with {was}; choose another --output, or delete that folder"
         )
-
-
-def _keep_settings(state: Path, temporary: Path, layout: str, settings: Settings, labels: str) -> None:
-    """Write the settings once there is something to prepare with them: a wrong start leaves a folder free."""
-    if not (state / "settings.json").exists():
-        write_json(temporary / "settings.json", _settings_content(layout, settings, labels))
-        (temporary / "settings.json").replace(state / "settings.json")
 
 
 @contextlib.contextmanager

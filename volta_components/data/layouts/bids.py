@@ -60,8 +60,8 @@ def read(options: LayoutOptions) -> Listing:
     for name in subjects:
         listing.meet(canonical_patient_id(tidy(name)), tidy(name))
     people = _participants(listing, options)
-    if people:
-        align(listing, people, [canonical_patient_id(tidy(name)) for name in subjects])
+    patients = [canonical_patient_id(tidy(name)) for name in subjects]
+    align(listing, people, patients)
     volumes = [volume for volume in tree.volumes() if volume.path.relative_to(root).parts[0] not in ASIDE]
     scans = _scans(listing, options, volumes, people)
     _others(listing, root, tree.folders, volumes, {scan.image for scan in scans})
@@ -73,8 +73,7 @@ def read(options: LayoutOptions) -> Listing:
         scans = _labelled(listing, root, scans, found)
     for scan in scans:
         listing.add(scan)
-    if people:
-        note_rows_without_scans(listing, people, [canonical_patient_id(tidy(name)) for name in subjects], "folder")
+    note_rows_without_scans(listing, people, patients, "folder")
     choose(listing, options.sessions)
     if people:
         _join_anatomies(listing, people)

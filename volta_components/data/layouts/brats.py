@@ -63,9 +63,8 @@ def read(options: LayoutOptions) -> Listing:
         packed = sorted(path.name for path in tree.files if re.search(r"\.(zip|tar(\.\w+)?|tgz|7z)$", path.name))
         hint = f"unpack {packed[0]} first" if packed else "give the folder that holds them as --source"
         raise InputError(f"{root}: no case like BraTS-GLI-00005-100; {hint}")
-    people = read_table_of_people(listing, options.table) if options.table else None
-    if people:
-        align(listing, people, map(canonical_patient_id, cases))
+    people = read_table_of_people(listing, options.table)
+    align(listing, people, map(canonical_patient_id, cases))
     tasks: Counter[str] = Counter()
     for name, files in sorted(cases.items()):
         native = next((files[kind] for kind in _NATIVE if kind in files), [])

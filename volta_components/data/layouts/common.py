@@ -262,12 +262,16 @@ def look(listing: Listing, root: Path) -> Tree:
 # --- people ----------------------------------------------------------------------------------------------------------
 
 
-def read_table_of_people(listing: Listing, path: Path, name: Callable[[str], str] = canonical_patient_id) -> People:
-    """Read a table of people, ids brought to one form by ``name``; note what is wrong with it.
+def read_table_of_people(
+    listing: Listing, path: Path | None, name: Callable[[str], str] = canonical_patient_id
+) -> People | None:
+    """Read a table of people, if there is one, ids brought to one form by ``name``; note what is wrong with it.
 
     Raises:
         InputError: if the table cannot be read or has no column of ids.
     """
+    if path is None:
+        return None
 
     def complain(who: str, what: str, remedy: str) -> None:
         listing.note("problem", who, path.name, what, remedy, False, "")
@@ -275,13 +279,13 @@ def read_table_of_people(listing: Listing, path: Path, name: Callable[[str], str
     return read_people(path, complain, name)
 
 
-def align(listing: Listing, people: People, patients: Iterable[str]) -> None:
+def align(listing: Listing, people: People | None, patients: Iterable[str]) -> None:
     """Match ids that are spelled differently in scans and table; note each."""
-    for patient, spelled in people.find(patients):
+    for patient, spelled in people.find(patients) if people else ():
         listing.note("quirk", patient, people.file, f"taken for {spelled!r} of the table", patient_id=patient)
 
 
-def describe(listing: Listing, patient_id: str, file: str, row: Row) -> dict[str, Any]:
+def _facts(listing: Listing, patient_id: str, file: str, row: Row) -> dict[str, Any]:
     """Sex, age, diagnosis and site out of a table's row; what cannot be read is noted and left empty."""
     result: dict[str, Any] = {
         "site": pick(row, *SITE_COLUMNS),
@@ -316,20 +320,16 @@ def describe_person(
     missing = [name for name in differ if not (more and pick(more, name))]
     if missing:
         where = f"session {session}" if session or date else "one row"
-        listing.note(
-            "problem",
-            who,
-            file,
-            f"{' and '.join(missing)}: rows differ or are of other sessions, and none is surely this scan's",
-            f"keep one row, or name its session ({where}); left empty",
-            False,
-            patient_id,
-        )
-    return describe(listing, patient_id, file, {**(row or {}), **(more or {})})
+        reason = f"{' and '.join(missing)}: rows differ or are of other sessions, and none is surely this scan's"
+        remedy = f"keep one row, or name its session ({where}); left empty"
+        listing.note("problem", who, file, reason, remedy, False, patient_id)
+    return _facts(listing, patient_id, file, {**(row or {}), **(more or {})})
 
 
-def note_rows_without_scans(listing: Listing, people: People, patients: Iterable[str], what: str = "scan") -> None:
+def note_rows_without_scans(listing: Listing, people: People | None, patients: Iterable[str], what: str) -> None:
     """Note everybody in a table who has nothing else."""
+    if people is None:
+        return
     for patient in people.without(patients):
         remedy = f"fetch the {what}, or drop the row"
         listing.note("problem", people.spelled[patient], people.file, f"has a row but no {what}", remedy, True, patient)

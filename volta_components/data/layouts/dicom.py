@@ -92,6 +92,11 @@ class _Series:
     problem: tuple[str, str] | None
 
     @property
+    def study(self) -> str:
+        """StudyInstanceUID; without one, the series is a study of its own."""
+        return str(self.facts.get("StudyInstanceUID") or self.uid)
+
+    @property
     def description(self) -> str:
         return str(self.facts.get("SeriesDescription") or self.facts.get("ProtocolName") or "no description")
 
@@ -130,9 +135,8 @@ def read(options: LayoutOptions) -> Listing:
         raise InputError(f"{root}: no DICOM file in it or below; for NIfTI files use --layout bids or folder")
     series = _all_series(listing, options, folders)
     who = _patients(listing, options, series)
-    people = _people(listing, options)
-    if people:
-        align(listing, people, set(who.values()))
+    people = read_table_of_people(listing, options.table, lambda text: _canonical(listing, text))
+    align(listing, people, who.values())
     groups: dict[tuple[str, str], list[_Series]] = {}
     skipped: dict[str, list[str]] = {}
     sessions = _sessions(series, who, root)
@@ -156,12 +160,6 @@ def read(options: LayoutOptions) -> Listing:
         listing.cohort = only
     listing.found = {"series": len(series), "T1 sessions": len(groups), "patients": len(set(who.values()))}
     return choose(listing, options.sessions)
-
-
-def _people(listing: Listing, options: LayoutOptions) -> People | None:
-    if options.table is None:
-        return None
-    return read_table_of_people(listing, options.table, lambda text: _canonical(listing, text))
 
 
 def _canonical(listing: Listing, text: str) -> str:
@@ -354,10 +352,9 @@ def _patients(listing: Listing, options: LayoutOptions, series: list[_Series]) -
         guesses |= {one.uid: why for one in several}
     shared: dict[str, set[str]] = {}
     for one in series:
-        shared.setdefault(str(one.facts.get("StudyInstanceUID") or one.uid), set()).add(who[one.uid])
+        shared.setdefault(one.study, set()).add(who[one.uid])
     for one in series:
-        others = shared[str(one.facts.get("StudyInstanceUID") or one.uid)]
-        if len(others) > 1:
+        if len(others := shared[one.study]) > 1:
             guesses.setdefault(one.uid, f"one study (StudyInstanceUID) has the patients {' and '.join(sorted(others))}")
     noted = set()
     for one in series:
@@ -374,13 +371,12 @@ def _same_person(several: Iterable[_Series]) -> tuple[str, bool]:
     """What contradicts that series of one PatientID are of one person, and whether anything confirms it."""
     values: dict[str, set[str]] = {"sexes": set(), "birth dates": set(), "names": set()}
     for one in several:
-        facts = {key: str(one.facts.get(key) or "").strip() for key in ("PatientID", "PatientSex", "PatientBirthDate")}
-        name = str(one.facts.get("PatientName") or "").strip("^ ").casefold()
-        if facts["PatientSex"] in ("F", "M"):
-            values["sexes"].add(facts["PatientSex"])
-        if facts["PatientBirthDate"]:
-            values["birth dates"].add(facts["PatientBirthDate"])
-        if name != facts["PatientID"].casefold() and not _NOBODY.fullmatch(name):
+        names = ("PatientID", "PatientSex", "PatientBirthDate", "PatientName")
+        number, sex, born, name = (str(one.facts.get(name) or "").strip() for name in names)
+        name = name.strip("^ ").casefold()
+        values["sexes"] |= {sex} & {"F", "M"}
+        values["birth dates"] |= {born} - {""}
+        if name != number.casefold() and not _NOBODY.fullmatch(name):
             values["names"].add(name)
     contradict = [f"{len(found)} {what}" for what, found in values.items() if len(found) > 1]
     return " and ".join(contradict), bool(values["birth dates"] or values["names"])
@@ -399,14 +395,14 @@ def _sessions(series: Sequence[_Series], who: dict[str, str], root: Path) -> dic
     studies: dict[str, list[str]] = {}
     for one in series:
         if _date(one, root) is None:
-            studies.setdefault(who[one.uid], []).append(str(one.facts.get("StudyInstanceUID") or one.uid))
+            studies.setdefault(who[one.uid], []).append(one.study)
     result: dict[str, str] = {}
     for one in series:
         if day := _date(one, root):
             result[one.uid] = f"ses-{day.replace('-', '')}"
             continue
         known = sorted(set(studies[who[one.uid]]))
-        number = known.index(str(one.facts.get("StudyInstanceUID") or one.uid))
+        number = known.index(one.study)
         # Of several studies nobody knows which is the first; numbers would say so.
         result[one.uid] = "ses-1" if len(known) == 1 else f"ses-undated{chr(ord('a') + number)}"
     return result

@@ -88,8 +88,7 @@ def read(options: LayoutOptions) -> Listing:
         )
     people = _people(listing, options)
     found = _identified(listing, root, images, people)
-    if people:
-        align(listing, people, (one.patient for one in found))
+    align(listing, people, (one.patient for one in found))
     scans = [
         Scan(
             one.subject,
@@ -116,8 +115,7 @@ def read(options: LayoutOptions) -> Listing:
             listing.note("problem", who, relative(folder, root), "DICOM files, not read", "use --layout dicom for them")
     if options.labels != "none":
         _give_labels(listing, root, labels, names)
-    if people:
-        note_rows_without_scans(listing, people, listing.people, "volume")
+    note_rows_without_scans(listing, people, listing.people, "volume")
     listing.found = {"volumes": len(images), "labels": len(labels)}
     return choose(listing, options.sessions)
 
@@ -145,7 +143,7 @@ def _people(listing: Listing, options: LayoutOptions) -> People | None:
     if table is None:
         names = ("participants.tsv", "participants.csv", "participants.xlsx")
         table = next((path for name in names if (path := options.source / name).exists() or path.is_symlink()), None)
-    return read_table_of_people(listing, table) if table and not is_hidden(table.name) else None
+    return read_table_of_people(listing, table if table and not is_hidden(table.name) else None)
 
 
 # --- who -------------------------------------------------------------------------------------------------------------

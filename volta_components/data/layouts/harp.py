@@ -64,9 +64,8 @@ def read(options: LayoutOptions) -> Listing:
         raise InputError(
             f"{root}: no scan like 100/ADNI_002_S_0295_13722_ACPC.mnc; give the folder that holds 100 and 35"
         )
-    people = read_table_of_people(listing, options.table) if options.table else None
-    if people:
-        align(listing, people, (match[2] for _, match in scans))
+    people = read_table_of_people(listing, options.table)
+    align(listing, people, (match[2] for _, match in scans))
     complete = 0
     for volume, match in scans:
         name, patient = match[1], match[2]

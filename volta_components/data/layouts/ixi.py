@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from volta_components.data.layouts.common import LayoutOptions, Listing, Scan, choose, look, relative
-from volta_components.data.tables import parse_age, parse_sex, pick, read_table
+from volta_components.data.tables import Row, parse_age, parse_sex, pick, read_table
 from volta_components.data.walk import Tree
 from volta_components.errors import InputError
 
@@ -43,15 +46,15 @@ def read(options: LayoutOptions) -> Listing:
     rows = _people(listing, table)
     for path, match in scans:
         person = f"IXI{int(match[1]):03d}"
-        sex, age, known = rows.get(person, (None, None, False))
-        if not known:
+        sex, age = rows.get(person, (None, None))
+        if person not in rows:
             listing.note("quirk", person, relative(path, root), f"scan without a row in {table.name}")
         listing.add(Scan(person, None, person, path, relative(path, root), site=match[2], sex=sex, age=age))
     for person in sorted(set(rows) - {scan.subject_id for scan in listing.scans}):
         listing.note(
             "problem", person, table.name, "row without a T1 scan", "IXI itself has some of these; check yours"
         )
-    sexes = [sex for sex, _, _ in rows.values()]
+    sexes = [sex for sex, _ in rows.values()]
     listing.found = {
         "people in the table": len(rows),
         "male": sexes.count("M"),
@@ -70,49 +73,45 @@ def _find_table(tree: Tree) -> Path:
     return found[0]
 
 
-def _people(listing: Listing, table: Path) -> dict[str, tuple[str | None, float | None, bool]]:
-    """Sex and age of each id, as ``(sex, age, True)``."""
+def _people(listing: Listing, table: Path) -> dict[str, tuple[str | None, float | None]]:
+    """Sex and age of each id."""
+
+    def note(who: str, what: str, remedy: str) -> None:
+        listing.note("problem", who, table.name, what, remedy, False)
+
     rows = read_table(
         table, lambda who, what, remedy: listing.note("problem", who, table.name, what, remedy, False, "")
     )
     if not rows or pick(rows[0], "IXI_ID", "IXI ID", "ID") is None:
         raise InputError(f"{table}: no column IXI_ID; is it IXI's own table?")
-    sexes: dict[str, list[str]] = {}
-    ages: dict[str, list[float]] = {}
-    counts: dict[str, int] = {}
+    sex_column = next((key for key in rows[0] if key.upper().startswith("SEX")), "SEX_ID (1=m, 2=f)")
+    parsers: dict[str, Callable[[Row], Any]] = {
+        "sex": lambda row: parse_sex(pick(row, sex_column), _CODES),
+        "age": lambda row: parse_age(pick(row, "AGE")),
+    }
+    found: dict[str, dict[str, list[Any]]] = {}
+    counts: Counter[str] = Counter()
     for row in rows:
         number = re.sub(r"\D", "", (pick(row, "IXI_ID", "IXI ID", "ID") or "").split(".")[0])
         if not number:
             continue
         person = f"IXI{int(number):03d}"
-        counts[person] = counts.get(person, 0) + 1
-        sex_column = next((key for key in row if key.upper().startswith("SEX")), "SEX_ID (1=m, 2=f)")
-        sexes.setdefault(person, [])
-        ages.setdefault(person, [])
-        try:
-            if (sex := parse_sex(pick(row, sex_column), _CODES)) is not None:
-                sexes[person].append(sex)
-        except ValueError as error:
-            listing.note("problem", person, table.name, str(error), "correct the table; kept without sex", False)
-        try:
-            if (years := parse_age(pick(row, "AGE"))) is not None:
-                ages[person].append(years)
-        except ValueError as error:
-            listing.note("problem", person, table.name, str(error), "correct the table; kept without age", False)
-    people: dict[str, tuple[str | None, float | None, bool]] = {}
-    for person, count in counts.items():
-        sex = sexes[person][0] if sexes[person] else None
-        age = ages[person][0] if ages[person] else None
-        if count > 1:
-            if len(set(sexes[person])) > 1:
-                listing.note(
-                    "problem", person, table.name, f"{count} rows that differ in sex", "correct the table", False
-                )
-                sex = None
-            else:
-                also = f"; ages {', '.join(f'{a:g}' for a in ages[person])}" if len(set(ages[person])) > 1 else ""
-                listing.note("quirk", person, table.name, f"id is in {count} rows{also}", "the first age is used")
-        if age is None:
+        counts[person] += 1
+        values = found.setdefault(person, {"sex": [], "age": []})
+        for name, parse in parsers.items():
+            try:
+                values[name] += [value] if (value := parse(row)) is not None else []
+            except ValueError as error:
+                note(person, str(error), f"correct the table; kept without {name}")
+    people: dict[str, tuple[str | None, float | None]] = {}
+    for person, values in found.items():
+        sexes, ages = values["sex"], values["age"]
+        if len(set(sexes)) > 1:
+            note(person, f"{counts[person]} rows that differ in sex", "correct the table")
+        elif counts[person] > 1:
+            also = f"; ages {', '.join(f'{age:g}' for age in ages)}" if len(set(ages)) > 1 else ""
+            listing.note("quirk", person, table.name, f"id is in {counts[person]} rows{also}", "the first age is used")
+        if not ages:
             listing.note("quirk", person, table.name, "age is missing")
-        people[person] = (sex, age, True)
+        people[person] = (sexes[0] if len(set(sexes)) == 1 else None, ages[0] if ages else None)
     return people
