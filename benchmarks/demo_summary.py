@@ -37,12 +37,13 @@ def main() -> None:
         entropy, predicted = (metrics[f"{branch}_{name}"] for name in ("teacher_entropy", "predicted"))
         print(f"  {branch:<7} entropy {entropy:.2f} of ln K, predicted {predicted:.3f} of ln K")
     print(f"effective rank of the summaries: {metrics['effective_rank']:.1f}")
-    print("\nlinear probes of the frozen encoder and of random weights, out of fold: AUROC (95 % interval)")
+    print("\nprobes of the frozen encoder, of random weights and of plain voxels, out of fold (95 % interval), chance")
     for row in read_json(PROBES / "probes.json"):
-        if row["probe"] == "linear":
+        if row["probe"] != "knn":
             print(
-                f"  {row['label']:<10} {row['embedding']:<13} {row['encoder']:<7} {row['auroc']:.2f} "
-                f"({row['auroc_low']:.2f} to {row['auroc_high']:.2f}), {row['subjects']} subjects"
+                f"  {row['label']:<24} {row['embedding']:<13} {row['encoder']:<7} {row['measure']:<6} "
+                f"{row['value']:.2f} ({row['low']:.2f} to {row['high']:.2f}), {row['chance']:.2f}; "
+                f"{row['subjects']} scans"
             )
     print("\npictures to look at:")
     for path in [

@@ -289,11 +289,13 @@ def test_evaluation_probes_the_encoder(workplace: Workplace, unbroken: str) -> N
         for label in ("sex", "diagnosis")
         for encoder in ("volta", "random")
         for probe in ("knn", "linear")
+    } | {("age", encoder, "ridge") for encoder in ("volta", "random", "voxels")} | {
+        (label, "voxels", probe) for label in ("sex", "diagnosis") for probe in ("knn", "linear")
     }
     for row in rows:
-        assert (row["subjects"], row["positive"]) == (12, 6)
-        assert 0 <= row["auroc_low"] <= row["auroc"] <= row["auroc_high"] <= 1
-    assert "AUROC (95 % interval), out of fold" in process.output
+        assert row["subjects"] == 12 and row["low"] <= row["value"] <= row["high"]
+        assert row["label"] == "age" or (row["positive"] == 6 and row["low"] >= 0 and row["high"] <= 1)
+    assert "value (95 % interval, out of fold), chance" in process.output
     table = read_rows(folder / "embeddings.csv")
     assert [row["subject_id"] for row in table] == [f"sub-{i:04d}" for i in range(12)]
     values = np.array([[float(row[f"summary_{i}"]) for i in range(32)] for row in table])

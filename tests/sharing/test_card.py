@@ -114,7 +114,7 @@ def test_a_card_of_ones_own(weights: dict[str, Path], tmp_path: Path) -> None:
 def test_metrics_of_a_later_evaluation_come_into_the_card(weights: dict[str, Path], tmp_path: Path) -> None:
     probes = [
         {"label": "sex", "encoder": "volta", "embedding": "summary", "probe": "linear", "subjects": 30}
-        | {"auroc": 0.81234, "auroc_low": 0.7, "auroc_high": 0.9}
+        | {"measure": "auroc", "value": 0.81234, "low": 0.7, "high": 0.9, "chance": 0.5}
     ]
     warning = "out of fold; **patients that it was pretrained on may be among them**:"
     for leak in ("none", "allowed"):
@@ -124,7 +124,10 @@ def test_metrics_of_a_later_evaluation_come_into_the_card(weights: dict[str, Pat
         folder = assemble(source, target, ["tiny"], weights["pretrain"], tmp_path / "probes.json")
         card = (folder / "docs" / "README.md").read_text()
         assert (warning in card) == (leak == "allowed")
-    assert "| sex | volta | summary | linear | 30 | 0.812 | 0.700 to 0.900 |" in card and "Not scored" not in card
+    assert (
+        "| sex | volta | summary | linear | 30 | auroc | 0.812 | 0.700 to 0.900 | 0.50 |" in card
+        and "Not scored" not in card
+    )
     numbers = {"mean_dice": 0.5, "mean_dice_low": 0.4, "mean_dice_high": 0.6, "hd95_failures": 1.0}
     write_json(tmp_path / "metrics.json", {"metrics": numbers, "leak": "allowed", "scored": 7})
     folder = assemble(

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from monai.data import MetaTensor
 from monai.inferers import Inferer
+from monai.networks.utils import pixelunshuffle
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool3d
 
 from volta_components.data.nifti import write_nifti
 from volta_components.data.volumes import volume_stem
@@ -26,17 +28,20 @@ FEATURES = ("summary", "mean")
 
 
 class EmbeddingInferer(Inferer):
-    """Summary, mean token and, if asked for, the summary's attention in one pass through the encoder.
+    """Summary, mean token and, if asked for, more of the same tokens in one pass through the encoder.
 
     MONAI's ``SimpleInferer`` gives the network's one output; the mean token and the attention map come from the same
     tokens, which would otherwise be computed again.
 
     Args:
         attention: also give ``attention`` ``[B, 1, D, H, W]``.
+        tokens: also give ``tokens`` ``[B, D, d, h, w]`` on the token grid, and, to be compared with them, ``voxels``
+            ``[B, 64, d, h, w]``: means of the 4 x 4 x 4 parts of each patch.
     """
 
-    def __init__(self, attention: bool = False) -> None:
+    def __init__(self, attention: bool = False, tokens: bool = False) -> None:
         self.attention = attention
+        self.tokens = tokens
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Embeddings ``summary`` and ``mean`` ``[B, D]`` of volumes ``[B, 1, D, H, W]``."""
@@ -46,6 +51,11 @@ class EmbeddingInferer(Inferer):
         output = {"summary": network.summarise(tokens).float(), "mean": tokens.mean(dim=1).float()}
         if self.attention:
             output["attention"] = network.attention_on_voxels(tokens, image)
+        if self.tokens:
+            grid = network.token_grid(image)
+            output["tokens"] = tokens.float().transpose(1, 2).unflatten(2, grid)
+            parts = adaptive_avg_pool3d(image, [4 * side for side in grid])
+            output["voxels"] = pixelunshuffle(parts, spatial_dims=3, scale_factor=4)
         return output
 
 
@@ -89,6 +99,8 @@ class EmbeddingTable(ResultTable):
         made = []
         if self.attention_dir is not None:
             made.append(self._write_attention(self.attention_dir, row, item["image"], output["pred"]["attention"]))
+        if "voxels" in output["pred"]:
+            row["voxels"] = output["pred"]["voxels"].half().flatten().cpu().numpy()
         # A float32 as JSON's decimal number comes back as it was.
         return row | {name: output["pred"][name].float().cpu().tolist() for name in FEATURES}, file, made
 
@@ -105,7 +117,11 @@ class EmbeddingTable(ResultTable):
         return path
 
     def matrix(self, feature: str) -> np.ndarray:
-        """All embeddings of one kind, ``[volumes, D]``, in order of the rows; ``summary+mean`` has both."""
+        """All embeddings of one kind, ``[volumes, D]``, in order of the rows; ``summary+mean`` has both.
+
+        With ``EmbeddingInferer(tokens=True)``, ``voxels`` are there too: the volumes themselves, four voxels a patch
+        and axis.
+        """
         parts = [[row[part] for row in self.rows] for part in feature.split("+")]
         return np.concatenate([np.array(part, np.float32) for part in parts], axis=1)
 

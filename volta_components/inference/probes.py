@@ -1,31 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Probes: what a frozen encoder knows."""
+"""Probes: what a frozen encoder knows, beside random weights and plain voxels.
+
+Three shortcuts look like knowledge: the position of a token, the scanner, the cohort. An encoder that has nothing else
+is at chance in each measure here but that of the cohort, which should be low.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.linear_model import LogisticRegressionCV
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegressionCV, RidgeCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
-from volta_components.downstream.metrics import auroc_interval
+from volta_components.downstream.metrics import Resampling, auroc_interval, interval
 from volta_components.errors import InputError
 from volta_components.files import write_json
 from volta_components.inference.embeddings import EmbeddingTable
+from volta_components.inference.tokens import TokenTable, errors_beyond_position
+
+_COMPONENTS = 100
+
+
+class Features(NamedTuple):
+    """Embeddings ``matrix`` ``[n, D]`` of an encoder; of plain voxels, the principal ``components`` are taken first."""
+
+    encoder: str
+    embedding: str
+    matrix: np.ndarray
+    components: int | None = None
 
 
 def out_of_fold_scores(
-    features: np.ndarray, labels: np.ndarray, folds: np.ndarray, probe: str, neighbours: int = 20, seed: int = 0
+    features: np.ndarray,
+    labels: np.ndarray,
+    folds: np.ndarray,
+    probe: str,
+    neighbours: int = 20,
+    seed: int = 0,
+    components: int | None = None,
 ) -> np.ndarray:
-    """Scores ``[n]``, higher for label 1, of every subject from a probe that was fitted on the other folds.
+    """Scores of every subject from a probe that was fitted on the other folds.
 
-    The probe is ``knn`` (cosine distance, votes weighted by it) or ``linear`` (standardised features, L2 logistic
-    regression whose strength is chosen by cross-validation within the training part). Features are ``[n, D]``.
+    Args:
+        features: ``[n, D]``.
+        labels: ``[n]``, 0 or 1; with ``ridge``, any numbers.
+        folds: ``[n]``, by patient.
+        probe: ``knn`` (cosine distance, votes weighted by it), ``linear`` (standardised features, L2 logistic
+            regression whose strength is chosen by cross-validation within the training part) or ``ridge`` (linear
+            regression of standardised features, its strength likewise).
+        neighbours: of ``knn``.
+        seed: for the inner cross-validation.
+        components: of a PCA that comes first, fitted on the other folds; ``None`` for none.
+
+    Returns:
+        ``[n]``, higher for label 1, or the predicted numbers.
 
     Raises:
         InputError: if a training part has fewer than two of a class.
@@ -34,6 +68,13 @@ def out_of_fold_scores(
     for fold in np.unique(folds):
         scored = folds == fold
         fitted = ~scored
+        steps: list[Any] = []
+        if components is not None:
+            steps.append(PCA(min(components, int(fitted.sum()) - 1, features.shape[1]), svd_solver="full"))
+        if probe == "ridge":
+            model: Any = make_pipeline(*steps, StandardScaler(), RidgeCV(np.logspace(-1, 5, 13)))
+            scores[scored] = model.fit(features[fitted], labels[fitted]).predict(features[scored])
+            continue
         fewest = int(np.bincount(labels[fitted].astype(int), minlength=2).min())
         if fewest < 2:
             raise InputError(
@@ -42,9 +83,10 @@ def out_of_fold_scores(
             )
         if probe == "knn":
             count = min(neighbours, int(fitted.sum()))
-            model: Any = make_pipeline(Normalizer(), KNeighborsClassifier(count, weights="distance"))
+            model = make_pipeline(*steps, Normalizer(), KNeighborsClassifier(count, weights="distance"))
         elif probe == "linear":
             model = make_pipeline(
+                *steps,
                 StandardScaler(),
                 LogisticRegressionCV(
                     Cs=np.logspace(-4, 1, 6),
@@ -57,10 +99,55 @@ def out_of_fold_scores(
                 ),
             )
         else:
-            raise InputError(f"no probe {probe!r}; there are 'knn' and 'linear'")
+            raise InputError(f"no probe {probe!r}; there are 'knn', 'linear' and 'ridge'")
         model.fit(features[fitted], labels[fitted])
         scores[scored] = model.predict_proba(features[scored])[:, 1]
     return scores
+
+
+def finds_same_subject(
+    features: np.ndarray, subjects: np.ndarray, cohorts: np.ndarray, components: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whether the nearest neighbour of a scan, in its cohort, is another scan of the same subject.
+
+    Nearest by the cosine of standardised features. Scans of one subject have different visits or scanners, so that an
+    encoder that knows scanners does not find them.
+
+    Args:
+        features: ``[n, D]``.
+        subjects: ``[n]``, who each scan is of.
+        cohorts: ``[n]``; only scans of the same cohort are compared.
+        components: as for ``out_of_fold_scores``.
+
+    Returns:
+        ``[n]`` 1 where it is, 0 where not; and ``[n]`` the share that chance would give. Both are NaN for
+        subjects with one scan in their cohort.
+    """
+    columns = features.astype(float)
+    if components is not None:
+        columns = PCA(min(components, *(side - 1 for side in features.shape)), svd_solver="full").fit_transform(columns)
+    unit = Normalizer().fit_transform(StandardScaler().fit_transform(columns))
+    same_cohort = cohorts[:, None] == cohorts
+    same_subject = (subjects[:, None] == subjects) & same_cohort
+    np.fill_diagonal(same_cohort, False)
+    np.fill_diagonal(same_subject, False)
+    likeness = np.where(same_cohort, unit @ unit.T, -np.inf)
+    # Of several that are equally near, such as all of a constant encoder, each counts by its share.
+    nearest = (likeness >= likeness.max(axis=1, keepdims=True) - 1e-9) & same_cohort
+    others = same_cohort.sum(axis=1)
+    asked = same_subject.any(axis=1)
+    found = (nearest & same_subject).sum(axis=1) / np.maximum(nearest.sum(axis=1), 1)
+    chance = same_subject.sum(axis=1) / np.maximum(others, 1)
+    return np.where(asked, found, np.nan), np.where(asked, chance, np.nan)
+
+
+def _correlation(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Pearson's r of ``[n]`` numbers for each row of ``[samples, n]`` weights; 0 where predictions do not vary."""
+    share = weights / weights.sum(axis=-1, keepdims=True)
+    first, second = truth - (share @ truth)[..., None], predicted - (share @ predicted)[..., None]
+    scale = np.sqrt((share * first**2).sum(axis=-1) * (share * second**2).sum(axis=-1))
+    covariance = (share * first * second).sum(axis=-1)
+    return np.divide(covariance, scale, out=np.zeros_like(scale), where=scale > 1e-12 * np.abs(truth).max())
 
 
 def _questions(
@@ -81,6 +168,117 @@ def _questions(
             yield f"{label}:{value}", known, (values[known] == value).astype(int)
 
 
+def _features(tables: Mapping[str, EmbeddingTable]) -> list[Features]:
+    """Embeddings of each encoder, and the voxels of the volumes where one of the tables has them."""
+    found = [
+        Features(encoder, embedding, table.matrix(embedding))
+        for encoder, table in tables.items()
+        for embedding in ("summary", "mean", "summary+mean")
+    ]
+    with_voxels = [table for table in tables.values() if table.rows and "voxels" in table.rows[0]]
+    return found + [Features("voxels", "voxels", table.matrix("voxels"), _COMPONENTS) for table in with_voxels[:1]]
+
+
+class _Probes:
+    """The questions that can be asked of a datalist's items, each giving rows of the report."""
+
+    def __init__(
+        self, items: Sequence[Mapping[str, Any]], features: list[Features], neighbours: int, seed: int
+    ) -> None:
+        self.items = items
+        self.features = features
+        self.neighbours = neighbours
+        self.seed = seed
+        self.folds = np.array([item["fold"] for item in items])
+        self.patients = np.array([str(item.get("patient_id", item["subject_id"])) for item in items])
+        self.cohorts = np.array([str(item.get("cohort", "")) for item in items])
+
+    def _weights(self, chosen: np.ndarray) -> np.ndarray:
+        """``[samples, chosen]``: how often each bootstrap sample of patients holds each chosen item."""
+        patients = self.patients[chosen].tolist()
+        return Resampling(patients, seed=self.seed).weights(patients)
+
+    def classes(self, targets: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Any]]:
+        """AUROC of each label, out of fold."""
+        for label, known, truth in _questions(self.items, targets):
+            folds = self.folds[known]
+            if len(np.unique(truth)) < 2:
+                continue
+            fewest = min(np.bincount(truth[folds != fold], minlength=2).min() for fold in np.unique(folds))
+            if label not in targets and fewest < 2:
+                print(f"{label}: too few in some folds to be probed")
+                continue
+            for each in self.features:
+                for probe in ("knn", "linear"):
+                    matrix = each.matrix[known]
+                    try:
+                        scores = out_of_fold_scores(
+                            matrix, truth, folds, probe, self.neighbours, self.seed, each.components
+                        )
+                    except InputError as error:
+                        raise InputError(f"label {label!r}: {error}") from error
+                    figures = auroc_interval(truth, scores, list(self.patients[known]), seed=self.seed)
+                    row = _row(label, each, probe, "auroc", len(truth), figures, chance=0.5)
+                    yield row | {"positive": int(truth.sum())}
+
+    def numbers(self, name: str, values: Sequence[float | None]) -> Iterator[dict[str, Any]]:
+        """Pearson's r between numbers and what a ridge regression says of them, out of fold."""
+        known = np.array([value is not None and bool(np.isfinite(value)) for value in values])
+        truth = np.array([value for value, there in zip(values, known, strict=True) if there], dtype=float)
+        folds = self.folds[known]
+        if len(truth) < 10 or len(np.unique(folds)) < 2 or truth.std() == 0:
+            return
+        weights = self._weights(known)
+        for each in self.features:
+            told = out_of_fold_scores(each.matrix[known], truth, folds, "ridge", components=each.components)
+            r = float(_correlation(truth, told, np.ones(len(truth))))
+            yield _row(
+                name, each, "ridge", "r", len(truth), (r, *interval(_correlation(truth, told, weights))), chance=0.0
+            )
+
+    def same_subject(self) -> Iterator[dict[str, Any]]:
+        """Share of scans whose nearest neighbour is another scan of the same subject: the same head, seen again."""
+        subjects = np.array([str(item["subject_id"]) for item in self.items])
+        for each in self.features:
+            found, by_chance = finds_same_subject(each.matrix, subjects, self.cohorts, each.components)
+            asked = np.isfinite(found)
+            if not asked.any():
+                return
+            weights = self._weights(asked)
+            figures = (found[asked].mean(), *interval(weights @ found[asked] / weights.sum(axis=1)))
+            yield _row("same subject", each, "nearest", "share", int(asked.sum()), figures, by_chance[asked].mean())
+
+    def tokens(self, tables: Mapping[str, TokenTable]) -> Iterator[dict[str, Any]]:
+        """Share of variance of what fills a patch that its token explains and its position does not."""
+        for encoder, table in tables.items():
+            folds = self.folds[table.known]
+            if len(np.unique(folds)) < 2:
+                return
+            errors, naive = errors_beyond_position(table.tokens, table.shares, folds)
+            weights = self._weights(table.known)
+            figures = (1 - errors.sum() / naive.sum(), *interval(1 - (weights @ errors) / (weights @ naive)))
+            each = Features(encoder, "tokens", np.empty(0))
+            yield _row("hippocampus in the patch", each, "ridge", "r2", len(folds), figures, chance=0.0)
+
+
+def _row(
+    label: str, features: Features, probe: str, measure: str, scans: int, figures: tuple[Any, ...], chance: float
+) -> dict[str, Any]:
+    value, low, high = (float(figure) for figure in figures)
+    return {
+        "label": label,
+        "encoder": features.encoder,
+        "embedding": features.embedding,
+        "probe": probe,
+        "measure": measure,
+        "subjects": scans,
+        "value": value,
+        "low": low,
+        "high": high,
+        "chance": float(chance),
+    }
+
+
 def probe_report(
     tables: Mapping[str, EmbeddingTable],
     items: Sequence[Mapping[str, Any]],
@@ -89,8 +287,10 @@ def probe_report(
     neighbours: int = 20,
     seed: int = 0,
     leak: str = "none",
+    numbers: Sequence[str] = (),
+    tokens: Mapping[str, TokenTable] | None = None,
 ) -> list[dict[str, Any]]:
-    """Probe several encoders on the same subjects, print the comparison and write it as JSON.
+    """Probe several encoders on the same scans, print the comparison and write it as JSON.
 
     Args:
         tables: embeddings by encoder, such as ``{"volta": ..., "random": ...}``; rows as ``items``.
@@ -103,56 +303,46 @@ def probe_report(
         seed: of probes and bootstrap.
         leak: of ``check_origin``; ``allowed`` when scored patients were, or may have been, pretrained on. It is in
             every row.
+        numbers: keys of items that hold numbers, such as ``age``; those without are left out.
+        tokens: tokens by encoder, of the same items; where these have label maps, the volume of the hippocampi and what
+            fills a patch are asked too.
 
     Returns:
-        A row for each label, encoder, kind of embedding and probe.
+        A row for each question, encoder, kind of embedding and probe: ``measure`` (``auroc``, ``r``, ``share`` or
+        ``r2``), ``value``, its 95 % interval over patients ``low`` and ``high``, and what ``chance`` gives.
 
     Raises:
-        InputError: if no label has both classes, or too few of one.
+        InputError: if nothing can be asked, or a label has too few of a class.
     """
-    rows: list[dict[str, Any]] = []
-    folds = np.array([item["fold"] for item in items])
-    patients = np.array([str(item.get("patient_id", item["subject_id"])) for item in items])
-    for label, known, truth in _questions(items, targets):
-        if len(np.unique(truth)) < 2:
-            continue
-        held = folds[known]
-        if label not in targets and min(np.bincount(truth[held != f], minlength=2).min() for f in np.unique(held)) < 2:
-            print(f"{label}: too few in some folds to be probed")
-            continue
-        for encoder, table in tables.items():
-            for feature in ("summary", "mean", "summary+mean"):
-                matrix = table.matrix(feature)[known]
-                for probe in ("knn", "linear"):
-                    try:
-                        scores = out_of_fold_scores(matrix, truth, folds[known], probe, neighbours, seed)
-                    except InputError as error:
-                        raise InputError(f"label {label!r}: {error}") from error
-                    auroc, low, high = auroc_interval(truth, scores, list(patients[known]), seed=seed)
-                    rows.append(
-                        {
-                            "label": label,
-                            "encoder": encoder,
-                            "embedding": feature,
-                            "probe": probe,
-                            "subjects": int(known.sum()),
-                            "positive": int(truth.sum()),
-                            "auroc": auroc,
-                            "auroc_low": low,
-                            "auroc_high": high,
-                            "leak": leak,
-                        }
-                    )
+    probes = _Probes(items, _features(tables), neighbours, seed)
+    rows = list(probes.classes(targets))
+    for key in numbers:
+        rows += probes.numbers(key, [_number(item.get(key)) for item in items])
+    labelled = {encoder: table for encoder, table in (tokens or {}).items() if table.known.any()}
+    if labelled:
+        table = next(iter(labelled.values()))
+        volumes = np.full(len(items), np.nan)
+        volumes[table.known] = table.shares.sum(axis=1, dtype=float)
+        rows += probes.numbers("hippocampal volume", volumes.tolist())
+    rows += probes.same_subject()
+    rows += probes.tokens(labelled)
     if not rows:
         raise InputError(f"no label of {', '.join(targets)} has both classes in the datalist; give --targets")
+    rows = [row | {"leak": leak} for row in rows]
     write_json(path, rows)
-    print(f"{'label':<10} {'encoder':<8} {'embedding':<13} {'probe':<7} AUROC (95 % interval), out of fold")
+    columns = "{label:<25} {encoder:<8} {embedding:<13} {probe:<8} {measure:<8} "
+    head = {name: name for name in ("label", "encoder", "embedding", "probe", "measure")}
+    print(columns.format(**head) + "value (95 % interval, out of fold), chance")
     for row in rows:
-        print(
-            f"{row['label']:<10} {row['encoder']:<8} {row['embedding']:<13} {row['probe']:<7} "
-            f"{row['auroc']:.3f} ({row['auroc_low']:.3f} to {row['auroc_high']:.3f})"
-        )
+        print(columns.format(**row) + "{value:.3f} ({low:.3f} to {high:.3f}), {chance:.2f}".format(**row))
     if leak != "none":
         print("Scored patients were, or may have been, pretrained on: these numbers are too good.")
     print(f"{path}")
     return rows
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None

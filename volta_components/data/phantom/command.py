@@ -29,6 +29,7 @@ def phantom(
     contrast: Contrast = "t1",
     skull_share: float = Settings.skull_share,
     variation: float = Settings.variation,
+    scans: int = Settings.scans,
     workers: int | None = None,
 ) -> None:
     """Make a BIDS data set of synthetic heads ("phantoms") with known sex, age, diagnosis and hippocampi.
@@ -58,6 +59,7 @@ def phantom(
         contrast: "any" draws every tissue's brightness on its own; with --anatomies.
         skull_share: Share of subjects with a skull, 0 to 1. It is taken off the others; with --anatomies.
         variation: How far heads differ from their anatomy, 0 to 5: 1 as in one study; with --anatomies.
+        scans: Scans of each subject, 1 to 9: the same head by another scanner, in a session of its own.
         workers: Number of processes; one for each core by default.
 
     Raises:
@@ -81,6 +83,7 @@ def phantom(
         contrast=contrast,
         skull_share=skull_share,
         variation=variation,
+        scans=scans,
     )
     # Here, since they import torch: help and mistakes should not wait for it.
     from volta_components.data.phantom.dataset import make_dataset

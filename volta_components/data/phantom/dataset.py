@@ -25,25 +25,38 @@ from volta_components.data.phantom.describe import LABELS_FOLDER, PARAMETERS_FIL
 from volta_components.data.phantom.heads import Head, load_head
 from volta_components.data.phantom.labels import LabelMap
 from volta_components.data.phantom.render import render
-from volta_components.data.phantom.subjects import FORMAT, SESSION, Settings, draw_subject, scanner_of
+from volta_components.data.phantom.subjects import (
+    FORMAT,
+    SESSION,
+    Settings,
+    draw_subject,
+    scanned_again,
+    scanner_of,
+    session_name,
+)
 from volta_components.errors import InputError
 from volta_components.files import read_json, remove_partials, write_csv, write_json
 
 
-def _paths(output: Path, subject_id: str) -> tuple[Path, Path, Path, Path]:
-    """T1w image, label map, sessions table and sidecar of a subject; the sidecar is written last."""
-    anat = Path(subject_id) / SESSION / "anat"
-    stem = f"{subject_id}_{SESSION}"
+def _paths(output: Path, subject_id: str, session: str = SESSION) -> tuple[Path, Path, Path]:
+    """T1w image, label map and sidecar of a scan; the sidecar is written last."""
+    anat = Path(subject_id) / session / "anat"
+    stem = f"{subject_id}_{session}"
     return (
         output / anat / f"{stem}_T1w.nii.gz",
         output / LABELS_FOLDER / anat / f"{stem}_desc-hippocampus_dseg.nii.gz",
-        output / subject_id / f"{subject_id}_sessions.tsv",
         output / anat / f"{stem}_T1w.json",
     )
 
 
-def _finished(output: Path, subject_id: str) -> bool:
-    return all(path.is_file() for path in _paths(output, subject_id))
+def _sessions_table(output: Path, subject_id: str) -> Path:
+    return output / subject_id / f"{subject_id}_sessions.tsv"
+
+
+def _finished(output: Path, settings: Settings, number: int) -> bool:
+    name = settings.subject_id(number)
+    files = [path for scan in range(settings.scans) for path in _paths(output, name, session_name(scan))]
+    return all(path.is_file() for path in [_sessions_table(output, name), *files])
 
 
 def _anatomy(settings: Settings, name: str, paths: Mapping[str, str]) -> Anatomy:
@@ -54,18 +67,22 @@ def write_subject(output: str | os.PathLike[str], settings: Settings, number: in
     """Render one subject and write its files, each whole or not at all; ``paths`` are label maps by anatomy."""
     subject = draw_subject(settings, number)
     anatomy = _anatomy(settings, subject.anatomy, paths)
-    scanner = scanner_of(settings, subject, not isinstance(anatomy, Head) or anatomy.has_outside)
-    made = render(subject, anatomy, settings.spacing, scanner)
-    image, labels, sessions, sidecar = _paths(Path(output), settings.subject_id(number))
-    write_nifti(image, made.image, made.affine)
-    write_nifti(labels, made.labels, made.affine)
-    write_csv(sessions, ("session_id", "age", "diagnosis"), [(SESSION, subject.age, subject.diagnosis)], "\t")
-    content = {
-        "Modality": "MR",
-        "SkullStripped": scanner.mask != "head",
-        "Phantom": {"generator": f"volta3d phantom {__version__}", **made.truth},
-    }
-    write_json(sidecar, content)
+    folder, name = Path(output), settings.subject_id(number)
+    rows = [(session_name(scan), subject.age, subject.diagnosis) for scan in range(settings.scans)]
+    write_csv(_sessions_table(folder, name), ("session_id", "age", "diagnosis"), rows, "\t")
+    for scan in range(settings.scans):
+        seen, drawn = scanned_again(settings, subject, scan)
+        scanner = scanner_of(drawn, seen, not isinstance(anatomy, Head) or anatomy.has_outside)
+        made = render(seen, anatomy, settings.spacing, scanner, scan)
+        image, labels, sidecar = _paths(folder, name, session_name(scan))
+        write_nifti(image, made.image, made.affine)
+        write_nifti(labels, made.labels, made.affine)
+        content = {
+            "Modality": "MR",
+            "SkullStripped": scanner.mask != "head",
+            "Phantom": {"generator": f"volta3d phantom {__version__}", **made.truth},
+        }
+        write_json(sidecar, content)
 
 
 def _start_worker() -> None:
@@ -107,6 +124,8 @@ def _run(output: Path, settings: Settings, numbers: list[int], workers: int, pat
 def _claim(output: Path, settings: Settings, maps: Sequence[LabelMap]) -> None:
     """Make sure that an output folder is new, or holds a cohort of the same parameters."""
     parameters = {**asdict(settings), "anatomies": {each.name: each.digest for each in maps}}
+    if settings.scans == 1:
+        del parameters["scans"]  # folders that were made before there was a choice go on
     wanted: dict[str, Any] = {"format": FORMAT, **parameters}
     path = output / PARAMETERS_FILE
     if path.exists():
@@ -138,13 +157,21 @@ def make_dataset(
         InputError: if the folder holds something else.
     """
     _claim(folder, settings, maps)
-    missing = [number for number in numbers if not _finished(folder, settings.subject_id(number))]
-    subject_folders = {path.parent for n in missing for path in _paths(folder, settings.subject_id(n))}
+    missing = [number for number in numbers if not _finished(folder, settings, number)]
+    subject_folders = {
+        path.parent
+        for number in missing
+        for scan in range(settings.scans)
+        for path in (
+            _sessions_table(folder, settings.subject_id(number)),
+            *_paths(folder, settings.subject_id(number), session_name(scan)),
+        )
+    }
     remove_partials(folder, folder / LABELS_FOLDER, *subject_folders)
     _run(folder, settings, missing, workers or joblib.cpu_count(), {each.name: str(each.path) for each in maps})
     pattern = re.compile(rf"sub-{settings.prefix}(\d{{4,}})")
     there = sorted(int(found[1]) for path in folder.iterdir() if (found := pattern.fullmatch(path.name)))
-    whole = [draw_subject(settings, number) for number in there if _finished(folder, settings.subject_id(number))]
+    whole = [draw_subject(settings, number) for number in there if _finished(folder, settings, number)]
     describe(folder, settings, whole, maps)
     images = [_paths(folder, settings.subject_id(subject.number))[:2] for subject in whole]
     write_sheet(folder / "code" / "sheet.png", images)

@@ -70,15 +70,15 @@ class Pixels:
     inside: NDArray[np.bool_]
 
 
-def render(subject: Subject, anatomy: Anatomy, spacing: int, scanner: Scanner) -> Phantom:
-    """Make the image and the label map of one subject.
+def render(subject: Subject, anatomy: Anatomy, spacing: int, scanner: Scanner, scan: int = 0) -> Phantom:
+    """Make the image and the label map of a subject's scan.
 
     Raises:
         InputError: if the subject's deformation folds.
     """
     where = geometry(subject, anatomy)
     view = whole_view(anatomy, spacing)
-    seen = render_view(subject, anatomy, where, scanner, view)
+    seen = render_view(subject, anatomy, where, scanner, view, stream=6 + 16 * scan)
     image = np.clip(np.rint(seen.image.numpy() * subject.gain), 0, 32767).astype(np.int16)
     if scanner.mask != "head":
         image = np.where(seen.inside, np.maximum(image, 1), 0).astype(np.int16)

@@ -37,6 +37,7 @@ class Settings:
         contrast: ``t1`` or ``any``; with anatomies.
         skull_share: share of subjects whose skull is not taken off, in [0, 1]; with anatomies.
         mirrored_share: share of subjects that are their anatomy's mirror image, in [0, 1]; with anatomies.
+        scans: of each subject, by scanners of their own, each a session.
         variation: how far a head's pose, size and shape differ from its anatomy's, and its scanner from the mean one:
             1 as in one study, 2 and more for training; with anatomies.
 
@@ -58,6 +59,7 @@ class Settings:
     skull_share: float = 0.8
     mirrored_share: float = 0.0
     variation: float = 1.0
+    scans: int = 1
 
     def __post_init__(self) -> None:
         def demand(good: bool, name: str, wanted: str) -> None:
@@ -66,6 +68,7 @@ class Settings:
 
         demand(self.seed >= 0, "seed", "a whole number from 0")
         demand(self.spacing in (1, 2, 3), "spacing", "1, 2 or 3 (mm)")
+        demand(1 <= self.scans <= 9, "scans", "a number of scans from 1 to 9")
         demand(1 <= self.sites <= len(SITES), "sites", f"a number of sites from 1 to {len(SITES)}")
         demand(
             re.fullmatch(r"[A-Za-z0-9]*[A-Za-z]", self.prefix) is not None,

@@ -17,6 +17,13 @@ from volta_components.data.phantom.settings import SITES, Settings
 FIELD_OF_VIEW = (144, 192, 192)
 FORMAT = 2  # raised whenever the same parameters begin to give other images
 SESSION = "ses-M000"
+
+
+def session_name(scan: int) -> str:
+    """BIDS name of a subject's scan, from 0."""
+    return f"ses-M{scan:03d}"
+
+
 _MEAN_SCALE = 0.88
 
 
@@ -153,6 +160,16 @@ def _anatomy(settings: Settings, number: int) -> str:
         return ""
     round_, turn = divmod(number - 1, len(settings.anatomies))
     return settings.anatomies[int(random_stream(settings.seed, 7, round_).permutation(len(settings.anatomies))[turn])]
+
+
+def scanned_again(settings: Settings, subject: Subject, scan: int) -> tuple[Subject, Settings]:
+    """The same head under another scanner, and the settings that its scanner is drawn with; scan 0 is the subject."""
+    if not scan:
+        return subject, settings
+    drawn = replace(settings, seed=int(random_stream(settings.seed, 11, scan).integers(2**31)))
+    other = draw_subject(drawn, subject.number)
+    of_scanner = ("site", "grey", "fluid", "gamma", "bias", "blur", "noise", "gain")
+    return replace(subject, **{name: getattr(other, name) for name in of_scanner}), drawn
 
 
 def scanner_of(settings: Settings, subject: Subject, has_outside: bool = True) -> Scanner:
