@@ -54,7 +54,7 @@ class EmbeddingInferer(Inferer):
         if self.tokens:
             grid = network.token_grid(image)
             output["tokens"] = tokens.float().transpose(1, 2).unflatten(2, grid)
-            parts = adaptive_avg_pool3d(image, [4 * side for side in grid])
+            parts = adaptive_avg_pool3d(image, (4 * grid[0], 4 * grid[1], 4 * grid[2]))
             output["voxels"] = pixelunshuffle(parts, spatial_dims=3, scale_factor=4)
         return output
 
