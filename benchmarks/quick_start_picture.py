@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
 from scipy import ndimage
 
+from volta_components.data.labels import SIDE_COLOURS
 from volta_components.files import atomic_path, read_json
 from volta_components.method.masking import VISIBLE, GroupMask
 from volta_components.method.networks import VoltaViT
 
-COLOURS = {1: "#ff9f1c", 2: "#22c7d6"}  # as in the report
 ENLARGE = 6
 
 
@@ -71,7 +71,7 @@ def main() -> None:
         axis.set_ylim(bottom, image.shape[2] - 0.5)
         axis.set_title(title, fontsize=11)
         axis.set_axis_off()
-    for value, colour in COLOURS.items():
+    for value, colour in SIDE_COLOURS.items():
         side = (masks[:, cut] == value).astype(np.float32)
         fine = ndimage.zoom(side, ENLARGE, order=1, grid_mode=True, mode="nearest")
         places = [(np.arange(length * ENLARGE) + 0.5) / ENLARGE - 0.5 for length in side.shape]

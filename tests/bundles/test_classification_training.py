@@ -149,14 +149,19 @@ def test_mlflow_holds_what_the_report_reads(prepared, encoder, tmp_path):
     assert {key: data.tags[key] for key in expected} == expected
     assert data.tags["phantom"] == "false" and data.tags["datalist_name"] == "fake"
     assert data.tags["encoder_sha256"] == "" and data.tags["code_version"]
-    assert {"auroc", "sensitivity", "specificity", "threshold", "train_loss", "val_loss", "val_auroc"} <= set(
-        data.metrics
-    )
+    assert set(data.metrics) >= {
+        *("score/auroc", "score/auroc_low", "score/auroc_high", "score/sensitivity", "score/specificity"),
+        *("score/threshold", "train/loss", "train/learning_rate", "val/loss", "val/auroc"),
+    }
+    parts = {given.tags[0].value: json.loads(given.dataset.profile) for given in runs[0].inputs.dataset_inputs}
+    assert set(parts) == {"training", "validation", "scored"} and parts["scored"]["scans"] > 0
+    pictures = {item.path for item in client.list_artifacts(runs[0].info.run_id, "pictures")}
+    assert pictures == {"pictures/roc.png", "pictures/confusion.png"}
     assert data.params["epochs"] == "2" and data.params["learning_rate"] == "0.01"
     run_id = runs[0].info.run_id
-    history = client.get_metric_history(run_id, "train_loss")
+    history = client.get_metric_history(run_id, "train/loss")
     assert [metric.step for metric in history] == [1, 2]
-    assert [metric.step for metric in client.get_metric_history(run_id, "val_loss")] == [1, 2]
+    assert [metric.step for metric in client.get_metric_history(run_id, "val/loss")] == [1, 2]
     path = client.download_artifacts(run_id, "predictions/predictions.csv", str(tmp_path))
     assert set(read_rows(Path(path))[0]) == {
         *("subject_id", "patient_id", "session", "site", "sex", "age"),

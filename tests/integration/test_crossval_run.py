@@ -129,7 +129,7 @@ def test_two_folds_two_inits_two_fractions_killed_once_in_the_middle(data):
         record = json.loads(Path(client.download_artifacts(run.info.run_id, "result.json", str(data))).read_text())
         assert [row["epoch"] for row in record["history"]] == [1, 2, 3], run.info.run_name
         # MLflow hears of an epoch after its checkpoint: the one in between may be missing, none is there twice.
-        steps = [item.step for item in client.get_metric_history(run.info.run_id, "train_loss")]
+        steps = [item.step for item in client.get_metric_history(run.info.run_id, "train/loss")]
         assert len(steps) == len({*steps}) >= 2 and {*steps} <= {1, 2, 3}, (run.info.run_name, steps)
     # All inits of a fold and fraction were scored on the same patients.
     tables = {run.info.run_name: client.list_artifacts(run.info.run_id, "predictions") for run in runs}

@@ -32,6 +32,7 @@ from volta_components.files import read_json, sha256_file, write_json
 from volta_components.method.networks import VoltaViT
 from volta_components.method.weights import load_encoder
 from volta_components.training.record import shown_settings
+from volta_components.training.tracking import group_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -108,7 +109,8 @@ def test_a_killed_run_ends_as_one_that_was_never_broken(workplace: Workplace, un
     (run,) = [run for run in runs if run.data.tags.get("superseded") != "true"]
     assert len(runs) > 1
     assert run.info.status == "FINISHED"
-    assert {point.step for point in client.get_metric_history(run.info.run_id, "loss_global")} >= set(range(4, 25, 4))
+    history = client.get_metric_history(run.info.run_id, "step/loss_global")
+    assert {point.step for point in history} >= set(range(4, 25, 4))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_mlflow_has_the_whole_run(workplace: Workplace, unbroken: str) -> None:
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == unbroken
     assert run.info.status == "FINISHED"
-    assert set(run.data.metrics) >= CURVES - {"effective_rank"}
+    assert set(run.data.metrics) >= group_metrics(dict.fromkeys(CURVES - {"effective_rank"}, 0.0), "train/").keys()
     assert all(np.isfinite(value) for value in run.data.metrics.values())
 
     datalist = load_datalist(workplace.data)
@@ -224,9 +226,11 @@ def test_mlflow_has_the_whole_run(workplace: Workplace, unbroken: str) -> None:
     assert run.data.tags["code_version"].startswith("0.")
 
     # Means over four mini-batches: 24 mini-batches give six of them, each at its step.
-    history = client.get_metric_history(run.info.run_id, "loss_global")
-    assert [point.step for point in history if point.step % 4 == 0][:6] == [4, 8, 12, 16, 20, 24]
-    (first, *_) = client.get_metric_history(run.info.run_id, "teacher_momentum")
+    history = client.get_metric_history(run.info.run_id, "step/loss_global")
+    assert [point.step for point in history] == [4, 8, 12, 16, 20, 24]
+    history = client.get_metric_history(run.info.run_id, "train/loss_global")
+    assert [point.step for point in history] == [1, 2, 3]
+    (first, *_) = client.get_metric_history(run.info.run_id, "step/teacher_momentum")
     momenta = [1.0 - 0.004 * (1 + np.cos(np.pi * i / 23)) / 2 for i in range(24)]
     assert first.value == pytest.approx(np.mean(momenta[:4]), rel=1e-6)
 

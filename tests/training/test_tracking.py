@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fake_mlflow import FakeMLFlow
 from ignite.engine import Engine, Events
+from mlflow import MlflowClient
 from monai.handlers import MLFlowHandler
 
 from volta_components.training import tracking
 from volta_components.training.record import code_version
-from volta_components.training.tracking import TrainingRecord, find_mlflow_handler
+from volta_components.training.sampling import KeyedDataset
+from volta_components.training.tracking import TrainingRecord, find_mlflow_handler, group_metrics
 
 
 def test_the_record_averages_over_mini_batches_and_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,14 +30,50 @@ def test_the_record_averages_over_mini_batches_and_epochs(monkeypatch: pytest.Mo
     engine.run(range(1, 6), max_epochs=2)
     assert engine.state.metrics == {"loss": 55 / 5, "learning_rate": 3.0}
     # Mini-batches 1..5 and 1..5 again, three by three; a number that some lack is averaged over those that have it.
-    assert fake.metrics[3] == pytest.approx({"loss": (1 + 4 + 9) / 3, "learning_rate": 2.0})
-    assert fake.metrics[6] == pytest.approx({"loss": (16 + 25 + 1) / 3, "learning_rate": 4.0})
-    assert fake.metrics[9] == pytest.approx({"loss": (4 + 9 + 16) / 3, "learning_rate": 3.0})
+    assert fake.metrics[3] == pytest.approx({"step/loss": (1 + 4 + 9) / 3, "step/learning_rate": 2.0})
+    assert fake.metrics[6] == pytest.approx({"step/loss": (16 + 25 + 1) / 3, "step/learning_rate": 4.0})
+    assert fake.metrics[9] == pytest.approx({"step/loss": (4 + 9 + 16) / 3, "step/learning_rate": 3.0})
     # Once; not what a resumed run has already; of the config's text, only a hash.
     (params,) = fake.params
     assert len(params.pop("config")) == 12
     assert params == {"size": [8, 12], "views.flip": 0.5, "datalist_hash": "abc"}
-    assert fake.client.tags == {"code_version": code_version(), "datalist_hash": "abc", "seed": "3"}
+    expected = {"code_version": code_version(), "datalist_hash": "abc", "seed": "3"}
+    assert fake.client.tags.items() >= expected.items()
+    assert fake.client.tags["mlflow.user"] and fake.client.tags["mlflow.source.name"]
+    assert "pytest" in fake.client.tags["command"] and "cores" in fake.client.tags["hardware"]
+    assert "`train/`, `val/`: means by epoch" in fake.client.experiment_tags["mlflow.note.content"]
+
+
+def test_a_metric_has_one_axis_whatever_the_tracking_settings_say(tmp_path: Path) -> None:
+    """MONAI's own settings log the loss of every mini-batch by iteration, and means by epoch."""
+    engine: Any = Engine(lambda e, b: [{"loss": 1.0}])
+    engine.state.device, engine.state.metrics = torch.device("cpu"), {}
+    items = [{"subject_id": f"s{number}", "patient_id": "p"} for number in range(4)]
+    loader = torch.utils.data.DataLoader(KeyedDataset(items, lambda item: 0.0), sampler=[(1, n) for n in range(4)])
+    settings = {"bundle": "pretrain", "datalist_hash": "abc"}
+    TrainingRecord(settings, interval=2).attach(engine)
+    engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: engine.state.metrics.update(validation_share_better=0.5))
+    uri = f"sqlite:///{tmp_path}/mlruns.db"
+    handler = MLFlowHandler(uri, experiment_name="some", run_name=7, output_transform=lambda output: output[0]["loss"])
+    handler.attach(engine)
+    engine.run(loader, max_epochs=2)
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("some")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    [run] = client.search_runs([experiment.experiment_id])
+    steps = {
+        name: [point.step for point in client.get_metric_history(run.info.run_id, name)] for name in run.data.metrics
+    }
+    assert steps == {"step/loss": [2, 4, 6, 8], "train/loss": [1, 2], "val/share_better": [1, 2]}
+    [given] = run.inputs.dataset_inputs
+    assert given.dataset.name == "pretrain (training)" and json.loads(given.dataset.profile)["scans"] == 4
+    assert [(tag.key, tag.value) for tag in given.tags] == [("mlflow.data.context", "training")]
+
+
+def test_names_of_metrics_are_grouped() -> None:
+    metrics = dict.fromkeys(("train_loss", "val_auroc", "validation_mean_view", "optimistic_epoch", "auroc_low"), 1.0)
+    grouped = {"train/loss", "val/auroc", "val/mean_view", "optimistic/epoch", "score/auroc_low"}
+    assert set(group_metrics(metrics, "score/")) == grouped
 
 
 def test_means_over_processes_are_taken_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ from volta_components.data.layouts.common import LEFT, RIGHT, LabelFile
 from volta_components.data.volumes import UnusableVolume, Volume, canonical, read_volume, whole_numbers
 
 SIDES = {"left": LEFT, "right": RIGHT}
+# In every picture. People who are colour-blind can tell them apart, on grey as well.
+SIDE_COLOURS = {LEFT: "#ff9f1c", RIGHT: "#22c7d6"}
 
 
 ONE_GRID = "give them on one grid, or leave labels alone (--labels none)"

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 
+from volta_components.data.labels import SIDE_COLOURS
 from volta_components.files import atomic_path, write_csv, write_text
 from volta_components.templates import template_environment
 
@@ -80,8 +81,8 @@ def thumbnail(image: np.ndarray, label: np.ndarray | None = None) -> bytes:
         colour = np.stack([grey] * 3, axis=-1)
         if label is not None:
             mask = np.take(label, centre[axis], axis=axis).T[::-1]
-            colour[mask == 1] = (230, 80, 60)
-            colour[mask >= 2] = (60, 140, 240)
+            for side, name in SIDE_COLOURS.items():
+                colour[mask == side] = ImageColor.getrgb(name)
         picture = Image.fromarray(colour)
         scale = THUMBNAIL / max(picture.size)
         picture = picture.resize(

@@ -14,9 +14,11 @@ from ignite.engine import Engine
 
 from volta_components.data.datalist import Datalist
 from volta_components.data.sessions import in_order, spelled_alike
+from volta_components.distributed import process_rank
 from volta_components.downstream.leaks import check_model
 from volta_components.downstream.metrics import auroc_interval, sensitivity_specificity, youden_threshold
-from volta_components.downstream.results import FoldResults, ItemRows, Results
+from volta_components.downstream.pictures import write_classification_pictures
+from volta_components.downstream.results import PICTURES, FoldResults, ItemRows, Results
 from volta_components.downstream.splits import EVERYBODY, Item, Parts, counted, item_name
 from volta_components.errors import InputError
 
@@ -185,7 +187,12 @@ class ClassificationResults(FoldResults):
             "subjects": self.subjects,
         }
         self.keep(record)
-        return self.finished(metrics, "predictions.csv", {"subjects": self.subjects})
+        if process_rank() == 0:
+            names = self.record.get("class_names", ("0", "1"))
+            pair = self.scores.labels, self.scores.scores
+            write_classification_pictures(self.folder / PICTURES, *pair, float(threshold), names)
+        limits = dict(zip(("auroc_low", "auroc_high"), interval, strict=True))
+        return self.finished({**metrics, **limits}, "predictions.csv", {"subjects": self.subjects})
 
     def evaluate(self, record: Mapping[str, Any], allow_leak: bool = False) -> dict[str, float]:
         """Score a trained model at the threshold in its record; write ``predictions.csv`` and ``metrics.json``.

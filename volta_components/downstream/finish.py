@@ -19,7 +19,7 @@ from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
 from volta_components.training.checkpoint import remove_checkpoints
 from volta_components.training.record import other_settings
-from volta_components.training.tracking import find_mlflow_handler
+from volta_components.training.tracking import find_mlflow_handler, group_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,9 @@ class FinishRun:
     def __post_init__(self) -> None:
         # As JSON gives them back.
         self.settings = json.loads(json.dumps(dict(self.settings), default=str))
-        self.record = RunRecord(self.settings, self.tags, self.evaluator)
+        self.record = RunRecord(
+            self.settings, self.tags, self.evaluator, self.results.parts if self.results is not None else None
+        )
         self.state_dict = self.record.state_dict
         self.load_state_dict = self.record.load_state_dict
         self._before: dict[str, Any] | None = None
@@ -124,7 +126,8 @@ class FinishRun:
     def _log(self, handler: Any, epoch: int, content: Mapping[str, Any]) -> None:
         """Give MLflow numbers and files, and mark the run as finished when all of it is there."""
         client, run_id = handler.client, str(handler.cur_run.info.run_id)
-        handler._log_metrics({name: float(value) for name, value in content["metrics"].items()}, step=epoch)
+        numbers = {name: float(value) for name, value in content["metrics"].items()}
+        handler._log_metrics(group_metrics(numbers, "score/"), step=epoch)
         for name, folder in [*content["artifacts"], (self.path.name, "")]:
             path = self.path.parent / name
             log = client.log_artifacts if path.is_dir() else client.log_artifact

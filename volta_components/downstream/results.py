@@ -20,6 +20,7 @@ from volta_components.files import write_csv, write_json
 
 logger = logging.getLogger(__name__)
 
+PICTURES = "pictures"  # folder beside the scores, and of MLflow's artifacts
 FACTS = ("subject_id", "patient_id", "session", "site", "sex", "age")
 
 
@@ -134,7 +135,8 @@ class FoldResults:
     def finished(self, metrics: Mapping[str, float], scores: str, record: Mapping[str, Any]) -> Results:
         """What ``FinishRun`` hands to MLflow; ``scores`` is a file or folder within the run's folder."""
         reports = [("pretrained.txt", "")] if (self.folder / "pretrained.txt").is_file() else []
-        return Results(metrics, [(scores, "predictions"), *reports], record)
+        pictures = [(PICTURES, PICTURES)] if (self.folder / PICTURES).is_dir() else []
+        return Results(metrics, [(scores, "predictions"), *reports, *pictures], record)
 
     def write_scores(self, path: Path, columns: Sequence[str], items: Sequence[Item], rows: Iterable[Any]) -> None:
         """Write a row for each item: who it is, then its numbers."""

@@ -18,12 +18,14 @@ from volta_components.data.volumes import read_header, read_volume
 from volta_components.distributed import process_rank
 from volta_components.downstream.leaks import check_model
 from volta_components.downstream.metrics import score_intervals, score_mask, summarise_scores
-from volta_components.downstream.results import FoldResults, ItemRows, Results
+from volta_components.downstream.pictures import write_overlay
+from volta_components.downstream.results import PICTURES, FoldResults, ItemRows, Results
 from volta_components.downstream.splits import Item, counted, item_name
 from volta_components.files import write_csv
 from volta_components.training.keep_best import KeepBest
 
 SHOWN = ("image", "label")
+ENDS = ("low", "high")
 
 
 class FloatWindowInferer(SlidingWindowInferer):
@@ -130,8 +132,13 @@ class SegmentationResults(FoldResults):
             numbers = {**summarise_scores(optimistic_rows, self.penalty), "epoch": float(self.optimistic.epoch)}
             metrics |= {f"optimistic_{name}": value for name, value in numbers.items()}
         record = {**chosen, "hd95_penalty_mm": self.penalty, "subjects": self.subjects}
-        self.keep({**record, "metrics": metrics, "intervals": self._intervals(rows)})
-        return self.finished(metrics, "predictions", record)
+        intervals = self._intervals(rows)
+        self.keep({**record, "metrics": metrics, "intervals": intervals})
+        self._draw(rows)
+        limits = {
+            f"{name}_{end}": value for name, pair in intervals.items() for end, value in zip(ENDS, pair, strict=True)
+        }
+        return self.finished({**metrics, **limits}, "predictions", record)
 
     def _choose(self, engine: Engine) -> dict[str, Any]:
         """Put the weights in place that the run ends with."""
@@ -155,8 +162,8 @@ class SegmentationResults(FoldResults):
         leak = check_model(record, self.parts.scored, allow_leak)
         rows = self._score()
         metrics = summarise_scores(rows, self.penalty)
-        for name, (low, high) in self._intervals(rows).items():
-            metrics |= {f"{name}_low": low, f"{name}_high": high}
+        for name, pair in self._intervals(rows).items():
+            metrics |= {f"{name}_{end}": value for end, value in zip(ENDS, pair, strict=True)}
         distance = f"{metrics['hd95']:.2f} mm" if "hd95" in metrics else "none (every mask failed)"
         summary = (
             f"Dice {metrics['mean_dice']:.3f} (left {metrics['dice_left']:.3f}, right {metrics['dice_right']:.3f}), "
@@ -165,6 +172,18 @@ class SegmentationResults(FoldResults):
         )
         self.write_metrics(metrics, leak, summary, hd95_penalty_mm=self.penalty)
         return metrics
+
+    def _draw(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Worst, median and best scan of those whose volumes are kept."""
+        if process_rank():
+            return
+        folder, dices = self.folder / "predictions", [row["dice"] for row in rows]
+        cases = {}
+        for place in sorted(shown_scans(dices, 0), key=lambda place: dices[place]):
+            name = item_name(self.table.items[place])
+            files = [folder / kind / f"{name}.nii.gz" for kind in ("images", "labels", "masks")]
+            cases[f"{name}\nDice {dices[place]:.2f}"] = (files[0], files[1], files[2])
+        write_overlay(self.folder / PICTURES / "overlay.png", cases)
 
     def _score(self) -> list[dict[str, float]]:
         """Score the fold and write ``predictions``."""

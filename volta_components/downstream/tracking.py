@@ -17,7 +17,7 @@ from volta_components.downstream.splits import Parts
 from volta_components.errors import InputError
 from volta_components.training.record import code_version, provenance
 from volta_components.training.schedules import CosineSchedule
-from volta_components.training.tracking import describe_run, find_mlflow_handler, name_runs, raise_error
+from volta_components.training.tracking import describe_run, find_mlflow_handler, prepare_handlers, raise_error
 
 # Set by crossval: hashes of all that decides a run's result, and of what all runs of an init share.
 SETTINGS_TAG = "crossval_settings"
@@ -71,23 +71,33 @@ class TrainingPlan:
 class RunRecord:
     """Settings, tags and epoch means of a fine-tuning run, for MLflow, the log and ``history``.
 
-    MONAI's MLflow handler records a loss at every mini-batch, by iteration; here ``train_loss`` is the epoch's mean
-    over all processes, at the epoch, as the validation's numbers are, and tags are set. A fine-tuning run has
+    ``train_loss`` is the epoch's mean over all processes, at the epoch, as the validation's numbers are; MLflow has it
+    as ``train/loss``. A fine-tuning run has
     checkpoints at ends of epochs only, so that no epoch's mean misses its beginning.
 
     Args:
         settings: recorded as parameters.
         tags: see ``run_tags``.
         evaluator: the validation engine, whose metrics ``history`` holds too; run it before this handler.
+        parts: whose scans MLflow gets as the run's data sets.
 
     Raises:
         InputError: at the first mini-batch whose loss is not finite.
     """
 
-    def __init__(self, settings: Mapping[str, Any], tags: Mapping[str, Any], evaluator: Engine | None = None) -> None:
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        tags: Mapping[str, Any],
+        evaluator: Engine | None = None,
+        parts: Parts | None = None,
+    ) -> None:
         self.settings = dict(settings)
         self.tags = dict(tags)
         self.evaluator = evaluator
+        self.data = (
+            {} if parts is None else {name: getattr(parts, name) for name in ("training", "validation", "scored")}
+        )
         self.history: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
         self._recorded = False
@@ -103,7 +113,7 @@ class RunRecord:
     def attach(self, engine: Engine) -> None:
         """Follow every mini-batch and epoch."""
         engine.add_event_handler(Events.EXCEPTION_RAISED, raise_error)
-        engine.add_event_handler(Events.STARTED, lambda: name_runs(engine, self.evaluator))
+        engine.add_event_handler(Events.STARTED, lambda: prepare_handlers(engine, self.evaluator))
         engine.add_event_handler(Events.EPOCH_STARTED, self.record)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
@@ -115,8 +125,7 @@ class RunRecord:
         if handler is None or self._recorded:
             return
         self._recorded = True
-        handler.iteration_logger = lambda _: None
-        describe_run(handler, self.settings, self.tags)
+        describe_run(handler, self.settings, self.tags, self.data)
 
     def _iteration_completed(self, engine: Engine) -> None:
         output: Any = engine.state.output

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import nibabel as nib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
+from volta_components.downstream.pictures import coronal_slice, draw_outlines
 from volta_components.files import atomic_path
 from volta_components.report.masks import Case
 from volta_components.report.paper import METRICS, TASKS, colours_of, name_of
@@ -38,7 +38,6 @@ STYLE: Any = {
     "svg.hashsalt": "volta3d",
     "svg.fonttype": "path",
 }
-SIDE_COLOURS = {1: "#ff9f1c", 2: "#22c7d6"}
 CURVES = {
     "train_loss": "training loss",
     "val_loss": "validation loss",
@@ -233,7 +232,7 @@ def case_figure(study: Study, cases: Mapping[str, Case], folder: Path) -> Pictur
     """Figure 3: one coronal slice of the worst, median and best subject, with the truth and each mask."""
     columns = [name for case in cases.values() for name in case.masks]
     columns = list(dict.fromkeys(columns))
-    slices = [slice_of(case) for case in cases.values()]
+    slices = [coronal_slice({"image": case.image, "truth": case.truth, **case.masks}) for case in cases.values()]
     side = min(2.5, 10.4 / (len(columns) + 1))
     heights = [side * aspect * plane.shape[1] / plane.shape[0] for plane, _, aspect in slices]
     with mpl.rc_context({**STYLE, "axes.grid": False}):
@@ -243,15 +242,7 @@ def case_figure(study: Study, cases: Mapping[str, Case], folder: Path) -> Pictur
             background, planes, aspect = slices[row]
             for place, name in enumerate(["truth", *columns]):
                 panel = axes[row, place]
-                panel.imshow(background.T, origin="lower", cmap="gray", aspect=aspect, interpolation="nearest")
-                if name in planes:
-                    for label, colour in SIDE_COLOURS.items():
-                        _outline(panel, planes[name] == label, colour, aspect)
-                # Contours reach over the edge of the picture.
-                width, height = background.shape
-                panel.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(-0.5, height - 0.5))
-                for spine in panel.spines.values():
-                    spine.set_visible(False)
+                draw_outlines(panel, background, planes.get(name), aspect)
                 if row == 0:
                     panel.set_title("ground truth" if name == "truth" else name_of(name))
                 if place == 0:
@@ -266,35 +257,3 @@ def case_figure(study: Study, cases: Mapping[str, Case], folder: Path) -> Pictur
     )
     title = ("Figure 3. " if study.bundle == "harp_hippocampus" else "") + "Segmentations"
     return write(figure, folder, f"{study.bundle}_cases", title, caption)
-
-
-def slice_of(case: Case, margin_mm: float = 28.0) -> tuple[NDArray[Any], dict[str, NDArray[Any]], float]:
-    """The coronal slice with most of the truth, cut out around it.
-
-    Returns:
-        Background ``[left-right, bottom-top]``, label maps of truth and masks on the same cut-out, and the pixels'
-        aspect ratio (height over width).
-    """
-    assert case.image is not None and case.truth is not None
-    volumes = {"image": case.image, "truth": case.truth, **case.masks}
-    arrays = {name: np.asanyarray(nib.as_closest_canonical(item).dataobj) for name, item in volumes.items()}
-    sides = nib.affines.voxel_sizes(nib.as_closest_canonical(case.truth).affine)
-    truth = arrays["truth"] > 0
-    there = truth if truth.any() else np.ones_like(truth)
-    place = int(there.sum(axis=(0, 2)).argmax())
-    box = []
-    for axis in (0, 2):
-        extent = np.flatnonzero(there.any(axis=tuple({0, 1, 2} - {axis})))
-        margin = int(np.ceil(margin_mm / sides[axis]))
-        box.append(slice(max(0, extent[0] - margin), extent[-1] + margin + 1))
-    cut = {name: array[box[0], place, box[1]] for name, array in arrays.items() if array.shape == arrays["image"].shape}
-    return cut.pop("image"), cut, float(sides[2] / sides[0])
-
-
-def _outline(axes: Any, mask: NDArray[Any], colour: str, aspect: float) -> None:
-    if mask.any():
-        plain = mpl.colors.ListedColormap([colour])
-        axes.imshow(np.where(mask.T, 1.0, np.nan), origin="lower", cmap=plain, alpha=0.3, aspect=aspect)
-        padded = np.pad(mask, 1).astype(float)
-        x, y = (np.arange(-1, size + 1) for size in mask.shape)
-        axes.contour(x, y, padded.T, levels=[0.5], colors=[colour], linewidths=1.2)

@@ -86,14 +86,15 @@ NAMES = {
     "frozen": "VolTA-3D, encoder frozen",
     "full": "VolTA-3D, all blocks trained",
 }
+# Of Okabe and Ito: people who are colour-blind tell them apart.
 COLOURS = {
-    "volta": "#0b6bcb",
-    "vit_scratch": "#d9730d",
-    "swin_scratch": "#2a9d6f",
-    "unetr_scratch": "#d9730d",
-    "unet_scratch": "#2a9d6f",
+    "volta": "#0072b2",
+    "vit_scratch": "#d55e00",
+    "swin_scratch": "#009e73",
+    "unetr_scratch": "#d55e00",
+    "unet_scratch": "#009e73",
 }
-OTHER_COLOURS = ("#8e5bc9", "#c2405b", "#6b6f76", "#a08500", "#008a9a")
+OTHER_COLOURS = ("#cc79a7", "#e69f00", "#56b4e9", "#555555")
 METRICS = {
     "auroc": "AUROC",
     "sensitivity": "Sensitivity",

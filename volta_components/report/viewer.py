@@ -13,7 +13,7 @@ import numpy as np
 from volta_components.report.masks import Case
 
 # Missed, agreed, too much, on a scale from 0 (nothing) to 3.
-AGREEMENT = ("#2f7ed8", "#3fbf6f", "#e5533d")
+AGREEMENT = ("#f0e442", "#009e73", "#d55e00")  # of Okabe and Ito: people who are colour-blind tell them apart
 LINK = re.compile(r"<link\b[^>]*\bhref\s*=\s*[\"']?https?://[^>]*>")
 # A crosshair of one voxel, in the viewer's blue, would hide a hippocampus; what is under this one is seen.
 CROSSHAIR = ('"crosshair": true', '"crosshair": true, "colorCrosshair": "rgba(255, 255, 255, 0.3)"')

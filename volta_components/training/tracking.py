@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import platform
+import shlex
+import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import joblib
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -15,6 +21,7 @@ from monai.handlers import MLFlowHandler
 
 from volta_components.distributed import mean_over_processes, process_rank
 from volta_components.errors import AGAIN, InputError
+from volta_components.files import sha256_json
 from volta_components.training.record import code_version, shown_settings
 
 logger = logging.getLogger(__name__)
@@ -25,6 +32,30 @@ SHOWN = (
     *("loss", "loss_global", "loss_patch", "loss_reconstruction", "volumes_per_second"),
     *("global_teacher_entropy", "global_predicted", "patch_teacher_entropy", "patch_predicted"),
 )
+# Where MLflow's pages show a metric: a group for each prefix of our names.
+GROUPS = {"train_": "train/", "val_": "val/", "validation_": "val/", "optimistic_": "optimistic/"}
+DESCRIPTION = """Runs of the VolTA-3D bundle `{bundle}`.
+
+- `train/`, `val/`: means by epoch. Validation is on a part of the training folds.
+- `step/`: pretraining, means of a few mini-batches, by mini-batch.
+- `score/`: the scored fold, once, at the end; `_low` and `_high` are 95 % limits.
+- `optimistic/`: choices made on the scored fold itself. These numbers are too good.
+"""
+
+
+def group_metrics(metrics: Mapping[str, Any], default: str) -> dict[str, Any]:
+    """Metrics by the names that MLflow shows them under: ``val_auroc`` is ``val/auroc``.
+
+    Args:
+        metrics: by our names.
+        default: group of a name without a prefix, such as ``train/``.
+    """
+
+    def place(name: str) -> str:
+        prefix = next((prefix for prefix in GROUPS if name.startswith(prefix)), "")
+        return GROUPS.get(prefix, default) + name.removeprefix(prefix)
+
+    return {place(name): value for name, value in metrics.items()}
 
 
 def find_mlflow_handler(engine: Engine) -> Any:
@@ -35,16 +66,24 @@ def find_mlflow_handler(engine: Engine) -> Any:
     return next((handler for handler in _mlflow_handlers(engine) if handler.cur_run is not None), None)
 
 
-def name_runs(*engines: Engine | None) -> None:
-    """Make the names of MLflow's runs text, before it looks for them.
+def prepare_handlers(*engines: Engine | None) -> None:
+    """Make MLflow's handlers log what this project logs, before they look for their runs.
 
-    ``--run_name 7`` arrives as a number, and MLflow finds no run of that name: training and validation would be
-    recorded as two runs, and a resumed training as two more.
+    A metric has one axis: epochs. MONAI's handler would also log the loss of every mini-batch, which takes longer than
+    a small network's step. The name of a run becomes text: ``--run_name 7`` arrives as a number, and MLflow finds no
+    run of that name, so that training and validation would be two runs, and a resumed training two more.
     """
     for engine in filter(None, engines):
         for handler in _mlflow_handlers(engine):
+            handler.iteration_logger = lambda _: None
+            handler.epoch_logger = partial(_log_epoch, handler)
             if handler.run_name is not None:
                 handler.run_name = str(handler.run_name)
+
+
+def _log_epoch(handler: Any, engine: Engine) -> None:
+    if engine.state.metrics:
+        handler._log_metrics(group_metrics(engine.state.metrics, "train/"), step=engine.state.epoch)
 
 
 def _mlflow_handlers(engine: Engine) -> Iterator[Any]:
@@ -57,24 +96,74 @@ def _mlflow_handlers(engine: Engine) -> Iterator[Any]:
                 yield owner
 
 
-def describe_run(handler: Any, settings: Mapping[str, Any], tags: Mapping[str, Any]) -> None:
-    """Give MLflow a run's settings, as parameters that it does not have yet, and its tags."""
-    run_id = handler.cur_run.info.run_id
-    known = handler.client.get_run(run_id).data.params
+def describe_run(
+    handler: Any,
+    settings: Mapping[str, Any],
+    tags: Mapping[str, Any],
+    data: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> None:
+    """Give MLflow a run's settings, tags and data sets, and say what its experiment is.
+
+    Args:
+        handler: see ``find_mlflow_handler``.
+        settings: see ``run_settings``. Those that MLflow has already are left as they are.
+        tags: by name.
+        data: items of each part, such as ``training``. MLflow gets their number and hash, not the items.
+    """
+    from mlflow.tracking.context.registry import resolve_tags
+
+    client, run_id = handler.client, handler.cur_run.info.run_id
+    known = client.get_run(run_id).data.params
     params = [(name, value) for name, value in shown_settings(settings).items() if name not in known]
     for start in range(0, len(params), MLFLOW_BATCH):
         handler._log_params(dict(params[start : start + MLFLOW_BATCH]))
-    for name, value in tags.items():
-        handler.client.set_tag(run_id, name, str(value))
+    made = {"command": shlex.join(sys.orig_argv), "hardware": hardware()}
+    for name, value in {**resolve_tags(), **made, **tags}.items():
+        client.set_tag(run_id, name, str(value))
+    experiment = handler.cur_run.info.experiment_id
+    about = DESCRIPTION.format(bundle=tags.get("bundle", "?"))
+    # The second tag makes MLflow's pages open on runs, not on traces of language models.
+    for name, value in {"mlflow.note.content": about, "mlflow.experimentKind": "custom_model_development"}.items():
+        client.set_experiment_tag(experiment, name, value)
+    name = str(tags.get("datalist_name") or tags.get("bundle") or "datalist")
+    inputs = [
+        _dataset_input(name, str(tags.get("datalist_hash", "")), part, items)
+        for part, items in (data or {}).items()
+        if items
+    ]
+    if inputs:
+        client.log_inputs(run_id, datasets=inputs)
+
+
+def _dataset_input(name: str, datalist: str, part: str, items: Sequence[Mapping[str, Any]]) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    scans = sorted([str(item.get("subject_id", "")), str(item.get("session") or "")] for item in items)
+    profile = {"scans": len(items), "patients": len({str(item.get("patient_id", "")) for item in items})}
+    dataset = Dataset(
+        name=f"{name} ({part})",
+        digest=sha256_json(scans)[:32],
+        source_type="datalist",
+        source=json.dumps({"datalist_sha256": datalist}),
+        profile=json.dumps(profile),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", part)])
+
+
+def hardware() -> str:
+    """The GPU's name, or the processor's with the number of cores that may be used."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} processor, {joblib.cpu_count()} cores"
 
 
 class TrainingRecord:
     """Means of a mini-batch's numbers, for the log, MLflow and the end of an epoch.
 
     MONAI's MLflow handler records one loss and the learning rate; this one gives it every number that the trainer
-    returns, averaged over ``interval`` mini-batches and all processes, and puts the epoch's means into
-    ``engine.state.metrics``, where MONAI's handlers look for them. After a resume in the middle of an epoch, its means
-    cover only the remaining mini-batches.
+    returns: ``step/NAME``, averaged over ``interval`` mini-batches and all processes. The epoch's means go into
+    ``engine.state.metrics``, where MONAI's handlers look for them; MLflow has them as ``train/NAME``. After a resume in
+    the middle of an epoch, its means cover only the remaining mini-batches.
 
     Args:
         settings: recorded as parameters; the bundle, the seed and the datalist's hash as tags as well.
@@ -94,7 +183,7 @@ class TrainingRecord:
         """Follow every mini-batch and epoch."""
         # Before StatsHandler's, which prints a traceback that Python prints once more.
         engine.add_event_handler(Events.EXCEPTION_RAISED, raise_error)
-        engine.add_event_handler(Events.STARTED, name_runs)
+        engine.add_event_handler(Events.STARTED, prepare_handlers)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
         engine.add_event_handler(Events.COMPLETED, self._completed)
@@ -105,12 +194,14 @@ class TrainingRecord:
             self._epoch[name].append(value)
         mlflow_handler = find_mlflow_handler(engine)
         if mlflow_handler is not None and not self._described:
-            describe_run(mlflow_handler, self.settings, self.tags)
+            items = getattr(getattr(engine.state.dataloader, "dataset", None), "data", [])
+            describe_run(mlflow_handler, self.settings, self.tags, {"training": items})
         self._described = True
         if engine.state.iteration % self.interval == 0:
             means = _means(self._recent, engine.state.device)
             if mlflow_handler is not None:
-                mlflow_handler._log_metrics(means, step=engine.state.iteration)
+                numbers = {f"step/{name}": value for name, value in means.items()}
+                mlflow_handler._log_metrics(numbers, step=engine.state.iteration)
 
     def _completed(self, engine: Engine) -> None:
         mlflow_handler = None if self._described else find_mlflow_handler(engine)
