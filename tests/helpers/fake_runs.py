@@ -16,6 +16,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from scipy.ndimage import binary_dilation, gaussian_filter, shift
 
+from volta_components.training.tracking import group_metrics
+
 QUALITY = {"volta": 1.6, "vit_scratch": 1.1, "swin_scratch": 0.6}
 FOLDS = 2
 THRESHOLDS = {"ixi_sex": "0.5", "aibl_ad": "youden"}
@@ -145,7 +147,7 @@ class Writer:
             settings.setdefault("threshold", THRESHOLDS[bundle])
         else:
             settings.setdefault("hd95_penalty_mm", str(PENALTY))
-        logged = [Metric(key, value, 0, 0) for key, value in (metrics or {}).items()]
+        logged = [Metric(key, value, 0, 0) for key, value in group_metrics(metrics or {}, "score/").items()]
         logged += [Metric(k, v, 0, step) for k, line in (curves or {}).items() for step, v in enumerate(line, 1)]
         self.client.log_batch(
             run_id,
@@ -171,7 +173,7 @@ class Writer:
                     fold,
                     fraction,
                     {"optimistic_sensitivity": 0.9, "optimistic_specificity": 0.8},
-                    {"train_loss": list(0.2 + 0.5 * fall + noise[0]), "val_auroc": list(0.9 - 0.4 * fall + noise[1])},
+                    {"train/loss": list(0.2 + 0.5 * fall + noise[0]), "val/auroc": list(0.9 - 0.4 * fall + noise[1])},
                     {"predictions": path},
                     **tags,
                 )
@@ -205,9 +207,9 @@ class Writer:
                 # Stopped before the 20 epochs that its settings ask for.
                 fall = np.exp(-np.arange(12) / 6)
                 curves = {
-                    "train_loss": list(0.3 + fall),
-                    "val_loss": list(0.35 + fall),
-                    "val_mean_dice": list(0.9 - fall),
+                    "train/loss": list(0.3 + fall),
+                    "val/loss": list(0.35 + fall),
+                    "val/mean_dice": list(0.9 - fall),
                 }
                 metrics |= {
                     "optimistic_mean_dice": 0.95,

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from volta_components.downstream.metrics import BOOTSTRAP, auroc, interval, share
+from volta_components.downstream.metrics import BOOTSTRAP, auroc, interval, share, weighted_mean
 from volta_components.report import statistics
 from volta_components.report.paper import METRICS, name_of
 from volta_components.report.statistics import Comparison, Estimate
-from volta_components.report.store import Study
+from volta_components.report.store import FinishedRun, Study
 from volta_components.report.tables import (
+    BOLD,
+    INTERVALS,
     OPERATING,
     SEEDS,
     Table,
@@ -29,6 +31,7 @@ from volta_components.report.tables import (
     groups_of,
     main_table,
     members_of,
+    number,
     plus_minus,
     subjects_of,
     task_of,
@@ -47,9 +50,13 @@ class ClassificationTables:
         self.means: dict[tuple[str, float], dict[str, Any]] = {}
         for variant, fraction in itertools.product(study.variants, study.fractions):
             if runs := study.select(variant, fraction):
-                self.estimates[variant, fraction], self.means[variant, fraction] = statistics.summarise(
+                found, self.means[variant, fraction] = statistics.summarise(
                     {run.run_id: run.table for run in runs}, {run.run_id: run.fold for run in runs}, self.resamplings
                 )
+                self.estimates[variant, fraction] = _checked(found, runs)
+        full = self.study.fractions[-1]
+        pairs = itertools.combinations(self.study.variants, 2)
+        self.compared = [item for pair in pairs if (item := self._compare(*pair, full)) is not None]
 
     def check_against_log(self) -> list[str]:
         """Metrics computed from the tables must be those that the runs logged."""
@@ -72,7 +79,8 @@ class ClassificationTables:
             "specificity": f"Specificity ({self.task.negative})",
         }
         note = f"{self._thresholds()} "
-        note += "Here: mean ± SD over folds (n − 1), and the 95 % CI: patients resampled within folds and classes."
+        note += "Here: mean ± SD over folds (n − 1), and the 95 % CI: patients resampled within folds and classes. "
+        note += f"{INTERVALS} {BOLD}"
         if self.study.several_seeds:
             note += " " + SEEDS.format("within the fold")
         if full < 1:
@@ -83,7 +91,8 @@ class ClassificationTables:
             "patients": {variant: str(subjects_of(found)) for variant, found in runs.items()},
         }
         estimates = {variant: self.estimates[variant, full] for variant in runs if (variant, full) in self.estimates}
-        return main_table(self.study, labels, estimates, "folds", scored, note)
+        best = {"auroc": statistics.clear_best(self.compared)}
+        return main_table(self.study, labels, estimates, "folds", scored, note, best)
 
     def _thresholds(self) -> str:
         """Where sensitivity and specificity are taken, here and in the paper."""
@@ -111,8 +120,7 @@ class ClassificationTables:
 
     def comparisons(self) -> Table:
         """Paired differences of AUROC between inits, on all of the training part."""
-        full = self.study.fractions[-1]
-        found = [self._compare(first, second, full) for first, second in itertools.combinations(self.study.variants, 2)]
+        found = self.compared
         note = (
             "Bootstrap of the difference, the same patients for both inits. Holm: p of the bootstrap, corrected for "
             f"{compare_by(found)}. "
@@ -124,7 +132,7 @@ class ClassificationTables:
             else "DeLong's test was not run: it needs MLstatkit, which is not installed (pip install "
             "volta-components[delong]); SciPy and scikit-learn do not have it."
         )
-        return comparison_table(f"{self.study.bundle}_comparisons", "AUROC", [c for c in found if c], note, delong=True)
+        return comparison_table(f"{self.study.bundle}_comparisons", "AUROC", found, note, delong=True)
 
     def _compare(self, first: str, second: str, fraction: float) -> Comparison | None:
         values: dict[int, list[float]] = {}
@@ -168,6 +176,35 @@ class ClassificationTables:
         note = "Mean ± SD over folds and 95 % CI."
         return fraction_table(self.study, "auroc", self.estimates, note)
 
+    def calibration(self) -> Table:
+        """Whether probabilities are frequencies: Brier score and expected calibration error."""
+        rows, numbers = [], []
+        for variant in self.study.variants:
+            runs = self.study.select(variant)
+            seeds = Counter(run.fold for run in runs)
+            everyone = pd.concat([run.table for run in runs])
+            label, score = everyone["label"].to_numpy(), everyone["score"].to_numpy(float)
+            error = (score - label) ** 2
+            single = np.concatenate([np.full(len(run.table), 1 / seeds[run.fold]) for run in runs])
+            drawn = [self.resamplings[run.fold].weights(run.table["patient_id"]) / seeds[run.fold] for run in runs]
+            low, high = interval(weighted_mean(error, np.concatenate(drawn, axis=1)))
+            brier = Estimate(float(weighted_mean(error, single)), low=low, high=high).checked(subjects_of(runs))
+            wrong = statistics.calibration_error(label, score)
+            share_of_ones = float(weighted_mean(label.astype(float), single))
+            rows.append([name_of(variant), cell(brier), number(share_of_ones * (1 - share_of_ones)), number(wrong)])
+            record = {"init": variant, "brier": brier.mean, "brier_low": brier.low, "brier_high": brier.high}
+            numbers.append({**record, "calibration_error": wrong, "patients": subjects_of(runs)})
+        return Table(
+            name=f"{self.study.bundle}_calibration",
+            title="Calibration",
+            frame=pd.DataFrame(numbers),
+            columns=["init", "Brier score", "Brier, no model", "calibration error"],
+            rows=rows,
+            note="Of the probability of " + self.task.positive + ", scans of all folds together. Brier score: mean "
+            "squared error, 0 at best; without a model, everyone gets the share of the class. Calibration error: mean "
+            "distance between probability and frequency in 10 bins; of few scans it is too high.",
+        )
+
     def breakdown(self) -> Table:
         """AUROC, sensitivity and specificity by site, sex and age band."""
         numbers, rows = [], []
@@ -196,7 +233,7 @@ class ClassificationTables:
                 counts = everyone["patient_id"].nunique(), everyone.loc[label, "patient_id"].nunique()
                 row[1:3] = [str(count) for count in counts]
                 row += [
-                    cell(Estimate(area, low=low, high=high)),
+                    cell(Estimate(area, low=low, high=high).checked(counts[0])),
                     " / ".join(plus_minus(item, math.nan) for item in shares),
                 ]
                 record = {
@@ -219,3 +256,17 @@ class ClassificationTables:
             note="AUROC over pairs of patients of the same fold, with its 95 % CI; – where a group has one class only. "
             "Small groups have wide intervals; these are not corrected for their number.",
         )
+
+
+def _checked(found: dict[str, Estimate], runs: list[FinishedRun]) -> dict[str, Estimate]:
+    """Estimates of an init with intervals that can be believed; see ``Estimate.checked``."""
+    everyone = pd.concat([run.table for run in runs])
+    # The exact interval of a share takes each row for another patient.
+    once = not everyone["patient_id"].duplicated().any()
+    result = {"auroc": found["auroc"].checked(everyone["patient_id"].nunique())}
+    for name, label in {"sensitivity": 1, "specificity": 0}.items():
+        members = everyone[everyone["label"] == label]
+        hits = int((members["prediction"] == label).sum())
+        counts = (hits, len(members)) if once and len(members) else None
+        result[name] = found[name].checked(members["patient_id"].nunique(), counts)
+    return result

@@ -18,11 +18,13 @@ def report(
     experiments: Sequence[str] = (),
     bootstrap: int = 2000,
     seed: int = 0,
+    pretraining: Sequence[Path | str] = (),
+    relocate: Path | str | None = None,
 ) -> int:
     """Write the paper's tables and figures from finished cross-validations, and one page with all of them.
 
-    Reads MLflow alone. Writes OUTPUT/index.html (one file that works without a network), OUTPUT/tables (CSV) and
-    OUTPUT/figures (PNG and SVG).
+    Reads MLflow alone. Writes OUTPUT/index.html (one file that works without a network), OUTPUT/subjects.html (all
+    predictions by subject), OUTPUT/tables (CSV) and OUTPUT/figures (PNG and SVG).
 
     Args:
         output: Folder to write to.
@@ -32,40 +34,51 @@ def report(
         experiments: Only these experiments of MLflow; all by default.
         bootstrap: Number of bootstrap samples.
         seed: Seed of the bootstrap.
+        pretraining: Folders of the pretraining, for a section of its own: its run (with mlruns.db) and its evaluation
+            (with probes.json). A pretraining in the same store is found without it.
+        relocate: Where MLflow's artifacts are now, if they were moved. Beside the database they are found without it.
 
     Returns:
         0, or 1 if a combination of init, fold and fraction has no finished run: a cross-validation that is not
         complete. A task without any runs is named in the report; this is not a failure.
 
     Raises:
-        InputError: if the store is missing or has no finished runs, or masks cannot be used.
+        InputError: if the store is missing or has no finished runs, artifacts are not where they should be, or masks
+            cannot be used.
     """
     if bootstrap < 100:
         raise InputError(f"--bootstrap {bootstrap}: at least 100 samples")
     tools = {name: Path(folder) for name, folder in (masks or {}).items()}
     # Here, since they import torch and pandas: help and mistakes should not wait for it.
     from volta_components.crossval.store import tracking_address
-    from volta_components.report.page import render
+    from volta_components.report.page import render, render_subjects
     from volta_components.report.paper import TASKS
+    from volta_components.report.pretraining import describe_pretraining
     from volta_components.report.sections import make_sections
     from volta_components.report.store import Store, read_studies
-    from volta_components.report.tables import run_table
+    from volta_components.report.tables import made_table, run_table
 
     uri = tracking_address(tracking_uri, Path("runs"))
-    store = Store(uri)
+    store = Store(uri, None if relocate is None else Path(relocate))
     studies = read_studies(store, list(experiments) or None)
     if tools and not any(study.kind == "segmentation" for study in studies):
         raise InputError(f"--masks: {uri} has no finished segmentation runs to compare them with")
     root = Path(output)
+    before = describe_pretraining(store, [Path(folder) for folder in pretraining], root / "figures")
     remove_partials(root, root / "tables", root / "figures")
     sections = make_sections(studies, store, root, tools, bootstrap, seed)
     runs = run_table(studies)
-    for table in [runs, *(table for section in sections for table in section.tables)]:
+    for table in [
+        runs,
+        *(before.tables if before else []),
+        *(table for section in sections for table in section.tables),
+    ]:
         with atomic_path(root / "tables" / f"{table.name}.csv") as temporary:
             table.frame.to_csv(temporary, index=False)
     there = {study.bundle for study in studies}
     absent = [f"Table {task.table}, {task.short}" for bundle, task in TASKS.items() if bundle not in there]
-    write_text(root / "index.html", render(sections, runs, absent, root))
+    write_text(root / "index.html", render(sections, runs, made_table(studies), before, absent, root))
+    write_text(root / "subjects.html", render_subjects(studies))
     for section in sections:
         for line in [*section.study.alarms, *section.study.notes]:
             print(f"{section.study.bundle}: {line}", file=sys.stderr)

@@ -10,17 +10,21 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_curve
 
+from volta_components.data.labels import SIDE_COLOURS, SIDES
 from volta_components.downstream.pictures import coronal_slice, draw_outlines
 from volta_components.files import atomic_path
 from volta_components.report.masks import Case
 from volta_components.report.paper import METRICS, TASKS, colours_of, name_of
-from volta_components.report.statistics import Estimate
+from volta_components.report.statistics import BINS, Estimate, limits_of_agreement
 from volta_components.report.store import Store, Study
+from volta_components.report.tables import number
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -39,10 +43,10 @@ STYLE: Any = {
     "svg.fonttype": "path",
 }
 CURVES = {
-    "train_loss": "training loss",
-    "val_loss": "validation loss",
-    "val_auroc": "validation AUROC",
-    "val_mean_dice": "validation Dice",
+    "train/loss": "training loss",
+    "val/loss": "validation loss",
+    "val/auroc": "validation AUROC",
+    "val/mean_dice": "validation Dice",
 }
 
 
@@ -52,14 +56,14 @@ class Picture:
 
     Attributes:
         png: for the eye.
-        svg: for papers.
+        svg: for papers; None of a picture that was not drawn here.
         title: of the figure.
         caption: below it.
         inches: width that it was drawn for, so that text has the same size in all of them.
     """
 
     png: Path
-    svg: Path
+    svg: Path | None
     title: str
     caption: str
     inches: float
@@ -110,8 +114,8 @@ def fraction_figure(
     return write(figure, folder, f"{study.bundle}_fractions", title, caption)
 
 
-def roc_figure(study: Study, folder: Path) -> Picture:
-    """ROC curves: each fold thin, their vertical mean thick."""
+def roc_figure(study: Study, areas: Mapping[str, float], folder: Path) -> Picture:
+    """ROC curves: each fold thin, their vertical mean thick, with each init's AUROC."""
     colours = colours_of(study.variants)
     grid = np.linspace(0, 1, 201)
     with mpl.rc_context(STYLE):
@@ -128,12 +132,54 @@ def roc_figure(study: Study, folder: Path) -> Picture:
                 curves.append(step_at(grid, false, true))
             if curves:
                 mean = np.concatenate([[0.0], np.mean(curves, axis=0)])
-                axes.plot([0.0, *grid], mean, color=colours[variant], linewidth=2, label=name_of(variant))
+                label = f"{name_of(variant)}, AUROC {number(areas[variant])}"
+                axes.plot([0.0, *grid], mean, color=colours[variant], linewidth=2, label=label)
         axes.set(xlabel="1 − specificity", ylabel="sensitivity", xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal")
         axes.legend(loc="lower right")
     each = "each fold and seed" if study.several_seeds else "each fold"
     caption = f"Thin: {each}. Thick: mean sensitivity of these at each specificity."
     return write(figure, folder, f"{study.bundle}_roc", "ROC curves", caption)
+
+
+def reliability_figure(study: Study, folder: Path) -> Picture:
+    """How often a class is true, by its predicted probability."""
+    colours = colours_of(study.variants)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.9, 3.9))
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color="#b5bac2", linewidth=0.8, linestyle="--")
+        for variant in study.variants:
+            everyone = pd.concat([run.table for run in study.select(variant)])
+            true, predicted = calibration_curve(everyone["label"], everyone["score"], n_bins=BINS)
+            axes.plot(predicted, true, marker="o", markersize=4, color=colours[variant], label=name_of(variant))
+        axes.set(xlabel="predicted probability", ylabel="share of the class", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        axes.legend(loc="best")
+    caption = f"Scans of all folds in {BINS} bins of equal width; on the dashed line, probabilities are frequencies."
+    return write(figure, folder, f"{study.bundle}_reliability", "Reliability diagram", caption)
+
+
+def volume_figure(study: Study, tables: Mapping[str, pd.DataFrame], folder: Path) -> Picture:
+    """Bland-Altman plots: measured minus true volume against the mean of both, by side."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.9 * len(tables) + 0.4, 2.9))
+        panels = np.atleast_1d(figure.subplots(1, len(tables), sharey=True, sharex=True))
+        for axes, (variant, table) in zip(panels, tables.items(), strict=True):
+            for side, label in SIDES.items():
+                measured, true = (table[f"{what}_{side}_mm3"].to_numpy(float) for what in ("volume", "true_volume"))
+                colour, marker = SIDE_COLOURS[label], "o" if side == "left" else "^"
+                dots: Any = {"edgecolors": "#333", "linewidths": 0.4, "s": 22, "marker": marker}
+                axes.scatter((measured + true) / 2, measured - true, color=colour, label=side, **dots)
+                bias, low, high = limits_of_agreement(measured, true)
+                axes.axhline(bias, color=colour, linewidth=1.4)
+                for limit in (low, high):
+                    axes.axhline(limit, color=colour, linewidth=1, linestyle="--")
+            axes.axhline(0, color="#8a919c", linewidth=0.6)
+            axes.set(title=name_of(variant), xlabel="mean of both (mm³)")
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+        panels[0].set_ylabel("measured − true (mm³)")
+        panels[0].legend(loc="best")
+    caption = "Bland-Altman plot of each side's volume. Solid: mean difference. Dashed: limits of agreement."
+    return write(figure, folder, f"{study.bundle}_volumes", "Agreement of volumes", caption)
 
 
 def step_at(grid: NDArray[Any], false: NDArray[Any], true: NDArray[Any]) -> NDArray[Any]:

@@ -6,16 +6,20 @@ from __future__ import annotations
 import base64
 import datetime
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
 from volta_components._version import __version__
+from volta_components.data.labels import SIDES
 from volta_components.report.figures import Picture
-from volta_components.report.paper import TASKS, Task
+from volta_components.report.paper import TASKS, Task, name_of
+from volta_components.report.pretraining import Pretraining
 from volta_components.report.store import Study
-from volta_components.report.tables import Table
+from volta_components.report.tables import Table, number
 from volta_components.report.viewer import AGREEMENT
 from volta_components.templates import template_environment
 
@@ -55,7 +59,9 @@ class Section:
         return TASKS.get(self.study.bundle, Task("", self.study.bundle))
 
 
-def render(sections: list[Section], runs: Table, absent: list[str], root: Path) -> str:
+def render(
+    sections: list[Section], runs: Table, made: Table, pretraining: Pretraining | None, absent: list[str], root: Path
+) -> str:
     """The page as text; links to CSV, PNG and SVG are relative to its folder, ``root``."""
     environment = template_environment("volta_components.report", is_html=True)
     environment.filters["embedded"] = embedded
@@ -65,6 +71,8 @@ def render(sections: list[Section], runs: Table, absent: list[str], root: Path) 
     return environment.get_template("index.html.jinja").render(
         sections=sections,
         runs=runs,
+        made=made,
+        pretraining=pretraining,
         absent=absent,
         phantoms=[section.study.bundle for section in sections if section.study.phantom],
         doubts=[section for section in sections if section.study.alarms],
@@ -74,6 +82,36 @@ def render(sections: list[Section], runs: Table, absent: list[str], root: Path) 
         written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
     )
+
+
+def render_subjects(studies: list[Study]) -> str:
+    """A page with all predictions of each subject: every task, init, fold and seed."""
+    subjects: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for study in studies:
+        task = TASKS.get(study.bundle, Task("", study.bundle))
+        for run in study.runs:
+            for row in run.table.to_dict("records"):
+                about = {"task": task.short or task.title, "init": name_of(run.variant), "fold": run.fold}
+                about |= {"session": _text(row.get("session")), "training": f"{run.fraction:.0%}", "seed": run.seed}
+                if study.kind == "classification":
+                    classes = (task.negative, task.positive)
+                    about |= {"truth": classes[row["label"]], "prediction": classes[row["prediction"]]}
+                    about |= {f"P({task.positive})": number(row["score"], 3)}
+                else:
+                    names = {"dice_left": (3, "Dice left"), "dice_right": (3, "Dice right"), "hd95": (2, "HD95 (mm)")}
+                    about |= {label: number(row.get(name, math.nan), d) for name, (d, label) in names.items()}
+                    for side in SIDES:
+                        pair = [row.get(f"{what}_{side}_mm3", math.nan) for what in ("volume", "true_volume")]
+                        about[f"{side}, mm³ (true)"] = " (".join(number(value, 0) for value in pair) + ")"
+                subject = subjects.setdefault(str(row["subject_id"]), {"facts": {}, "tasks": {}})
+                subject["facts"] |= {key: text for key in ("site", "sex", "age") if (text := _text(row.get(key)))}
+                subject["tasks"].setdefault(study.bundle, []).append(about)
+    environment = template_environment("volta_components.report", is_html=True)
+    return environment.get_template("subjects.html.jinja").render(subjects=dict(sorted(subjects.items())))
+
+
+def _text(value: Any) -> str:
+    return "" if value is None or value != value else str(value)
 
 
 def embedded(path: Path) -> str:

@@ -51,9 +51,15 @@ def _classification(study: Study, store: Store, root: Path, samples: int, seed: 
     elif study.bundle == "ixi_sex":
         only = f"{study.fractions[0]:.0%}"
         study.notes.append(f"Figure 2 needs several fractions of the training part; only {only} was run.")
-    pictures += [figures.roc_figure(study, folder), figures.confusion_figure(study, folder)]
+    full = study.fractions[-1]
+    areas = {variant: found["auroc"].mean for (variant, share), found in tables.estimates.items() if share == full}
+    pictures += [figures.roc_figure(study, areas, folder), figures.reliability_figure(study, folder)]
+    pictures += [figures.confusion_figure(study, folder)]
     pictures += _present([figures.training_figure(study, store, folder)])
-    made = [tables.main(), tables.comparisons(), tables.fractions(), optimistic(study), tables.breakdown()]
+    made = [
+        *(tables.main(), tables.comparisons(), tables.calibration(), tables.fractions()),
+        *(optimistic(study), tables.breakdown()),
+    ]
     return Section(study, _present(made), pictures)
 
 
@@ -89,9 +95,12 @@ def _segmentation(
     pictures = [figures.case_figure(study, shown, folder)] if shown else []
     if len(study.fractions) > 1:
         pictures.append(figures.fraction_figure(study, tables.estimates, folder))
+    volumes = tables.volumes()
+    if volumes is not None:
+        pictures.append(figures.volume_figure(study, tables.tables, folder))
     pictures += _present([figures.training_figure(study, store, folder)])
     made = [
-        *(tables.main(), tables.comparisons(), tables.sides(), tables.fractions()),
+        *(tables.main(), tables.comparisons(), tables.sides(), volumes, tables.fractions()),
         *(optimistic(study), tables.breakdown()),
     ]
     return Section(study, _present(made), pictures, _viewer(study, shown))

@@ -8,16 +8,21 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from volta_components.data.labels import SIDES
 from volta_components.downstream.metrics import BOOTSTRAP, Resampling, interval, weighted_mean
 from volta_components.report import statistics
 from volta_components.report.paper import name_of
 from volta_components.report.statistics import Comparison, Estimate
 from volta_components.report.store import Study
 from volta_components.report.tables import (
+    BOLD,
+    INTERVALS,
     SEEDS,
     Table,
+    bracket,
     cell,
     compare_by,
     comparison_table,
@@ -26,6 +31,7 @@ from volta_components.report.tables import (
     groups_of,
     main_table,
     members_of,
+    number,
     penalty_of,
     plus_minus,
     scored_table,
@@ -62,7 +68,8 @@ class SegmentationTables:
     def _estimate(self, table: pd.DataFrame, metric: str) -> Estimate:
         values = table[metric].to_numpy(float)
         replicates = weighted_mean(values, self.resampling.weights(table["patient_id"]))
-        return statistics.estimate(values, replicates)
+        known = table["patient_id"][np.isfinite(values)].nunique()
+        return statistics.estimate(values, replicates).checked(known)
 
     def check_against_log(self) -> list[str]:
         """Means computed from the tables must be those that the runs logged."""
@@ -81,7 +88,7 @@ class SegmentationTables:
             "Here: mean of left and right ± SD between subjects (n − 1), and the 95 % CI: patients resampled. "
             + ("The paper's SD is over epochs, so it cannot be compared. " if self.task.spread == "epochs" else "")
             + "An empty mask has Dice 0 and no HD95. HD95 is over the scans with both sides; the table of left "
-            "and right also has it with a penalty."
+            f"and right also has it with a penalty. {INTERVALS} {BOLD}"
             + (" " + SEEDS.format("for each scan") if self.study.several_seeds else "")
         )
         scored = {
@@ -93,7 +100,8 @@ class SegmentationTables:
             variant: {metric: self._estimate(table, metric) for metric in labels}
             for variant, table in self.tables.items()
         }
-        return main_table(self.study, labels, estimates, "subjects", scored, note)
+        best = {"dice": statistics.clear_best(self._compared())}
+        return main_table(self.study, labels, estimates, "subjects", scored, note, best)
 
     def fractions(self) -> Table | None:
         """Dice with less data."""
@@ -128,8 +136,36 @@ class SegmentationTables:
             + (f"{self.penalty:.0f} mm." if math.isfinite(self.penalty) else "its run's hd95_penalty_mm."),
         )
 
-    def comparisons(self) -> Table:
-        """Paired differences of Dice between inits, patient by patient."""
+    def volumes(self) -> Table | None:
+        """How far measured volumes are from the true ones: bias, limits of agreement, ICC."""
+        rows, numbers = [], []
+        for variant, table in self.tables.items():
+            row = [name_of(variant)]
+            record: dict[str, Any] = {"init": variant}
+            for side in SIDES:
+                names = [f"volume_{side}_mm3", f"true_volume_{side}_mm3"]
+                if not {*names} <= {*table}:
+                    return None
+                measured, true = table[names].dropna().to_numpy(float).T
+                bias, low, high = statistics.limits_of_agreement(measured, true)
+                icc = statistics.intraclass_correlation(np.stack([measured, true], axis=1))
+                row += [f"{number(bias, 0, sign=True)}\n{bracket(low, high, 0)}", number(icc)]
+                record |= {f"bias_{side}_mm3": bias, f"low_{side}_mm3": low, f"high_{side}_mm3": high}
+                record |= {f"icc_{side}": icc}
+            rows.append(row)
+            numbers.append(record)
+        return Table(
+            name=f"{self.study.bundle}_volumes",
+            title="Agreement of volumes",
+            frame=pd.DataFrame(numbers),
+            groups=[("", 1), ("left", 2), ("right", 2)],
+            columns=["init", *["bias (mm³)\nlimits of agreement", "ICC"] * 2],
+            rows=rows,
+            note="Bias: mean of measured − true volume; limits: bias ± 1.96 SD, where 95 % of scans lie (Bland and "
+            "Altman). ICC(2,1): absolute agreement, 1 at best. An empty mask has a volume of 0.",
+        )
+
+    def _compared(self) -> list[Comparison]:
         found = []
         for first, second in itertools.combinations(self.tables, 2):
             one, two = (self.tables[name].groupby("patient_id")["dice"].mean() for name in (first, second))
@@ -141,6 +177,11 @@ class SegmentationTables:
             low, high = interval(replicates)
             p = statistics.wilcoxon(one[shared].to_numpy(), two[shared].to_numpy())
             found.append(Comparison(first, second, float(frame["difference"].mean()), low, high, p, len(shared)))
+        return found
+
+    def comparisons(self) -> Table:
+        """Paired differences of Dice between inits, patient by patient."""
+        found = self._compared()
         note = (
             "Wilcoxon signed-rank test of the patients' Dice; interval of the mean difference by bootstrap. Holm: "
             f"corrected for {compare_by(found)}."

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+from sklearn.calibration import calibration_curve
 
 from volta_components.downstream.metrics import Array, Resampling, auroc, interval, ratio, share
+
+FEWEST = 20  # patients that a bootstrap interval needs
+BINS = 10  # of a reliability diagram
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Estimate:
         low: lower end of the 95 % bootstrap confidence interval of the mean.
         high: its upper end.
         count: how many values were averaged.
+        interval: where the interval comes from (``bootstrap``, ``exact``), or why there is none.
     """
 
     mean: float = math.nan
@@ -36,6 +41,25 @@ class Estimate:
     low: float = math.nan
     high: float = math.nan
     count: int = 0
+    interval: str = "bootstrap"
+
+    def checked(self, patients: int, counts: tuple[int, int] | None = None) -> Estimate:
+        """The same with an interval that can be believed, or with none.
+
+        The percentiles of a bootstrap are too narrow for fewer than 20 patients, and have no width where all patients
+        agree. A share of patients then gets the exact interval of Clopper and Pearson.
+
+        Args:
+            patients: how many were resampled.
+            counts: of a share, hits and patients, each counted once.
+        """
+        if not math.isfinite(self.low) or (patients >= FEWEST and self.high - self.low > 1e-9):
+            return self
+        if counts is not None:
+            exact = stats.binomtest(*counts).proportion_ci(0.95, method="exact")
+            return replace(self, low=float(exact.low), high=float(exact.high), interval="exact")
+        why = "too few" if patients < FEWEST else "no spread"
+        return replace(self, low=math.nan, high=math.nan, interval=why)
 
 
 @dataclass(frozen=True)
@@ -196,3 +220,57 @@ def pair_auroc(tables: Sequence[pd.DataFrame], weights: Sequence[NDArray[Any]] |
         wins = wins + np.nan_to_num(auroc(positive, table["score"].to_numpy(float), weight)) * number
         pairs = pairs + number
     return ratio(np.asarray(wins), np.asarray(pairs))
+
+
+def calibration_error(labels: NDArray[Any], scores: NDArray[Any]) -> float:
+    """Expected calibration error over bins of equal width: how far probabilities are from frequencies, on average.
+
+    Source: Guo et al., "On calibration of modern neural networks" (2017), equation 3, for a two-class problem.
+    """
+    true, predicted = calibration_curve(labels, scores, n_bins=BINS)
+    # Bins as scikit-learn's: a score on an edge belongs to the lower bin.
+    counts = np.bincount(np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], scores), minlength=BINS)
+    return float(np.average(abs(true - predicted), weights=counts[counts > 0]))
+
+
+def limits_of_agreement(measured: NDArray[Any], true: NDArray[Any]) -> tuple[float, float, float]:
+    """Mean difference and 95 % limits of agreement (± 1.96 SD of the differences); NaN limits for fewer than two.
+
+    Source: Bland and Altman, Lancet 327 (1986).
+    """
+    difference = np.asarray(measured, float) - np.asarray(true, float)
+    bias = float(difference.mean()) if len(difference) else math.nan
+    half = 1.96 * float(difference.std(ddof=1)) if len(difference) > 1 else math.nan
+    return bias, bias - half, bias + half
+
+
+def intraclass_correlation(ratings: NDArray[Any]) -> float:
+    """ICC(2,1): absolute agreement of single ratings, two-way random effects; NaN for fewer than two subjects.
+
+    Args:
+        ratings: ``[subjects, raters]``.
+
+    Source: Shrout and Fleiss, Psychological Bulletin 86 (1979).
+    """
+    values = np.asarray(ratings, float)
+    subjects, raters = values.shape
+    if subjects < 2:
+        return math.nan
+    grand = values.mean()
+    rows = raters * ((values.mean(1) - grand) ** 2).sum() / (subjects - 1)
+    columns = subjects * ((values.mean(0) - grand) ** 2).sum() / (raters - 1)
+    rest = values - values.mean(1, keepdims=True) - values.mean(0) + grand
+    error = (rest**2).sum() / ((subjects - 1) * (raters - 1))
+    total = rows + (raters - 1) * error + raters * (columns - error) / subjects
+    return float((rows - error) / total) if total > 0 else math.nan
+
+
+def clear_best(found: Sequence[Comparison], level: float = 0.05) -> str | None:
+    """The init that is better than every other one, each time with a corrected p below the level; else None."""
+    beaten: dict[str, set[str]] = {}
+    inits = {name for item in found for name in (item.first, item.second)}
+    for item, p in zip(found, holm([item.p for item in found]), strict=True):
+        if p < level:
+            better, worse = (item.first, item.second)[:: 1 if item.difference > 0 else -1]
+            beaten.setdefault(better, set()).add(worse)
+    return next((name for name, others in beaten.items() if others == inits - {name}), None)

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import pandas as pd
 
@@ -42,9 +44,10 @@ class FinishedRun:
         seed: of the run.
         tags: all of them.
         params: all of them.
-        metrics: the last value of each.
+        metrics: the last value of each: ``auroc``, ``optimistic_epoch``, ``train/loss``.
         table: a row for each scored subject.
         started: milliseconds since 1970.
+        ended: the same; after an interruption, of the last part.
     """
 
     run_id: str
@@ -57,6 +60,7 @@ class FinishedRun:
     params: dict[str, str]
     metrics: dict[str, float]
     started: int
+    ended: int = 0
     table: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
@@ -145,11 +149,15 @@ class Study:
 class Store:
     """An MLflow store, read only.
 
+    Args:
+        tracking_uri: its address.
+        relocate: where the artifacts are now, if they were moved: the folder with a folder for each run id.
+
     Raises:
         InputError: if it is not there or is not MLflow's.
     """
 
-    def __init__(self, tracking_uri: str) -> None:
+    def __init__(self, tracking_uri: str, relocate: Path | None = None) -> None:
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
@@ -158,7 +166,7 @@ class Store:
         check_store(tracking_uri)
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        self.tracking_uri = tracking_uri
+        self.tracking_uri, self.relocate = tracking_uri, relocate
         try:
             self.client = MlflowClient(tracking_uri=tracking_uri)
             self.experiments = {item.experiment_id: item.name for item in self.client.search_experiments()}
@@ -173,15 +181,31 @@ class Store:
         """All runs that match a query, newest first."""
         return search_runs(self.client, self.experiments, query)
 
+    def places(self, run_id: str) -> list[Path]:
+        """Folders on this machine where a run's artifacts may be, the likeliest first; none of a remote store.
+
+        MLflow keeps absolute paths, which are wrong once a folder was moved.
+        """
+        address = self.client.get_run(run_id).info.artifact_uri
+        if not address.startswith(("file:", "/")):
+            return []
+        beside = [self.relocate] if self.relocate else []
+        if self.tracking_uri.startswith("sqlite:///"):
+            beside.append(Path(self.tracking_uri.removeprefix("sqlite:///")).parent / "mlruns")
+        return [Path(url2pathname(urlsplit(address).path)), *(folder / run_id / "artifacts" for folder in beside)]
+
     def artifact(self, run_id: str, path: str) -> Path | None:
-        """A local copy of an artifact, or None if the run has none."""
+        """An artifact, or a copy of it on this machine; None if the run has none."""
         if (run_id, path) not in self._copies:
-            folder = Path(self._folder.name) / run_id / str(len(self._copies))
-            folder.mkdir(parents=True)
-            try:
-                self._copies[run_id, path] = Path(self.client.download_artifacts(run_id, path, str(folder)))
-            except Exception:  # each kind of artifact store has its own way to say that there is no such file
-                self._copies[run_id, path] = None
+            places = self.places(run_id)
+            self._copies[run_id, path] = next((item for place in places if (item := place / path).exists()), None)
+            if not places:
+                folder = Path(self._folder.name) / run_id / str(len(self._copies))
+                folder.mkdir(parents=True)
+                try:
+                    self._copies[run_id, path] = Path(self.client.download_artifacts(run_id, path, str(folder)))
+                except Exception:  # each kind of artifact store has its own way to say that there is no such file
+                    self._copies[run_id, path] = None
         return self._copies[run_id, path]
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
@@ -237,14 +261,20 @@ def _finished_run(item: Any) -> FinishedRun:
             seed=int(tags.get("seed", 0)),
             tags=dict(tags),
             params=dict(item.data.params),
-            metrics=dict(item.data.metrics),
+            metrics={_own_name(name): value for name, value in item.data.metrics.items()},
             started=int(item.info.start_time),
+            ended=int(item.info.end_time or item.info.start_time),
         )
     except (KeyError, ValueError) as error:
         raise InputError(
             f"run {item.info.run_name} ({item.info.run_id}): its tags are not those of a bundle of this project "
             f"({error!r}); leave its experiment out with --experiments"
         ) from error
+
+
+def _own_name(name: str) -> str:
+    """A metric of the scored fold as the bundles call it; training curves keep MLflow's name."""
+    return name.removeprefix("score/").replace("optimistic/", "optimistic_")
 
 
 def _variant(tags: Mapping[str, str], params: Mapping[str, str]) -> str:
@@ -302,9 +332,11 @@ def _read_tables(store: Store, runs: list[FinishedRun]) -> str:
     for run in runs:
         found = {kind: file for kind, path in TABLES.items() if (file := store.artifact(run.run_id, path))}
         if not found:
+            tried = " nor in ".join(map(str, store.places(run.run_id))) or store.tracking_uri
             raise InputError(
-                f"run {run.name} ({run.run_id}) is marked finished but has neither {' nor '.join(TABLES.values())}; "
-                "remove its tag 'finished' and run volta3d crossval again"
+                f"run {run.name} ({run.run_id}) is marked finished, but neither {' nor '.join(TABLES.values())} is in "
+                f"{tried}. If the artifacts were moved, name the folder that now holds {run.run_id}: "
+                "--relocate FOLDER. If they are lost, the run's own folder has the table as well; put it back there"
             )
         kind_here, file = next(iter(found.items()))
         kind = kind or kind_here

@@ -29,6 +29,11 @@ SHOWN_OPTIMISTIC = {
 AGE_BANDS = (0, 30, 45, 60, 70, 80, 200)
 OURS, INTERVAL, PAPER = "here", "95 % CI", "paper"
 OPERATING = {"youden": "Youden's J, chosen on an inner validation part of the training folds"}
+BOLD = "Bold: better than every other init (Holm's p below 0.05 in the table of paired differences)."
+INTERVALS = (
+    "A bootstrap interval needs 20 patients that differ; otherwise shares get the exact one (Clopper-Pearson), and "
+    "other numbers none."
+)
 SEEDS = "Where a fold was trained with several seeds, these are averaged {} first, and count once."
 
 
@@ -44,6 +49,7 @@ class Table:
         columns: labels; those that begin with ``paper`` are set apart.
         rows: texts.
         note: below it.
+        bold: row and column of cells that are better than all others.
     """
 
     name: str
@@ -53,25 +59,36 @@ class Table:
     columns: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
     note: str = ""
+    bold: set[tuple[int, int]] = field(default_factory=set)
+
+
+def number(value: float, digits: int = 2, sign: bool = False) -> str:
+    """A number as text: zero has no sign, and a minus is one."""
+    if not math.isfinite(value):
+        return "–"
+    rounded = round(value, digits) + 0.0
+    return f"{rounded:{'+' if sign and rounded else ''}.{digits}f}".replace("-", "−")
 
 
 def plus_minus(mean: float, sd: float, digits: int = 2) -> str:
     """``0.87 ± 0.01``."""
-    if not math.isfinite(mean):
-        return "–"
-    return f"{mean:.{digits}f}" + (f" ± {sd:.{digits}f}" if math.isfinite(sd) else "")
+    return number(mean, digits) + (f" ± {number(sd, digits)}" if math.isfinite(mean) and math.isfinite(sd) else "")
 
 
 def bracket(low: float, high: float, digits: int = 2) -> str:
     """``[0.81, 0.90]``."""
     known = math.isfinite(low) and math.isfinite(high)
-    return f"[{low:.{digits}f}, {high:.{digits}f}]".replace("-", "−") if known else "–"
+    return f"[{number(low, digits)}, {number(high, digits)}]" if known else "–"
 
 
 def cell(value: Estimate) -> str:
-    """Mean and SD, and the interval on a line of its own."""
-    known = math.isfinite(value.low) and math.isfinite(value.high)
-    return plus_minus(value.mean, value.sd) + ("\n" + bracket(value.low, value.high) if known else "")
+    """Mean and SD, and the interval, or why there is none, on a line of its own."""
+    below = ""
+    if math.isfinite(value.low) and math.isfinite(value.high):
+        below = bracket(value.low, value.high) + (" exact" if value.interval == "exact" else "")
+    elif value.interval != "bootstrap":
+        below = value.interval
+    return plus_minus(value.mean, value.sd) + (f"\n{below}" if below else "")
 
 
 def p_text(p: float) -> str:
@@ -157,6 +174,30 @@ def run_table(studies: Sequence[Study]) -> Table:
     )
 
 
+def made_table(studies: Sequence[Study]) -> Table:
+    """What the runs of each init were computed on, how long they took, and the commands that started them."""
+    rows, numbers = [], []
+    for study in studies:
+        for variant in study.variants:
+            runs = [run for run in study.runs if run.variant == variant]
+            hours = sum(run.ended - run.started for run in runs) / 3.6e6
+            found = {
+                what: "\n".join(sorted({run.tags[what] for run in runs if what in run.tags})) or "–"
+                for what in ("hardware", "made_by")
+            }
+            rows.append([study.bundle, name_of(variant), str(len(runs)), number(hours, 2), *found.values()])
+            numbers.append({"bundle": study.bundle, "init": variant, "runs": len(runs), "hours": hours, **found})
+    return Table(
+        name="made",
+        title="Hardware, time and commands",
+        frame=pd.DataFrame(numbers),
+        columns=["bundle", "init", "runs", "hours", "hardware", "command"],
+        rows=rows,
+        note="Hours: from start to end, added up over runs, side by side or not; an interrupted run counts with its "
+        "pause. Where a run was started by hand, its command is in MLflow.",
+    )
+
+
 def compare_by(found: Sequence[Comparison | None]) -> str:
     """How many comparisons a correction covers, in words."""
     return "the only comparison of this table" if len(found) == 1 else f"the {len(found)} comparisons of this table"
@@ -167,11 +208,13 @@ def comparison_table(name: str, metric: str, found: list[Comparison], note: str,
     corrected = statistics.holm([item.p for item in found])
     rows, numbers = [], []
     for item, holm in zip(found, corrected, strict=True):
-        row = [f"{name_of(item.first)} − {name_of(item.second)}", f"{item.difference:+.3f}".replace("-", "−")]
-        row += [bracket(item.low, item.high, 3), p_text(item.p), p_text(holm)]
+        checked = Estimate(low=item.low, high=item.high).checked(item.count)
+        text = bracket(checked.low, checked.high, 3) if checked.interval == "bootstrap" else checked.interval
+        row = [f"{name_of(item.first)} − {name_of(item.second)}", number(item.difference, 3, sign=True)]
+        row += [text, p_text(item.p), p_text(holm)]
         rows.append([*row, *([p_text(item.delong)] if delong else []), str(item.count)])
         record = {"first": item.first, "second": item.second, "metric": metric, "difference": item.difference}
-        record |= {"low": item.low, "high": item.high, "p": item.p, "p_holm": holm, "patients": item.count}
+        record |= {"low": checked.low, "high": checked.high, "p": item.p, "p_holm": holm, "patients": item.count}
         numbers.append({**record, **({"p_delong": item.delong} if delong else {})})
     return Table(
         name=name,
@@ -243,6 +286,7 @@ def main_table(
     spread: str,
     scored: Mapping[str, Mapping[str, str]],
     note: str,
+    best: Mapping[str, str | None],
 ) -> Table:
     """The paper's table: each init's numbers beside the paper's.
 
@@ -253,17 +297,20 @@ def main_table(
         spread: what the SD here is over: ``folds``, ``subjects``.
         scored: the last columns, by label and init; ``patients`` among them.
         note: below the table.
+        best: the init that is better than all others, by metric.
     """
     task = task_of(study)
     words = {"folds": "± SD over folds", "subjects": "± SD of subjects", "epochs": "± SD per epoch"}
     ours, paper = f"{OURS}\n{words[spread]}", f"{PAPER}\n{words[task.spread]}" if task.paper else PAPER
     inits = in_order({*study.variants, *task.paper})
-    numbers, rows = [], []
+    numbers, rows, bold = [], [], set()
     for variant in [*inits, *(name for name in estimates if name not in inits)]:
         row, theirs = [name_of(variant)], task.paper.get(variant, {})
         count = int(scored["patients"].get(variant, 0))
         for metric in labels:
             value = estimates.get(variant, {}).get(metric, Estimate())
+            if best.get(metric) == variant:
+                bold.add((len(rows), len(row)))
             row += [cell(value), plus_minus(*theirs[metric]) if metric in theirs else "–"]
             record = number_record(variant, metric, value, count, study.fractions[-1])
             numbers.append(record | dict(zip(("paper_mean", "paper_sd"), theirs.get(metric, (math.nan, math.nan)))))
@@ -276,6 +323,7 @@ def main_table(
         columns=["init", *[ours, paper] * len(labels), *scored],
         rows=rows,
         note=note,
+        bold=bold,
     )
 
 
@@ -307,7 +355,13 @@ def fraction_table(
 def number_record(variant: str, metric: str, value: Estimate, patients: int, fraction: float) -> dict[str, Any]:
     """One number of a table, with what it was computed from."""
     record = {"init": variant, "metric": metric, "fraction": fraction, "mean": value.mean, "sd": value.sd}
-    return record | {"ci_low": value.low, "ci_high": value.high, "count": value.count, "patients": patients}
+    return record | {
+        "ci_low": value.low,
+        "ci_high": value.high,
+        "interval": value.interval,
+        "count": value.count,
+        "patients": patients,
+    }
 
 
 def age_band(age: float) -> str:

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report's section on the pretraining: curves, reconstructions and probes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from volta_components.errors import InputError
+from volta_components.files import atomic_path, read_json
+from volta_components.report.figures import STYLE, Picture, write
+from volta_components.report.statistics import Estimate
+from volta_components.report.store import Store
+from volta_components.report.tables import Table, cell, number
+
+PANELS = {
+    "losses": {"train/loss": "all", "train/loss_global": "global", "train/loss_patch": "patch"},
+    "reconstruction error": {
+        "train/loss_reconstruction": "training",
+        "val/reconstruction": "held out",
+        "val/mean_view": "mean volume",
+    },
+    "teacher's entropy, of ln K": {"train/global_teacher_entropy": "global", "train/patch_teacher_entropy": "patch"},
+    "predicted, of ln K": {"train/global_predicted": "global", "train/patch_predicted": "patch"},
+}
+COLOURS = ("#0072b2", "#d55e00", "#009e73")
+LAST = {
+    "val/reconstruction": "held-out reconstruction error",
+    "val/mean_view": "the same of the mean volume",
+    "val/share_better": "share of volumes that are better than the mean volume",
+    "train/effective_rank": "effective rank of the summaries",
+}
+
+
+@dataclass
+class Pretraining:
+    """What is known of a pretraining.
+
+    Attributes:
+        name: of the run, or "".
+        facts: name and value.
+        pictures: figures.
+        tables: of probes.
+    """
+
+    name: str = ""
+    facts: dict[str, str] = field(default_factory=dict)
+    pictures: list[Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+
+
+def describe_pretraining(store: Store, folders: Sequence[Path], figures: Path) -> Pretraining | None:
+    """Find the pretraining and draw it; None if there is none.
+
+    Args:
+        store: the tasks' store, which may hold the pretraining as well.
+        folders: of the run (``mlruns.db``) and of its evaluation (``probes.json``).
+        figures: folder of the report's figures.
+
+    Raises:
+        InputError: if a folder has neither.
+    """
+    result = Pretraining()
+    stores = [store]
+    for folder in folders:
+        database, probes = folder / "mlruns.db", folder / "probes.json"
+        if not database.is_file() and not probes.is_file():
+            raise InputError(
+                f"--pretraining {folder}: neither mlruns.db nor probes.json; give the folders of a pretraining's run "
+                "and of its evaluation"
+            )
+        if database.is_file():
+            stores.insert(0, Store(f"sqlite:///{database.resolve()}"))
+        if probes.is_file():
+            result.tables.append(_probe_table(read_json(probes)))
+            if (picture := folder / "embeddings.png").is_file():
+                caption = "Embeddings of the frozen encoder, two principal components."
+                result.pictures.append(_copied(picture, figures, "pretraining_embeddings", "Embeddings", caption))
+    for place in stores:
+        found = [item for item in place.search("tags.bundle = 'pretrain'") if item.data.metrics]
+        if found:
+            _describe_run(result, place, found[0], figures)
+            break
+    return result if result.name or result.tables else None
+
+
+def _describe_run(result: Pretraining, store: Store, run: Any, figures: Path) -> None:
+    result.name = str(run.info.run_name)
+    tags, metrics = run.data.tags, run.data.metrics
+    end = run.info.end_time or run.info.start_time
+    known = {
+        "epochs": run.data.params.get("epochs"),
+        "hours from start to end": number((end - run.info.start_time) / 3.6e6, 2),
+        **{label: number(metrics[name], 4) for name, label in LAST.items() if name in metrics},
+        "hardware": tags.get("hardware"),
+        "code": tags.get("code_version"),
+        "command": tags.get("command"),
+    }
+    result.facts = {name: value for name, value in known.items() if value}
+    curves = {
+        title: {label: store.history(run.info.run_id, name) for name, label in lines.items() if name in metrics}
+        for title, lines in PANELS.items()
+    }
+    curves = {title: lines for title, lines in curves.items() if lines}
+    if curves:
+        result.pictures.insert(0, _curves(curves, figures))
+    pictures = store.artifact(run.info.run_id, "pictures")
+    last = sorted(pictures.glob("*.png"))[-1:] if pictures else []
+    for path in last:
+        caption = f"After epoch {int(path.stem.rpartition('_')[2])}: one volume, what the student saw and restored."
+        result.pictures.append(_copied(path, figures, "pretraining_reconstruction", "Reconstruction", caption))
+
+
+def _curves(curves: Mapping[str, Mapping[str, list[tuple[int, float]]]], figures: Path) -> Picture:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.7 * len(curves), 2.7))
+        for axes, (title, lines) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+            for (label, points), colour in zip(lines.items(), COLOURS, strict=False):
+                marker = "o" if len(points) < 15 else None
+                axes.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.2, marker=marker, ms=3)
+            axes.set(title=title, xlabel="epoch")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.legend(loc="best")
+    caption = (
+        "Means of each epoch. Entropy: 1 is uniform, 0 a single prototype, 0.3 to 0.97 is healthy. Predicted: what the "
+        "student tells of the teacher's targets; 0 when views agree on nothing."
+    )
+    return write(figure, figures, "pretraining_curves", "Curves", caption)
+
+
+def _copied(source: Path, figures: Path, name: str, title: str, caption: str) -> Picture:
+    with atomic_path(figures / f"{name}.png") as temporary:
+        shutil.copyfile(source, temporary)
+    with Image.open(source) as picture:
+        inches = min(10.4, picture.width / 110)
+    return Picture(figures / f"{name}.png", None, title, caption, inches)
+
+
+def _probe_table(found: Sequence[Mapping[str, Any]]) -> Table:
+    """AUROC of each probe, the encoder beside random weights."""
+    frame = pd.DataFrame(found)
+    encoders = list(dict.fromkeys(frame["encoder"]))
+    rows = []
+    for (label, embedding, probe), group in frame.groupby(["label", "embedding", "probe"], sort=False):
+        row = [str(label), str(embedding), {"knn": "k-NN"}.get(probe, str(probe))]
+        for encoder in encoders:
+            [item] = group[group["encoder"] == encoder].itertuples() or [None]
+            value = Estimate(item.auroc, low=item.auroc_low, high=item.auroc_high).checked(item.subjects)
+            row.append(cell(value))
+        rows.append([*row, str(group["subjects"].max())])
+    names = {"volta": "VolTA-3D", "random": "random weights"}
+    return Table(
+        name="pretraining_probes",
+        title="What the frozen encoder knows",
+        frame=frame,
+        groups=[("", 3), ("AUROC", len(encoders)), ("", 1)],
+        columns=["label", "embedding", "probe", *(names.get(name, name) for name in encoders), "patients"],
+        rows=rows,
+        note="AUROC of probes of the frozen encoder, out of fold, with 95 % CI over patients; beside it, the same network "
+        "with random weights.",
+    )
