@@ -111,3 +111,54 @@ def test_pairs_are_compared_within_their_fold_only(rng):
     assert statistics.pair_auroc([table], [weights]) == pytest.approx(
         [roc_auc_score(table.label, table.score, sample_weight=row) for row in weights]
     )
+
+
+def test_calibration_error_is_the_mean_gap_of_ten_bins(rng):
+    score = rng.uniform(size=200)
+    label = (rng.uniform(size=200) < score**2).astype(int)
+    gaps = 0.0
+    for low in np.arange(10) / 10:
+        inside = (score > low) & (score <= low + 0.1) if low else score <= 0.1
+        if inside.any():
+            gaps += inside.sum() * abs(label[inside].mean() - score[inside].mean())
+    assert statistics.calibration_error(label, score) == pytest.approx(gaps / 200)
+    assert statistics.calibration_error(np.array([0, 1, 1]), np.array([0.0, 1.0, 1.0])) == 0
+
+
+def test_intraclass_correlation_is_that_of_shrout_and_fleiss():
+    """Their table 2: six subjects, four judges; ICC(2,1) is 0.29 in their table 4."""
+    ratings = [[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]]
+    assert statistics.intraclass_correlation(np.array(ratings)) == pytest.approx(0.29, abs=0.005)
+    assert statistics.intraclass_correlation(np.array([[1.0, 1.0], [2.0, 2.0], [5.0, 5.0]])) == pytest.approx(1)
+    assert math.isnan(statistics.intraclass_correlation(np.array([[1.0, 1.0]])))
+
+
+def test_limits_of_agreement_by_hand():
+    # Differences 1, 3, 2: mean 2, SD 1.
+    found = statistics.limits_of_agreement(np.array([11.0, 23.0, 32.0]), np.array([10.0, 20.0, 30.0]))
+    assert found == pytest.approx((2, 2 - 1.96, 2 + 1.96))
+
+
+def test_intervals_of_few_or_equal_patients_are_not_shown_as_if_they_were_good():
+    wide = statistics.Estimate(0.8, low=0.6, high=0.9)
+    assert wide.checked(20) == wide
+    assert wide.checked(19).interval == "too few" and math.isnan(wide.checked(19).low)
+    flat = statistics.Estimate(1.0, low=1.0, high=1.0)
+    assert flat.checked(50).interval == "no spread" and math.isnan(flat.checked(50).high)
+    # Clopper and Pearson by the quantiles of the beta distribution.
+    exact = wide.checked(10, (8, 10))
+    assert exact.interval == "exact"
+    assert (exact.low, exact.high) == pytest.approx((stats.beta.ppf(0.025, 8, 3), stats.beta.ppf(0.975, 9, 2)))
+    everybody = flat.checked(30, (30, 30))
+    assert (everybody.low, everybody.high) == pytest.approx((0.025 ** (1 / 30), 1))
+
+
+def test_only_what_beats_every_other_init_is_best():
+    def pair(first, second, difference, p):
+        return statistics.Comparison(first, second, difference, 0.0, 0.0, p, 50)
+
+    clear = [pair("a", "b", -0.2, 0.001), pair("a", "c", -0.1, 0.9), pair("b", "c", 0.1, 0.002)]
+    assert statistics.clear_best(clear) == "b"
+    # 0.03 is 0.06 after Holm's correction for the two that are left.
+    assert statistics.clear_best([clear[0], clear[1], pair("b", "c", 0.1, 0.03)]) is None
+    assert statistics.clear_best([]) is None

@@ -9,6 +9,7 @@ import pytest
 from fake_runs import QUALITY, Writer, predictions, write_rows
 from sklearn.metrics import confusion_matrix, roc_auc_score
 
+from volta_components.errors import InputError
 from volta_components.report.classification_tables import ClassificationTables
 from volta_components.report.command import report
 from volta_components.report.figures import confusion, confusion_figure
@@ -180,3 +181,25 @@ def test_a_store_without_seeds_says_nothing_of_them(writer, run):
         run(init, 0)
     study = only_study(writer)
     assert not study.several_seeds and "seeds" not in ClassificationTables(study, samples=100).main().note
+
+
+def test_artifacts_are_found_after_the_folder_was_moved(writer, run, tmp_path):
+    """MLflow keeps absolute paths. Nothing has to be trained again."""
+    run("volta", 0)
+    (tmp_path / "store").rename(tmp_path / "moved")
+    uri = f"sqlite:///{tmp_path}/moved/mlruns.db"
+    [study] = read_studies(Store(uri))
+    assert len(study.runs[0].table) == 20
+
+    (tmp_path / "moved" / "mlruns").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError) as caught:
+        read_studies(Store(uri))
+    text = str(caught.value)
+    run_id = study.runs[0].run_id
+    assert (
+        f"{tmp_path}/store/mlruns/{run_id}/artifacts" in text and f"{tmp_path}/moved/mlruns/{run_id}/artifacts" in text
+    )
+    assert "--relocate FOLDER" in text and "crossval" not in text
+    [study] = read_studies(Store(uri, relocate=tmp_path / "elsewhere"))
+    assert len(study.runs[0].table) == 20
+    assert report(tmp_path / "out", uri, bootstrap=100, relocate=tmp_path / "elsewhere") == 0

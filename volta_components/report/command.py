@@ -67,9 +67,10 @@ def report(
     before = describe_pretraining(store, [Path(folder) for folder in pretraining], root / "figures")
     remove_partials(root, root / "tables", root / "figures")
     sections = make_sections(studies, store, root, tools, bootstrap, seed)
-    runs = run_table(studies)
+    runs, made = run_table(studies), made_table(studies)
     for table in [
         runs,
+        made,
         *(before.tables if before else []),
         *(table for section in sections for table in section.tables),
     ]:
@@ -77,7 +78,7 @@ def report(
             table.frame.to_csv(temporary, index=False)
     there = {study.bundle for study in studies}
     absent = [f"Table {task.table}, {task.short}" for bundle, task in TASKS.items() if bundle not in there]
-    write_text(root / "index.html", render(sections, runs, made_table(studies), before, absent, root))
+    write_text(root / "index.html", render(sections, runs, made, before, absent, root))
     write_text(root / "subjects.html", render_subjects(studies))
     for section in sections:
         for line in [*section.study.alarms, *section.study.notes]:

@@ -89,7 +89,7 @@ def render_subjects(studies: list[Study]) -> str:
     subjects: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for study in studies:
         task = TASKS.get(study.bundle, Task("", study.bundle))
-        for run in study.runs:
+        for run in sorted(study.runs, key=lambda run: (-run.fraction, study.variants.index(run.variant), run.seed)):
             for row in run.table.to_dict("records"):
                 about = {"task": task.short or task.title, "init": name_of(run.variant), "fold": run.fold}
                 about |= {"session": _text(row.get("session")), "training": f"{run.fraction:.0%}", "seed": run.seed}

@@ -165,6 +165,6 @@ def _probe_table(found: Sequence[Mapping[str, Any]]) -> Table:
         groups=[("", 3), ("AUROC", len(encoders)), ("", 1)],
         columns=["label", "embedding", "probe", *(names.get(name, name) for name in encoders), "patients"],
         rows=rows,
-        note="AUROC of probes of the frozen encoder, out of fold, with 95 % CI over patients; beside it, the same network "
-        "with random weights.",
+        note="AUROC of probes of the frozen encoder, out of fold, with 95 % CI over patients; beside it, the same "
+        "network with random weights.",
     )

@@ -192,7 +192,8 @@ class Store:
         beside = [self.relocate] if self.relocate else []
         if self.tracking_uri.startswith("sqlite:///"):
             beside.append(Path(self.tracking_uri.removeprefix("sqlite:///")).parent / "mlruns")
-        return [Path(url2pathname(urlsplit(address).path)), *(folder / run_id / "artifacts" for folder in beside)]
+        logged = Path(url2pathname(urlsplit(address).path))
+        return list(dict.fromkeys([logged, *(folder / run_id / "artifacts" for folder in beside)]))
 
     def artifact(self, run_id: str, path: str) -> Path | None:
         """An artifact, or a copy of it on this machine; None if the run has none."""
