@@ -32,7 +32,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt volta_components/_version.py
 	"$(BIN)/python" -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: $(READY)  ## phantoms, preparation, a tiny pretraining, what it has learnt
+demo: $(READY)  ## phantoms, preparation, a tiny pretraining, what it has learnt: make demo [ANATOMIES=DIR]
 	bash benchmarks/demo.sh
 
 test: $(READY)  ## all tests but the MONAI Label server's and the GPU's

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The quick start: the real pipeline, every step by the command that a user would type, with the tiny overlays.
 # Finished steps are not done again; `rm -r data runs bundles/*/runs` starts anew.
+# With ANATOMIES=DIR, heads grow from that folder's label maps instead of the template; half of them are scored on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export TQDM_MININTERVAL="${TQDM_MININTERVAL:-2}"
@@ -23,9 +24,17 @@ pretrain=bundles/pretrain/configs
 encoder=bundles/pretrain/models/encoder_phantom_tiny.safetensors
 cohort=data/phantom/datalist.json
 
+pretrain_heads=()
+scored_heads=()
+if [[ -n "${ANATOMIES:-}" ]]; then
+    left_out=$(python benchmarks/demo_anatomies.py "$ANATOMIES")
+    pretrain_heads=(--anatomies "$ANATOMIES" --leave-out "$(sed -n 1p <<<"$left_out")")
+    scored_heads=(--anatomies "$ANATOMIES" --leave-out "$(sed -n 2p <<<"$left_out")")
+fi
 step "Phantoms to pretrain on" \
-    volta3d phantom --output data/raw/phantom_pretrain --subjects 240 --seed 1 --spacing 3 --prefix PT
-step "Those to be scored on" volta3d phantom --output data/raw/phantom --subjects 120 --seed 2 --spacing 3 --prefix PL
+    volta3d phantom --output data/raw/phantom_pretrain --subjects 240 --seed 1 --spacing 3 --prefix PT "${pretrain_heads[@]}"
+step "Those to be scored on" \
+    volta3d phantom --output data/raw/phantom --subjects 120 --seed 2 --spacing 3 --prefix PL "${scored_heads[@]}"
 
 step "Preparation: RAS, window of 144 x 192 x 192 mm, [0, 1]" \
     volta3d prepare --layout bids --source data/raw/phantom_pretrain --output data/phantom_pretrain \
