@@ -76,6 +76,9 @@ REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FULL),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), READ_ONLY),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOTCONN), GONE),
+    **dict.fromkeys(
+        (errno.EEXIST, errno.EISDIR), "move it away, or give another place, and start the same command again"
+    ),
     errno.EMFILE: f"allow more open files (ulimit -n 4096), {AGAIN}",
     errno.ENOMEM: f"free memory, {AGAIN}",
 }

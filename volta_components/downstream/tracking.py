@@ -133,7 +133,7 @@ class RunRecord:
         if not torch.isfinite(loss).all():
             raise InputError(
                 f"the training has diverged: the loss is {loss.mean().item()} at mini-batch {engine.state.iteration} "
-                f"(epoch {engine.state.epoch}). The last checkpoint, of an epoch before, is kept; train with a lower "
+                f"(epoch {engine.state.epoch}). The checkpoint of the epochs before is kept; train with a lower "
                 "--learning_rate and another --run_name, and see that no volume holds NaN (volta3d check)"
             )
         self._losses.append(loss)
