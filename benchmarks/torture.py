@@ -273,8 +273,8 @@ def write_report(folder: Path) -> None:
         late = sum(not row["alive"] for row in kills)
         lines += [
             f"`python benchmarks/torture.py --kills {len(kills)}`: SIGKILL to the whole process group at a random "
-            "moment of a run; then the same command again. Expected: status 0, the bytes of a run that was never killed, "
-            f"one finished run of a name in MLflow. {late} of the {len(kills)} had ended before the kill.",
+            "moment of a run; then the same command again. Expected: status 0, the bytes of a run that was never "
+            f"killed, one finished run of a name in MLflow. {late} of the {len(kills)} had ended before the kill.",
             "",
             *kill_table(kills),
             "",

@@ -20,10 +20,12 @@ import nibabel as nib
 import numpy as np
 import psutil
 import torch
+from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
 
 from volta_components.data.datalist import make_content
 from volta_components.files import read_json, sha256_file, write_json
+from volta_components.training.stores import prepare_store
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLES = ROOT / "bundles"
@@ -335,10 +337,11 @@ def with_store(words: str, make: Callable[[Path], object]) -> Fault:
 
 
 def half_store(path: Path) -> None:
-    """Half of a store that has runs and artifacts."""
-    source = path.parent.parent / "whole" / "fine-tune" / "run" / "mlruns.db"
-    shutil.copy(source, path)
-    shutil.copytree(source.with_name("mlruns"), path.with_name("mlruns"))
+    """Half of a store that has a run with an artifact."""
+    prepare_store(f"sqlite:///{path}")
+    MlflowClient(f"sqlite:///{path}").create_run("0")
+    (path.with_name("mlruns") / "0").mkdir(parents=True)
+    (path.with_name("mlruns") / "0" / "result.json").write_text("{}")
     cut(path)
 
 
