@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from monai.transforms import Compose
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from volta_components.method.ema import TeacherEMAHandler
 from volta_components.method.losses import (
@@ -23,9 +23,9 @@ from volta_components.method.losses import (
 )
 from volta_components.method.masking import GroupMask
 from volta_components.method.networks import VoltaStudent, VoltaViT, make_teacher, parameter_groups
-from volta_components.method.projection import ProjectionHead
+from volta_components.method.projection import ProjectionHead, TokenLogits
 from volta_components.method.trainer import VoltaTrainer
-from volta_components.method.views import CropGeometry, IntensityAugment, ViewGenerator
+from volta_components.method.views import CropGeometry, DrawViewsd, IntensityAugment, ViewGenerator, Views
 from volta_components.training.sampling import KeyedDataset, ResumableSampler
 from volta_components.training.schedules import CosineSchedule, LinearSchedule
 
@@ -77,6 +77,16 @@ def tiny_views(num_local: int = 2, seed: int = 0, plain: bool = False, **changes
     return ViewGenerator(**{**settings, **changes})
 
 
+def make_views(views: ViewGenerator, volumes: torch.Tensor, keys: Sequence[Sequence[int]]) -> Views:
+    """Views of volumes ``[B, 1, D, H, W]`` with their keys."""
+    return views(volumes, default_collate([views.draw(volumes.shape[2:], key) for key in keys]))
+
+
+def token_logits(logits: torch.Tensor) -> TokenLogits:
+    """Logits ``[B, N, K]`` as if each prototype were an axis of its own."""
+    return TokenLogits(logits, torch.eye(logits.shape[-1]))
+
+
 def tiny_volumes(count: int, shape: tuple[int, ...] = (10, 14, 14), seed: int = 5) -> list[dict[str, torch.Tensor]]:
     """Items with smooth random volumes ``[1, D, H, W]`` in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)
@@ -98,14 +108,15 @@ def tiny_run(
     num_workers: int = 0,
     teacher_momentum: Callable[[int], float] | None = None,
     handlers: Sequence[Any] = (),
+    run_on: str = "cpu",
     **changes: Any,
 ) -> SimpleNamespace:
     """Everything of a tiny pretraining, fresh and reproducible; ``changes`` go to the trainer and its loss.
 
     ``handlers`` are attached before the EMA handler.
     """
-    device = torch.device("cpu")
-    student = tiny_student(seed)
+    device = torch.device(run_on)
+    student = tiny_student(seed).to(device)
     sampler = ResumableSampler(count, seed, batch_size, num_replicas, rank, shuffle=shuffle)
     parts = SimpleNamespace(
         plain_student=student,
@@ -113,7 +124,7 @@ def tiny_run(
         teacher=make_teacher(student),
         sampler=sampler,
         views=tiny_views(seed=seed),
-        optimizer=torch.optim.AdamW(parameter_groups(student, 0.04), lr=0.0),
+        optimizer=torch.optim.AdamW(parameter_groups(student, 0.04), lr=0.0, fused=run_on != "meta"),
     )
     steps = epochs * -(-sampler.iterations // max(1, accumulation_steps))
     settings: dict[str, Any] = {
@@ -135,7 +146,8 @@ def tiny_run(
         else:
             (terms if name in terms else settings)[name] = value
     parts.loss = DiCoMLoss(**terms)
-    dataset = KeyedDataset(tiny_volumes(count), transform, seed)
+    draw = DrawViewsd(parts.views)
+    dataset = KeyedDataset(tiny_volumes(count), Compose([transform, draw]) if transform else draw, seed)
     parts.loader = DataLoader(
         dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0
     )

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from monai.engines.utils import IterationEvents
 
 from volta_components.method.collapse import CollapseError, CollapseMonitor, effective_rank
+from volta_components.method.trainer import ReadOut
 
 
 def watched(
@@ -27,19 +27,19 @@ def watched(
     outputs: dict[int, dict[str, float]] = {}
 
     def step(engine: Any, batch: int) -> list[dict[str, float]]:
-        engine.state.summaries = summaries(batch)
+        engine.state.summaries = [summaries(batch)]
         values = entropies(batch)
         told = predicted(batch)
         outputs[batch] = {
             **{"global_teacher_entropy": values[0], "patch_teacher_entropy": values[1]},
             **{"global_predicted": told[0], "patch_predicted": told[1]},
         }
-        engine.state.output = [outputs[batch]]
-        engine.fire_event(IterationEvents.MODEL_COMPLETED)
+        engine.state.numbers = [outputs[batch]]
+        engine.fire_event(ReadOut.NUMBERS_READ)
         return [outputs[batch]]
 
     engine = Engine(step)
-    engine.register_events(*IterationEvents)
+    engine.register_events(*ReadOut)
     monitor.attach(engine)
     engine.state.iteration = first
     engine.add_event_handler(Events.STARTED, lambda e: setattr(e.state, "iteration", first))

@@ -9,9 +9,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from method_helpers import token_logits
 from scipy.special import log_softmax, softmax
 
 from volta_components.errors import InputError
+from volta_components.method import cross_entropy
 from volta_components.method.losses import (
     CentredTargets,
     DiCoMLoss,
@@ -20,13 +22,18 @@ from volta_components.method.losses import (
     PatchAlignmentLoss,
     ReconstructionLoss,
     SinkhornTargets,
-    entropy_share,
 )
 from volta_components.method.networks import GlobalOutput, StudentOutput
+from volta_components.method.projection import TokenLogits
+from volta_components.method.statistics import entropy_share
 
 
 def as_tensor(array: np.ndarray) -> torch.Tensor:
     return torch.tensor(array, dtype=torch.float32)
+
+
+def tokens_of(array: np.ndarray) -> TokenLogits:
+    return token_logits(as_tensor(array))
 
 
 def numpy_global(student: np.ndarray, targets: np.ndarray, tau: float) -> float:
@@ -80,10 +87,65 @@ def test_patch_loss_and_centre_over_steps(rng: np.random.Generator, batch: int, 
         expected = np.mean(
             [-(target[b, n] @ log_softmax(student[b, n] / tau)) for b in range(batch) for n in range(tokens)]
         )
-        assert loss(as_tensor(student), as_tensor(teacher), 0.05).item() == pytest.approx(expected, rel=1e-5)
+        assert loss(tokens_of(student), tokens_of(teacher), 0.05).item() == pytest.approx(expected, rel=1e-5)
         mean = teacher.reshape(-1, prototypes).mean(axis=0)
         centre = mean if step == 0 else momentum * centre + (1 - momentum) * mean
         np.testing.assert_allclose(loss.targets.centre.numpy(), centre, atol=1e-6)
+
+
+def test_local_crops_are_the_part_of_the_global_loss_that_depends_on_them(rng: np.random.Generator) -> None:
+    """Their gradients are those of the whole, and both parts together give its value; nothing moves."""
+    for make in (lambda: CentredTargets(6, 0.9, 0.5), lambda: SinkhornTargets(6, 4)):
+        loss = GlobalAlignmentLoss(make())
+        for _ in range(3):
+            student, teacher = as_tensor(rng.normal(size=(5, 2, 6))), as_tensor(rng.normal(size=(2, 2, 6)))
+            local = student[2:].clone().requires_grad_()
+            before = {name: value.clone() for name, value in loss.state_dict().items()}
+            part = loss.local_crops(local, teacher, 0.05)
+            part.backward()
+            assert all(torch.equal(value, before[name]) for name, value in loss.state_dict().items())
+            everything = student.clone().requires_grad_()
+            whole = loss(everything, teacher, 0.05)
+            whole.backward()
+            torch.testing.assert_close(local.grad, everything.grad[2:])
+            own = GlobalAlignmentLoss(make())
+            own.load_state_dict(before)
+            first = own(torch.cat([student[:2]]), teacher, 0.05)  # a mean over 2 pairs instead of 8
+            torch.testing.assert_close(part + first / 4, whole.detach())
+
+
+@pytest.mark.parametrize("make", [lambda: CentredTargets(64, 0.9, 0.5), lambda: SinkhornTargets(64, 8)])
+def test_tokens_a_few_at_a_time_give_the_plain_forms_numbers(
+    rng: np.random.Generator, make: Callable[[], CentredTargets | SinkhornTargets], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two crops of 45 tokens, 32 at a time, against PyTorch's own cross-entropy of all logits at once."""
+    monkeypatch.setattr(cross_entropy, "TOKENS_AT_ONCE", 32)
+    units, prototypes, taught = (
+        torch.nn.functional.normalize(as_tensor(rng.normal(size=size)), dim=-1)
+        for size in ((2, 45, 9), (64, 9), (2, 45, 9))
+    )
+    loss, twin = PatchAlignmentLoss(make()), make()
+    mine = [units.clone().requires_grad_(), prototypes.clone().requires_grad_()]
+    theirs = [units.clone().requires_grad_(), prototypes.clone().requires_grad_()]
+    for _ in range(2):  # the second time with a centre, or a queue
+        value = loss(TokenLogits(*mine), TokenLogits(taught, prototypes), 0.05)
+        teacher = taught @ prototypes.T
+        target = twin(teacher, 0.05)
+        logits = theirs[0] @ theirs[1].T / 0.1
+        plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1))
+        torch.testing.assert_close(value, plain, rtol=1e-5, atol=1e-6)
+        for actual, expected in zip(
+            torch.autograd.grad(3 * value, mine), torch.autograd.grad(3 * plain, theirs), strict=True
+        ):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+        spread = teacher.flatten(0, 1).std(dim=0).mean()
+        torch.testing.assert_close(loss.statistics["logit_spread"], spread, rtol=1e-4, atol=0)
+        other = torch.nn.functional.cross_entropy(logits.roll(22, 1).flatten(0, 1), target.flatten(0, 1))
+        predicted = (other - plain) / math.log(64)
+        torch.testing.assert_close(loss.statistics["predicted"], predicted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(loss.statistics["teacher_entropy"], entropy_share(target).mean())
+    for name, buffer in twin.state_dict().items():
+        torch.testing.assert_close(loss.targets.state_dict()[name], buffer, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_global_loss_by_hand() -> None:
@@ -287,7 +349,7 @@ def test_gradients_equal_finite_differences_of_numpy(rng: np.random.Generator, b
         # Analytically: (softmax - target) / tau, over the number of tokens.
         expected = (softmax(student / 0.1, axis=-1) - target) / 0.1 / 6
         value = as_tensor(student).requires_grad_()
-        loss = PatchAlignmentLoss(CentredTargets(5))(value, as_tensor(teacher), 0.05)
+        loss = PatchAlignmentLoss(CentredTargets(5))(token_logits(value), tokens_of(teacher), 0.05)
     elif branch == "reconstruction":
         restored, image = rng.uniform(size=(2, 2, 1, 2, 3, 2))
         masked = rng.random(restored.shape) < 0.5
@@ -331,10 +393,8 @@ def test_the_sum_of_the_dicom_losses_equals_numpy(rng: np.random.Generator) -> N
     def rows(array: np.ndarray) -> torch.Tensor:
         return as_tensor(array.reshape(-1, *array.shape[2:]))
 
-    student = StudentOutput(
-        GlobalOutput(summary, rows(logits[:2]), as_tensor(patches)), rows(logits[2:]), rows(restored)
-    )
-    teacher = GlobalOutput(summary, rows(taught), as_tensor(taught_patches))
+    student = StudentOutput(GlobalOutput(summary, rows(logits[:2]), tokens_of(patches)), rows(restored))
+    teacher = GlobalOutput(summary, rows(taught), tokens_of(taught_patches))
     koleo = KoLeoLoss(hidden, 4)
     loss = DiCoMLoss(
         GlobalAlignmentLoss(CentredTargets(prototypes), 0.1),
@@ -346,7 +406,9 @@ def test_the_sum_of_the_dicom_losses_equals_numpy(rng: np.random.Generator) -> N
     )
     output = {
         name: value.item()
-        for name, value in loss(student, teacher, as_tensor(image), torch.tensor(masked), 0.05, 0.06).items()
+        for name, value in loss(
+            student, rows(logits[2:]), teacher, as_tensor(image), torch.tensor(masked), 0.05, 0.06
+        ).items()
     }
     expected = {
         "loss_global": numpy_global(logits, softmax(taught / 0.05, axis=-1), 0.1),
@@ -370,7 +432,7 @@ def test_the_sum_of_the_dicom_losses_equals_numpy(rng: np.random.Generator) -> N
     assert output["global_teacher_entropy"] == pytest.approx(entropy / math.log(prototypes), rel=1e-5)
     assert "patch_predicted" in output
     loss.koleo_loss = None
-    without = loss(student, teacher, as_tensor(image), torch.tensor(masked), 0.05, 0.06)
+    without = loss(student, rows(logits[2:]), teacher, as_tensor(image), torch.tensor(masked), 0.05, 0.06)
     assert "loss_koleo" not in without
 
 
@@ -462,7 +524,7 @@ def test_information_is_the_divergence_from_earlier_targets(rng: np.random.Gener
     for _ in range(4):
         student, teacher = rng.normal(scale=0.1, size=(2, 2, 6, prototypes))
         centre = loss.targets.centre.numpy().copy()
-        value = loss(as_tensor(student), as_tensor(teacher), 0.05).item()
+        value = loss(tokens_of(student), tokens_of(teacher), 0.05).item()
         target = softmax((teacher - centre) / 0.05, axis=-1)
         mean = target.reshape(-1, prototypes).mean(axis=0)
         marginal = mean if marginal is None else marginal
@@ -475,8 +537,8 @@ def test_information_is_the_divergence_from_earlier_targets(rng: np.random.Gener
 
 def test_half_precision_logits_are_used_in_single_precision(rng: np.random.Generator) -> None:
     student, teacher = (as_tensor(rng.normal(size=(2, 3, 8))).bfloat16() for _ in range(2))
-    half = PatchAlignmentLoss(CentredTargets(8))(student, teacher, 0.05)
-    single = PatchAlignmentLoss(CentredTargets(8))(student.float(), teacher.float(), 0.05)
+    half = PatchAlignmentLoss(CentredTargets(8))(token_logits(student), token_logits(teacher), 0.05)
+    single = PatchAlignmentLoss(CentredTargets(8))(token_logits(student.float()), token_logits(teacher.float()), 0.05)
     assert half.dtype == torch.float32
     assert half.item() == single.item()
 
@@ -493,4 +555,4 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         GlobalAlignmentLoss(CentredTargets(4))(torch.zeros(1, 2, 4), torch.zeros(2, 2, 4), 0.04)
     with pytest.raises(ValueError, match="differ"):
-        PatchAlignmentLoss(CentredTargets(4))(torch.zeros(3, 2, 4), torch.zeros(2, 2, 4), 0.04)
+        PatchAlignmentLoss(CentredTargets(4))(tokens_of(np.zeros((3, 2, 4))), tokens_of(np.zeros((2, 2, 4))), 0.04)

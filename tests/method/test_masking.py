@@ -31,7 +31,10 @@ def test_between_50_and_60_percent_are_covered(
     rng: np.random.Generator, shape: tuple[int, ...], cell: Any, draws: int
 ) -> None:
     mask = GroupMask(cell=cell)
-    shares = [float((mask.enlarge(mask.draw(shape, rng), shape, CPU) != VISIBLE).float().mean()) for _ in range(draws)]
+    shares = [
+        float((mask.enlarge(torch.from_numpy(mask.draw(shape, rng)), shape) != VISIBLE).float().mean())
+        for _ in range(draws)
+    ]
     assert min(shares) >= 0.5
     assert max(shares) <= 0.6
 
@@ -93,7 +96,7 @@ def test_enlarging_follows_the_cells(rng: np.random.Generator) -> None:
     shape = (7, 8, 9)
     labels = mask.draw(shape, rng)
     assert labels.shape == (4, 3, 3)
-    voxels = mask.enlarge(labels, shape, CPU).numpy()
+    voxels = mask.enlarge(torch.from_numpy(labels), shape).numpy()
     assert voxels.shape == shape
     for index in np.ndindex(*shape):
         assert voxels[index] == labels[index[0] // 2, index[1] // 3, index[2] // 4]

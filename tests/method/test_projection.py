@@ -20,7 +20,8 @@ def test_head_gives_cosines() -> None:
                 else inner @ layer.weight.double().T + layer.bias
             )
         unit = inner / inner.norm(dim=-1, keepdim=True)
-        for layer, logits in ((head.last_layer, head(tokens[:, 0])), (head.patch_last_layer, head.patches(tokens))):
+        patches = head.patches(tokens).rows().unflatten(0, (5, 3))
+        for layer, logits in ((head.last_layer, head(tokens[:, 0])), (head.patch_last_layer, patches)):
             direction = layer.parametrizations.weight.original1.double()
             rows = direction / direction.norm(dim=1, keepdim=True)
             expected = (unit[:, 0] if logits.ndim == 2 else unit) @ rows.T

@@ -3,23 +3,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
-from method_helpers import flat, record_gradients, tiny_run, tiny_views
+from method_helpers import HIDDEN, PROTOTYPES, flat, make_views, record_gradients, tiny_run, tiny_views
 from monai.transforms import Compose, RandGaussianNoised
 from torch import nn
 
 from volta_components.errors import InputError
-from volta_components.method.losses import KoLeoLoss
+from volta_components.method.losses import (
+    CentredTargets,
+    GlobalAlignmentLoss,
+    KoLeoLoss,
+    PatchAlignmentLoss,
+    SinkhornTargets,
+)
 from volta_components.method.masking import GroupMask
+from volta_components.method.trainer import ReadOut
 from volta_components.method.views import CropGeometry
+from volta_components.training.sampling import derived_seed
 from volta_components.training.schedules import CosineSchedule
 
 
@@ -45,26 +55,26 @@ def loss_of(
 ) -> Any:
     """Eq. 6 for one volume, written out with PyTorch's own functions; also the teacher's mean logits."""
     volume = parts.loader.dataset[key]["image"][None]
-    views = parts.views(volume, [key])
-    out = student(views.student[:, 0], views.local[:, 0])
+    views = make_views(parts.views, volume, [key])
+    out = student(views.student[:, 0])
     with torch.no_grad():
         taught = teacher(views.teacher[:, 0])
-    student_logits = torch.cat([out.globals_.logits, out.local_logits])
+    student_logits = torch.cat([out.globals_.logits, student.local_logits(views.local[:, 0])])
     pairs = []
     for i in range(2):
         target = ((taught.logits[i] - centres[0]) / 0.05).softmax(-1)
         pairs += [
             nn.functional.cross_entropy(student_logits[j] / 0.1, target) for j in range(len(student_logits)) if j != i
         ]
-    patch_target = ((taught.patch_logits.flatten(0, 1) - centres[1]) / 0.06).softmax(-1)
-    patch = nn.functional.cross_entropy(out.globals_.patch_logits.flatten(0, 1) / 0.1, patch_target)
+    patch_target = ((taught.patch_logits.rows() - centres[1]) / 0.06).softmax(-1)
+    patch = nn.functional.cross_entropy(out.globals_.patch_logits.rows() / 0.1, patch_target)
     rec = torch.stack(
         [
             nn.functional.mse_loss(out.reconstruction[v][views.masked[v, 0]], views.image[v, 0][views.masked[v, 0]])
             for v in range(2)
         ]
     ).mean()
-    means = [taught.logits.mean(0), taught.patch_logits.flatten(0, 1).mean(0)]
+    means = [taught.logits.mean(0), taught.patch_logits.rows().mean(0)]
     return torch.stack(pairs).mean(), patch, rec, means
 
 
@@ -161,6 +171,86 @@ def test_a_gradient_that_is_not_finite_stops_the_run() -> None:
     assert all(np.array_equal(value, after[name]) for name, value in before.items())
 
 
+@pytest.fixture
+def _meta_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device ``meta`` has no autocast."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+
+
+def nothing_waits(**changes: Any) -> int:
+    """A whole step, views to teacher, on a device that holds no numbers: whatever looks at one there fails."""
+    parts = tiny_run(count=4, epochs=1, accumulation_steps=2, log_interval=99, run_on="meta", **changes)
+    parts.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda e: e.terminate())
+    parts.trainer.run()
+    return parts.trainer.state.iteration
+
+
+@pytest.mark.usefixtures("_meta_autocast")
+@pytest.mark.parametrize("targets", [CentredTargets, SinkhornTargets])
+def test_nothing_waits_for_the_device_between_two_readings(targets: Any) -> None:
+    terms = {
+        "global_loss": GlobalAlignmentLoss(targets(PROTOTYPES)),
+        "patch_loss": PatchAlignmentLoss(targets(PROTOTYPES)),
+        "koleo_loss": KoLeoLoss(HIDDEN, 8),
+    }
+    assert nothing_waits(**terms) == 3
+
+
+@pytest.mark.usefixtures("_meta_autocast")
+def test_the_device_without_numbers_refuses_to_be_waited_for() -> None:
+    """Each of these would make a GPU wait; the test above could not fail otherwise."""
+    waits: list[Callable[[torch.Tensor], Any]] = [
+        lambda x: x.tolist(),
+        lambda x: bool(x.sum() > 0),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+    ]
+    for wait in waits:
+        parts = tiny_run(count=2, epochs=1, log_interval=99, run_on="meta")
+        inner = parts.loss.reconstruction_loss.forward
+        parts.loss.reconstruction_loss.forward = lambda a, *rest, i=inner, w=wait: (w(a), i(a, *rest))[1]
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)meta"):
+            parts.trainer.run()
+
+
+def test_numbers_are_read_at_intervals_and_at_the_end_of_an_epoch() -> None:
+    """Seven mini-batches, every three: the same numbers as when each is read by itself."""
+    each, some = (tiny_run(count=7, epochs=1, log_interval=interval) for interval in (1, 3))
+    found: dict[int, list[Any]] = {1: [], 3: []}
+    sizes: list[int] = []
+    for interval, parts in ((1, each), (3, some)):
+
+        def remember(engine: Any, interval: int = interval) -> None:
+            found[interval] += [dict(numbers) for numbers in engine.state.numbers]
+            found[interval] += engine.state.summaries
+            if interval == 3:
+                sizes.append(len(engine.state.numbers))
+
+        parts.trainer.add_event_handler(ReadOut.NUMBERS_READ, remember)
+        parts.trainer.run()
+    assert sizes == [3, 3, 1]
+    numbers = {interval: [x for x in own if isinstance(x, dict)] for interval, own in found.items()}
+    assert len(numbers[1]) == len(numbers[3]) == 7
+    for mine, theirs in zip(numbers[1], numbers[3], strict=True):
+        assert all(isinstance(value, (int, float)) for value in theirs.values())
+        assert {**mine, "volumes_per_second": 0} == {**theirs, "volumes_per_second": 0}
+    rows = {interval: [x for x in own if isinstance(x, torch.Tensor)] for interval, own in found.items()}
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(rows[1], rows[3], strict=True))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_numbers() -> None:
+    outputs = {}
+    for compiled in (False, True):
+        parts = tiny_run(count=2, epochs=1, compile_blocks=compiled)
+        names = list(parts.plain_student.state_dict())
+        parts.trainer.run()
+        assert list(parts.plain_student.state_dict()) == names
+        outputs[compiled] = parts.trainer.state.output[0]
+    assert outputs[True]["loss"] == pytest.approx(outputs[False]["loss"], rel=1e-4)
+    assert outputs[True]["gradient_norm"] == pytest.approx(outputs[False]["gradient_norm"], rel=1e-3)
+
+
 def test_two_runs_are_bit_identical() -> None:
     first, second, other = tiny_run(), tiny_run(), tiny_run(seed=1)
     first.trainer.run()
@@ -175,11 +265,12 @@ def test_two_runs_are_bit_identical() -> None:
 
 def test_samples_and_keys_reach_the_views() -> None:
     parts = tiny_run(count=5, epochs=2, batch_size=2, accumulation_steps=1)
-    seen: list[list[int]] = []
+    seen: list[int] = []
     inner = parts.trainer.views
-    parts.trainer.views = lambda image, keys: (seen.extend(keys.tolist()), inner(image, keys))[1]
+    parts.trainer.views = lambda image, plan: (seen.extend(plan.seed.tolist()), inner(image, plan))[1]
     parts.trainer.run()
-    assert seen == [[epoch, int(index)] for epoch in (1, 2) for index in parts.sampler.order(epoch)]
+    keys = [(epoch, int(index)) for epoch in (1, 2) for index in parts.sampler.order(epoch)]
+    assert seen == [derived_seed(0, "views", *key) for key in keys]
 
 
 def test_workers_change_nothing() -> None:
@@ -242,7 +333,7 @@ def test_summaries_are_of_one_view_of_each_volume() -> None:
     inner = parts.teacher.forward
     parts.teacher.forward = lambda crops: (seen.append(inner(crops).summary), inner(crops))[1]
     summaries: list[torch.Tensor] = []
-    parts.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: summaries.append(e.state.summaries))
+    parts.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: summaries.extend(e.state.summaries))
     parts.trainer.run()
     assert [tuple(rows.shape) for rows in summaries] == [(2, 32), (2, 32)]
     assert all(torch.equal(rows, both[:2]) for rows, both in zip(summaries, seen, strict=True))

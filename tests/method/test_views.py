@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
-from method_helpers import IMAGE, tiny_views
+from method_helpers import IMAGE, make_views, tiny_views
 from monai.transforms.utils import create_rotate, create_scale, create_translate
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from volta_components.errors import InputError
 from volta_components.method.masking import GroupMask
-from volta_components.method.views import CropGeometry, IntensityAugment, Views, sample_crops
+from volta_components.method.views import CropGeometry, IntensityAugment, Views, plan_crops, sample_crops
 
 
 def random_volume(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -24,6 +25,10 @@ def random_volume(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarra
 
 def as_volume(array: np.ndarray) -> torch.Tensor:
     return torch.tensor(array, dtype=torch.float32)[None, None]
+
+
+def crops_of(volume: torch.Tensor, affines: Sequence[np.ndarray] | np.ndarray, size: tuple[int, ...]) -> torch.Tensor:
+    return sample_crops(volume, plan_crops(affines, volume.shape[2:]), size)
 
 
 def scipy_crop(volume: np.ndarray, affine: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
@@ -48,7 +53,7 @@ def test_crops_equal_scipy(rng: np.random.Generator) -> None:
             @ create_scale(3, steps.tolist())
             @ create_translate(3, [-4.0, -5.5, -6.5])
         )
-    crops = sample_crops(as_volume(volume), affines, size)
+    crops = crops_of(as_volume(volume), affines, size)
     assert crops.shape == (6, 1, *size)
     for crop, affine in zip(crops, affines):
         np.testing.assert_allclose(crop[0].numpy(), scipy_crop(volume, affine, size), atol=1e-4)
@@ -57,7 +62,7 @@ def test_crops_equal_scipy(rng: np.random.Generator) -> None:
 def test_channels_are_kept_apart(rng: np.random.Generator) -> None:
     volume = torch.tensor(rng.random((1, 2, 6, 7, 8)), dtype=torch.float32)
     affine = create_translate(3, [0.5, 1.0, -0.25])
-    crops = sample_crops(volume, [affine, np.eye(4)], (5, 5, 5))
+    crops = crops_of(volume, [affine, np.eye(4)], (5, 5, 5))
     for channel in range(2):
         expected = scipy_crop(volume[0, channel].numpy(), affine, (5, 5, 5))
         np.testing.assert_allclose(crops[0, channel].numpy(), expected, atol=1e-5)
@@ -66,7 +71,7 @@ def test_channels_are_kept_apart(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("shape", [(10, 14, 14), (9, 11, 13)])
 def test_identity_crop_is_the_volume(rng: np.random.Generator, shape: tuple[int, ...]) -> None:
     volume = random_volume(rng, shape)
-    crop = sample_crops(as_volume(volume), np.eye(4)[None], shape)
+    crop = crops_of(as_volume(volume), np.eye(4)[None], shape)
     np.testing.assert_allclose(crop[0, 0].numpy(), volume, atol=1e-5)
     placed = CropGeometry(shape).draw(shape, rng)
     np.testing.assert_allclose(placed, np.eye(4), atol=1e-12)
@@ -74,7 +79,7 @@ def test_identity_crop_is_the_volume(rng: np.random.Generator, shape: tuple[int,
 
 def test_whole_voxel_shift_and_zeros_outside(rng: np.random.Generator) -> None:
     volume = random_volume(rng, (8, 8, 8))
-    crop = sample_crops(as_volume(volume), create_translate(3, [3, -2, 0])[None], (8, 8, 8))[0, 0].numpy()
+    crop = crops_of(as_volume(volume), create_translate(3, [3, -2, 0])[None], (8, 8, 8))[0, 0].numpy()
     np.testing.assert_allclose(crop[:5, 2:], volume[3:, :6], atol=1e-5)
     assert not crop[5:].any()
     assert not crop[:, :2].any()
@@ -91,7 +96,7 @@ def test_coarse_crops_are_averaged_first(rng: np.random.Generator, step: float, 
         source = halved(source)
         # Voxel j of the halved volume is centred between voxels 2 j and 2 j + 1.
         to_level = np.diag([0.5, 0.5, 0.5, 1]) @ create_translate(3, [-0.5] * 3) @ to_level
-    crop = sample_crops(as_volume(volume), affine[None], size)[0, 0].numpy()
+    crop = crops_of(as_volume(volume), affine[None], size)[0, 0].numpy()
     np.testing.assert_allclose(crop, scipy_crop(source, to_level @ affine, size), atol=1e-4)
 
 
@@ -99,23 +104,23 @@ def test_fine_detail_does_not_alias() -> None:
     """A chequerboard of single voxels, seen at every second voxel, is grey, not white."""
     board = np.indices((24, 24, 24)).sum(axis=0) % 2.0
     affine = create_scale(3, [2.0] * 3) @ create_translate(3, [2.0] * 3)
-    crop = sample_crops(as_volume(board), affine[None], (8, 8, 8))
+    crop = crops_of(as_volume(board), affine[None], (8, 8, 8))
     np.testing.assert_allclose(crop.numpy(), 0.5, atol=1e-5)
 
 
 def test_levels_may_differ_within_a_call(rng: np.random.Generator) -> None:
     volume = as_volume(random_volume(rng, (24, 24, 24)))
     affines = [create_scale(3, [step] * 3) for step in (1.0, 2.0, 0.7, 2.5)]
-    together = sample_crops(volume, affines, (6, 6, 6))
+    together = crops_of(volume, affines, (6, 6, 6))
     for crop, affine in zip(together, affines):
-        torch.testing.assert_close(crop, sample_crops(volume, affine[None], (6, 6, 6))[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(crop, crops_of(volume, affine[None], (6, 6, 6))[0], atol=1e-5, rtol=0)
 
 
 def test_geometry_of_crops_96(rng: np.random.Generator) -> None:
     """192 mm padded around a 144 x 192 x 192 volume, seen at 2 mm (here a quarter of it: 36 x 48 x 48 to 24^3)."""
     volume = random_volume(rng, (36, 48, 48))
     geometry = CropGeometry((24, 24, 24), extent=(48, 48, 48))
-    crop = sample_crops(as_volume(volume), geometry.draw(volume.shape, rng)[None], geometry.size)[0, 0].numpy()
+    crop = crops_of(as_volume(volume), geometry.draw(volume.shape, rng)[None], geometry.size)[0, 0].numpy()
     np.testing.assert_allclose(crop, halved(np.pad(volume, ((6, 6), (0, 0), (0, 0)))), atol=1e-5)
 
 
@@ -178,7 +183,7 @@ def test_flips_are_left_right_only_and_off_by_default(rng: np.random.Generator) 
     shape = (6, 7, 8)
     volume = random_volume(rng, shape)
     flipped = CropGeometry(shape, flip=1.0).draw(shape, rng)
-    crop = sample_crops(as_volume(volume), flipped[None], shape)[0, 0].numpy()
+    crop = crops_of(as_volume(volume), flipped[None], shape)[0, 0].numpy()
     np.testing.assert_allclose(crop, volume[::-1], atol=1e-5)
     assert all(np.linalg.det(CropGeometry(shape, rotation=20).draw(shape, rng)) > 0 for _ in range(50))
     half = [np.linalg.det(CropGeometry(shape, flip=0.5).draw(shape, rng)) < 0 for _ in range(300)]
@@ -186,7 +191,8 @@ def test_flips_are_left_right_only_and_off_by_default(rng: np.random.Generator) 
 
 
 def augment(crop: torch.Tensor, seed: int, **settings: float) -> np.ndarray:
-    augmented = IntensityAugment(**settings)(crop, np.random.default_rng(seed), torch.Generator().manual_seed(seed))
+    change = IntensityAugment(**settings)
+    augmented = change(crop, change.draw(np.random.default_rng(seed)), torch.Generator().manual_seed(seed))
     return augmented.double().numpy()
 
 
@@ -262,14 +268,14 @@ def volumes(rng: np.random.Generator, count: int = 3) -> torch.Tensor:
 
 
 def test_shapes_and_ranges(rng: np.random.Generator) -> None:
-    views = tiny_views(num_local=3)(volumes(rng), [(1, 0), (1, 5), (2, 0)])
+    views = make_views(tiny_views(num_local=3), volumes(rng), [(1, 0), (1, 5), (2, 0)])
     assert views.image.shape == views.teacher.shape == views.student.shape == views.masked.shape == (2, 3, 1, *IMAGE)
     assert views.local.shape == (3, 3, 1, 8, 8, 8)
     assert views.masked.dtype == torch.bool
     for name in ("image", "teacher", "student", "local"):
         part = getattr(views, name)
         assert -1e-6 <= part.min() <= part.max() <= 1 + 1e-6, name
-    assert tiny_views(num_local=0)(volumes(rng, 1), [(1, 0)]).local.shape == (0, 1, 1, 8, 8, 8)
+    assert make_views(tiny_views(num_local=0), volumes(rng, 1), [(1, 0)]).local.shape == (0, 1, 1, 8, 8, 8)
 
 
 def assert_same(first: Views, second: Views) -> None:
@@ -280,18 +286,18 @@ def assert_same(first: Views, second: Views) -> None:
 def test_views_depend_on_seed_and_key_alone(rng: np.random.Generator) -> None:
     batch, keys = volumes(rng), [(1, 0), (1, 5), (2, 0)]
     generator = tiny_views(seed=3)
-    together = generator(batch, keys)
+    together = make_views(generator, batch, keys)
     torch.manual_seed(99)
     np.random.seed(99)  # noqa: NPY002
     for position in (2, 0, 1):
-        alone = tiny_views(seed=3)(batch[position : position + 1], torch.tensor(keys[position : position + 1]))
+        alone = make_views(tiny_views(seed=3), batch[position : position + 1], keys[position : position + 1])
         assert_same(Views(*(part[:, position : position + 1] for part in together)), alone)
-    again = generator(batch[:1], [keys[0]])
-    assert_same(again, generator(batch[:1], [keys[0]]))
+    again = make_views(generator, batch[:1], [keys[0]])
+    assert_same(again, make_views(generator, batch[:1], [keys[0]]))
     for other in (
-        tiny_views(seed=4)(batch[:1], [keys[0]]),
-        generator(batch[:1], [(2, 0)]),
-        generator(batch[:1], [(1, 1)]),
+        make_views(tiny_views(seed=4), batch[:1], [keys[0]]),
+        make_views(generator, batch[:1], [(2, 0)]),
+        make_views(generator, batch[:1], [(1, 1)]),
     ):
         assert not torch.equal(other.image, again.image)
         assert not torch.equal(other.masked, again.masked)
@@ -300,7 +306,7 @@ def test_views_depend_on_seed_and_key_alone(rng: np.random.Generator) -> None:
 
 def test_teacher_student_and_target_share_their_geometry(rng: np.random.Generator) -> None:
     """Without intensity changes all three are one picture, but for what is masked."""
-    views = tiny_views(plain=True)(volumes(rng), [(1, i) for i in range(3)])
+    views = make_views(tiny_views(plain=True), volumes(rng), [(1, i) for i in range(3)])
     torch.testing.assert_close(views.teacher, views.image, atol=1e-6, rtol=0)
     visible = ~views.masked
     torch.testing.assert_close(views.student[visible], views.image[visible], atol=1e-6, rtol=0)
@@ -317,21 +323,20 @@ def test_teacher_student_and_target_share_their_geometry(rng: np.random.Generato
 
 def test_student_is_changed_more_than_the_teacher_and_locals_not_at_all(rng: np.random.Generator) -> None:
     batch, keys = volumes(rng), [(1, i) for i in range(3)]
-    plain, strong = tiny_views(plain=True)(batch, keys), tiny_views()(batch, keys)
+    plain, strong = (make_views(tiny_views(plain=plain), batch, keys) for plain in (True, False))
     assert torch.equal(plain.image, strong.image)
     visible = ~strong.masked
     change_of_student = (strong.student - strong.image)[visible].abs().mean()
     change_of_teacher = (strong.teacher - strong.image).abs().mean()
     assert 0 < 2 * change_of_teacher < change_of_student
     # Each is made from the crop itself, not one from the other.
-    mine = tiny_views(student_intensity=IntensityAugment())(batch, keys)
+    mine = make_views(tiny_views(student_intensity=IntensityAugment()), batch, keys)
     torch.testing.assert_close(mine.student[~mine.masked], mine.image[~mine.masked], atol=1e-6, rtol=0)
-    theirs = tiny_views(teacher_intensity=IntensityAugment())(batch, keys)
+    theirs = make_views(tiny_views(teacher_intensity=IntensityAugment()), batch, keys)
     torch.testing.assert_close(theirs.teacher, theirs.image, atol=1e-6, rtol=0)
     # Clean: a local crop is a pure resampling of the volume, so a constant volume stays constant inside.
-    local = tiny_views(local_geometry=CropGeometry((4, 4, 4), cube_side=(4, 6), anywhere=True), num_local=5)(
-        torch.full((1, 1, 10, 14, 14), 0.6), [(1, 0)]
-    ).local
+    generator = tiny_views(local_geometry=CropGeometry((4, 4, 4), cube_side=(4, 6), anywhere=True), num_local=5)
+    local = make_views(generator, torch.full((1, 1, 10, 14, 14), 0.6), [(1, 0)]).local
     np.testing.assert_allclose(local.numpy(), 0.6, atol=1e-6)
 
 

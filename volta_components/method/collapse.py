@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine
-from monai.engines.utils import IterationEvents
+
+from volta_components.method.trainer import ReadOut
 
 
 class CollapseError(RuntimeError):
@@ -30,7 +31,8 @@ class CollapseMonitor:
     - the effective rank of the last summaries (the exponential of the entropy of their covariance's eigenvalues). Near
       1, every volume has the same embedding.
 
-    It reads ``engine.state.output`` and ``engine.state.summaries``, and adds ``effective_rank`` to the former.
+    It goes through ``engine.state.numbers`` and ``engine.state.summaries``, mini-batch by mini-batch, when the trainer
+    has read them from the device, and adds ``effective_rank`` to the former.
 
     Attributes:
         low: entropies under this share of ``ln K`` count as a collapse to a point.
@@ -67,7 +69,7 @@ class CollapseMonitor:
 
     def attach(self, engine: Engine) -> None:
         """Follow every mini-batch, before the handlers that record or save it, wherever this one is listed."""
-        engine.add_event_handler(IterationEvents.MODEL_COMPLETED, self._model_completed)
+        engine.add_event_handler(ReadOut.NUMBERS_READ, self._numbers_read)
 
     def state_dict(self) -> dict[str, Any]:
         """Running means, counters and the queue."""
@@ -81,10 +83,13 @@ class CollapseMonitor:
         self.queue.clear()
         self.queue.extend(state["queue"].unbind(0) if len(state["queue"]) else ())
 
-    def _model_completed(self, engine: Any) -> None:
-        output = engine.state.output[0]
-        iteration = engine.state.iteration
-        self.queue.extend(engine.state.summaries.cpu().unbind(0))
+    def _numbers_read(self, engine: Any) -> None:
+        first = engine.state.iteration - len(engine.state.numbers) + 1
+        for place, (output, rows) in enumerate(zip(engine.state.numbers, engine.state.summaries, strict=True)):
+            self.queue.extend(rows.unbind(0))
+            self._check(first + place, output)
+
+    def _check(self, iteration: int, output: dict[str, float]) -> None:
         checks = []
         for branch in ("global", "patch"):
             mean = self._smoothed(branch, output[f"{branch}_teacher_entropy"])

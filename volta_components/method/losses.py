@@ -16,7 +16,10 @@ from torch.nn import functional
 
 from volta_components.distributed import gather_rows, mean_over_processes, process_rank
 from volta_components.errors import InputError
+from volta_components.method.cross_entropy import TokenCrossEntropy
 from volta_components.method.networks import GlobalOutput, StudentOutput
+from volta_components.method.projection import TokenLogits, full_float32
+from volta_components.method.statistics import entropy_share, of_logits, of_targets
 
 
 class DiCoMLoss(nn.Module):
@@ -53,6 +56,7 @@ class DiCoMLoss(nn.Module):
     def forward(
         self,
         student: StudentOutput,
+        local_logits: Tensor,
         teacher: GlobalOutput,
         image: Tensor,
         masked: Tensor,
@@ -62,7 +66,9 @@ class DiCoMLoss(nn.Module):
         """The sum and its terms.
 
         Args:
-            student: outputs for the masked global crops and the local crops.
+            student: outputs for the masked global crops.
+            local_logits: the student's for the local crops, ``[L * B, K]``; without gradients when ``local_crops`` had
+                them propagated back already.
             teacher: outputs for the unmasked global crops.
             image: global crops before any intensity change, ``[2, B, 1, D, H, W]``: what is reconstructed.
             masked: true where the student's crop was replaced, of the same shape.
@@ -75,7 +81,7 @@ class DiCoMLoss(nn.Module):
             processes.
         """
         pairs, batch = image.shape[:2]
-        logits = torch.cat([student.globals_.logits, student.local_logits]).unflatten(0, (-1, batch))
+        logits = torch.cat([student.globals_.logits, local_logits]).unflatten(0, (-1, batch))
         output = {
             "loss_global": self.global_loss(logits, teacher.logits.unflatten(0, (pairs, batch)), teacher_temperature),
             "loss_patch": self.patch_loss(
@@ -97,6 +103,19 @@ class DiCoMLoss(nn.Module):
         # The same in every process: the collapse monitor of each decides by them whether to stop.
         means = mean_over_processes(torch.stack(list(statistics.values())))
         return {"loss": loss, **output, **dict(zip(statistics, means, strict=True))}
+
+    def local_crops(self, local_logits: Tensor, teacher: GlobalOutput, teacher_temperature: float) -> Tensor:
+        """The local crops' share of the sum, which depends on nothing else of the student; nothing moves.
+
+        Args:
+            local_logits: ``[L * B, K]``.
+            teacher: outputs for the unmasked global crops of B volumes.
+            teacher_temperature: tau_t of eq. 2.
+        """
+        taught = teacher.logits.unflatten(0, (2, -1))
+        return self.global_loss.local_crops(
+            local_logits.unflatten(0, (-1, taught.shape[1])), taught, teacher_temperature
+        )
 
 
 class CentredTargets(nn.Module):
@@ -152,19 +171,25 @@ class CentredTargets(nn.Module):
     @torch.no_grad()
     def forward(self, logits: Tensor, temperature: float) -> Tensor:
         """Targets ``[..., K]`` of teacher logits; updates the centre in training mode."""
-        logits = logits.float()
-        targets = ((logits - self.centre) / (temperature * self.log_scale.exp())).softmax(dim=-1)
+        targets = self.sharpen(logits, temperature)
         if self.training:
-            rows = logits.flatten(0, -2)
-            mean = mean_over_processes(rows.mean(dim=0))
-            momentum = torch.where(self.updates > 0, self.momentum, 0.0)
-            self.centre.lerp_(mean, 1.0 - momentum)
-            self.updates += 1
-            if self.target_entropy is not None:
-                entropy = mean_over_processes(entropy_share(targets).mean())
-                self.log_scale += self.entropy_gain * (self.target_entropy - entropy)
-                self.log_scale.clamp_(min=-12.0, max=3.0)
+            self.update(logits.float().flatten(0, -2).mean(dim=0), entropy_share(targets).mean())
         return targets
+
+    @torch.no_grad()
+    def sharpen(self, logits: Tensor, temperature: float) -> Tensor:
+        """Targets ``[..., K]`` of teacher logits; nothing moves."""
+        return ((logits.float() - self.centre) / (temperature * self.log_scale.exp())).softmax(dim=-1)
+
+    @torch.no_grad()
+    def update(self, mean: Tensor, entropy: Tensor) -> None:
+        """Move the centre to the logits' ``mean`` ``[K]``, and the scale by the targets' ``entropy``, a share."""
+        momentum = self.momentum * (self.updates > 0)
+        self.centre.lerp_(mean_over_processes(mean), 1.0 - momentum)
+        self.updates += 1
+        if self.target_entropy is not None:
+            self.log_scale += self.entropy_gain * (self.target_entropy - mean_over_processes(entropy))
+            self.log_scale.clamp_(min=-12.0, max=3.0)
 
 
 class SinkhornTargets(nn.Module):
@@ -220,29 +245,40 @@ class SinkhornTargets(nn.Module):
     @torch.no_grad()
     def forward(self, logits: Tensor, temperature: float) -> Tensor:
         """Targets ``[..., K]`` of teacher logits; the queue grows in training mode; ``epsilon`` is the temperature."""
+        targets, current, mean = self._assign(logits)
+        if self.training:
+            self.running_centre.lerp_(mean, 1.0 - self.centre_momentum * (self.filled > 0))
+            self.queue.copy_(torch.cat([current, self.queue])[: len(self.queue)])
+            self.filled.add_(len(current)).clamp_(max=len(self.queue))
+        return targets
+
+    def sharpen(self, logits: Tensor, temperature: float) -> Tensor:
+        """Targets ``[..., K]`` of teacher logits; the queue stands still."""
+        return self._assign(logits)[0]
+
+    @torch.no_grad()
+    def _assign(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Targets, and of all processes together the centred logits ``[rows, K]`` and the mean ``[K]``.
+
+        The queue takes part as a whole, with weight 0 where it is still empty: to look how far it is filled would make
+        a GPU wait.
+        """
         own = logits.float().flatten(0, -2)
         current = gather_rows(own)
         mean = current.mean(dim=0)
         current = current - torch.where(self.filled > 0, self.running_centre, mean)
-        rows = torch.cat([current, self.queue[: int(self.filled)]])
-        centred = rows - rows.mean(dim=0)
-        scores = centred / centred.std().clamp_min(1e-12) / self.epsilon
-        prototypes, samples = math.log(rows.shape[1]), math.log(rows.shape[0])
+        rows = torch.cat([current, self.queue])
+        held = (torch.arange(len(rows), device=rows.device) < len(current) + self.filled)[:, None]
+        count = held.sum()
+        centred = (rows - (rows * held).sum(dim=0) / count) * held
+        deviation = (centred.square().sum() / (count * rows.shape[1] - 1)).sqrt()
+        scores = centred / deviation.clamp_min(1e-12) / self.epsilon
         for _ in range(self.num_iterations):
-            scores = scores - scores.logsumexp(dim=0, keepdim=True) - prototypes
-            scores = scores - scores.logsumexp(dim=1, keepdim=True) - samples
+            columns = scores.masked_fill(~held, -torch.inf).logsumexp(dim=0, keepdim=True)
+            scores = scores - columns - math.log(rows.shape[1])
+            scores = scores - scores.logsumexp(dim=1, keepdim=True) - count.log()
         start = process_rank() * len(own)
-        targets = scores[start : start + len(own)].softmax(dim=-1)
-        if self.training:
-            self.running_centre.lerp_(mean, torch.where(self.filled > 0, 1.0 - self.centre_momentum, 1.0))
-            self.queue.copy_(torch.cat([current, self.queue])[: len(self.queue)])
-            self.filled.add_(len(current)).clamp_(max=len(self.queue))
-        return targets.view(logits.shape)
-
-
-def entropy_share(distribution: Tensor) -> Tensor:
-    """Entropy along the last axis as a share of ``ln K``: 1 is uniform, 0 a single prototype."""
-    return torch.special.entr(distribution).sum(dim=-1) / math.log(distribution.shape[-1])
+        return scores[start : start + len(own)].softmax(dim=-1).view(logits.shape), current, mean
 
 
 class GlobalAlignmentLoss(nn.Module):
@@ -295,13 +331,17 @@ class GlobalAlignmentLoss(nn.Module):
             raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} do not fit")
         targets = self.targets(teacher, teacher_temperature)
         log_probabilities = (student.float() / self.student_temperature).log_softmax(dim=-1)
-        pairs = -torch.einsum("ibk,vbk->ivb", targets, log_probabilities)
-        different = ~torch.eye(len(teacher), len(student), dtype=torch.bool, device=student.device)
-        loss = pairs.mean(dim=-1)[different].mean()
-        self.statistics = _statistics(targets, loss, teacher, self.targets, self.marginal)
+        pairs = -torch.einsum("ibk,vbk->iv", targets, log_probabilities) / student.shape[1]
+        # Weights, no boolean index: that would make a GPU wait.
+        different = 1.0 - torch.eye(len(teacher), len(student), device=student.device)
+        loss = (pairs * different).sum() / (len(teacher) * (len(student) - 1))
+        rows = teacher.float().flatten(0, -2)
+        mean_target = targets.flatten(0, -2).mean(dim=0)
+        self.statistics = of_targets(entropy_share(targets).mean(), mean_target, loss, self.marginal)
+        self.statistics |= of_logits(rows.mean(dim=0), rows.std(dim=0), getattr(self.targets, "centre", None))
         with torch.no_grad():
             # The student's outputs that each target is compared with: here of this volume, then of the one before.
-            mean = torch.einsum("iv,vbk->ik", different.float(), log_probabilities) / (
+            mean = torch.einsum("iv,vbk->ik", different, log_probabilities) / (
                 different.sum(dim=1, keepdim=True) * student.shape[1]
             )
             other = -(targets.mean(dim=1) * self.previous).sum(dim=-1).mean()
@@ -310,6 +350,13 @@ class GlobalAlignmentLoss(nn.Module):
             self.statistics["predicted"] = predicted / math.log(targets.shape[-1])
             self.previous.copy_(mean_over_processes(mean))
         return loss
+
+    def local_crops(self, local: Tensor, teacher: Tensor, teacher_temperature: float) -> Tensor:
+        """What local crops ``[L, B, K]`` add to the loss when they are the student's views after the first two."""
+        targets = self.targets.sharpen(teacher, teacher_temperature)
+        log_probabilities = (local.float() / self.student_temperature).log_softmax(dim=-1)
+        pairs = len(teacher) * (len(teacher) + len(local) - 1)
+        return -torch.einsum("ibk,vbk->", targets, log_probabilities) / (pairs * local.shape[1])
 
 
 class PatchAlignmentLoss(nn.Module):
@@ -321,7 +368,7 @@ class PatchAlignmentLoss(nn.Module):
         student_temperature: tau_s.
 
     Shapes:
-        student, teacher: ``[B, N, K]`` logits of the same crops, token for token.
+        student, teacher: ``[B, N, K]`` logits of the same crops, token for token, not multiplied out.
 
     Attributes:
         statistics: as ``GlobalAlignmentLoss``; ``predicted`` compares the student's output for the same token with that
@@ -342,43 +389,34 @@ class PatchAlignmentLoss(nn.Module):
         self.statistics: dict[str, Tensor] = {}
         self.register_buffer("marginal", torch.zeros(targets.out_dim))
 
-    def forward(self, student: Tensor, teacher: Tensor, teacher_temperature: float) -> Tensor:
+    def forward(self, student: TokenLogits, teacher: TokenLogits, teacher_temperature: float) -> Tensor:
         """Mean over tokens and crops; a scalar."""
-        if student.shape != teacher.shape:
-            raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ")
-        targets = self.targets(teacher, teacher_temperature)
-        log_probabilities = (student.float() / self.student_temperature).log_softmax(dim=-1)
-        loss = -(targets * log_probabilities).sum(dim=-1).mean()
-        self.statistics = _statistics(targets, loss, teacher, self.targets, self.marginal)
-        with torch.no_grad():
-            elsewhere = log_probabilities.detach().roll(student.shape[1] // 2, dims=1)
-            other = -(targets * elsewhere).sum(dim=-1).mean()
-            self.statistics["predicted"] = (other - loss.detach()) / math.log(targets.shape[-1])
+        units, taught = student.units, teacher.units.flatten(0, -2).float()
+        if units.shape[:-1] != teacher.units.shape[:-1] or len(student.prototypes) != len(teacher.prototypes):
+            raise ValueError(f"student {tuple(units.shape)} and teacher {tuple(teacher.units.shape)} differ")
+        centred = isinstance(self.targets, CentredTargets)
+        everything = None if centred else self.targets(teacher.rows(), teacher_temperature)
+
+        def target_of(rows: slice) -> Tensor:
+            if everything is not None:
+                return everything[rows]
+            return self.targets.sharpen(teacher.rows(rows), teacher_temperature)
+
+        loss, entropy, mean_target, other = TokenCrossEntropy.apply(
+            units, student.prototypes, target_of, self.student_temperature
+        )
+        with torch.no_grad(), full_float32(taught.device):
+            # Mean and deviation of linear functions of the tokens follow from the tokens' own mean and covariance.
+            middle = taught.mean(dim=0)
+            covariance = (taught - middle).T @ (taught - middle) / (len(taught) - 1)
+            deviation = ((teacher.prototypes @ covariance) * teacher.prototypes).sum(dim=-1).clamp_min(0.0).sqrt()
+            mean = teacher.prototypes @ middle
+            if isinstance(self.targets, CentredTargets) and self.training:
+                self.targets.update(mean, entropy)
+            self.statistics = of_targets(entropy, mean_target, loss, self.marginal)
+            self.statistics |= of_logits(mean, deviation, getattr(self.targets, "centre", None))
+            self.statistics["predicted"] = (other - loss.detach()) / math.log(self.targets.out_dim)
         return loss
-
-
-@torch.no_grad()
-def _statistics(
-    targets: Tensor, loss: Tensor, teacher: Tensor, module: nn.Module, marginal: Tensor
-) -> dict[str, Tensor]:
-    share = entropy_share(targets).mean()
-    nats = math.log(targets.shape[-1])
-    mean_target = mean_over_processes(targets.flatten(0, -2).mean(dim=0))
-    marginal.copy_(torch.where(marginal.any(), marginal, mean_target))
-    # The mean of earlier targets only: in one that holds these as well, less would look like information.
-    unconditional = -(mean_target * marginal.clamp_min(1e-12).log()).sum()
-    statistics = {
-        "teacher_entropy": share,
-        "information": unconditional / nats - share,
-        "divergence": loss.detach() - share * nats,
-        "logit_spread": teacher.float().flatten(0, -2).std(dim=0).mean(),
-    }
-    marginal.lerp_(mean_target, 0.02)
-    centre = getattr(module, "centre", None)
-    if centre is not None:
-        mean = teacher.float().flatten(0, -2).mean(dim=0)
-        statistics["centre_alignment"] = functional.cosine_similarity(mean, centre, dim=0)
-    return statistics
 
 
 class ReconstructionLoss(nn.Module):
@@ -431,18 +469,17 @@ class KoLeoLoss(nn.Module):
         unit = functional.normalize(embeddings.float(), dim=-1, eps=1e-8)
         views, batch, _ = unit.shape
         everyone = gather_rows(unit.detach().transpose(0, 1))  # [processes * B, V, D]
-        others = torch.cat([everyone.flatten(0, 1), self.queue[: int(self.filled)]])
+        others = torch.cat([everyone.flatten(0, 1), self.queue])
+        held = torch.arange(len(others), device=unit.device) < everyone.shape[0] * views + self.filled
         owner = torch.full((len(others),), -1, device=unit.device)
         owner[: len(everyone) * views] = torch.arange(len(everyone), device=unit.device).repeat_interleave(views)
         me = torch.arange(batch, device=unit.device) + process_rank() * batch
         with torch.no_grad():
             similarity = torch.einsum("vbd,nd->vbn", unit, others)
-            similarity = similarity.masked_fill(owner == me[:, None], -torch.inf)
+            similarity = similarity.masked_fill((owner == me[:, None]) | ~held, -torch.inf)
             found, nearest = similarity.max(dim=-1)
-        if torch.isinf(found).any():
-            loss = embeddings.sum() * 0.0
-        else:
-            loss = -torch.log((unit - others[nearest]).norm(dim=-1) + 1e-8).mean()
+        # No ``if``: it would make a GPU wait.
+        loss = -(torch.log((unit - others[nearest]).norm(dim=-1) + 1e-8) * found.isfinite()).mean()
         if self.training:
             newest = everyone.flatten(0, 1)
             with torch.no_grad():

@@ -101,9 +101,9 @@ class GroupMask:
         is_noise = rng.random(many) < self.noise_share
         return zip(sides.tolist(), starts.tolist(), is_noise.tolist())
 
-    def enlarge(self, labels: np.ndarray, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Labels of voxels ``[D, H, W]`` (uint8) on ``device`` from labels of cells."""
-        volume = torch.from_numpy(labels).to(device)
+    def enlarge(self, labels: Tensor, shape: Sequence[int]) -> Tensor:
+        """Labels of voxels ``[D, H, W]`` (uint8) from labels of cells, on their device."""
+        volume = labels
         for axis, cell in enumerate(self.cell):
             if cell > 1:
                 volume = volume.repeat_interleave(cell, dim=axis)

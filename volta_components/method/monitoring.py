@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from torch.utils.data import default_collate
 
 from volta_components.distributed import process_rank
 from volta_components.files import atomic_path, write_json
@@ -65,7 +66,7 @@ class ReconstructionPicture:
         from matplotlib.figure import Figure
 
         volume = torch.as_tensor(self.dataset[0]["image"]).to(engine.state.device)[None]
-        views = self.views(volume, [(0, 0)])
+        views = self.views(volume, default_collate([self.views.draw(volume.shape[2:], (0, 0))]))
         restored = restore(self.network, views.student[0])
         images = {
             "original": views.image[0],
@@ -142,9 +143,8 @@ class ReconstructionCheck:
         for index in range(min(self.limit, len(self.validation))):
             image = torch.as_tensor(self.validation[index]["image"]).to(device)[None]
             size = image.shape[2:]
-            labels = self.mask.enlarge(self.mask.draw(size, np.random.default_rng(index)), size, device).expand_as(
-                image
-            )
+            cells = torch.from_numpy(self.mask.draw(size, np.random.default_rng(index))).to(device)
+            labels = self.mask.enlarge(cells, size).expand_as(image)
             noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(index)).to(device)
             restored = restore(self.network, self.mask.fill(image, labels, noise))
             hidden = labels != VISIBLE

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 from volta_components.errors import InputError
 from volta_components.method.monai_versions import settle_cross_attention
-from volta_components.method.projection import ProjectionHead
+from volta_components.method.projection import ProjectionHead, TokenLogits
 from volta_components.method.summariser import ClsSummariser, check_heads
 
 # Twenty times ViT-giant; 160 GB in float32.
@@ -80,6 +81,11 @@ class VoltaViT(ViTAutoEnc):
         for block in self.blocks:
             block.attn.use_flash_attention = True  # type: ignore[union-attr]
         settle_cross_attention(self)
+
+    def compile_blocks(self) -> None:
+        """Compile the transformer blocks, once for each size of input; names and numbers of weights do not change."""
+        for block in self.blocks:
+            block.compile(dynamic=False)
 
     def drop_decoder(self) -> None:
         """Remove the decoder, if there is one; ``decode`` cannot be called any more."""
@@ -152,10 +158,21 @@ def resample_position_embedding(embedding: Tensor, grid: Sequence[int], new_grid
         )
     if tuple(grid) == tuple(new_grid):
         return embedding
-    volume = embedding.transpose(1, 2).reshape(1, -1, *grid)
-    # float32: the CPU kernel has no bfloat16, and the cost is that of a few thousand tokens.
-    volume = functional.interpolate(volume.float(), size=tuple(new_grid), mode="trilinear", align_corners=False)
-    return volume.flatten(2).transpose(1, 2).to(embedding.dtype)
+    weights = _resampling_weights(tuple(grid), tuple(new_grid), embedding.device)
+    with torch.autocast(embedding.device.type, enabled=False):
+        return (weights @ embedding.float()).to(embedding.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _resampling_weights(grid: tuple[int, ...], new_grid: tuple[int, ...], device: torch.device) -> Tensor:
+    """How much each new token takes of each old one, ``[N_new, N_old]``: each old token's unit volume, resampled.
+
+    A product with a fixed matrix has a gradient that is the same in every run; that of ``interpolate`` is not on CUDA.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        units = torch.eye(math.prod(grid)).view(-1, 1, *grid)
+        resampled = functional.interpolate(units, size=new_grid, mode="trilinear", align_corners=False)
+        return resampled.flatten(1).T.contiguous().to(device)
 
 
 def check_divides(size: Sequence[int], patch_size: Sequence[int]) -> None:
@@ -211,33 +228,32 @@ class GlobalOutput(NamedTuple):
     Attributes:
         summary: ``[V, D]``, the CLS-style token.
         logits: ``[V, K]`` of the summary.
-        patch_logits: ``[V, N, K]`` of every patch token.
+        patch_logits: ``[V, N, K]`` of every patch token, not multiplied out.
     """
 
     summary: Tensor
     logits: Tensor
-    patch_logits: Tensor
+    patch_logits: TokenLogits
 
 
 class StudentOutput(NamedTuple):
-    """The student's outputs of one pass.
+    """The student's outputs for masked global crops.
 
     Attributes:
-        globals_: of the masked global crops, ``V = 2B``.
-        local_logits: ``[L * B, K]``; empty (0 rows) without local crops.
+        globals_: ``V = 2B``.
         reconstruction: ``[2B, 1, D, H, W]``.
     """
 
     globals_: GlobalOutput
-    local_logits: Tensor
     reconstruction: Tensor
 
 
 class VoltaStudent(nn.Module):
-    """Network and projection head, with one ``forward`` that gives all that the losses need.
+    """Network and projection head.
 
-    Distributed data-parallel training sends gradients only through what ``forward`` of the wrapped module returns; the
-    plain network (``network``), with its single output, is what bundles share.
+    Global and local crops pass one after the other, each with its own backward pass, so that only one of them has to
+    be remembered. Distributed data-parallel training sends gradients through ``forward`` alone; it is the last of the
+    two, and uses every parameter. The plain network (``network``), with its single output, is what bundles share.
     """
 
     def __init__(self, network: VoltaViT, head: ProjectionHead) -> None:
@@ -251,12 +267,14 @@ class VoltaStudent(nn.Module):
         summary = self.network.summarise(tokens)
         return GlobalOutput(summary, self.head(summary), self.head.patches(tokens)), tokens
 
-    def forward(self, global_crops: Tensor, local_crops: Tensor) -> StudentOutput:
-        """Pass over masked global crops ``[2B, 1, D, H, W]`` and clean local crops ``[L * B, 1, d, h, w]``."""
+    def local_logits(self, crops: Tensor) -> Tensor:
+        """Logits ``[L * B, K]`` of the summaries of clean local crops ``[L * B, 1, d, h, w]``."""
+        return self.head(self.network(crops))
+
+    def forward(self, global_crops: Tensor) -> StudentOutput:
+        """Pass over masked global crops ``[2B, 1, D, H, W]``."""
         output, tokens = self.globals_(global_crops)
-        reconstruction = self.network.decode(tokens, self.network.token_grid(global_crops))
-        local_logits = self.head(self.network(local_crops)) if len(local_crops) else output.logits[:0]
-        return StudentOutput(output, local_logits, reconstruction)
+        return StudentOutput(output, self.network.decode(tokens, self.network.token_grid(global_crops)))
 
 
 class VoltaTeacher(VoltaStudent):

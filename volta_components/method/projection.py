@@ -3,12 +3,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
+
+
+@contextlib.contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32: the teacher's logits differ between subjects by less than either of them rounds."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+class TokenLogits(NamedTuple):
+    """Logits of patch tokens, not multiplied out: at the paper's size they would take 85 MB a network.
+
+    Attributes:
+        units: ``[..., d]``, a unit vector for each token.
+        prototypes: ``[K, d]``, the last layer's weight; logits are ``units @ prototypes.T``.
+    """
+
+    units: Tensor
+    prototypes: Tensor
+
+    def rows(self, chosen: slice = slice(None)) -> Tensor:
+        """Logits ``[rows, K]`` of some tokens, all crops' tokens being in one row."""
+        with full_float32(self.units.device):
+            return self.units.flatten(0, -2)[chosen].float() @ self.prototypes.T
 
 
 class ProjectionHead(nn.Module):
@@ -64,14 +96,10 @@ class ProjectionHead(nn.Module):
 
     def forward(self, summary: Tensor) -> Tensor:
         """Logits ``[B, K]`` of summaries ``[B, D]``."""
-        return self._logits(self.last_layer, summary)
+        unit = self.project(summary)
+        with full_float32(unit.device):
+            return self.last_layer(unit)
 
-    def patches(self, tokens: Tensor) -> Tensor:
-        """Logits ``[B, N, K]`` of patch tokens ``[B, N, D]``."""
-        return self._logits(self.patch_last_layer, tokens)
-
-    def _logits(self, layer: nn.Module, tokens: Tensor) -> Tensor:
-        unit = self.project(tokens)
-        # float32 in mixed precision as well: the teacher's logits differ between subjects by less than bfloat16 rounds.
-        with torch.autocast(unit.device.type, enabled=False):
-            return layer(unit)
+    def patches(self, tokens: Tensor) -> TokenLogits:
+        """Logits of patch tokens ``[B, N, D]``."""
+        return TokenLogits(self.project(tokens), self.patch_last_layer.weight)

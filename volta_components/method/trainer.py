@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from ignite.engine import Events
+from ignite.engine import EventEnum, Events
 from monai.engines import Trainer
 from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
@@ -26,28 +27,42 @@ from volta_components.method.views import ViewGenerator, Views
 from volta_components.training.sampling import ResumableSampler
 
 
+class ReadOut(EventEnum):
+    """When the numbers of the last mini-batches have been read from the device."""
+
+    NUMBERS_READ = "numbers_read"
+
+
 class VoltaTrainer(Trainer):
     """Ignite engine for VolTA-3D's pretraining.
 
     MONAI's ``SupervisedTrainer`` has one network and one loss, hard-wires mixed precision to CUDA, and divides the last
     accumulation window of an epoch by the full window's length. Here an iteration is one mini-batch:
 
-    1. views are made on the device;
-    2. the teacher sees the unmasked global crops, the student the masked ones and the local crops;
-    3. the sum of the DiCoM losses (eq. 6), scaled by the length of its accumulation window, is propagated back; centres
-       move;
+    1. views are made on the device, from what the loader's workers have drawn;
+    2. the teacher sees the unmasked global crops;
+    3. the student sees the local crops, whose share of eq. 2-3 is propagated back at once, so that they need not be
+       remembered; then the masked global crops, for the rest of the sum of the DiCoM losses (eq. 6). Both are scaled by
+       the length of their accumulation window; centres move;
     4. at the end of a window: gradients are clipped, the last layers' are dropped while those are frozen, and the
        optimiser steps with the learning rate of that step;
     5. ``IterationEvents.MODEL_COMPLETED`` is fired: ``TeacherEMAHandler``, one of the ``train_handlers``, lets the
-       teacher follow the student.
+       teacher follow the student;
+    6. every ``log_interval`` mini-batches the numbers are read from the device, all of them at once, and
+       ``ReadOut.NUMBERS_READ`` is fired. Nothing else waits for the device.
 
-    ``engine.state.output`` is a list of one dictionary: the mini-batch's numbers (floats), by name.
-    ``engine.state.summaries`` has the teacher's summary of each volume, ``[processes * B, D]``.
+    ``engine.state.output`` is a list of one dictionary: the mini-batch's numbers by name, floats once they have been
+    read, until then partly tensors. When numbers are read, ``engine.state.numbers`` has the dictionaries of all
+    mini-batches since the last time, and ``engine.state.summaries`` the teacher's summaries of each one's volumes,
+    ``[processes * B, D]``.
+
+    A step whose gradient is not finite is left out by optimisers that can do so on the device (``fused``); the run ends
+    when its numbers are read, before a checkpoint is written.
 
     Args:
         device: where to compute.
         max_epochs: epochs of the run.
-        train_data_loader: gives ``image`` ``[B, 1, D, H, W]`` in [0, 1] and ``key`` ``[B, 2]`` (epoch, index). Its
+        train_data_loader: gives ``image`` ``[B, 1, D, H, W]`` in [0, 1] and ``plan``, as ``DrawViewsd`` draws it. Its
             sampler, a ``ResumableSampler``, is set to the first mini-batch of each epoch here.
         student: the student, or its ``DistributedDataParallel`` wrapper.
         teacher: gives the targets; nothing here changes it.
@@ -64,6 +79,8 @@ class VoltaTrainer(Trainer):
         frozen_last_layer_epochs: epochs during which the head's last layers do not move.
         amp: mixed precision by autocast, on any device.
         amp_dtype: type of autocast.
+        log_interval: mini-batches between two readings of their numbers.
+        compile_blocks: whether the transformer blocks are compiled.
         train_handlers: attached to the engine; a ``TeacherEMAHandler`` has to be among them.
 
     Raises:
@@ -89,6 +106,8 @@ class VoltaTrainer(Trainer):
         frozen_last_layer_epochs: int = 1,
         amp: bool = False,
         amp_dtype: torch.dtype = torch.bfloat16,
+        log_interval: int = 1,
+        compile_blocks: bool = False,
         train_handlers: Sequence[Any] | None = None,
     ) -> None:
         if accumulation_steps < 1:
@@ -119,6 +138,7 @@ class VoltaTrainer(Trainer):
         self.clip_norm = clip_norm
         self.frozen_last_layer_epochs = frozen_last_layer_epochs
         self.amp_dtype = amp_dtype
+        self.log_interval = log_interval
         super().__init__(
             device=device,
             max_epochs=max_epochs,
@@ -130,7 +150,13 @@ class VoltaTrainer(Trainer):
         # Not ``self.amp``, which would make MONAI build a gradient scaler; bfloat16 needs none.
         self.mixed_precision = amp
         self._clock = time.perf_counter()
+        self._unread: list[dict[str, Any]] = []
+        self._unread_summaries: list[Tensor] = []
         self._check_sizes()
+        if compile_blocks:
+            for network in (self.plain_student.network, teacher.network):
+                network.compile_blocks()
+        self.register_events(*ReadOut)
         self.add_event_handler(Events.EPOCH_STARTED, self._epoch_started)
 
     def _check_sizes(self) -> None:
@@ -181,15 +207,10 @@ class VoltaTrainer(Trainer):
             self.optimizer.zero_grad(set_to_none=True)
         # Without MONAI's record of transforms, which summaries would carry into the checkpoint.
         image = batchdata["image"].as_subclass(Tensor).to(self.state.device, non_blocking=True)
-        views = self.views(image, batchdata["key"])
+        views = self.views(image, batchdata["plan"])
         temperature = self.teacher_temperature(iteration)
         patch_temperature = self.patch_teacher_temperature(iteration)
-        quiet: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if isinstance(self.student, DistributedDataParallel) and not is_last:
-            quiet = self.student.no_sync()
-        with quiet:
-            output = self._losses(views, temperature, patch_temperature)
-            (output["loss"] / window).backward()
+        output: dict[str, Any] = self._learn(views, temperature, patch_temperature, window, is_last)
         if is_last:
             rate = self.learning_rate(step)
             for group in self.optimizer.param_groups:
@@ -198,28 +219,72 @@ class VoltaTrainer(Trainer):
                     group["weight_decay"] = self.weight_decay(step)
             output["learning_rate"] = rate
             output["gradient_norm"] = self._step()
-        # One transfer from the device for all of them.
-        values = torch.stack(
-            [torch.as_tensor(value, dtype=torch.float32, device=image.device) for value in output.values()]
-        )
-        numbers = dict(zip(output, values.tolist(), strict=True))
-        numbers["teacher_temperature"] = temperature
-        numbers["patch_teacher_temperature"] = patch_temperature
-        # Since the end of the mini-batch before, so that waiting for data counts.
-        now = time.perf_counter()
-        numbers["volumes_per_second"] = len(image) * process_count() / (now - self._clock)
-        self._clock = now
-        self.state.output = [numbers]
+        output["teacher_temperature"] = temperature
+        output["patch_teacher_temperature"] = patch_temperature
+        output["volumes_per_second"] = len(image) * process_count()  # divided by the time when it is read
+        self.state.output = [output]
+        self._unread.append(output)
         self.fire_event(IterationEvents.MODEL_COMPLETED)
+        if self.state.iteration % self.log_interval == 0 or self.state.iteration % self.state.epoch_length == 0:
+            self.read_numbers()
         return self.state.output
 
-    def _losses(self, views: Views, temperature: float, patch_temperature: float) -> dict[str, Any]:
-        with torch.autocast(self.state.device.type, dtype=self.amp_dtype, enabled=self.mixed_precision):
+    def read_numbers(self) -> None:
+        """Read the numbers of the mini-batches since the last time, in one transfer from the device.
+
+        Raises:
+            InputError: if a gradient was not finite.
+        """
+        numbers, summaries = self._unread, self._unread_summaries
+        if not numbers:
+            return
+        self._unread, self._unread_summaries = [], []
+        scalars = [value.detach().float() for own in numbers for value in own.values() if isinstance(value, Tensor)]
+        read = torch.cat([torch.stack(scalars), *(rows.flatten() for rows in summaries)]).cpu()
+        values = iter(read[: len(scalars)].tolist())
+        # The time since the last reading, so that waiting for data counts.
+        now = time.perf_counter()
+        seconds, self._clock = (now - self._clock) / len(numbers), now
+        for own in numbers:
+            own |= {name: next(values) for name, value in own.items() if isinstance(value, Tensor)}
+            own["volumes_per_second"] /= seconds
+        rows = read[len(scalars) :].view(-1, summaries[0].shape[1])
+        self.state.numbers = numbers
+        self.state.summaries = list(rows.split([len(part) for part in summaries]))
+        first = self.state.iteration - len(numbers) + 1
+        for place, own in enumerate(numbers):
+            if not math.isfinite(own.get("gradient_norm", 0.0)):
+                raise InputError(
+                    f"the gradient is not finite at mini-batch {first + place}; lower the learning rate, or "
+                    "turn mixed precision off; the last checkpoint was written before and is kept"
+                )
+        self.fire_event(ReadOut.NUMBERS_READ)
+
+    def _learn(
+        self, views: Views, temperature: float, patch_temperature: float, window: int, is_last: bool
+    ) -> dict[str, Any]:
+        """Both forward and backward passes; the losses and their statistics."""
+        autocast = torch.autocast(self.state.device.type, dtype=self.amp_dtype, enabled=self.mixed_precision)
+        with autocast:
             taught = self.teacher(views.teacher.flatten(0, 1))
-            learnt = self.student(views.student.flatten(0, 1), views.local.flatten(0, 1))
-        output = self.loss(learnt, taught, views.image, views.masked, temperature, patch_temperature)
+        local_logits = taught.logits[:0]
+        if len(views.local):
+            # Not through the distributed wrapper: gradients are exchanged in the second backward pass.
+            with autocast:
+                local_logits = self.plain_student.local_logits(views.local.flatten(0, 1))
+            (self.loss.local_crops(local_logits, taught, temperature) / window).backward()
+        quiet: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if isinstance(self.student, DistributedDataParallel) and not is_last:
+            quiet = self.student.no_sync()
+        with quiet:
+            with autocast:
+                learnt = self.student(views.student.flatten(0, 1))
+            output = self.loss(
+                learnt, local_logits.detach(), taught, views.image, views.masked, temperature, patch_temperature
+            )
+            (output["loss"] / window).backward()
         # One view of each volume: two views of it would count twice.
-        self.state.summaries = gather_rows(taught.summary[: views.image.shape[1]].detach().float())
+        self._unread_summaries.append(gather_rows(taught.summary[: views.image.shape[1]].detach().float()))
         return output
 
     def _step(self) -> Tensor:
@@ -231,10 +296,8 @@ class VoltaTrainer(Trainer):
                     parameter.grad = None
         limit = self.clip_norm if self.clip_norm > 0 else float("inf")
         norm = nn.utils.clip_grad_norm_([p for p in student.parameters() if p.grad is not None], limit)
-        if not torch.isfinite(norm):
-            raise InputError(
-                f"the gradient is not finite at mini-batch {self.state.iteration}; lower the learning rate, or "
-                "turn mixed precision off; the last checkpoint was written before and is kept"
-            )
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            # As torch.amp.GradScaler does: a fused optimiser leaves the step out where this is 1.
+            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         return norm

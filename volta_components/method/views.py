@@ -4,68 +4,103 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from monai.networks.layers import gaussian_1d, separable_filtering
+from monai.transforms import MapTransform
+from monai.transforms.traits import RandomizableTrait
 from monai.transforms.utils import create_rotate, create_scale, create_translate
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.data import default_collate
 
 from volta_components.errors import InputError
 from volta_components.method.masking import VISIBLE, GroupMask
 from volta_components.training.sampling import derived_seed
 
 
-def sample_crops(volume: Tensor, affines: Sequence[np.ndarray] | np.ndarray, size: Sequence[int]) -> Tensor:
-    """Crops ``[n, C, *size]`` of one volume by affine resampling (trilinear, zeros outside), all of them in one call.
+class CropPlan(NamedTuple):
+    """Where crops read, drawn on the host; see ``plan_crops``.
 
-    MONAI's ``AffineTransform`` takes one source for each crop, which would copy the volume once for each. Here the
-    sampling grids are joined, and the volume is read in place. Crops that are coarser than 1.5 voxels are taken from
-    the volume averaged over 2 x 2 x 2 voxels (and so on), so that fine detail does not alias.
+    Attributes:
+        levels: ``[n]``, how often the volume is halved before a crop is taken from it. Stays on the host, where it
+            decides which kernels run.
+        readings: ``[n, 3, 4]`` float64, from voxel indices of a crop to ``grid_sample``'s normalised (x, y, z).
+    """
+
+    levels: Tensor
+    readings: Tensor
+
+
+def plan_crops(affines: Sequence[np.ndarray] | np.ndarray, volume_shape: Sequence[int]) -> CropPlan:
+    """Plan crops by affine resampling.
+
+    Crops that are coarser than 1.5 voxels are taken from the volume averaged over 2 x 2 x 2 voxels (and so on), so that
+    fine detail does not alias.
+
+    Args:
+        affines: ``[n, 4, 4]``, from voxel indices of a crop to voxel indices of the volume (the "pull" convention of
+            ``scipy.ndimage.affine_transform``).
+        volume_shape: voxels of the volume along each axis.
+    """
+    matrices = np.asarray(affines, dtype=np.float64).reshape(-1, 4, 4)
+    steps = np.linalg.norm(matrices[:, :3, :3], axis=1).mean(axis=1)
+    levels = np.maximum(0, np.floor(np.log2(np.maximum(steps, 1e-6) / 1.5) + 1)).astype(np.int64)
+    readings = np.empty((len(matrices), 3, 4))
+    for i, (matrix, level) in enumerate(zip(matrices, levels.tolist())):
+        factor = 2**level
+        # Voxel i of the averaged volume is centred on voxel factor * i + (factor - 1) / 2 of the volume.
+        to_level = create_scale(3, [1 / factor] * 3) @ create_translate(3, [-(factor - 1) / 2] * 3)
+        # Voxel index i of a source of n voxels is at (2 i + 1) / n - 1.
+        scale = 2.0 / np.ceil(np.asarray(volume_shape) / factor)
+        reading = (to_level @ matrix)[:3] * scale[:, None]
+        reading[:, 3] += scale / 2 - 1.0
+        readings[i] = reading[::-1]
+    return CropPlan(torch.from_numpy(levels), torch.from_numpy(readings))
+
+
+def sample_crops(volume: Tensor, plan: CropPlan, size: Sequence[int]) -> Tensor:
+    """Crops of one volume by affine resampling (trilinear, zeros outside).
+
+    MONAI's ``AffineTransform`` would copy the volume once for each crop; here it is read in place.
 
     Args:
         volume: ``[1, C, D, H, W]``.
-        affines: ``[n, 4, 4]``, from voxel indices of a crop to voxel indices of the volume (the "pull" convention of
-            ``scipy.ndimage.affine_transform``).
+        plan: of n crops, its ``readings`` on the volume's device.
         size: voxels of a crop along each axis.
     """
-    matrices = np.asarray(affines, dtype=np.float64)
-    steps = np.linalg.norm(matrices[:, :3, :3], axis=1).mean(axis=1)
-    levels = np.maximum(0, np.floor(np.log2(np.maximum(steps, 1e-6) / 1.5) + 1)).astype(int)
-    crops = volume.new_empty((len(matrices), volume.shape[1], *size))
-    for level in np.unique(levels):
-        chosen = np.flatnonzero(levels == level)
-        factor = 2 ** int(level)
-        source = volume if factor == 1 else functional.avg_pool3d(volume, factor, ceil_mode=True)
-        # Voxel i of the averaged volume is centred on voxel factor * i + (factor - 1) / 2 of the volume.
-        to_level = create_scale(3, [1 / factor] * 3) @ create_translate(3, [-(factor - 1) / 2] * 3)
-        grid = _sampling_grid(to_level @ matrices[chosen], source.shape[2:], size, volume)
-        row = functional.grid_sample(source, grid.flatten(0, 1)[None], align_corners=False, padding_mode="zeros")
-        crops[torch.as_tensor(chosen, device=volume.device)] = row[0].unflatten(1, (len(chosen), -1)).transpose(0, 1)
-    return crops
+    levels = plan.levels.tolist()
+    crops: dict[int, Tensor] = {}
+    for level in sorted(set(levels)):
+        chosen = [i for i, own in enumerate(levels) if own == level]
+        source = functional.avg_pool3d(volume, 2**level, ceil_mode=True) if level else volume
+        grid = _sampling_grid(torch.stack([plan.readings[i] for i in chosen]), size).to(volume.dtype)
+        sources = source.expand(len(chosen), -1, -1, -1, -1)
+        found = functional.grid_sample(sources, grid, align_corners=False, padding_mode="zeros")
+        crops |= dict(zip(chosen, found.split(1)))
+    if not crops:
+        return volume.new_empty((0, volume.shape[1], *size))
+    return torch.cat([crops[i] for i in range(len(levels))])
 
 
-def _sampling_grid(matrices: np.ndarray, source: Sequence[int], size: Sequence[int], like: Tensor) -> Tensor:
+def _sampling_grid(readings: Tensor, size: Sequence[int]) -> Tensor:
     """Where crops read, ``[n, *size, 3]``, in ``grid_sample``'s normalised (x, y, z) order.
 
     An affine grid is a sum of three terms, each along one axis of the crop; adding them up by broadcasting takes a
     third of the time of ``affine_grid``, which multiplies a matrix with the coordinates of every voxel.
     """
-    # Voxel index i of a source of n voxels is at (2 i + 1) / n - 1.
-    scale = 2.0 / np.asarray(source, dtype=np.float64)
-    linear = matrices[:, :3, :3] * scale[:, None]
-    offset = matrices[:, :3, 3] * scale + scale / 2 - 1.0
     terms = []
     for axis, count in enumerate(size):
-        term = linear[:, None, :, axis] * np.arange(count)[:, None] + (offset[:, None] if axis == 0 else 0.0)
-        shape = [len(matrices), 1, 1, 1, 3]
+        term = readings[:, None, :, axis] * torch.arange(count, device=readings.device)[:, None]
+        if axis == 0:
+            term = term + readings[:, None, :, 3]
+        shape = [len(readings), 1, 1, 1, 3]
         shape[axis + 1] = count
-        reversed_term = np.ascontiguousarray(term[..., ::-1]).reshape(shape)
-        terms.append(torch.as_tensor(reversed_term, dtype=like.dtype, device=like.device))
+        terms.append(term.float().view(shape))
     return terms[0] + terms[1] + terms[2]
 
 
@@ -126,6 +161,21 @@ class CropGeometry:
         )
 
 
+class IntensityPlan(NamedTuple):
+    """The numbers of an intensity change, drawn on the host.
+
+    Attributes:
+        numbers: ``[5]`` float64: gamma, scale, shift, deviation of the noise, weights of the blur (0: none). They stay
+            on the host, where they decide which kernels run.
+        kernel: weights of the blur, filled up with zeros.
+        field: ``[1, 1, 4, 4, 4]``, control points of the log bias field.
+    """
+
+    numbers: Tensor
+    kernel: Tensor
+    field: Tensor
+
+
 @dataclass(eq=False)
 class IntensityAugment:
     """Random contrast, brightness, gamma, smooth bias field, blur and noise; mild and strong are two settings of it.
@@ -159,26 +209,45 @@ class IntensityAugment:
         if min(strengths) < 0 or self.gamma < 1 or self.contrast >= 1:
             raise InputError("intensity augmentation: strengths are >= 0, contrast < 1 and gamma >= 1")
 
-    def __call__(self, crop: Tensor, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
-        """Augment a crop ``[1, C, D, H, W]`` in [0, 1], which is not changed.
+    @property
+    def longest_kernel(self) -> int:
+        """Weights of the widest blur."""
+        return len(gaussian_1d(torch.tensor(max(0.2, self.blur)), truncated=3.0))
 
-        ``generator`` gives the voxels' noise on the crop's device, ``rng`` the few other numbers.
-        """
+    def draw(self, rng: np.random.Generator) -> IntensityPlan:
+        """Draw the few numbers that a change is made of."""
         gamma = math.exp(rng.uniform(-1.0, 1.0) * math.log(self.gamma))
         scale = 1.0 + rng.uniform(-self.contrast, self.contrast)
         shift = rng.uniform(-self.brightness, self.brightness)
         deviation = rng.uniform(0.0, self.noise)
-        control = rng.normal(0.0, self.bias, size=(1, 1, 4, 4, 4)) if self.bias else None
-        sigma = rng.uniform(0.2, max(0.2, self.blur)) if self.blur and rng.random() < self.blur_probability else 0.0
+        field = rng.normal(0.0, self.bias, size=(1, 1, 4, 4, 4)) if self.bias else np.zeros((1, 1, 4, 4, 4))
+        kernel, width = torch.zeros(self.longest_kernel), 0
+        if self.blur and rng.random() < self.blur_probability:
+            weights = gaussian_1d(torch.tensor(rng.uniform(0.2, max(0.2, self.blur))), truncated=3.0)
+            width = len(weights)
+            kernel[:width] = weights
+        numbers = torch.tensor([gamma, scale, shift, deviation, width], dtype=torch.float64)
+        return IntensityPlan(numbers, kernel, torch.from_numpy(field).float())
+
+    def __call__(self, crop: Tensor, plan: IntensityPlan, generator: torch.Generator | None) -> Tensor:
+        """Augment one crop.
+
+        Args:
+            crop: ``[1, C, D, H, W]`` in [0, 1]; not changed.
+            plan: what ``draw`` gave.
+            generator: source of voxel noise, on the crop's device.
+
+        Returns:
+            A new tensor of the same shape, in [0, 1].
+        """
+        gamma, scale, shift, deviation, width = plan.numbers.tolist()
         result = crop.clone()
-        if sigma:
-            kernel = gaussian_1d(torch.tensor(sigma), truncated=3.0).to(crop.device)
-            result = separable_filtering(result, [kernel] * 3)
+        if width:
+            result = separable_filtering(result, [plan.kernel[: int(width)]] * 3)
         if gamma != 1.0:
             result = result.clamp_(min=0.0).pow_(gamma)
-        if control is not None:
-            points = torch.as_tensor(control, dtype=crop.dtype, device=crop.device)
-            field = functional.interpolate(points, size=crop.shape[2:], mode="trilinear", align_corners=True)
+        if self.bias:
+            field = functional.interpolate(plan.field, size=crop.shape[2:], mode="trilinear", align_corners=True)
             result = result.mul_(field.exp_())
         if scale != 1.0 or shift != 0.0:
             result = result.mul_(scale).add_(shift)
@@ -207,12 +276,33 @@ class Views(NamedTuple):
     local: Tensor
 
 
+class ViewPlan(NamedTuple):
+    """What is random about a volume's views, but for the noise of voxels; made in the loader's workers.
+
+    Attributes:
+        seed: ``[]``, of the noise; stays on the host.
+        global_crops: of the two global crops.
+        teacher: intensity changes of the global crops; every tensor's first axis runs over the two.
+        student: likewise.
+        cells: ``[2, d, h, w]`` uint8, what each cell of the student's global crops is masked by.
+        local_crops: of the local crops.
+    """
+
+    seed: Tensor
+    global_crops: CropPlan
+    teacher: IntensityPlan
+    student: IntensityPlan
+    cells: Tensor
+    local_crops: CropPlan
+
+
 @dataclass(eq=False)
 class ViewGenerator:
     """Makes the views of a mini-batch on its own device.
 
-    The views of a volume depend on the seed and the volume's key (epoch, index) alone: not on the batch, the worker,
-    the process, or earlier mini-batches.
+    What is random is drawn on the host, by ``draw``: in the loader's workers, so that neither the training process nor
+    a GPU waits for it. The views of a volume depend on the seed and the volume's key (epoch, index) alone: not on the
+    batch, the worker, the process, or earlier mini-batches.
 
     Attributes:
         global_geometry: placement of the two global crops.
@@ -234,35 +324,91 @@ class ViewGenerator:
     mask: GroupMask
     seed: int = 0
 
+    def draw(self, shape: Sequence[int], key: Sequence[int]) -> ViewPlan:
+        """Draw what is random about the views of one volume.
+
+        Args:
+            shape: voxels of the volume along each axis.
+            key: (epoch, index) of the volume.
+        """
+        seed = derived_seed(self.seed, "views", *(int(part) for part in key))
+        rng = np.random.default_rng(seed)
+        size = self.global_geometry.size
+        global_crops = plan_crops([self.global_geometry.draw(shape, rng) for _ in range(self.num_global)], shape)
+        teacher, student, cells = [], [], []
+        for _ in range(self.num_global):
+            teacher.append(self.teacher_intensity.draw(rng))
+            student.append(self.student_intensity.draw(rng))
+            cells.append(torch.from_numpy(self.mask.draw(size, rng)))
+        local_crops = plan_crops([self.local_geometry.draw(shape, rng) for _ in range(self.num_local)], shape)
+        intensities = default_collate(teacher), default_collate(student)
+        return ViewPlan(torch.tensor(seed), global_crops, *intensities, torch.stack(cells), local_crops)
+
     @torch.no_grad()
-    def __call__(self, volumes: Tensor, keys: Sequence[Sequence[int]] | Tensor) -> Views:
-        """Views of volumes ``[B, 1, D, H, W]`` in [0, 1], on their device; keys are (epoch, index) of each."""
-        batch = [
-            self._views_of(volume, [int(part) for part in key])
-            for volume, key in zip(volumes.split(1), keys, strict=True)
-        ]
+    def __call__(self, volumes: Tensor, plan: ViewPlan) -> Views:
+        """Views of volumes ``[B, 1, D, H, W]`` in [0, 1].
+
+        Args:
+            volumes: the mini-batch; views are made on its device.
+            plan: what ``draw`` gave for each volume, collated: every tensor's first axis runs over volumes.
+        """
+        plan = to_device(plan, volumes.device)
+        batch = [self._views_of(volume, part_of(plan, i)) for i, volume in enumerate(volumes.split(1))]
         if len(batch) == 1:
             return Views(*(part[:, None] for part in batch[0]))
         return Views(*(torch.stack(parts, dim=1) for parts in zip(*batch, strict=True)))
 
-    def _views_of(self, volume: Tensor, key: Sequence[int]) -> tuple[Tensor, ...]:
-        seed = derived_seed(self.seed, "views", *key)
-        rng = np.random.default_rng(seed)
-        generator = torch.Generator(device=volume.device).manual_seed(seed)
-        shape = volume.shape[2:]
+    def _views_of(self, volume: Tensor, plan: ViewPlan) -> tuple[Tensor, ...]:
+        generator = noise_generator(volume.device, int(plan.seed))
         size = self.global_geometry.size
-        image = sample_crops(volume, [self.global_geometry.draw(shape, rng) for _ in range(self.num_global)], size)
+        image = sample_crops(volume, plan.global_crops, size)
         teacher, student, masked = [], [], []
-        for crop in image.split(1):
-            teacher.append(self.teacher_intensity(crop, rng, generator))
-            strong = self.student_intensity(crop, rng, generator)
-            labels = self.mask.enlarge(self.mask.draw(size, rng), size, volume.device).expand_as(crop)
+        for i, crop in enumerate(image.split(1)):
+            teacher.append(self.teacher_intensity(crop, part_of(plan.teacher, i), generator))
+            changed = self.student_intensity(crop, part_of(plan.student, i), generator)
+            labels = self.mask.enlarge(plan.cells[i], size).expand_as(crop)
             noise = torch.randn(crop.shape, generator=generator, device=crop.device, dtype=crop.dtype)
-            student.append(self.mask.fill(strong, labels, noise))
+            student.append(self.mask.fill(changed, labels, noise))
             masked.append(labels != VISIBLE)
-        if self.num_local:
-            affines = [self.local_geometry.draw(shape, rng) for _ in range(self.num_local)]
-            local = sample_crops(volume, affines, self.local_geometry.size)
-        else:
-            local = volume.new_empty((0, volume.shape[1], *self.local_geometry.size))
+        local = sample_crops(volume, plan.local_crops, self.local_geometry.size)
         return image, torch.cat(teacher), torch.cat(student), torch.cat(masked), local
+
+
+def noise_generator(device: torch.device, seed: int) -> torch.Generator | None:
+    """A source of noise on a device; None on ``meta``, where nothing is computed."""
+    return None if device.type == "meta" else torch.Generator(device=device).manual_seed(seed)
+
+
+# Fields that the host reads to decide what to compute.
+_ON_HOST = {"levels", "numbers", "seed"}
+
+
+def to_device(plan: Any, device: torch.device) -> Any:
+    """A plan with what kernels read on the device, and the rest where it is; nothing waits if memory is pinned."""
+    if isinstance(plan, Tensor):
+        return plan.to(device, non_blocking=True)
+    parts = {name: part if name in _ON_HOST else to_device(part, device) for name, part in plan._asdict().items()}
+    return type(plan)(**parts)
+
+
+def part_of(plan: Any, i: int) -> Any:
+    """The i-th of what is collated in a plan."""
+    return plan[i] if isinstance(plan, Tensor) else type(plan)(*(part_of(part, i) for part in plan))
+
+
+class DrawViewsd(MapTransform, RandomizableTrait):
+    """Adds the views' plan to an item that has ``image`` and its ``key``.
+
+    A transform, so that the loader's workers do it. ``RandomizableTrait`` keeps it out of caches.
+
+    Args:
+        views: whose ``draw`` is called.
+    """
+
+    def __init__(self, views: ViewGenerator) -> None:
+        super().__init__(("image", "key"))
+        self.views = views
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """The item with ``plan``."""
+        return {**data, "plan": self.views.draw(data["image"].shape[1:], data["key"].tolist())}

@@ -167,7 +167,7 @@ class TrainingRecord:
 
     Args:
         settings: recorded as parameters; the bundle, the seed and the datalist's hash as tags as well.
-        interval: mini-batches over which to average.
+        interval: mini-batches over which to average; those between two readings of the trainer's numbers.
     """
 
     def __init__(self, settings: Mapping[str, Any], interval: int = 8) -> None:
@@ -176,8 +176,8 @@ class TrainingRecord:
         self.tags = {"code_version": code_version(), **tags}
         self.interval = interval
         self._described = False
-        self._recent: dict[str, list[float]] = defaultdict(list)
-        self._epoch: dict[str, list[float]] = defaultdict(list)
+        self._recent: list[Mapping[str, float]] = []
+        self._epoch: list[Mapping[str, float]] = []
 
     def attach(self, engine: Engine) -> None:
         """Follow every mini-batch and epoch."""
@@ -189,9 +189,9 @@ class TrainingRecord:
         engine.add_event_handler(Events.COMPLETED, self._completed)
 
     def _iteration_completed(self, engine: Any) -> None:
-        for name, value in engine.state.output[0].items():
-            self._recent[name].append(value)
-            self._epoch[name].append(value)
+        # Not yet the numbers in it: those may still be on the device, and are read later.
+        self._recent.append(engine.state.output[0])
+        self._epoch.append(engine.state.output[0])
         mlflow_handler = find_mlflow_handler(engine)
         if mlflow_handler is not None and not self._described:
             items = getattr(getattr(engine.state.dataloader, "dataset", None), "data", [])
@@ -238,9 +238,16 @@ def raise_error(engine: Engine, error: BaseException) -> None:
     raise error
 
 
-def _means(numbers: dict[str, list[float]], device: torch.device) -> dict[str, float]:
-    """Means over all processes, on the device (NCCL cannot reduce tensors on the CPU); the lists are emptied."""
-    names = sorted(numbers)
-    means = torch.tensor([float(np.mean(numbers[name])) for name in names], dtype=torch.float64, device=device)
+def _means(numbers: list[Mapping[str, float]], device: torch.device) -> dict[str, float]:
+    """Means of the numbers by name, over all processes; the list is emptied.
+
+    Computed on the training's device: NCCL cannot reduce tensors on the CPU.
+    """
+    values: dict[str, list[float]] = defaultdict(list)
+    for own in numbers:
+        for name, value in own.items():
+            values[name].append(float(value))
     numbers.clear()
+    names = sorted(values)
+    means = torch.tensor([float(np.mean(values[name])) for name in names], dtype=torch.float64, device=device)
     return dict(zip(names, mean_over_processes(means).tolist(), strict=True))

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cross-entropy of patch tokens with the teacher's distributions (paper, eq. 4-5), a few tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from volta_components.method.projection import full_float32
+from volta_components.method.statistics import entropy_share
+
+TOKENS_AT_ONCE = 512
+
+
+class TokenCrossEntropy(torch.autograd.Function):
+    """Mean of ``-sum_k target_k ln softmax(u W^T / tau)_k`` over tokens, and its gradient, computed along with it.
+
+    PyTorch's own functions would keep several arrays of ``[tokens, K]`` in float32 until the backward pass: 85 MB each
+    at the paper's size. Here ``TOKENS_AT_ONCE`` rows exist at a time. With ``p`` the softmax and ``t`` the target, the
+    loss of a token is ``logsumexp(u W^T / tau) - u (t W) / tau``, its gradient ``(p - t) W / tau`` for ``u`` and
+    ``(p - t)^T u / tau`` for ``W``. Targets are constants.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, units: Tensor, prototypes: Tensor, target_of: Callable[[slice], Tensor], temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loss, and three numbers for monitoring, without gradients.
+
+        Args:
+            ctx: of the backward pass.
+            units: ``[B, N, d]``, the student's tokens, ``u``.
+            prototypes: ``[K, d]``, the student's last layer, ``W``.
+            target_of: the targets ``[rows, K]`` of some tokens, all crops' tokens being in one row.
+            temperature: tau_s.
+
+        Returns:
+            The loss; the mean entropy of the targets as a share of ``ln K``; their mean, ``[K]``; and the loss that
+            the student's outputs for the tokens half a crop away would have.
+        """
+        count, half = units.shape[:-1].numel(), units.shape[1] // 2
+        rows, elsewhere = units.flatten(0, 1).float(), units.roll(half, dims=1).flatten(0, 1).float()
+        totals = torch.zeros(4, device=units.device)  # of logsumexp, agreement, agreement elsewhere, entropy
+        mean_target = torch.zeros(len(prototypes), device=units.device)
+        learns = any(ctx.needs_input_grad)
+        units_gradient = torch.empty_like(rows) if learns else None
+        prototypes_gradient = torch.zeros_like(prototypes) if learns else None
+        with full_float32(units.device):
+            for start in range(0, count, TOKENS_AT_ONCE):
+                chosen = slice(start, start + TOKENS_AT_ONCE)
+                own, target = rows[chosen], target_of(chosen)
+                logits = (own @ prototypes.T).div_(temperature)
+                level = logits.logsumexp(dim=-1, keepdim=True)
+                pulled = target @ prototypes / temperature
+                agreement, other = (own * pulled).sum(), (elsewhere[chosen] * pulled).sum()
+                totals += torch.stack([level.sum(), agreement, other, entropy_share(target).sum()])
+                mean_target += target.sum(dim=0)
+                if units_gradient is not None and prototypes_gradient is not None:
+                    probabilities = logits.sub_(level).exp_()
+                    torch.sub(probabilities @ prototypes / temperature, pulled, out=units_gradient[chosen])
+                    prototypes_gradient.addmm_(probabilities.sub_(target).T, own, alpha=1 / (temperature * count))
+        level_mean, agreement, other, entropy = (totals / count).unbind()
+        if units_gradient is not None and prototypes_gradient is not None:
+            ctx.save_for_backward(units_gradient.div_(count).view(units.shape), prototypes_gradient)
+        results = (entropy, mean_target / count, level_mean - other)
+        ctx.mark_non_differentiable(*results)
+        return (level_mean - agreement, *results)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+        """The gradients that ``forward`` has computed, times the loss's own."""
+        units, prototypes = ctx.saved_tensors
+        return units * gradient, prototypes * gradient, None, None
