@@ -46,7 +46,7 @@ def parsed(overlay: str | None, prepared: Path, folder: Path, **overrides: Any) 
         "device": "$torch.device('cpu')",
         "num_workers": 0,
         "spacing": 1.0,
-        "checkpoint_interval": 8,
+        "checkpoint_minutes": 0,
         **overrides,
     }
     for name, value in settings.items():
@@ -169,7 +169,7 @@ def test_train_json_is_the_recipe() -> None:
 
 def test_schedules_of_the_paper_as_built(prepared: Path, tmp_path: Path) -> None:
     """Twelve volumes: 12 mini-batches and 2 optimiser steps an epoch."""
-    parser = parsed(None, prepared, tmp_path, checkpoint_interval=8)
+    parser = parsed(None, prepared, tmp_path, checkpoint_minutes=0)
     rate = parser.get_parsed_content("train#trainer").learning_rate
     momentum = parser.get_parsed_content("train#handlers#0").momentum
     assert rate(10) == pytest.approx(2.5e-4)

@@ -38,7 +38,7 @@ class Workplace:
             "accumulation_steps": 3,
             "warmup_epochs": 1,
             "teacher_temperature_epochs": 1,
-            "checkpoint_interval": 3,
+            "checkpoint_minutes": 0,
             "picture_interval": 2,
             "log_interval": 4,
             "validation_fold": 0,

@@ -60,7 +60,7 @@ def pretrain(folder: Path, name: str, *overlays: str, launcher: tuple[str, ...] 
     files = configs("pretrain", "train", *overlays, "tiny")
     places = ("--dataset_dir", str(folder / "pretrain"), "--output_dir", str(folder / "runs" / name))
     places += ("--encoder_path", str(folder / f"{name}.safetensors"))
-    options = ("--epochs", "2", "--num_workers", "2", "--log_interval", "2", "--checkpoint_interval", "2")
+    options = ("--epochs", "2", "--num_workers", "2", "--log_interval", "2", "--checkpoint_minutes", "0")
     run("-m", *launcher, "monai.bundle", "run", "--config_file", files, *places, *options)
 
 

@@ -122,7 +122,7 @@ def test_ctrl_c_and_sigterm_lose_nothing(
 ) -> None:
     """In a process group with a loading worker, as a terminal or a scheduler signals it."""
     name = f"stopped{number}"
-    words = workplace.arguments("--run_name", name, "--num_workers", "1", "--checkpoint_interval", "6")
+    words = workplace.arguments("--run_name", name, "--num_workers", "1", "--checkpoint_minutes", "0")
     log = workplace.folder / f"{name}.txt"
     with log.open("w") as stream:
         command = [sys.executable, "-m", "monai.bundle", *words]
@@ -142,7 +142,7 @@ def test_ctrl_c_and_sigterm_lose_nothing(
     assert not workplace.encoder(name).exists()
     assert 6 <= place < EPOCHS * LENGTH
     assert place % LENGTH % 3 == 0
-    workplace.run("--run_name", name, "--checkpoint_interval", "6")
+    workplace.run("--run_name", name, "--checkpoint_minutes", "0")
     assert_equal_runs(workplace, unbroken, name)
 
 
@@ -422,7 +422,6 @@ def test_bad_settings_are_named(workplace: Workplace) -> None:
         (("--volume_size", "[48,48,48]"), ("shape 32x32x32, but 48x48x48 is expected", "--shape 48,48,48")),
         (("--patch_size", "[9,9,9]"), ("(32, 32, 32)", "patches of (9, 9, 9)", "a multiple of the patch")),
         (("--local_size", "[24,24,24]"), ("(24, 24, 24)", "patches of (16, 16, 16)", "a multiple of the patch")),
-        (("--checkpoint_interval", "4"), ("checkpoint interval 4", "multiple of the 3")),
     ):
         error = fails(workplace.start("--run_name", "bad", *options))
         for part in words:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +35,11 @@ class Killed(BaseException):
 
 
 def run_with_checkpoint(
-    path: Path, settings: dict[str, Any] | None = None, kill_at: int | None = None, interval: int = 2, run: bool = True
+    path: Path,
+    settings: dict[str, Any] | None = None,
+    kill_at: int | None = None,
+    run: bool = True,
+    log_interval: int = 1,
 ) -> SimpleNamespace:
     """Seven volumes, two epochs, windows of two (the last of an epoch holds one), every stateful part in use."""
     parts = tiny_run(
@@ -43,6 +49,7 @@ def run_with_checkpoint(
         global_loss=GlobalAlignmentLoss(SinkhornTargets(PROTOTYPES, queue_size=6)),
         koleo_loss=KoLeoLoss(HIDDEN, 6),
         learning_rate=lambda step: 1e-3 / (1 + step),
+        log_interval=log_interval,
     )
     parts.monitor = CollapseMonitor(queue_size=5, rank_interval=3)
     parts.checkpoint = ResumableCheckpoint(
@@ -54,7 +61,6 @@ def run_with_checkpoint(
             "optimizer": parts.optimizer,
         },
         settings or {"seed": 0, "sizes": (8, 12)},
-        interval=interval,
         window=2,
         handlers={"monitor": parts.monitor, "disabled": None},
     )
@@ -76,6 +82,7 @@ def run_with_checkpoint(
         else:
             with pytest.raises(Killed):
                 parts.trainer.run()
+            parts.checkpoint.finish()  # at the latest when its process ends
     return parts
 
 
@@ -157,19 +164,18 @@ def test_checkpoints_lie_where_no_gradient_is_pending(tmp_path: Path) -> None:
     saved: list[tuple[int, int]] = []
     inner = parts.checkpoint.save
     parts.checkpoint.save = lambda engine: (saved.append((engine.state.iteration, engine.state.epoch)), inner(engine))
-    parts.trainer.add_event_handler(Events.ITERATION_COMPLETED, parts.checkpoint._interval_completed)
     parts.trainer.run()
+    assert [iteration for iteration, _ in saved] == [2, 4, 6, 7, 9, 11, 13, 14]
     for iteration, _ in saved:
         position, window, _ = parts.trainer.window(iteration - 1)
         assert position == window - 1
-    with pytest.raises(InputError, match="interval 3 is not a multiple of the 2"):
-        ResumableCheckpoint(tmp_path / "c.pt", {}, {}, interval=3, window=2)
 
 
 def save_settings(path: Path, settings: dict[str, Any]) -> None:
     parts = run_with_checkpoint(path, settings, run=False)
     parts.trainer.state.iteration = 2
     parts.checkpoint.save(parts.trainer)
+    parts.checkpoint.finish()
 
 
 def test_ends_of_epochs_have_a_checkpoint_after_so_many_minutes_and_the_last_always(
@@ -198,6 +204,74 @@ def test_ends_of_epochs_have_a_checkpoint_after_so_many_minutes_and_the_last_alw
     assert run(5, 10, "some.pt") == [3]
     clock.now += 1e6
     assert run(9, 10, "some.pt") == [6, 9]
+
+
+def test_within_an_epoch_a_checkpoint_lies_at_the_end_of_the_first_window_after_so_many_minutes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mini-batches of one minute, windows of three, epochs of eleven."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    saved: list[int] = []
+    monkeypatch.setattr(torch, "save", lambda state, target: saved.append(state["engine"]["iteration"]))
+    monkeypatch.setattr(checkpoint, "atomic_path", contextlib.nullcontext)
+    engine = Engine(lambda *_: setattr(clock, "now", clock.now + 60))
+    ResumableCheckpoint(tmp_path / "c.pt", {}, {}, minutes=4, window=3).attach(engine)
+    engine.run(range(11), max_epochs=2)
+    # 6: the first end of a window after 4 minutes; 11: the end of the epoch; 17 = 11 + 6; 22: the last.
+    assert saved == [6, 11, 17, 22]
+
+
+def test_a_checkpoint_is_written_beside_the_training_never_two_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written is the state at that time, though the training goes on before the disk is ready."""
+    weight = torch.zeros(3)
+    module = torch.nn.Module()
+    module.register_buffer("weight", weight)
+    path, ready, begun = tmp_path / "c.pt", threading.Event(), threading.Event()
+    writing: list[int] = []
+    inner = torch.save
+
+    def slow(state: Any, target: Path) -> None:
+        writing.append(1)
+        assert sum(writing) == 1
+        begun.set()
+        assert ready.wait(60)
+        inner(state, target)
+        writing.append(-1)
+
+    monkeypatch.setattr(torch, "save", slow)
+    engine: Any = SimpleNamespace(state=SimpleNamespace(iteration=1, epoch_length=1, max_epochs=1))
+    saver = ResumableCheckpoint(path, {"module": module}, {})
+    saver.save(engine)
+    weight += 1  # while the first is being written
+    assert begun.wait(60)
+    assert not path.exists()
+    threading.Timer(0.2, ready.set).start()
+    saver.save(engine)
+    assert torch.equal(torch.load(path)["module"]["weight"], torch.zeros(3))
+    saver.finish()
+    assert torch.equal(torch.load(path)["module"]["weight"], torch.ones(3))
+
+
+def test_numbers_on_the_device_are_read_before_a_checkpoint(tmp_path: Path, whole: SimpleNamespace) -> None:
+    """Read every 99 mini-batches, a run that breaks ends as one whose numbers are read at once."""
+    path = tmp_path / "c.pt"
+    run_with_checkpoint(path, kill_at=5, log_interval=99)
+    rest = run_with_checkpoint(path, log_interval=99)
+    assert min(rest.outputs) == 5
+    for name in ("student", "teacher", "loss", "optimizer", "monitor"):
+        assert_equal_states(getattr(rest, name).state_dict(), getattr(whole, name).state_dict(), name)
+
+
+def test_a_run_that_has_diverged_is_not_saved(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    parts = run_with_checkpoint(path, run=False, log_interval=99)
+    parts.trainer.loss.reconstruction_weight = float("nan")
+    with pytest.raises(RuntimeError, match="not finite at mini-batch 2"):
+        parts.trainer.run()
+    assert not path.exists()
 
 
 def test_another_configuration_is_refused(tmp_path: Path) -> None:
@@ -346,6 +420,7 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     parts = run_with_checkpoint(path, run=False)
     parts.trainer.state.iteration = 4
     parts.checkpoint.save(parts.trainer)
+    parts.checkpoint.finish()
     before = path.read_bytes()
 
     def broken_save(state: Any, target: IO[bytes]) -> None:
@@ -353,7 +428,8 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", broken_save)
+    parts.checkpoint.save(parts.trainer)
     with pytest.raises(OSError, match="no space"):
-        parts.checkpoint.save(parts.trainer)
+        parts.checkpoint.finish()
     assert path.read_bytes() == before
     assert [item.name for item in tmp_path.iterdir()] == ["c.pt"]

@@ -122,6 +122,8 @@ class VoltaTrainer(Trainer):
                 "amp_dtype float16: its gradients would need scaling, which pretraining does not have; use bfloat16 "
                 "(--amp_dtype '$torch.bfloat16'), or --amp False on a GPU without it"
             )
+        # TF32, where a GPU has it, for what is not in lower precision anyway; logits are exempt (``full_float32``).
+        torch.set_float32_matmul_precision("high")
         sampler = train_data_loader.sampler
         assert isinstance(sampler, ResumableSampler)
         self.sampler = sampler

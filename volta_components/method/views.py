@@ -14,6 +14,7 @@ from monai.networks.layers import gaussian_1d, separable_filtering
 from monai.transforms import MapTransform
 from monai.transforms.traits import RandomizableTrait
 from monai.transforms.utils import create_rotate, create_scale, create_translate
+from monai.utils.type_conversion import convert_to_tensor
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import default_collate
@@ -352,7 +353,7 @@ class ViewGenerator:
             volumes: the mini-batch; views are made on its device.
             plan: what ``draw`` gave for each volume, collated: every tensor's first axis runs over volumes.
         """
-        plan = to_device(plan, volumes.device)
+        plan = to_device(_named(plan), volumes.device)
         batch = [self._views_of(volume, part_of(plan, i)) for i, volume in enumerate(volumes.split(1))]
         if len(batch) == 1:
             return Views(*(part[:, None] for part in batch[0]))
@@ -383,6 +384,13 @@ def noise_generator(device: torch.device, seed: int) -> torch.Generator | None:
 _ON_HOST = {"levels", "numbers", "seed"}
 
 
+def _named(parts: Sequence[Any]) -> ViewPlan:
+    """A plan of which MONAI's ``list_data_collate`` has made plain lists."""
+    seed, global_crops, teacher, student, cells, local_crops = parts
+    changes = IntensityPlan(*teacher), IntensityPlan(*student)
+    return ViewPlan(seed, CropPlan(*global_crops), *changes, cells, CropPlan(*local_crops))
+
+
 def to_device(plan: Any, device: torch.device) -> Any:
     """A plan with what kernels read on the device, and the rest where it is; nothing waits if memory is pinned."""
     if isinstance(plan, Tensor):
@@ -397,9 +405,9 @@ def part_of(plan: Any, i: int) -> Any:
 
 
 class DrawViewsd(MapTransform, RandomizableTrait):
-    """Adds the views' plan to an item that has ``image`` and its ``key``.
+    """Makes of an item what the trainer needs: ``image``, ``key``, and the views' ``plan``, all without metadata.
 
-    A transform, so that the loader's workers do it. ``RandomizableTrait`` keeps it out of caches.
+    A transform, so that the loader's workers draw. ``RandomizableTrait`` keeps it out of caches.
 
     Args:
         views: whose ``draw`` is called.
@@ -410,5 +418,6 @@ class DrawViewsd(MapTransform, RandomizableTrait):
         self.views = views
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """The item with ``plan``."""
-        return {**data, "plan": self.views.draw(data["image"].shape[1:], data["key"].tolist())}
+        """An item with ``image`` ``[1, D, H, W]`` and its ``key``, (epoch, index)."""
+        image = convert_to_tensor(data["image"], dtype=torch.float32, track_meta=False)
+        return {"image": image, "key": data["key"], "plan": self.views.draw(image.shape[1:], data["key"].tolist())}

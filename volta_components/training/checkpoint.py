@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,11 @@ class ResumableCheckpoint:
     are not finite are not saved. A lock keeps a second training out of the folder. Sizes and times of the files that
     are trained on are saved too: files that were exchanged before a resume are refused, see ``check_stamps``.
 
-    With an ``interval``, Ctrl-C and a scheduler's SIGTERM lose nothing: the accumulation window is finished and saved
+    It is written beside the training, from a copy in the host's memory, never two at a time: a run that is killed loses
+    the last ``minutes`` and the seconds of writing. What numbers the trainer has not read from the device yet
+    (``read_numbers``) are read first, so that a run that has diverged is not saved.
+
+    With a ``window``, Ctrl-C and a scheduler's SIGTERM lose nothing: the accumulation window is finished and saved
     before the run ends. A second Ctrl-C ends it at once. The loader's workers receive these signals too and must wait:
     see ``volta_components.training.sampling.signals_wait``.
 
@@ -69,16 +74,15 @@ class ResumableCheckpoint:
         path: the checkpoint file; with None, nothing is saved or loaded.
         objects: what to save, by name: anything with ``state_dict`` and ``load_state_dict``.
         settings: the run's settings by name; they must be the same when it is resumed.
-        interval: mini-batches between two checkpoints; a multiple of the accumulation window. 0: ends of epochs only.
-        window: mini-batches of an accumulation window.
+        window: mini-batches of an accumulation window: a checkpoint may lie at the end of each. 0: ends of epochs only.
         handlers: more to save, which is attached as well, before this handler.
-        minutes: least time between two checkpoints at ends of epochs; 0: at the end of every epoch. The last epoch
-            always has one, because scoring follows it.
+        minutes: least time between two checkpoints; 0: wherever one may lie. The end of the last epoch always has one,
+            because scoring follows it.
 
     Raises:
-        InputError: if the interval is not a multiple of the window; at the start of a run when another one is writing
-            into the folder, the checkpoint belongs to other settings or no longer fits the volumes, or both checkpoints
-            are damaged; and when weights that are not finite would be saved, or the folder is gone.
+        InputError: at the start of a run when another one is writing into the folder, the checkpoint belongs to other
+            settings or no longer fits the volumes, or both checkpoints are damaged; and when weights that are not
+            finite would be saved, or the folder is gone.
     """
 
     def __init__(
@@ -86,15 +90,10 @@ class ResumableCheckpoint:
         path: str | os.PathLike[str] | None,
         objects: Mapping[str, Any],
         settings: Mapping[str, Any],
-        interval: int = 0,
-        window: int = 1,
+        window: int = 0,
         handlers: Mapping[str, Any] | None = None,
         minutes: float = 0.0,
     ) -> None:
-        if interval % window:
-            raise InputError(
-                f"checkpoint interval {interval} is not a multiple of the {window} accumulated mini-batches"
-            )
         self.path = None if path is None else Path(path)
         self.handlers = {name: handler for name, handler in (handlers or {}).items() if handler is not None}
         self.objects = {
@@ -102,10 +101,11 @@ class ResumableCheckpoint:
             for name, item in {**objects, **self.handlers}.items()
         }
         self.settings = plain_settings(dict(settings))
-        self.interval = interval
         self.window = window
         self.minutes = minutes
         self._last_save = time.monotonic()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
         self._signal: int | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._lock: FolderLock | None = None
@@ -113,18 +113,18 @@ class ResumableCheckpoint:
         self._last_is_whole = True
 
     def attach(self, engine: Engine) -> None:
-        """Load at the start; save at intervals and at ends of epochs."""
+        """Load at the start; save at ends of windows and of epochs."""
         for handler in self.handlers.values():
             handler.attach(engine)
         if self.path is None:
             return
         engine.add_event_handler(Events.STARTED, self.load)
-        if self.interval:
+        if self.window:
             engine.add_event_handler(Events.STARTED, self._listen)
             engine.add_event_handler(Events.COMPLETED, self._restore_signals)
-            engine.add_event_handler(Events.ITERATION_COMPLETED, self._interval_completed)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._window_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
-        engine.add_event_handler(Events.COMPLETED, self._unlock)
+        engine.add_event_handler(Events.COMPLETED, self._completed)
 
     def _listen(self) -> None:
         self._signal = None
@@ -150,10 +150,13 @@ class ResumableCheckpoint:
 
     def _is_asked_to_stop(self, engine: Any) -> bool:
         """Whether any process was: they must stop together, or some would wait for the others."""
+        if process_count() == 1:
+            return self._signal is not None
         asked = torch.tensor(float(self._signal is not None), device=engine.state.device)
         return bool(mean_over_processes(asked) > 0)
 
     def _stop(self, engine: Engine) -> None:
+        self.finish()
         self._restore_signals()
         message = f"saved at mini-batch {engine.state.iteration}; the same command resumes there"
         if self._signal == signal.SIGTERM:
@@ -161,31 +164,41 @@ class ResumableCheckpoint:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt(message)
 
-    def _interval_completed(self, engine: Engine) -> None:
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._last_save >= 60 * self.minutes
+
+    def _window_completed(self, engine: Engine) -> None:
         length = engine.state.epoch_length
         place = engine.state.iteration % length if length else 0
         # The end of an epoch has its own checkpoint, after what other handlers do there.
         if not place or place % self.window:
             return
         stop = self._is_asked_to_stop(engine)
-        if stop or place % self.interval == 0:
+        if stop or self._is_due():
             self.save(engine)
         if stop:
             self._stop(engine)
 
     def _epoch_completed(self, engine: Engine) -> None:
-        waited = time.monotonic() - self._last_save
-        if waited >= 60 * self.minutes or engine.state.epoch == engine.state.max_epochs:
+        if engine.state.epoch == engine.state.max_epochs:
             self.save(engine)
-        if self.interval and engine.state.epoch != engine.state.max_epochs and self._is_asked_to_stop(engine):
+            self.finish()
+            return
+        stop = bool(self.window) and self._is_asked_to_stop(engine)
+        if stop or self._is_due():
+            self.save(engine)
+        if stop:
             self._stop(engine)
 
-    def _unlock(self) -> None:
+    def _completed(self) -> None:
+        self.finish()
         if self._lock is not None:
             self._lock.release()
 
     def save(self, engine: Engine) -> None:
-        """Write the checkpoint, atomically, from the first process."""
+        """Begin to write the checkpoint, atomically, from the first process; ``finish`` waits until it is there."""
+        if hasattr(engine, "read_numbers"):
+            engine.read_numbers()
         if process_rank() or self.path is None:
             return
         if self._lock is not None and not self._lock.is_held():
@@ -193,7 +206,7 @@ class ResumableCheckpoint:
                 f"{self.path.parent}: the folder was removed or replaced while the run was writing into it; put it "
                 "back, or start the same command again for a new run"
             )
-        state = {name: item.state_dict() for name, item in self.objects.items()}
+        state = on_host({name: item.state_dict() for name, item in self.objects.items()})
         if wrong := _not_finite(state):
             raise InputError(
                 f"the training has diverged: {wrong} is not finite at mini-batch {engine.state.iteration}; "
@@ -209,12 +222,23 @@ class ResumableCheckpoint:
         }
         state["settings"] = self.settings
         state["stamps"] = self._stamps
+        self.finish()
+        self._writing = self._thread.submit(self._write, state)
+        self._last_save = time.monotonic()
+
+    def _write(self, state: Mapping[str, Any]) -> None:
+        assert self.path is not None
         with atomic_path(self.path) as temporary:
             write_archive(state, temporary)
             if self._last_is_whole and self.path.exists():
                 keep_copy(self.path, previous_checkpoint(self.path))
         self._last_is_whole = True
-        self._last_save = time.monotonic()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint is written, if one is being written; raise what went wrong."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def _last_good(self) -> str:
         """What is left of a run that is stopped."""
@@ -284,3 +308,12 @@ def _not_finite(state: Any, name: str = "") -> str:
         return ""
     found = (_not_finite(value, f"{name}.{key}".lstrip(".")) for key, value in state.items())
     return next(filter(None, found), "")
+
+
+def on_host(state: Any) -> Any:
+    """A copy of a state in the host's memory: what is copied may change at once."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {name: on_host(item) for name, item in state.items()}
+    return type(state)(map(on_host, state)) if isinstance(state, (list, tuple)) else state

@@ -27,10 +27,10 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         *("dataset_dir", "datalist_path", "anatomies", "encoder_path", "encoder"),
     ),
     "Where and how fast it is computed. The same samples are drawn, in the same order.": (
-        *("device", "num_workers", "cache"),
+        *("device", "num_workers", "cache", "compile_blocks"),
     ),
     "What is looked at, and how often.": (
-        *("deep_check", "checkpoint_interval", "checkpoint_minutes", "picture_interval", "log_interval"),
+        *("deep_check", "checkpoint_minutes", "picture_interval", "log_interval"),
         *("show_all_below", "collapse_grace_epochs", "collapse_patience_epochs"),
     ),
     "Checks that end a run or let it pass. Whether patients have leaked is a tag of the run.": (
