@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_helpers import make_views
 from monai.bundle import ConfigParser
 from prepared import PRETRAIN, ROOT, TINY_SIZES
 from torch.nn.parallel import DistributedDataParallel
@@ -80,7 +81,7 @@ def test_objects_of_every_overlay_can_be_built(
     assert network(image).shape == (1, 32)
     assert isinstance(parser.get_parsed_content("teacher"), VoltaTeacher)
 
-    views = parser.get_parsed_content("views")(image, [(1, 0)])
+    views = make_views(parser.get_parsed_content("views"), image, [(1, 0)])
     size = tuple(parser.get_parsed_content("global_size"))
     local = tuple(parser.get_parsed_content("local_size"))
     assert views.teacher.shape == views.student.shape == (2, 1, 1, *size)

@@ -148,6 +148,7 @@ class VoltaTrainer(Trainer):
             epoch_length=sampler.iterations,
             handlers=train_handlers,
             decollate=False,
+            event_names=[ReadOut],
         )
         # Not ``self.amp``, which would make MONAI build a gradient scaler; bfloat16 needs none.
         self.mixed_precision = amp
@@ -158,7 +159,6 @@ class VoltaTrainer(Trainer):
         if compile_blocks:
             for network in (self.plain_student.network, teacher.network):
                 network.compile_blocks()
-        self.register_events(*ReadOut)
         self.add_event_handler(Events.EPOCH_STARTED, self._epoch_started)
 
     def _check_sizes(self) -> None:

@@ -353,7 +353,7 @@ class ViewGenerator:
             volumes: the mini-batch; views are made on its device.
             plan: what ``draw`` gave for each volume, collated: every tensor's first axis runs over volumes.
         """
-        plan = to_device(_named(plan), volumes.device)
+        plan = to_device(plan, volumes.device)
         batch = [self._views_of(volume, part_of(plan, i)) for i, volume in enumerate(volumes.split(1))]
         if len(batch) == 1:
             return Views(*(part[:, None] for part in batch[0]))
@@ -382,13 +382,6 @@ def noise_generator(device: torch.device, seed: int) -> torch.Generator | None:
 
 # Fields that the host reads to decide what to compute.
 _ON_HOST = {"levels", "numbers", "seed"}
-
-
-def _named(parts: Sequence[Any]) -> ViewPlan:
-    """A plan of which MONAI's ``list_data_collate`` has made plain lists."""
-    seed, global_crops, teacher, student, cells, local_crops = parts
-    changes = IntensityPlan(*teacher), IntensityPlan(*student)
-    return ViewPlan(seed, CropPlan(*global_crops), *changes, cells, CropPlan(*local_crops))
 
 
 def to_device(plan: Any, device: torch.device) -> Any:
