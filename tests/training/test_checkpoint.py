@@ -269,7 +269,7 @@ def test_a_run_that_has_diverged_is_not_saved(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     parts = run_with_checkpoint(path, run=False, log_interval=99)
     parts.trainer.loss.reconstruction_weight = float("nan")
-    with pytest.raises(RuntimeError, match="not finite at mini-batch 2"):
+    with pytest.raises(InputError, match="not finite at mini-batch 2"):
         parts.trainer.run()
     assert not path.exists()
 
@@ -359,6 +359,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one_before(tmp_p
     parts = run_with_checkpoint(path, run=False)
     parts.checkpoint.load(parts.trainer)
     parts.checkpoint.save(parts.trainer)
+    parts.checkpoint.finish()
     assert (tmp_path / "c_previous.pt").read_bytes() == good
     (tmp_path / "c_previous.pt").write_bytes(b"")
     path.write_bytes(b"")
@@ -374,6 +375,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     path = tmp_path / "c.pt"
     parts = run_with_checkpoint(path, run=False)
     parts.checkpoint.save(parts.trainer)
+    parts.checkpoint.finish()
     before = path.read_bytes()
     with torch.no_grad():
         parts.student.network.norm.bias[3] = float("nan")
