@@ -48,7 +48,7 @@ def main() -> None:
     network.load_state_dict({k.removeprefix("network."): v for k, v in state.items() if k.startswith("network.")})
 
     volume = torch.from_numpy(image)[None, None]
-    labels = mask.enlarge(mask.draw(image.shape, np.random.default_rng(given.seed)), image.shape, torch.device("cpu"))
+    labels = mask.enlarge(torch.from_numpy(mask.draw(image.shape, np.random.default_rng(given.seed))), image.shape)
     labels = labels.expand_as(volume)
     masked = mask.fill(volume, labels, torch.randn(volume.shape, generator=torch.Generator().manual_seed(given.seed)))
     with torch.inference_mode():
