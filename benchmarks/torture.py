@@ -91,7 +91,7 @@ def set_up(folder: Path) -> None:
     for bundle in ("pretrain", "ixi_sex", "harp_hippocampus"):
         random_weights(bundle, folder / "weights" / bundle)
     shared = {"dataset_dir": str(folder / "data"), "num_workers": 0, "device": "$torch.device('cpu')", "epochs": 3}
-    pretrain = {"warmup_epochs": 1, "teacher_temperature_epochs": 1, "accumulation_steps": 2, "checkpoint_interval": 2}
+    pretrain = {"warmup_epochs": 1, "teacher_temperature_epochs": 1, "accumulation_steps": 2, "checkpoint_minutes": 0}
     places = {"ckpt_dir": "models", "output_dir": "$'run'", "run_name": "run"}
     pretrain |= {"validation_fold": 0, "picture_interval": 2, "encoder_path": "models/encoder.safetensors"}
     write_json(folder / "pretrain.json", {**shared, **places, **TINY_SIZES, **pretrain})
