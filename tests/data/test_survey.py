@@ -78,11 +78,50 @@ def test_coarse_means_are_block_means(rng):
     assert (seen.minimum, seen.maximum) == (voxels.min(), voxels.max())
 
 
-def test_nan_in_the_last_plane_is_seen():
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_voxel_in_the_last_plane_is_seen(bad):
     volume = scan(dtype=np.float32)
-    volume.voxels[-1, -1, -1] = np.nan
-    with pytest.raises(UnusableVoxels, match=r"NaN \(1 voxels\)"):
-        survey(volume)
+    volume.voxels[-1, -1, -1] = bad
+    if np.isnan(bad):
+        assert survey(volume).warnings[-1].startswith("1 voxels are NaN")
+    else:
+        with pytest.raises(UnusableVoxels, match=r"Inf \(1 voxels\)"):
+            survey(volume)
+
+
+NAN_OUTSIDE = {
+    "around the head": lambda xyz: np.linalg.norm(xyz / [70, 88, 80], axis=-1) > 1.05,
+    "in the outermost slices": lambda xyz: xyz[..., 2] < -100,
+    "in a corner": lambda xyz: (xyz > 85).all(axis=-1),
+}
+
+
+@pytest.mark.parametrize("place", NAN_OUTSIDE)
+def test_nan_outside_of_the_head_is_air(big, plain, place):
+    voxels, affine = big
+    nan = NAN_OUTSIDE[place](tiny.world(voxels.shape, affine))
+    done = prepare(np.where(nan, np.nan, voxels), affine, np.float32)
+    assert_same(done, plain)
+    assert [f"{nan.sum():,} voxels are NaN" in note for note in done.warnings] == [True]
+    assert done.image.min() == 0 and np.isfinite(done.image).all()
+
+
+def test_nan_is_never_brighter_than_tissue(big, plain):
+    """Where brain is below zero, as in z-scores, a 0 outside of it would be bright."""
+    voxels, affine = big
+    nan = NAN_OUTSIDE["in the outermost slices"](tiny.world(voxels.shape, affine))
+    done = prepare(np.where(nan, np.nan, voxels - 1500), affine, np.float32)
+    assert np.abs(done.affine[:3, 3] - plain.affine[:3, 3]).max() <= 3
+    assert "voxels are NaN" in done.warnings[-1]
+
+
+@pytest.mark.parametrize("half", [1, 4])
+def test_nan_within_the_head_is_refused(big, half):
+    voxels, affine = big
+    xyz = tiny.world(voxels.shape, affine)
+    nan = (np.abs(xyz - [10, 0, 20]) < 3 * half).all(axis=-1)
+    with pytest.raises(UnusableVoxels, match=rf"NaN \({nan.sum():,} voxels within the head"):
+        prepare(np.where(nan, np.nan, voxels), affine, np.float32)
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.float64])
@@ -151,13 +190,25 @@ def test_blank_slices_within_the_head_change_nothing_and_are_noted(big, plain, a
     assert count.startswith(f"{slices} blank slice")
 
 
+@pytest.mark.parametrize("value", [-2000, 3000, 30000])
+@pytest.mark.parametrize("at", [0, 2, 30, 66])
+@pytest.mark.parametrize("axis", [0, 2])
+def test_slices_of_a_value_that_no_tissue_has_change_nothing(big, plain, axis, at, value):
+    voxels, affine = (array.copy() for array in big)
+    np.moveaxis(voxels, axis, 0)[at] = value
+    done = prepare(voxels, affine)
+    assert np.abs(done.affine[:3, 3] - plain.affine[:3, 3]).max() <= 3
+    assert f"slices of {value:.4g}, far from all else" in done.warnings[0]
+    assert len(done.warnings) == (3 if at == 30 else 1)
+
+
 def test_a_dark_band_through_the_head_changes_nothing_and_is_noted(big, plain):
     voxels, affine = big
     dark = voxels.copy()
     dark[36:40] *= 0.03
     done = prepare(dark, affine)
     assert np.abs(done.affine[:3, 3] - plain.affine[:3, 3]).max() <= 3
-    assert [text[:26] for text in done.warnings] == ["the head is in pieces, and"]
+    assert done.warnings[-1].startswith("the head is in pieces, and")
 
 
 def test_a_scan_without_a_head_has_no_share_of_a_brightness():
@@ -327,6 +378,39 @@ def test_slices_that_were_filled_with_zeros_are_noted_too(big):
     blank[:26] = 0
     (note,) = prepare(blank, affine).warnings
     assert "ends within the head at the left" in note
+
+
+PLANES = {"right and top": [1, 0, 1], "back and top": [0, -1, 1], "left and back": [-1, -1, 0], "front": [0, 2, 1]}
+
+
+@pytest.mark.parametrize("side", PLANES)
+def test_a_plane_of_zeros_through_the_head_is_noted(big, side):
+    voxels, affine = big
+    normal = np.array(PLANES[side]) / np.linalg.norm(PLANES[side])
+    (note,) = prepare(np.where(tiny.world(voxels.shape, affine) @ normal > 20, 0, voxels), affine).warnings
+    assert f"ends on a plane at the {side}" in note
+
+
+BITES = {
+    "a circular field of view": lambda xyz: np.hypot(xyz[..., 0], xyz[..., 2]) > 70,
+    "a ball": lambda xyz: np.linalg.norm(xyz - [0, 0, 80], axis=-1) < 40,
+}
+
+
+@pytest.mark.parametrize("bite", BITES)
+def test_blank_voxels_that_cut_into_the_head_are_noted(big, bite):
+    voxels, affine = big
+    (note,) = prepare(np.where(BITES[bite](tiny.world(voxels.shape, affine)), 0, voxels), affine).warnings
+    assert "surface border on blank voxels" in note
+
+
+@pytest.mark.parametrize("where", ["corners", "face"])
+def test_blank_voxels_beside_the_head_and_in_the_face_are_as_they_should_be(big, where):
+    """Fields of view are circular, and faces are removed."""
+    voxels, affine = big
+    xyz = tiny.world(voxels.shape, affine)
+    blank = np.hypot(xyz[..., 0], xyz[..., 1]) > 105 if where == "corners" else xyz @ [0, 0.6, -0.8] > 55
+    assert prepare(np.where(blank, 0, voxels), affine).warnings == []
 
 
 def test_a_slab_ends_at_both_sides(big):

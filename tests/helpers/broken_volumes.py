@@ -95,7 +95,7 @@ BROKEN = {
         lambda d: write(d / "a.nii.gz", good(d / "b.nii.gz").read_bytes()[:60] + b"\xff" * 400),
         "damaged gzip|truncated",
     ),
-    "NaN": (lambda d: with_values(d / "a.nii", 7, np.nan), r"contains NaN \(7 voxels\)"),
+    "NaN": (lambda d: with_values(d / "a.nii", None, np.nan), r"contains NaN \(990 voxels\)"),
     "Inf": (lambda d: with_values(d / "a.nii.gz", 3, -np.inf), r"contains Inf \(3 voxels\)"),
     "constant": (
         lambda d: good(d / "a.nii", voxels=np.full(tiny.grid("LPS", shape=SHAPE)[0], 5)),

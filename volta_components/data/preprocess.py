@@ -18,9 +18,10 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from volta_components.data.cuts import SIDES
 from volta_components.data.resample import orthogonal_axes, resample, resample_label
 from volta_components.data.skull import is_stripped
-from volta_components.data.survey import MAYBE_STRIPPED, SIDES, Survey, UnusableVoxels, coarse_affine, survey
+from volta_components.data.survey import MAYBE_STRIPPED, Survey, UnusableVoxels, coarse_affine, survey
 from volta_components.data.volumes import Volume
 
 PERCENTILES = (0.5, 99.5)

@@ -16,12 +16,13 @@ from nibabel.orientations import io_orientation
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
+from volta_components.data.cuts import SIDES, find_cuts
 from volta_components.data.unusable import UnusableVoxels
 from volta_components.data.volumes import Volume, canonical
 
-SIDES = ("left", "right", "back", "front", "bottom", "top")
 _COARSE_MM = 2.0
 _MOST = 1e30  # beyond it, sums do not fit in float32
+_REPLACE = "convert it again, or replace them (fslmaths IN -nan OUT sets NaN to 0)"
 # Padding is one value, of at least this share of the voxels, this far (in ranges of the other voxels) from them.
 _PADDING_SHARE, _PADDING_GAP = 0.002, 0.25
 _FEWEST_VALUES = 8
@@ -33,11 +34,6 @@ _PART = 0.1
 _COVERED, _MOSTLY_COVERED = 0.05, 0.5
 # Brightness of the background in that of the head, beyond which it is marked.
 _BRIGHT = 0.3
-# Share of the head's largest cross-section on a face of the field of view, beyond which the head is cut there.
-FACE_LIMITS = {"left": 0.2, "right": 0.2, "back": 0.2, "front": 0.2, "bottom": 0.2, "top": 0.12}
-# A head that the bottom cuts is complete down to the cerebellum when it is this high, in widths.
-LEAST_HEIGHT = 0.92
-
 # No mark where a scan is known to have no skull.
 MAYBE_STRIPPED = "far below all else: padding, or a brain without skull?"
 
@@ -73,12 +69,13 @@ def survey(volume: Volume) -> Survey:
     """Go over a scan once, slab by slab: defects, range, digest, coarse picture and foreground.
 
     Raises:
-        UnusableVoxels: if there are NaN or infinite voxels, or all are equal.
+        UnusableVoxels: if voxels within the head are NaN, any is infinite, or all are equal.
     """
     if np.isnan(io_orientation(volume.affine)).any():
         raise UnusableVoxels("singular affine: an axis has no direction", "convert it from its source again")
     upright = canonical(volume)
-    voxels, affine = upright.voxels, upright.affine
+    voxels, nan = without_nan(upright)
+    affine = upright.affine
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     factors = tuple(int(max(1, min(round(_COARSE_MM / s), n // 8))) for s, n in zip(spacing, voxels.shape, strict=True))
     coarse, minimum, maximum = block_means(voxels, factors)  # type: ignore[arg-type]
@@ -91,9 +88,37 @@ def survey(volume: Volume) -> Survey:
     digest = hashlib.sha256(f"{voxels.shape}".encode() + coarse.tobytes()).hexdigest()
     seen = Survey(voxels, affine, factors, coarse, np.zeros(coarse.shape, bool), digest, minimum, maximum)  # type: ignore[arg-type]
     seen = _without_outliers(seen, volume)
-    if seen.coarse.min() == seen.coarse.max():
-        return seen
-    return _with_foreground(seen)
+    if seen.coarse.min() != seen.coarse.max():
+        seen = _with_foreground(seen)
+    return seen if nan is None else _check_nan(seen, nan)
+
+
+def without_nan(volume: Volume) -> tuple[np.ndarray, np.ndarray | None]:
+    """A scan's voxels with an intensity of 0 in the place of NaN, which SPM, FSL and others write outside of the brain.
+
+    Returns:
+        ``[X, Y, Z]``: the voxels, with 0 or the darkest of the others where that is below; where they were NaN, or None
+        where nothing was.
+    """
+    if volume.voxels.dtype.kind != "f" or not (nan := np.isnan(volume.voxels)).any() or nan.all():
+        return volume.voxels, None
+    zero = -volume.intercept / volume.slope
+    return np.where(nan, min(zero, np.nanmin(volume.voxels)), volume.voxels).astype(volume.voxels.dtype), nan
+
+
+def _check_nan(seen: Survey, nan: np.ndarray) -> Survey:
+    """Note voxels that were NaN.
+
+    Raises:
+        UnusableVoxels: if some lie within the head, where nobody knows what was there.
+    """
+    inner = ndimage.binary_erosion(seen.foreground, iterations=2)
+    if inner.any():
+        share, _, _ = block_means(nan.view(np.uint8), seen.factors)
+        if within := round(float(share[inner].sum()) * float(np.prod(seen.factors))):
+            raise UnusableVoxels(f"contains NaN ({within:,} voxels within the head)", _REPLACE)
+    note = f"{int(nan.sum()):,} voxels are NaN ({100 * nan.mean():.2g} % of all), taken as outside of the head"
+    return replace(seen, warnings=(*seen.warnings, note))
 
 
 def block_means(voxels: np.ndarray, factors: tuple[int, int, int]) -> tuple[np.ndarray, float, float]:
@@ -127,9 +152,7 @@ def block_means(voxels: np.ndarray, factors: tuple[int, int, int]) -> tuple[np.n
             coarse[i] = block / (f0 * f1 * f2)
     if nan or infinite:
         kinds = [f"{name} ({count:,} voxels)" for name, count in (("NaN", nan), ("Inf", infinite)) if count]
-        raise UnusableVoxels(
-            "contains " + " and ".join(kinds), "convert it again, or replace them (fslmaths IN -nan OUT sets NaN to 0)"
-        )
+        raise UnusableVoxels("contains " + " and ".join(kinds), _REPLACE)
     if max(abs(minimum), abs(maximum)) >= _MOST:
         raise UnusableVoxels(f"values from {minimum:.3g} to {maximum:.3g}: no intensities", "convert it again")
     return np.ascontiguousarray(np.moveaxis(coarse, 0, slab_axis)), minimum, maximum
@@ -150,22 +173,25 @@ def _without_outliers(seen: Survey, volume: Volume) -> Survey:
     if len(values) <= _FEWEST_VALUES:
         notes.append(f"only {len(values)} different values: a mask or a label map, not a scan?")
     known = np.ones(sample.shape, bool)
+    slices = {float(np.moveaxis(seen.voxels, axis, 0)[i].flat[0]) for axis, i in blank_slices(seen)}
     paddings: list[float] = []
-    for value in values[counts >= _PADDING_SHARE * sample.size]:
-        kind = _padding(sample, float(value), -volume.intercept / volume.slope)
+    for value in {*map(float, values[counts >= _PADDING_SHARE * sample.size]), *slices}:
+        kind = _padding(sample, value, -volume.intercept / volume.slope, value in slices)
         if kind == "padding or background":
             notes.append(f"the background of {shown(value)} is {MAYBE_STRIPPED}")
         elif kind is not None:
-            paddings.append(float(value))
+            paddings.append(value)
             known &= ~ndimage.binary_dilation(sample == value, iterations=2)  # its neighbours may be interpolated
-            if kind != "dark":
+            if kind == "slices":
+                notes.append(f"slices of {shown(value)}, far from all else, were taken as air")
+            elif kind != "dark":
                 notes.append(f"the background of {shown(value)}, {kind}, was taken as air")
     first, air, last = np.percentile(sample[known].astype(np.float64), [0.1, 1, 99.9])
     low, high = first - _FAR_BELOW * (last - first), last + _FAR_ABOVE * (last - first)
     if last == first or (not paddings and low <= seen.minimum and seen.maximum <= high):
         return replace(seen, warnings=(*seen.warnings, *notes))
     is_padding = np.isin(seen.voxels, paddings)
-    if any(value > last for value in paddings):
+    if any(value > last for value in {*paddings} - slices):
         is_padding = ndimage.binary_dilation(is_padding, iterations=2)  # likewise
     is_far = (seen.voxels > high) & ~is_padding
     if any(value < first for value in paddings):
@@ -182,23 +208,36 @@ def _without_outliers(seen: Survey, volume: Volume) -> Survey:
     return replace(seen, voxels=voxels, coarse=block_means(voxels, seen.factors)[0], warnings=(*seen.warnings, *notes))
 
 
-def _padding(sample: np.ndarray, value: float, zero: float) -> str | None:
-    """What a value is that fills the volume's corners and lies far from all others; None where it is nothing special.
+def blank_slices(seen: Survey) -> list[tuple[int, int]]:
+    """Axis and index of the slices that have one value throughout."""
+    found = []
+    for axis in range(3):
+        planes = np.moveaxis(seen.voxels, axis, 0)
+        one, other = (factor for a, factor in enumerate(seen.factors) if a != axis)
+        found += [(axis, i) for i, plane in enumerate(planes) if np.ptp(plane[::one, ::other]) == 0 == np.ptp(plane)]
+    return found
+
+
+def _padding(sample: np.ndarray, value: float, zero: float, fills_slices: bool) -> str | None:
+    """What a value is that fills slices or the corners and lies far from all others; None where it is nothing special.
 
     Dark padding and the background of a brain without skull look alike. Padding borders on air, which is dark, and it
     is below zero (stored as ``zero``) or lies around a field of view that reaches the volume's faces.
+    ``fills_slices`` says that whole slices have the value.
     """
     at = sample == value
     # One piece of some thickness, unlike the white half of salt and pepper.
-    if at[np.ix_((0, -1), (0, -1), (0, -1))].sum() < 4:
-        return None
+    is_thick = ndimage.binary_erosion(at, iterations=2, border_value=1).any()
+    is_around = at[np.ix_((0, -1), (0, -1), (0, -1))].sum() >= 4 and is_thick
     rest = ~ndimage.binary_dilation(at, iterations=2)
-    if rest.mean() < 0.02 or not ndimage.binary_erosion(at, iterations=2, border_value=1).any():
+    if rest.mean() < 0.02 or not (is_around or fills_slices):
         return None
     low, high = np.percentile(sample[rest].astype(np.float64), [1, 99.9])
     gap = _PADDING_GAP * (high - low)
     if low == high or low - gap <= value <= low + gap:
         return None
+    if not is_around:
+        return None if low <= value <= high + gap else "slices"
     if value > low:
         return "brighter than the head" if value > high else "as bright as tissue"
     shell = rest & ~ndimage.binary_erosion(rest)
@@ -253,12 +292,12 @@ def _with_foreground(seen: Survey) -> Survey:
     if (covered > _COVERED or bright) and (smooth := _smooth_part(seen)) is not None:
         note = "noise as bright as tissue around the head (an MP2RAGE image?): mask or denoise it"
         seen = replace(seen, foreground=smooth)
-        notes = [note, *_cut_faces(seen)]
+        notes = [note, *_cuts(seen)]
     elif covered > _MOSTLY_COVERED:
         share = f"{100 * covered:.0f} % of the volume's faces are as bright as the head"
         notes = [f"no background to separate the head from: {share}"]
     else:
-        notes = [*(bright or _dark_inside(seen)), *_cut_faces(seen), *_apart(seen)]
+        notes = [*(bright or _dark_inside(seen)), *_cuts(seen), *_apart(seen)]
     return replace(seen, warnings=(*seen.warnings, *notes))
 
 
@@ -323,6 +362,11 @@ def _dark_inside(seen: Survey) -> list[str]:
     return [f"{ml:.2g} ml inside the head are darker than air: negative values, wrapped around at 32767?"]
 
 
+def _cuts(seen: Survey) -> list[str]:
+    """Where the field of view, or blank voxels, cut through the head."""
+    return find_cuts(seen.foreground, seen.coarse, np.linalg.norm(coarse_affine(seen)[:3, :3], axis=0))
+
+
 def _apart(seen: Survey) -> list[str]:
     """Slices of one value within the head, and a head of more than one piece."""
     notes = []
@@ -334,17 +378,15 @@ def _apart(seen: Survey) -> list[str]:
     # The brain is a piece within the scalp, since bone is dark; that is no head in pieces.
     if any(a.stop <= b.start or b.stop <= a.start for box in large for a, b in zip(box, largest, strict=True)):
         notes.append("the head is in pieces, and all of them were taken: dark slices within it, or no head?")
+    blank = blank_slices(seen)
     for axis, name in enumerate(("left-right", "back-front", "bottom-top")):
-        planes = np.moveaxis(seen.voxels, axis, 0)
-        others = [f for a, f in enumerate(seen.factors) if a != axis]
         within = np.flatnonzero(seen.foreground.any(axis=tuple(a for a in range(3) if a != axis)))
         if not within.size:
             continue
         inner = range((int(within[0]) + 1) * seen.factors[axis], int(within[-1]) * seen.factors[axis])
-        blank = sum(bool(np.ptp(planes[i, :: others[0], :: others[1]]) == 0 and np.ptp(planes[i]) == 0) for i in inner)
-        if blank:
+        if count := sum(a == axis and i in inner for a, i in blank):
             notes.append(
-                f"{blank} blank slice{'s' * (blank != 1)} within the head, along the {name} axis: fetch it again"
+                f"{count} blank slice{'s' * (count != 1)} within the head, along the {name} axis: fetch it again"
             )
     return notes
 
@@ -354,39 +396,3 @@ def coarse_affine(seen: Survey) -> np.ndarray:
     scale = np.diag([*seen.factors, 1.0])
     scale[:3, 3] = (np.asarray(seen.factors) - 1) / 2
     return seen.affine @ scale
-
-
-def _cut_faces(seen: Survey) -> list[str]:
-    """Sides at which the field of view ends within the head, or its slices are blank from there on.
-
-    A head's outermost slice is a small cap. Where it is a large part of the largest cross-section, the head goes on
-    beyond the field of view. The neck does so always; it is too much where the head above it is lower than a whole one.
-    """
-    blank = [
-        np.ptp(np.moveaxis(seen.coarse, axis, 0).reshape(n, -1), axis=1) == 0
-        for axis, n in enumerate(seen.coarse.shape)
-    ]
-    box = tuple(slice(int(np.argmin(b)), len(b) - int(np.argmin(b[::-1]))) for b in blank)
-    mask = seen.foreground[box]
-    if not mask.any():
-        return []
-    mm = np.linalg.norm(coarse_affine(seen)[:3, :3], axis=0)
-    areas = [mask.sum(axis=tuple(a for a in range(3) if a != axis)).astype(float) for axis in range(3)]
-    extents = [float(np.ptp(np.flatnonzero(area)) + 1) * mm[axis] for axis, area in enumerate(areas)]
-    found = []
-    for number, side in enumerate(SIDES):
-        axis = number // 2
-        area = areas[axis][:: 1 if number % 2 == 0 else -1]
-        # Of two slices, since the last one may hold a part of a voxel; each less the cap of a ball of the head's size.
-        shares = [area[k] / area.max() - 4 * (k + 1) * mm[axis] / extents[axis] for k in range(min(2, len(area)))]
-        if max(shares) <= FACE_LIMITS[side]:
-            continue
-        if side == "bottom":
-            width = float((areas[0] > 0.25 * areas[0].max()).sum()) * mm[0]
-            if extents[2] >= LEAST_HEIGHT * width:
-                continue
-        found.append(
-            f"the field of view ends within the head at the {side} ({100 * area[:2].max() / area.max():.0f} % of its "
-            "largest cross-section lie there)"
-        )
-    return found
