@@ -54,3 +54,11 @@ def test_a_broken_scan_is_named(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(np.full((8, 8, 8), 7, np.int16), np.eye(4)), path)
     with pytest.raises(InputError, match=r"flat\.nii\.gz.*constant"):
         LoadScand("image", 1.0, [SIDE] * 3)({"image": str(path)})
+
+
+def test_marks_of_a_datalist_go_with_its_prepared_volumes(tmp_path):
+    """A prepared volume looks sound; what its scan was marked for is known of the datalist alone."""
+    item = {**load_datalist(make_labelled(tmp_path / "data", count=2, folds=2)).items[0], "marks": "qform flipped"}
+    datalist = load_datalist(tmp_path / "data")
+    loaded = LoadScand("image", datalist.spacing, datalist.shape)(item)
+    assert loaded["image"].meta["marks"] == "qform flipped" and "marks" not in loaded

@@ -67,7 +67,7 @@ def finish(
     if not good:
         report_nothing_left(target, listing)
         raise InputError(f"{target}: no volume could be prepared; see the findings above")
-    items = [_item(scan, record, cohort) for scan, record in good]
+    items = [_item(scan, record, cohort, found) for (scan, record), found in zip(good, marks, strict=True)]
     fold_of = assign_folds(items, folds, seed)
     for item in items:
         item["fold"] = fold_of[item["patient_id"]]
@@ -126,7 +126,7 @@ def _note_twins(listing: Listing, good: Iterable[tuple[Scan, dict[str, Any]]]) -
             listing.note_scan("problem", scan, reason, "remove one; both are kept", False)
 
 
-def _item(scan: Scan, record: Mapping[str, Any], cohort: str) -> dict[str, Any]:
+def _item(scan: Scan, record: Mapping[str, Any], cohort: str, marks: Sequence[str]) -> dict[str, Any]:
     return {
         "image": record["image"],
         **({"label": record["label"]} if record["label"] else {}),
@@ -140,6 +140,7 @@ def _item(scan: Scan, record: Mapping[str, Any], cohort: str) -> dict[str, Any]:
         "diagnosis": scan.diagnosis,
         "age": scan.age,
         "stripped": record["quality"]["stripped"],
+        **({"marks": "; ".join(marks)} if marks else {}),
         "fold": 0,
         "source": scan.source,
         "source_sha256": record["source_sha256"],

@@ -39,7 +39,8 @@ class LoadScand(MapTransform):
 
     Shapes:
         scan: ``MetaTensor`` ``[1, D, H, W]``, float32 in [0, 1], with its own grid in ``original_affine`` and
-        ``spatial_shape`` of its ``meta``, and in ``marks`` what ``volta3d prepare`` would mark; label map:
+        ``spatial_shape`` of its ``meta``, and in ``marks`` what ``volta3d
+        prepare`` would mark, or has marked by the item's ``marks``; label map:
         ``MetaTensor`` ``[1, D, H, W]``, uint8.
 
     Raises:
@@ -67,12 +68,14 @@ class LoadScand(MapTransform):
         result = {
             key: "" if value is None else value
             for key, value in data.items()
-            if value is not None or key != self.label_key
+            if key != "marks" and (value is not None or key != self.label_key)
         }
         given = None if self.label_key is None else data.get(self.label_key)
         label_path = Path(str(given)) if isinstance(given, (str, os.PathLike)) else None
         for key in self.key_iterator(data):
             image, label = self._load(Path(str(data[key])), label_path)
+            # A prepared volume no longer shows what its scan was marked for; its datalist does.
+            image.meta["marks"] = "; ".join(filter(None, (str(data.get("marks") or ""), image.meta["marks"])))
             result[key] = image if self.track_meta else image.as_tensor()
             if label is not None:
                 result[self.label_key] = label if self.track_meta else label.as_tensor()

@@ -53,7 +53,8 @@ def find_volumes(source: Source, output: PathLike | None = None, required: bool 
             ``check_source`` refuses it.
 
     Returns:
-        Items with ``image``, ``subject_id`` and ``session``; ids come from the datalist or from file names, as in BIDS.
+        Items with ``image``, ``subject_id``, ``session`` and, of a datalist, ``marks``; ids come from the datalist or
+        from file names, as in BIDS.
 
     Raises:
         InputError: if there is nothing, a file is missing, or the output lies in the source.
@@ -64,7 +65,8 @@ def find_volumes(source: Source, output: PathLike | None = None, required: bool 
             continue
         if is_datalist(part):
             everyone = load_datalist(part).items
-            items += [{key: item.get(key) for key in ("image", "subject_id", "session")} for item in everyone]
+            keys = ("image", "subject_id", "session", "marks")
+            items += [{key: item.get(key) for key in keys} for item in everyone]
             continue
         if part.is_dir():
             check_outside(part, output, "--output_dir")
