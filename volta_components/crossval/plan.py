@@ -27,18 +27,9 @@ CHECKS = ("parts", "origin", "checks")
 class Run:
     """One training: what ``execute`` needs to start it anywhere.
 
-    Attributes:
-        name: MLflow's run name.
-        variant: the init's overlay.
-        fold: which fold is scored.
-        fraction: share of the training part.
-        folder: log, checkpoints, ``run.json``.
-        configs: the configuration files, later ones win.
-        tracking_uri: MLflow's store.
-        experiment: MLflow's experiment.
-        settings: hash of everything that decides the result.
-        processes: above 1, torchrun starts so many, one for each GPU.
-        recipe: hash of the settings that all runs of an init share, whatever their fold, fraction and seed.
+    Of the configs, later ones win. ``settings`` is a hash of everything that decides the result, ``recipe`` one of what
+    all runs of an init share, whatever their fold, fraction and seed. Above one process, torchrun starts one for each
+    GPU.
     """
 
     name: str

@@ -15,10 +15,8 @@ from volta_components.data.names import look_alikes
 class Books:
     """Everybody found, each once, by their names in the data set.
 
-    Attributes:
-        prepared: with at least one volume.
-        by_option: left out by options that the user gave, and by nothing else.
-        problems: left out because something is missing, ambiguous, broken or not understood.
+    They are prepared (with at least one volume), left out by the user's options and nothing else, or left out by
+    problems: something is missing, ambiguous, broken or not understood.
     """
 
     prepared: tuple[str, ...]

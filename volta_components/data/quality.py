@@ -32,38 +32,13 @@ LIMITS = {
     "robust deviations": 6.0,
 }
 _RELATIVE = ("foreground_fraction", "mean", "snr")
-_COLUMNS = (
-    "subject_id",
-    "session",
-    "fold",
-    "sex",
-    "age",
-    "diagnosis",
-    "site",
-    "marks",
-    "spacing",
-    "orientation",
-    "oblique_degrees",
-    "shape",
-    "type",
-    "minimum",
-    "maximum",
-    "low",
-    "high",
-    "foreground_fraction",
-    "mean",
-    "snr",
-    "stripped",
-    "cut",
-    "cut_left",
-    "cut_right",
-    "cut_back",
-    "cut_front",
-    "cut_bottom",
-    "cut_top",
-    "label_volume_mm3",
-    "source",
-)
+_NAMES = """
+subject_id session fold sex age diagnosis site marks
+spacing orientation oblique_degrees shape type minimum maximum low high
+foreground_fraction mean snr stripped cut cut_left cut_right cut_back cut_front cut_bottom cut_top
+label_volume_mm3 source
+"""
+_COLUMNS = _NAMES.split()
 
 
 def thumbnail(image: np.ndarray, label: np.ndarray | None = None) -> bytes:

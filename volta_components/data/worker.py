@@ -46,13 +46,7 @@ STATE = ".prepare"
 class Task:
     """One volume for one worker.
 
-    Attributes:
-        scan: what to prepare.
-        settings: the target.
-        labels: whether to read its label files.
-        source: root of the data set.
-        output: folder of the prepared data set.
-        temporary: this run's own folder for files that are not whole yet, on the output's file system.
+    ``temporary`` is this run's own folder for files that are not whole yet, on the output's file system.
     """
 
     scan: Scan

@@ -30,12 +30,7 @@ SESSIONS = ("first", "all")
 
 @dataclass(frozen=True)
 class Labelled:
-    """Items that have a class.
-
-    Attributes:
-        items: with ``label``, the index of the class (a label map of the datalist's is left behind).
-        left_out: subject and reason of every other item.
-    """
+    """Items with ``label``, the index of their class (a label map is left behind), and why others are left out."""
 
     items: list[Item]
     left_out: list[tuple[str, str]]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from volta_components.training.tracking import find_mlflow_handler
 logger = logging.getLogger(__name__)
 
 
+@dataclass(eq=False)
 class EncoderExport:
     """Writes the encoder and summariser of the teacher (or student) when the run is complete.
 
-    Args:
+    Attributes:
         path: the ``.safetensors`` file; a JSON of the same name holds configuration and provenance.
         networks: what can be exported, by name: ``teacher`` and ``student``.
         export: the name of the one to export.
@@ -33,18 +35,14 @@ class EncoderExport:
         InputError: if there is no network of that name.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        networks: Mapping[str, nn.Module],
-        export: str,
-        provenance: Mapping[str, Any],
-    ) -> None:
-        if export not in networks:
-            raise InputError(f"export {export!r}: choose {' or '.join(networks)}")
-        self.path = Path(path)
-        self.network = networks[export]
-        self.provenance = {**provenance, "exported": export}
+    path: str | os.PathLike[str]
+    networks: Mapping[str, nn.Module]
+    export: str
+    provenance: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.export not in self.networks:
+            raise InputError(f"export {self.export!r}: choose {' or '.join(self.networks)}")
 
     def attach(self, engine: Engine) -> None:
         """Export when the run is complete."""
@@ -53,10 +51,10 @@ class EncoderExport:
     def _completed(self, engine: Engine) -> None:
         if process_rank():
             return
-        progress = {"epochs": engine.state.epoch, "iterations": engine.state.iteration}
-        save_encoder(self.path, self.network, {**self.provenance, **progress})  # type: ignore[arg-type]
+        more = {"exported": self.export, "epochs": engine.state.epoch, "iterations": engine.state.iteration}
+        save_encoder(self.path, self.networks[self.export], {**self.provenance, **more})  # type: ignore[arg-type]
         logger.info("encoder written to %s", self.path)
         mlflow_handler = find_mlflow_handler(engine)
         if mlflow_handler is not None:
             run_id = mlflow_handler.cur_run.info.run_id
-            mlflow_handler.client.log_artifact(run_id, str(self.path.with_suffix(".json")), "encoder")
+            mlflow_handler.client.log_artifact(run_id, str(Path(self.path).with_suffix(".json")), "encoder")

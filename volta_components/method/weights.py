@@ -36,14 +36,7 @@ ENCODERS = ("encoder{}.safetensors", "model{}.pt")
 
 @dataclass
 class LoadReport:
-    """Which weights were loaded, resampled, missing or unused.
-
-    Attributes:
-        loaded: keys copied as they were.
-        resampled: position embeddings that were resampled to another token grid.
-        missing: keys of the module that the file has no weights for; they keep their values.
-        unused: keys of the file that the module has no place for.
-    """
+    """Which weights were loaded as they were, resampled to another token grid, missing in the file, or unused there."""
 
     source: str
     loaded: list[str] = field(default_factory=list)

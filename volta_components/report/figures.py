@@ -276,8 +276,7 @@ def _binned(x: NDArray[Any], y: NDArray[Any], bins: int = 150) -> tuple[NDArray[
 
 def case_figure(study: Study, cases: Mapping[str, Case], folder: Path) -> Picture:
     """Figure 3: one coronal slice of the worst, median and best subject, with the truth and each mask."""
-    columns = [name for case in cases.values() for name in case.masks]
-    columns = list(dict.fromkeys(columns))
+    columns = list(dict.fromkeys(name for case in cases.values() for name in case.masks))
     slices = [coronal_slice({"image": case.image, "truth": case.truth, **case.masks}) for case in cases.values()]
     side = min(2.5, 10.4 / (len(columns) + 1))
     heights = [side * aspect * plane.shape[1] / plane.shape[0] for plane, _, aspect in slices]

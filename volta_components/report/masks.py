@@ -25,14 +25,9 @@ FREESURFER = {17: LEFT, 53: RIGHT}
 
 @dataclass
 class Case:
-    """One scan of a subject with all that is known of it.
+    """One scan of a subject, ``<subject_id>_<session>``, with its masks and their Dice by init or tool.
 
-    Attributes:
-        name: ``<subject_id>_<session>``, as in file names.
-        image: the volume, or None where neither MLflow nor the data set's folder has it.
-        truth: the label map, or None.
-        masks: label maps by init or tool.
-        scores: Dice of each.
+    Image and truth are None where neither MLflow nor the data set's folder has them.
     """
 
     name: str

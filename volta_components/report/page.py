@@ -26,12 +26,7 @@ from volta_components.templates import template_environment
 
 @dataclass
 class Viewer:
-    """The slice viewer.
-
-    Attributes:
-        pages: HTML by title, long texts taken out.
-        blobs: those texts.
-    """
+    """The slice viewer: HTML by title, long texts taken out, and those texts."""
 
     pages: dict[str, str]
     blobs: dict[str, str]
@@ -39,14 +34,7 @@ class Viewer:
 
 @dataclass
 class Section:
-    """One bundle's part of the page.
-
-    Attributes:
-        study: its runs, notes and alarms.
-        tables: the main one first.
-        pictures: figures.
-        viewer: of a segmentation.
-    """
+    """One bundle's part of the page. The main table comes first; a segmentation has a viewer."""
 
     study: Study
     tables: list[Table]

@@ -64,17 +64,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A paired test between two inits.
+    """A paired test between two inits: first minus second, its 95 % interval, and two-sided p values.
 
-    Attributes:
-        first: an init.
-        second: another.
-        difference: first minus second.
-        low: lower end of the difference's 95 % interval.
-        high: its upper end.
-        p: two-sided p value.
-        count: how many patients entered.
-        delong: two-sided p value of DeLong's test; NaN where it was not made.
+    DeLong's p is NaN where the test was not made. ``count`` is how many patients entered.
     """
 
     first: str

@@ -76,12 +76,7 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class Alarm:
-    """What casts doubt on a table.
-
-    Attributes:
-        title: in a word or two.
-        text: whole sentences.
-    """
+    """What casts doubt on a table: a title in a word or two, and whole sentences."""
 
     title: str
     text: str

@@ -59,11 +59,8 @@ EPOCH = (1980, 1, 1, 0, 0, 0)
 class Packed:
     """What was written for one bundle.
 
-    Attributes:
-        path: the zip.
-        sha256: its hash.
-        hosted: weights to host beside it, which ``large_files.yml`` in the zip points to.
-        other_settings: ids whose values in the packed ``train.json`` are not those that the weights were trained with.
+    ``hosted`` are weights to host beside the zip, which ``large_files.yml`` in it points to. ``other_settings`` are ids
+    whose values in the packed ``train.json`` are not those that the weights were trained with.
     """
 
     path: Path

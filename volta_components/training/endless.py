@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import ndimage
 
 from volta_components.data.datalist import Datalist, datalist_hash
 from volta_components.data.phantom.anatomy import geometry
@@ -181,11 +182,10 @@ class EndlessHeads(KeyedDataset):
     def _place(self, rng: np.random.Generator, head: Head, survey: Pixels) -> View:
         """The window, or a crop of it: top at the head's, centred on it left-right and back-front."""
         affine = head.image_affine(_COARSE)
+        box = ndimage.find_objects(survey.inside.view(np.uint8))[0]
         low, high = (
-            np.array([edge(np.flatnonzero(survey.inside.any(axis=tuple({0, 1, 2} - {axis})))) for axis in range(3)])
-            for edge in (np.min, np.max)
+            np.array(corner) * _COARSE + affine[:3, 3] for corner in zip(*((s.start, s.stop - 1) for s in box))
         )
-        low, high = (corner * _COARSE + affine[:3, 3] for corner in (low, high))
         size = np.array(self.window) * self.spacing
         start = (low + high) / 2 - size / 2
         start[2] = high[2] + _COARSE / 2 - size[2]

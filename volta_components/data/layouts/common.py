@@ -65,12 +65,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class LabelFile:
-    """One label file of a scan.
-
-    Attributes:
-        path: the file.
-        value: what its foreground becomes in the merged map; None keeps the file's own values (0, 1 left, 2 right).
-    """
+    """One label file of a scan; its foreground becomes ``value``, or keeps its own values (1 left, 2 right)."""
 
     path: Path
     value: int | None = None
@@ -272,9 +267,10 @@ def read_table_of_people(
     """
     if path is None:
         return None
+    file = path.name
 
     def complain(who: str, what: str, remedy: str) -> None:
-        listing.note("problem", who, path.name, what, remedy, False, "")
+        listing.note("problem", who, file, what, remedy, False, "")
 
     return read_people(path, complain, name)
 
