@@ -277,7 +277,9 @@ def read_table_of_people(
 
 def align(listing: Listing, people: People | None, patients: Iterable[str]) -> None:
     """Match ids that are spelled differently in scans and table; note each."""
-    for patient, spelled in people.find(patients) if people else ():
+    if people is None:
+        return
+    for patient, spelled in people.find(patients):
         listing.note("quirk", patient, people.file, f"taken for {spelled!r} of the table", patient_id=patient)
 
 
