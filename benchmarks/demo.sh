@@ -24,17 +24,17 @@ pretrain=bundles/pretrain/configs
 encoder=bundles/pretrain/models/encoder_phantom_tiny.safetensors
 cohort=data/phantom/datalist.json
 
-pretrain_heads=()
-scored_heads=()
+pretrain_heads=(--subjects 240 --seed 1 --spacing 3 --prefix PT)
+scored_heads=(--subjects 120 --seed 2 --spacing 3 --prefix PL)
+classification=(--folds 2 --overlays tiny --output runs/demo)
 if [[ -n "${ANATOMIES:-}" ]]; then
     left_out=$(python benchmarks/demo_anatomies.py "$ANATOMIES")
-    pretrain_heads=(--anatomies "$ANATOMIES" --leave-out "$(sed -n 1p <<<"$left_out")")
-    scored_heads=(--anatomies "$ANATOMIES" --leave-out "$(sed -n 2p <<<"$left_out")")
+    pretrain_heads+=(--anatomies "$ANATOMIES" --leave-out "$(sed -n 1p <<<"$left_out")")
+    scored_heads+=(--anatomies "$ANATOMIES" --leave-out "$(sed -n 2p <<<"$left_out")")
+    classification+=(--set sessions=all) # an anatomy is one patient, and its heads are that patient's sessions
 fi
-step "Phantoms to pretrain on" \
-    volta3d phantom --output data/raw/phantom_pretrain --subjects 240 --seed 1 --spacing 3 --prefix PT "${pretrain_heads[@]}"
-step "Those to be scored on" \
-    volta3d phantom --output data/raw/phantom --subjects 120 --seed 2 --spacing 3 --prefix PL "${scored_heads[@]}"
+step "Phantoms to pretrain on" volta3d phantom --output data/raw/phantom_pretrain "${pretrain_heads[@]}"
+step "Those to be scored on" volta3d phantom --output data/raw/phantom "${scored_heads[@]}"
 
 step "Preparation: RAS, window of 144 x 192 x 192 mm, [0, 1]" \
     volta3d prepare --layout bids --source data/raw/phantom_pretrain --output data/phantom_pretrain \
@@ -47,9 +47,8 @@ step "No subject is in both" volta3d check data/phantom_pretrain/datalist.json "
 # comparisons below go on with.
 baselines() {
     volta3d crossval --bundle bundles/ixi_sex --datalist "$cohort" --inits vit_scratch,swin_scratch \
-        --folds 2 --fractions 0.4,1.0 --overlays tiny --output runs/demo
-    volta3d crossval --bundle bundles/aibl_ad --datalist "$cohort" --inits vit_scratch,swin_scratch \
-        --folds 2 --overlays tiny --output runs/demo
+        --fractions 0.4,1.0 "${classification[@]}"
+    volta3d crossval --bundle bundles/aibl_ad --datalist "$cohort" --inits vit_scratch,swin_scratch "${classification[@]}"
     volta3d crossval --bundle bundles/harp_hippocampus --datalist "$cohort" --inits unetr_scratch,unet_scratch \
         --folds 1 --overlays tiny --output runs/demo
 }
@@ -76,10 +75,10 @@ end_baselines
 # fold 0 becomes the bundle's own, for segment, pack and make label.
 step "Sex: VolTA init and scratch baselines, two folds, two fractions of the training part" \
     volta3d crossval --bundle bundles/ixi_sex --datalist "$cohort" --inits volta,vit_scratch,swin_scratch \
-    --folds 2 --fractions 0.4,1.0 --overlays tiny --jobs 2 --output runs/demo --adopt 0
+    --fractions 0.4,1.0 "${classification[@]}" --jobs 2 --adopt 0
 step "Alzheimer's disease: two folds" \
     volta3d crossval --bundle bundles/aibl_ad --datalist "$cohort" --inits volta,vit_scratch,swin_scratch \
-    --folds 2 --overlays tiny --jobs 2 --output runs/demo --adopt 0
+    "${classification[@]}" --jobs 2 --adopt 0
 step "Hippocampus: one hold-out" \
     volta3d crossval --bundle bundles/harp_hippocampus --datalist "$cohort" --inits volta,unetr_scratch,unet_scratch \
     --folds 1 --overlays tiny --jobs 2 --output runs/demo --adopt 0

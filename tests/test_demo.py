@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,50 +61,72 @@ def test_ten_anatomies_are_enough_for_every_run_of_the_quick_start() -> None:
 
 
 @pytest.fixture
-def stub(tmp_path: Path) -> Path:
-    """A ``bin`` whose ``volta3d`` writes down the words that it gets, and fails where the data would be prepared."""
-    binaries = tmp_path / "bin"
-    binaries.mkdir()
-    (binaries / "volta3d").write_text(
-        f'#!/bin/sh\necho "$*" >> {shlex.quote(str(tmp_path / "log"))}\ntest "$1" = phantom\n'
-    )
-    (binaries / "python").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
-    for path in binaries.iterdir():
-        path.chmod(0o755)
-    return binaries
+def project(tmp_path: Path) -> Path:
+    """The quick start's scripts in a folder of their own, and ``bin`` with a ``volta3d`` that writes down its words."""
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("demo.sh", "demo_anatomies.py"):
+        shutil.copy(ROOT / "benchmarks" / name, tmp_path / "benchmarks")
+    stubs = {
+        "volta3d": f'echo "$*" >> {shlex.quote(str(tmp_path / "log"))}',
+        # Nothing is trained here.
+        "python": f'test "$1" != benchmarks/demo_anatomies.py || exec {shlex.quote(sys.executable)} "$@"',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in stubs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    return tmp_path
 
 
-def demo(stub: Path, **environment: str) -> tuple[list[list[str]], str]:
-    """The commands that the quick start gives, and what it says of a mistake."""
-    variables = {**os.environ, **environment, "PATH": f"{stub}{os.pathsep}{os.environ['PATH']}"}
+def demo(project: Path, anatomies: str) -> tuple[int, list[list[str]], str]:
+    """Exit status, the commands that the quick start gives, and what it says of a mistake."""
+    variables = {**os.environ, "ANATOMIES": anatomies, "PATH": f"{project / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     made = subprocess.run(
-        ["bash", str(ROOT / "benchmarks" / "demo.sh")], env=variables, capture_output=True, text=True, check=False
+        ["bash", "benchmarks/demo.sh"], cwd=project, env=variables, capture_output=True, text=True, check=False
     )
-    assert made.returncode != 0
-    log = stub.parent / "log"
-    return [shlex.split(line) for line in log.read_text().splitlines()] if log.exists() else [], made.stderr
+    log = project / "log"
+    commands = [shlex.split(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return made.returncode, commands, made.stderr
 
 
-def test_without_anatomies_heads_grow_from_the_template(stub: Path) -> None:
-    commands, _ = demo(stub, ANATOMIES="")
-    assert [words[0] for words in commands] == ["phantom", "phantom", "prepare"]
-    assert not any("--anatomies" in words or "" in words for words in commands)
+def options(words: list[str]) -> dict[str, str]:
+    return dict(zip(words[1::2], words[2::2], strict=True))
 
 
-def test_with_anatomies_each_data_set_has_its_own(stub: Path, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "maps", 20)
-    pretrain, scored, _ = demo(stub, ANATOMIES=str(folder))[0]
-    left_out = leave_out(folder)
-    for words, names in zip((pretrain, scored), left_out, strict=True):
-        options = dict(zip(words[1::2], words[2::2], strict=True))
-        assert options["--anatomies"] == str(folder) and options["--leave-out"] == ",".join(names)
+def phantoms_of(commands: list[list[str]]) -> list[dict[str, str]]:
+    return [options(words) for words in commands if words[0] == "phantom"]
+
+
+def sessions_of(commands: list[list[str]]) -> dict[str, set[str]]:
+    """By bundle, what its cross-validations set."""
+    found: dict[str, set[str]] = {}
+    for words in commands:
+        if words[0] == "crossval":
+            found.setdefault(Path(options(words)["--bundle"]).name, set()).add(options(words).get("--set", ""))
+    return found
+
+
+def test_without_anatomies_heads_grow_from_the_template(project: Path) -> None:
+    status, commands, error = demo(project, "")
+    assert status == 0, error
+    assert [("--anatomies" in given, "--leave-out" in given) for given in phantoms_of(commands)] == [(False, False)] * 2
+    assert sessions_of(commands) == {"ixi_sex": {""}, "aibl_ad": {""}, "harp_hippocampus": {""}}
+
+
+def test_with_anatomies_each_data_set_has_its_own(project: Path) -> None:
+    """All heads of an anatomy, which is one patient, take part in the classification."""
+    folder = folder_of(project / "maps", 20)
+    status, commands, error = demo(project, str(folder))
+    assert status == 0, error
+    log = (project / "log").read_text()
+    for names in leave_out(folder):
+        assert f"--anatomies {folder} --leave-out {','.join(names)}\n" in log
+    assert sessions_of(commands) == {"ixi_sex": {"sessions=all"}, "aibl_ad": {"sessions=all"}, "harp_hippocampus": {""}}
 
 
 @pytest.mark.parametrize("count", [None, 0, 3])
-def test_a_folder_that_will_not_do_is_named_before_anything_is_made(
-    stub: Path, tmp_path: Path, count: int | None
-) -> None:
-    folder = tmp_path / "maps" if count is None else folder_of(tmp_path / "maps", count)
-    commands, error = demo(stub, ANATOMIES=str(folder))
-    assert commands == []
+def test_a_folder_that_will_not_do_is_named_before_anything_is_made(project: Path, count: int | None) -> None:
+    folder = project / "maps" if count is None else folder_of(project / "maps", count)
+    status, commands, error = demo(project, str(folder))
+    assert status == 1 and commands == []
     assert error.startswith(f"make demo: ANATOMIES={folder}: ") and len(error.splitlines()) == 1
