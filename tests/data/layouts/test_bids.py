@@ -142,3 +142,9 @@ def test_dates_that_cannot_be_read_and_ages_against_names_are_named(tmp_path):
         "date '05.06.2020' cannot be read for certain",
         "the names of its sessions and their ages say different orders",
     }
+
+
+@pytest.mark.parametrize("spelling", ["SUB-01", "Sub_1", "sub-01", "01", "1"])
+def test_the_table_may_write_ids_in_any_case_with_or_without_their_prefix(tmp_path, spelling):
+    listing = listed(tmp_path, ("participants.tsv", f"participant_id\tsex\n{spelling}\tF\n"), t1("sub-01"))
+    assert [scan.sex for scan in listing.scans] == ["F"] and not found(listing)

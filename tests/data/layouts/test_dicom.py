@@ -64,6 +64,21 @@ def test_missing_slices_are_named_with_their_folder(tmp_path, slices, reason):
     assert (who, file) == ("P2", "P2/MPRAGE") and reason in why
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("ImagePositionPatient", None), ("PixelSpacing", None), ("PixelSpacing", [0, 0])]
+)
+def test_a_series_of_no_known_place_or_size_is_named(tmp_path, name, value):
+    """The converter would make up both."""
+    write(tmp_path / "P1/A", patient="P1")
+    for path in (tmp_path / "P1/A").iterdir():
+        data = pydicom.dcmread(path)
+        setattr(data, name, value)
+        data.save_as(path)
+    listing = listed(tmp_path)
+    assert listing.scans == []
+    assert [(who, file) for who, file, reason in found(listing) if name in reason] == [("P1", "P1/A")]
+
+
 def test_a_slice_that_is_missing_at_the_end_is_none_the_worse(tmp_path):
     write(tmp_path / "P3/MPRAGE", patient="P3", slices=set(range(23)))
     assert len(listed(tmp_path).scans[0].series) == 23
@@ -170,6 +185,16 @@ def test_two_t1s_of_equal_rank_and_different_kind_are_a_problem(tmp_path):
     listing = listed(tmp_path)
     assert [scan.source for scan in listing.scans] == ["P1/A"]
     assert "series 'T1 TFE' skipped" in found(listing)[0][2]
+
+
+def test_folders_without_dicom_files_are_people_too(tmp_path):
+    write(tmp_path / "P1/A", patient="P1")
+    (tmp_path / "P2/A").mkdir(parents=True)
+    (tmp_path / "P2/A/IM1.dcm.gz").write_bytes(b"packed")
+    (tmp_path / "P3").mkdir()
+    listing = listed(tmp_path)
+    reasons = {who: reason for who, _, reason in found(listing)}
+    assert reasons == {"P2": "has no DICOM file, only IM1.dcm.gz and the like", "P3": "has no DICOM file in it"}
 
 
 def test_whoever_has_no_t1_is_a_problem(tmp_path):

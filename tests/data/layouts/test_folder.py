@@ -166,9 +166,23 @@ def test_parts_of_downloads_are_named(tmp_path, name):
 
 def test_dicom_files_archives_and_dead_links_are_named(tmp_path):
     tmp_path.joinpath("p4").symlink_to("gone")
-    listing = listed(tmp_path, "p1.nii", "p2/IM1.dcm", "p2/IM2.dcm", "rest.zip", "p1.nii.json")
-    assert found(listing) == {("p2", "DICOM files, not read"), ("p4", "a link to nothing")}
-    assert found(listing, "quirk") == {("(archives)", "an archive, not looked into")}
+    listing = listed(tmp_path, "p1.nii", "p2/IM1.dcm", "p2/IM2.dcm", "p3.zip", "p2.tar.gz", "p1.nii.json")
+    archive = "an archive, not looked into"
+    # An archive may hold somebody who is nowhere else.
+    assert found(listing) == {("p2", "DICOM files, not read"), ("p4", "a link to nothing"), ("p3", archive)}
+    assert found(listing, "quirk") == {("(archives)", archive)}
+
+
+@pytest.mark.parametrize("folders", [("2019", "2020"), ("03112019", "04122020"), ("0", "12"), ("one", "two")])
+def test_folders_with_files_of_one_persons_name_are_not_taken_for_people_silently(tmp_path, folders):
+    listing = listed(tmp_path, *(f"{folder}/anna.nii" for folder in folders))
+    assert {who for who, reason in found(listing) if "taken for" in reason} >= set(folders)
+
+
+@pytest.mark.parametrize("file", ["T1", "t1_mpr_sag_iso", "brain", "orig", "anat"])
+def test_folders_with_files_of_a_protocols_name_are_people(tmp_path, file):
+    listing = listed(tmp_path, f"anna/{file}.nii", f"bert/{file}.nii")
+    assert {who for who, _, _ in scans(listing)} == {"anna", "bert"} and not found(listing)
 
 
 @pytest.mark.parametrize(

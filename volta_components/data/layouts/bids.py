@@ -111,7 +111,7 @@ def _participants(listing: Listing, options: LayoutOptions) -> People | None:
         listing.note("problem", "(all)", "participants.tsv", "is missing", "sex and site stay unknown", False)
         return None
     return read_table_of_people(
-        listing, path, lambda text: canonical_patient_id(text if text.startswith("sub-") else f"sub-{text}")
+        listing, path, lambda text: canonical_patient_id(re.sub(r"^(sub[-_])?", "sub-", text, flags=re.IGNORECASE))
     )
 
 

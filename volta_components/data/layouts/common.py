@@ -243,7 +243,11 @@ def look(listing: Listing, root: Path) -> Tree:
             remedy = "finish or unpack it, or remove it"
             listing.note("problem", who.split(".")[0], place, "no volume by its name: a part, or packed", remedy)
         elif _ARCHIVE.search(path.name):
-            listing.note("quirk", "(archives)", place, "an archive, not looked into", "unpack it if it holds scans")
+            what, stem = "an archive, not looked into", _ARCHIVE.sub("", path.name)
+            if any(folder.parent == path.parent and folder.name.startswith(stem) for folder in tree.folders):
+                listing.note("quirk", "(archives)", place, what, f"beside {stem}, which it was unpacked to, it seems")
+            else:
+                listing.note("problem", tidy(stem), place, what, "unpack it if it holds scans; if not, move it away")
     for folder in tree.folders:
         if volume_suffix(folder):
             inside = [path for path in tree.files if path.parent == folder and volume_suffix(path)]

@@ -46,6 +46,7 @@ from volta_components.data.layouts.series import (
 )
 from volta_components.data.names import date_in, date_of_folders, split_visit
 from volta_components.data.tables import People, parse_age
+from volta_components.data.volumes import volume_suffix
 from volta_components.data.walk import Tree, tidy
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
@@ -253,7 +254,7 @@ def _catalogue(folder: Path, files: list[Path], options: LayoutOptions) -> Folde
             stamp.append([tidy(path.name), status.st_size, status.st_mtime_ns])
         except OSError:
             stamp.append([tidy(path.name), None, None])
-    key = hashlib.sha256(json.dumps(["3", relative(folder, options.source), stamp]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps(["4", relative(folder, options.source), stamp]).encode()).hexdigest()[:32]
     cache = options.work / f"{key}.json" if options.work else None
     if cache and cache.exists():
         kept = read_json(cache)
@@ -476,6 +477,14 @@ def _note_without_t1(
             remedy = "if one is a T1, convert it with dcm2niix and use --layout folder"
             listing.note("problem", patient, "", f"has no T1 series ({some})", remedy, True, patient)
     tops = {_first_part(folder, root) for one in series for folder in one.folders}
+    noted = {finding.file.split("/")[0] for finding in listing.findings if finding.left_out and finding.file}
+    for folder in tree.folders:
+        if folder.parent == root and (top := tidy(folder.name)) not in tops | noted:
+            inside = [path for path in tree.files if folder in path.parents]
+            if any(map(volume_suffix, inside)):  # named below
+                continue
+            reason = "has no DICOM file" + (f", only {tidy(inside[0].name)} and the like" if inside else " in it")
+            listing.note("problem", top, top, reason, "unpack or fetch its files, or remove the folder")
     for volume in tree.volumes():
         top = _first_part(volume.path.parent, root)
         place, remedy = relative(volume.path, root), "use --layout folder"

@@ -38,6 +38,12 @@ _BRAIN = re.compile(r"(brain|skull|bet)[._-]?(mask|seg)?$", re.IGNORECASE)
 _TIME = re.compile(r"(ses|sess|session|visit|tp|timepoint|time|fu|followup|wave)[-_ ]?\d{1,3}", re.IGNORECASE)
 _MAYBE_TIME = re.compile(r"(v|m|mo|month|w|week|y|year|d|day)[-_ ]?\d{1,3}", re.IGNORECASE)
 _NOBODY = re.compile(r"(t1[a-z]?|mprage|spgr|bravo|brain|orig|nu|norm|image|anat|struct|scan)", re.IGNORECASE)
+# Words of protocols: what has one in its name is no person's name.
+_PROTOCOL = re.compile(
+    r"(?<![a-z])(t1[a-z]*|mpr[a-z]*|mprage|spgr|bravo|tfe|brain|orig|nu|norm|image|img|anat[a-z]*|struct[a-z]*|scan|head"
+    r"|mri?|vol(ume)?|3d|iso|sag|tra|cor|raw|data|input)(?![a-z])",
+    re.IGNORECASE,
+)
 _LABEL_FOLDERS = {"labels", "label", "labelstr"}
 
 
@@ -186,7 +192,7 @@ def _identified(listing: Listing, root: Path, images: list[VolumeFile], people: 
             session = session or _session(date or "".join(rest))
             found.append(_Found(volume, name, who, session, canonical_patient_id(who), date))
             if not above:
-                _note_folder(listing, relative(volume.path, root), who, session if rest else None)
+                _note_folder(listing, relative(volume.path, root), who, session if rest else None, name.subject)
         else:
             plain.append(_Found(volume, name, name.subject, session, canonical_patient_id(name.subject), date))
     return found + _by_name(listing, root, plain, people)
@@ -230,14 +236,17 @@ def _session(text: str) -> str | None:
     return f"ses-{plain}" if plain else None
 
 
-def _note_folder(listing: Listing, place: str, who: str, session: str | None) -> None:
+def _note_folder(listing: Listing, place: str, who: str, session: str | None, file: str) -> None:
     """Say that folders, not file names, told who a scan is of (``anna/T1.mgz``, ``bert/T1.mgz``)."""
     reason = f"other folders have files of these names too, so taken for {who}'s"
     if session:
         remedy = f"name it sub-..._{session}_T1w.nii.gz to be sure, or give a --table of people"
         listing.note("problem", who, place, f"{reason}, session {session}", remedy, False)
-    else:
+    elif _PROTOCOL.search(file):
         listing.note("quirk", who, place, f"{reason}, by the folder")
+    else:  # 2019/anna.nii.gz and 2020/anna.nii.gz may be one person's visits
+        remedy = f"if it is {file}'s, name it sub-{re.sub(r'[^A-Za-z0-9]', '', file)}_ses-..._T1w.nii.gz; if not, "
+        listing.note("problem", who, place, f"{reason}, by the folder", f"{remedy}give a --table with {who}", False)
 
 
 def _by_name(listing: Listing, root: Path, plain: list[_Found], people: People | None) -> list[_Found]:

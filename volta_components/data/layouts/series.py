@@ -30,9 +30,9 @@ _SUFFIXES = {".dcm", ".ima", ".dicom", ".dic"}
 _WARNINGS = re.compile(r"missing|interslice|gap|inconsisten|not stacked|slice(s)? (order|distance)", re.IGNORECASE)
 _FACTS = """
 SeriesDescription ProtocolName SequenceName PulseSequenceName ImageType Modality SeriesNumber MRAcquisitionType
-SliceThickness SpacingBetweenSlices ScanningSequence SequenceVariant EchoTime InversionTime ContrastBolusAgent PatientID
-PatientName PatientBirthDate PatientSex PatientAge StudyInstanceUID StudyDate SeriesDate AcquisitionDate
-AcquisitionDateTime ContentDate
+SliceThickness SpacingBetweenSlices PixelSpacing ScanningSequence SequenceVariant EchoTime InversionTime
+ContrastBolusAgent PatientID PatientName PatientBirthDate PatientSex PatientAge StudyInstanceUID StudyDate
+SeriesDate AcquisitionDate AcquisitionDateTime ContentDate
 """
 # What is kept of a series' first image.
 FACTS = _FACTS.split()
@@ -146,6 +146,8 @@ def _add(folder: Folder, path: Path, data: Any, start: int) -> None:
         folder.damaged[path.name] = f"truncated: {max(size - start, 0):,} of {pixels:,} bytes of pixels"
         return
     facts = {name: _plain(data.get(name)) for name in FACTS if data.get(name) not in (None, "")}
+    if spacing := _of_frame(data, _frames(data)[0], "PixelMeasuresSequence", "PixelSpacing"):
+        facts["PixelSpacing"] = _plain(spacing)
     direction, places = _geometry(data)
     kind = "/".join([*map(str, facts.get("ImageType") or []), str(facts.get("EchoTime", ""))])
     number = data.get("InstanceNumber")
@@ -165,24 +167,28 @@ def _plain(value: Any) -> Any:
     return str(value).strip()
 
 
+def _frames(data: Any) -> Any:
+    """The frames of an image of many, or the image itself."""
+    return data.get("PerFrameFunctionalGroupsSequence") or [data]
+
+
+def _of_frame(data: Any, frame: Any, sequence: str, value: str) -> Any:
+    """A value of a frame: its own, of a group of its own, or of the group that all share; or None."""
+    if value in frame:
+        return frame[value].value
+    for holder in (frame, (data.get("SharedFunctionalGroupsSequence") or [{}])[0]):
+        if sequence in holder and len(holder[sequence].value):
+            return holder[sequence].value[0].get(value)
+    return None
+
+
 def _geometry(data: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Normal of the slices and where they lie along it; of an image of many frames, out of each frame's own groups."""
-    frames = data.get("PerFrameFunctionalGroupsSequence") or [data]
-    shared = (data.get("SharedFunctionalGroupsSequence") or [{}])[0]
-
-    def group(frame: Any, sequence: str, value: str) -> Any:
-        if value in frame:
-            return frame[value].value
-        for holder in (frame, shared):
-            if sequence in holder and len(holder[sequence].value):
-                return holder[sequence].value[0].get(value)
-        return None
-
     normals: list[np.ndarray] = []
     places = []
-    for frame in frames:
-        axes = group(frame, "PlaneOrientationSequence", "ImageOrientationPatient")
-        place = group(frame, "PlanePositionSequence", "ImagePositionPatient")
+    for frame in _frames(data):
+        axes = _of_frame(data, frame, "PlaneOrientationSequence", "ImageOrientationPatient")
+        place = _of_frame(data, frame, "PlanePositionSequence", "ImagePositionPatient")
         if axes is None or place is None:
             return (), ()
         first, second = np.asarray(axes, float).reshape(2, 3)
@@ -234,11 +240,15 @@ def distance(images: Sequence[Image]) -> float | None:
 def why_not_whole(images: Sequence[Image], facts: dict[str, Any]) -> tuple[str, str] | None:
     """Why a series' slices are no volume: missing, uneven, doubled or of several directions; reason and remedy.
 
-    Slices that are missing at an end leave a smaller volume, which is none the worse here. None if the slices are even,
-    or if their places are not known.
+    Slices that are missing at an end leave a smaller volume, which is none the worse here. None if the slices are even.
     """
     again = "download the series again"
     places, directions = slices(images), [image.direction for image in images]
+    if unknown := sum(not image.places for image in images):
+        return f"{unknown} of {len(images)} images do not say where they lie (ImagePositionPatient)", again
+    sides = facts.get("PixelSpacing")
+    if not isinstance(sides, list) or not all(isinstance(side, float | int) and side > 0 for side in sides):
+        return "the size of its pixels is not known (PixelSpacing)", again
     if len(places) < 2:
         return None
     if not all(directions) or not np.allclose(directions, directions[0], atol=0.02):
@@ -323,7 +333,11 @@ def convert_series(files: Sequence[Path], output: Path) -> tuple[Path, list[str]
             f"its series becomes {len(found)} volumes (echoes, repeats, or images of several series)",
             "convert it yourself and use --layout folder",
         )
-    if (thin := min(read_volume(found[0]).voxels.shape)) < MIN_SLICES:
+    try:
+        thin = min(read_volume(found[0]).voxels.shape)
+    except UnusableVolume as error:  # the user knows the folder, not the file in between
+        raise UnusableVolume(folder, error.reason, "download the series again") from error
+    if thin < MIN_SLICES:
         raise UnusableVolume(folder, f"only {thin} slices: a localiser, or incomplete", "download the series again")
     lines = {line.strip() for line in done.stdout.splitlines() if line.startswith("Warning") and _WARNINGS.search(line)}
     return found[0], [f"dcm2niix: {line.removeprefix('Warning:').strip()}"[:200] for line in sorted(lines)]
