@@ -137,7 +137,7 @@ MESSAGES = {
         "left and right are swapped",
         "no orientation: neither sform nor qform is set, so left and right are not known",
         "of the foreground cut at the",
-        "no such MLflow store; run volta3d crossval first",
+        "no such MLflow store",
         "belongs to a run with other settings (name, there, here)",
         "is of a finished run with other settings",
         "holds a data set prepared with",
