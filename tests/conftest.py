@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What is expected here is computed on the CPU, also where there is a GPU; ``make test-gpu`` is for that.
 if "VOLTA_TEST_GPU" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# ``volta3d pack`` makes a secret; never the user's own.
+os.environ["VOLTA3D_SECRET"] = str(Path(tempfile.gettempdir()) / f"volta3d-tests-{os.getuid()}" / "secret")
 torch.set_num_threads(1)
 # A shell starts what runs in the background with Ctrl-C ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -77,7 +77,7 @@ def evaluated(trained: Path, prepared: Path, encoder: Path, folder: Path, change
 
 
 def test_evaluation_refuses_those_whom_the_encoder_was_pretrained_on(trained, prepared, encoder, tmp_path):
-    from volta_components.training.record import patient_key
+    from volta_components.training.people import patient_key
 
     def leak(record: dict[str, Any]) -> None:
         record["pretraining"]["patient_ids"] = [patient_key("sub-0001", "fake")]

@@ -286,7 +286,7 @@ def test_a_fraction_that_is_too_small_is_an_error(prepared, encoder, tmp_path):
 
 def test_pretraining_on_scored_patients_is_an_error_unless_allowed_and_then_tagged(prepared, tmp_path, encoder):
     from volta_components.method.weights import load_encoder
-    from volta_components.training.record import patient_key
+    from volta_components.training.people import patient_key
 
     path = tmp_path / "leaky.safetensors"
     save_encoder(path, load_encoder(encoder), {"datalist_hash": "1", "patient_ids": [patient_key("sub-0001")]})

@@ -28,7 +28,7 @@ from volta_components.data.datalist import load_datalist, make_content
 from volta_components.data.load import LoadScand
 from volta_components.downstream.networks import VoltaUNETR
 from volta_components.files import read_json, write_json
-from volta_components.training.record import patient_key
+from volta_components.training.people import patient_key
 from volta_components.training.tracking import group_metrics
 
 

@@ -377,4 +377,5 @@ def test_bad_cohort_weights(tmp_path, weights, message):
 
 def test_overlaps_of_nothing(tmp_path):
     one = load_datalist(write(tmp_path / "a", [item(0), item(1)]))
-    assert find_overlaps([one]) == ([], [])
+    found = find_overlaps([one])
+    assert (found.certain, found.look_alikes, found.uncertain, found.near_copies) == ([], [], [], [])

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from volta_components.data.names import Name, date_in, date_of_cell, look_alikes, maybe_visits, parse_name, split_visit
+from volta_components.data.names import Name, date_in, date_of_cell, maybe_visits, parse_name, split_visit
 
 
 @pytest.mark.parametrize(
@@ -52,11 +52,6 @@ def test_names_of_t1_scans_do_not(stem):
 )
 def test_words_for_visits_are_split_off(name, parts):
     assert split_visit(name) == parts
-
-
-def test_ids_that_look_alike_are_found_and_others_are_not():
-    assert look_alikes(["sub-1", "sub-01", "P_3", "p3"]) == [["P_3", "p3"], ["sub-01", "sub-1"]]
-    assert look_alikes(["1_1", "11", "sub-10", "sub-1", "002_S_0295", "002_S_0296"]) == []
 
 
 @pytest.mark.parametrize(

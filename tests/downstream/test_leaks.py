@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from volta_components.downstream.leaks import Origin, check_encoder, check_model
 from volta_components.errors import InputError
 from volta_components.method.networks import VoltaViT
 from volta_components.method.weights import save_encoder
-from volta_components.training.record import patient_key, provenance
+from volta_components.training.people import facts_of, make_secret, patient_key, sealed
+from volta_components.training.record import provenance
 
 
 def test_scored_patients_who_were_pretrained_on_are_an_error_with_their_ids(tmp_path):
@@ -41,7 +43,7 @@ def test_an_id_that_is_no_worldwide_one_belongs_to_its_cohort(tmp_path):
     path = make_encoder(tmp_path / "encoder.safetensors", None)
     save_encoder(path, VoltaViT(img_size=(32, 32, 32), decoder=False, **SIZES), provenance({}, "d" * 64, trained))
     origin = check_origin("volta", path, [{"patient_id": "sub-0001", "cohort": "elsewhere"}])
-    assert origin.leak == "none" and origin.record["patient_ids"] == sorted(origin.patient_ids or ())
+    assert origin.leak == "none" and len(origin.record["patient_ids"]) == 2
     for same in ({"patient_id": "sub-0001", "cohort": "here"}, {"patient_id": "002_S_0295", "cohort": "harp"}):
         with pytest.raises(InputError, match="1 of the 1 scored"):
             check_origin("volta", path, [same])
@@ -104,3 +106,64 @@ def test_scratch_needs_no_encoder_and_a_missing_one_says_what_to_do(tmp_path):
         check_encoder("volta", path)
     with pytest.raises(InputError, match="init 'vit'"):
         check_origin("vit", tmp_path / "none.safetensors", [])
+
+
+def trained_on(path, *items: dict[str, Any]):
+    save_encoder(path, VoltaViT(img_size=(32, 32, 32), decoder=False, **SIZES), provenance({}, "d" * 64, items))
+    return path
+
+
+def test_ids_that_look_alike_are_refused_until_they_are_accepted(tmp_path):
+    path = trained_on(tmp_path / "encoder.safetensors", {"patient_id": "sub-0007", "cohort": "clinic"})
+    for patient in ("7", "SUB-7", "subject_07", "clinic-7"):
+        scored = [{"patient_id": patient, "cohort": "Clinic"}, {"patient_id": "sub-8", "cohort": "clinic"}]
+        with pytest.raises(InputError, match=rf"1 scored patients have ids that look like(?s:.)*\n  {patient}\n"):
+            check_origin("volta", path, scored)
+        assert check_origin("volta", path, scored, accept_look_alikes=True).leak == "none"
+        assert check_origin("volta", path, scored, allow_leak=True).leak == "allowed"
+    assert check_origin("volta", path, [{"patient_id": "7", "cohort": "other"}]).leak == "none"
+
+
+def test_the_same_voxels_under_another_id_are_a_leak(tmp_path):
+    path = trained_on(
+        tmp_path / "encoder.safetensors", {"patient_id": "a", "voxels_sha256": "1" * 64, "sha256": "2" * 64}
+    )
+    for hashes in ({"voxels_sha256": "1" * 64}, {"source_sha256": "2" * 64}):
+        with pytest.raises(InputError, match=r"1 of the 1 scored(?s:.)*\n  b +the same voxels, under another id"):
+            check_origin("volta", path, [{"patient_id": "b", **hashes}])
+    record = {"provenance": {"patient_ids": [], "voxel_hashes": ["1" * 16]}, "pretraining": None}
+    with pytest.raises(InputError, match=r"trained on +the same voxels"):
+        check_model(record, [{"patient_id": "b", "voxels_sha256": "1" * 64}])
+
+
+def test_near_copies_are_a_warning_that_names_them(tmp_path):
+    print_ = "0f" * 64
+    path = trained_on(tmp_path / "encoder.safetensors", {"patient_id": "a", "fingerprint": print_})
+    near, far = "07" + print_[2:], "f0" * 64
+    with pytest.warns(UserWarning, match=r"1 scored volumes look like.*sub-b_ses-1 and 0f0f0f0f0f0f0f0f"):
+        scored = [{"patient_id": "b", "subject_id": "sub-b", "session": "ses-1", "fingerprint": near}]
+        assert check_origin("volta", path, scored).leak == "none"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_origin("volta", path, [{"patient_id": "b", "subject_id": "b", "fingerprint": far}, {"patient_id": "c"}])
+
+
+def test_what_another_lab_has_sealed_says_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("VOLTA3D_SECRET", str(tmp_path / "secret"))
+    closed = sealed(facts_of([{"patient_id": "a"}, {"patient_id": "b"}]), make_secret())
+    model = {"provenance": closed, "pretraining": None}
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, VoltaViT(img_size=(32, 32, 32), decoder=False, **SIZES), {**closed, "datalist_hash": "d"})
+    with pytest.raises(InputError, match="1 of the 1 scored"):
+        check_model(model, [{"patient_id": "a"}])
+    assert (
+        check_model(model, [{"patient_id": "c"}]) == check_origin("volta", path, [{"patient_id": "c"}]).leak == "none"
+    )
+    (tmp_path / "secret").write_text("z" * 64)
+    for patient in ("a", "c"):
+        with pytest.raises(InputError, match="another lab has sealed on which subjects the model was trained"):
+            check_model(model, [{"patient_id": patient}])
+        with pytest.raises(InputError, match="a list of 2 subjects that another lab has sealed"):
+            check_origin("volta", path, [{"patient_id": patient}])
+        assert check_model(model, [{"patient_id": patient}], allow_leak=True) == "allowed"
+        assert check_origin("volta", path, [{"patient_id": patient}], allow_leak=True).leak == "allowed"

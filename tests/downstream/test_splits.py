@@ -144,3 +144,24 @@ def test_class_weights_balance_the_classes():
     assert 9 * weights[0] == pytest.approx(3 * weights[1].item())
     with pytest.raises(InputError, match="class 1"):
         class_weights(items[:9], 2)
+
+
+def test_ids_that_look_alike_and_the_same_voxels_may_not_be_in_two_folds():
+    items = cohort(10)
+    items[1] |= {"patient_id": "SUB_0", "fold": 1}
+    with pytest.raises(
+        InputError, match=r"1 pairs of ids look alike(?s:.)*SUB_0 +sub-000\n(?s:.)*--accept_look_alikes"
+    ):
+        split_items(items, fold=0)
+    assert split_items(items, fold=0, accept_look_alikes=True).scored
+    items = cohort(10)
+    items[0]["source_sha256"] = items[1]["source_sha256"] = "1" * 64
+    with pytest.raises(InputError, match=r"1 pairs of ids have the same voxels(?s:.)*sub-000 +sub-001"):
+        split_items(items, fold=0, accept_look_alikes=True)
+
+
+def test_near_copies_in_two_folds_are_a_warning_with_both_names():
+    items = cohort(10)
+    items[0]["fingerprint"], items[1]["fingerprint"] = "0" * 128, "1" + "0" * 127
+    with pytest.warns(UserWarning, match="1 pairs of volumes.*sub-000_ses-M000 and sub-001_ses-M000"):
+        split_items(items, fold=0)

@@ -29,7 +29,7 @@ from volta_components.downstream.start import load_model
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file, write_json
 from volta_components.sharing.pack import assemble
-from volta_components.training.record import patient_key
+from volta_components.training.people import patient_key
 
 CLASSES = {"ixi_sex_phantom_tiny": ["male", "female"], "aibl_ad_phantom_tiny": ["healthy", "ad"]}
 # Sizes at which a training takes seconds; packed as an overlay, as the quick start's sizes are.

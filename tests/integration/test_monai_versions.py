@@ -193,7 +193,7 @@ def test_the_start_is_found_by_its_weights(tmp_path: Path) -> None:
 
 
 def test_the_record_tells_of_everybody_and_has_no_metrics(tmp_path: Path) -> None:
-    from volta_components.training.record import patient_key
+    from volta_components.training.people import patient_key
 
     items = [scan(tmp_path, f"sub-IXI{number:03d}_ses-1_T1w") for number in range(3)]
     before = {

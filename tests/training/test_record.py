@@ -10,10 +10,10 @@ import pytest
 from monai.bundle import ConfigParser
 
 from volta_components import __version__
+from volta_components.training.people import patient_key
 from volta_components.training.record import (
     code_version,
     other_settings,
-    patient_key,
     provenance,
     run_settings,
     settings_of,

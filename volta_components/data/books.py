@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from volta_components.data.identity import look_alikes
 from volta_components.data.layouts import Listing
-from volta_components.data.names import look_alikes
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def balance(listing: Listing, items: Iterable[Mapping[str, Any]]) -> Books:
 
 
 def note_look_alikes(listing: Listing, patients: Iterable[str]) -> None:
-    """Note ids that may be one person's: the same but for case, leading zeros and separators."""
-    for group in look_alikes(patients):
-        reason = f"{' and '.join(group)}: taken for different people, although their names are nearly the same"
+    """Note ids that may be one person's: the same but for case, leading zeros, separators and prefixes."""
+    for group in look_alikes(patients, listing.cohort):
+        reason = f"{' and '.join(group)}: different people who share a fold, since their names are nearly the same"
         listing.note("problem", group[0], "", reason, "if they are one, name them alike", False, group[0])

@@ -21,6 +21,7 @@ import joblib
 import numpy as np
 from tqdm import tqdm
 
+from volta_components.data.identity import same_people
 from volta_components.data.volumes import UnusableVolume, read_header, read_volume
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file, sha256_json
@@ -246,13 +247,16 @@ def assign_folds(items: Iterable[Mapping[str, Any]], n_folds: int, seed: int) ->
     Patients are gone through stratum by stratum, in an order that a hash of seed and id decides; each goes to the fold
     that has the fewest of its stratum, then of its diagnosis, its sex, its site, its cohort, then of scans. So the
     folds depend on nothing but the patients and the seed: not on the machine, the order of files, or a library's
-    version. scikit-learn's ``StratifiedGroupKFold`` balances one label only and hangs on NumPy's shuffling.
+    version. Ids that may be one person's (``same_people``) share a fold. scikit-learn's ``StratifiedGroupKFold``
+    balances one label only and hangs on NumPy's shuffling.
     """
+    items = sorted(items, key=lambda item: (str(item["patient_id"]), str(item.get("session") or "")))
+    person = same_people(items)
     patients: dict[str, dict[str, Any]] = {}
     scans: Counter[str] = Counter()
-    for item in sorted(items, key=lambda item: (str(item["patient_id"]), str(item.get("session") or ""))):
-        first = patients.setdefault(item["patient_id"], {})
-        scans[item["patient_id"]] += 1
+    for item in items:
+        first = patients.setdefault(person[item["patient_id"]], {})
+        scans[person[item["patient_id"]]] += 1
         for key in ("diagnosis", "sex", "site", "cohort"):
             if first.get(key) is None:
                 first[key] = item.get(key)
@@ -287,7 +291,7 @@ def assign_folds(items: Iterable[Mapping[str, Any]], n_folds: int, seed: int) ->
         folds[patient] = fold
         counts[fold].update(keys)
         counts[fold][("scans", "")] += scans[patient]
-    return folds
+    return {patient: folds[first] for patient, first in person.items()}
 
 
 def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = None) -> None:

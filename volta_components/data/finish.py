@@ -146,6 +146,8 @@ def _item(scan: Scan, record: Mapping[str, Any], cohort: str, marks: Sequence[st
         "source_sha256": record["source_sha256"],
         "sha256": record["sha256"],
         "voxels_sha256": record["voxels_sha256"],
+        # Records of earlier versions have none.
+        **({"fingerprint": record["fingerprint"]} if "fingerprint" in record else {}),
     }
 
 

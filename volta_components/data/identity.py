@@ -4,15 +4,27 @@
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-_ADNI = re.compile(r"(?<!\d)(\d{3})_?S_?(\d{4,5})(?!\d)")
-_BRATS = re.compile(r"BraTS-([A-Za-z]+(?:-[A-Za-z]+)*)-(\d{4,6})(?!\d)", re.IGNORECASE)
+# No letter before the name of a data set, but for BIDS' own: "pixi2" is nobody of IXI.
+_FIRST = r"(?:(?<![A-Za-z])|(?<=sub))"
+_ADNI = re.compile(r"(?<!\d)(\d{3})[-_ ]?S[-_ ]?(\d{4,5})(?!\d)", re.IGNORECASE)
+_BRATS = re.compile(
+    _FIRST
+    + r"BraTS[-_ ]?(?!(?:train|valid|test))([A-Za-z]+(?:[-_ ][A-Za-z]+)*)[-_ ]?(\d{5}(?=\d{3}(?!\d))|\d{1,6}(?!\d))",
+    re.IGNORECASE,
+)
 # Of the years before 2023: BraTS2021_00000, BraTS20_Training_001, Brats18_CBICA_AAB_1.
-_OLD_BRATS = re.compile(r"BraTS((?:20)?(?:1[3-9]|2[0-2])(?:_[A-Za-z0-9]+)*_\d+)(?=[_.]|$)", re.IGNORECASE)
-_OASIS = re.compile(r"OAS(?:IS)?([1-4])_?(\d{4})(?!\d)")
-_IXI = re.compile(r"IXI(\d{1,4})(?!\d)")
-_AIBL = re.compile(r"AIBL[-_]?(\d+)")
+_OLD_BRATS = re.compile(
+    r"BraTS[-_ ]?((?:20)?(?:1[3-9]|2[0-2])(?:[-_ ][A-Za-z0-9]+)*[-_ ]\d+)(?=[-_. ]|$)", re.IGNORECASE
+)
+_OASIS = re.compile(_FIRST + r"OAS(?:IS)?[-_ ]?([1-4])[-_ ]?(\d{4})(?!\d)", re.IGNORECASE)
+_IXI = re.compile(_FIRST + r"IXI[-_ ]?0*(\d{1,4})(?!\d)", re.IGNORECASE)
+_AIBL = re.compile(_FIRST + r"AIBL[-_ ]?(\d+)", re.IGNORECASE)
 _ANATOMY = re.compile(r"ANATOMY[0-9a-f]{12}")
+_SUBJECT = re.compile(r"(?:(?:subject|subj|sub)(?=[\W\d_])[\W_]*)+")
 
 
 def canonical_patient_id(text: str) -> str:
@@ -22,11 +34,11 @@ def canonical_patient_id(text: str) -> str:
     written as                                                             canonical
     ====================================================================== =================
     ``sub-ADNI002S0295``, ``002_S_0295``, ``ADNI_002_S_0295_13722_ACPC``    ``002_S_0295``
-    ``BraTS-GLI-00005-100``                                                ``BraTS-GLI-00005``
+    ``BraTS-GLI-00005-100``, ``brats_gli_5``, ``sub-BraTSGLI00005100``     ``BraTS-GLI-00005``
     ``BraTS2021_00005_t1``, ``Brats18_CBICA_AAB_1``                        ``BraTS2021_00005``, ``BraTS18_CBICA_AAB_1``
     ``OAS1_0001_MR2``, ``sub-OASIS10001``                                  ``OAS1_0001``
-    ``sub-IXI002``, ``IXI002-Guys-0828-T1``                                ``IXI002``
-    ``sub-AIBL0123``                                                       ``AIBL123``
+    ``sub-IXI002``, ``IXI002-Guys-0828-T1``, ``ixi-2``                     ``IXI002``
+    ``sub-AIBL0123``, ``aibl_123``                                         ``AIBL123``
     anything else, such as ``sub-0001``                                    as it is
     ====================================================================== =================
 
@@ -38,9 +50,10 @@ def canonical_patient_id(text: str) -> str:
     if match := _ADNI.search(text):
         return f"{match[1]}_S_{match[2]}"
     if match := _BRATS.search(text):
-        return f"BraTS-{match[1].upper().replace('GOAT', 'GoAT')}-{match[2]}"
+        task = re.sub(r"[_ ]", "-", match[1].upper()).replace("GOAT", "GoAT")
+        return f"BraTS-{task}-{int(match[2]):0{4 if task.endswith('-RT') else 5}d}"
     if match := _OLD_BRATS.search(text):
-        return f"BraTS{match[1]}"
+        return "BraTS" + re.sub(r"[- ]", "_", match[1])
     if match := _OASIS.search(text):
         return f"OAS{match[1]}_{match[2]}"
     if match := _IXI.search(text):
@@ -72,3 +85,91 @@ def cohort_of(patient_id: str) -> str | None:
 def is_old_brats(patient_id: str) -> bool:
     """Whether a canonical id is of BraTS before 2023, whose patients have other names since then."""
     return _OLD_BRATS.fullmatch(patient_id) is not None
+
+
+def exact_person(patient_id: str, cohort: str = "") -> str:
+    """Who somebody is, among all data sets: the canonical id, with the cohort where ids are unique only within it."""
+    canonical = canonical_patient_id(patient_id)
+    return canonical if not cohort or is_worldwide(canonical) else f"{cohort}/{canonical}"
+
+
+def loose_person(patient_id: str, cohort: str = "") -> str:
+    """The same for everybody who may be one person by their ids: without case, separators, prefixes and zero padding.
+
+    ``sub-07`` and ``7`` of a cohort come out the same, and so do ``IXI007`` and ``7`` of the cohort ``ixi``; numbers
+    of different cohorts do not.
+    """
+    canonical = canonical_patient_id(patient_id)
+    if not is_worldwide(canonical):
+        # The id as it would be under the name of its cohort, which may be a public one.
+        named = canonical_patient_id(f"{cohort}-{_bare(canonical)}")
+        where = cohort_of(named)
+        if where is None or not cohort.casefold().startswith(where[:3]):
+            place = loose(cohort)
+            return f"{place}/{loose(patient_id).removeprefix(f'{place} ')}"
+        canonical = named
+    return loose(canonical)
+
+
+def loose(text: str) -> str:
+    """An id without what spreadsheets and people change in it: case, leading zeros, separators, ``sub-``.
+
+    A separator counts only between two numbers: ``1_1`` is not ``11``.
+    """
+    plain = re.sub(r"\.0$", "", _bare(canonical_patient_id(text)))
+    runs = re.findall(r"\d+|[^\W\d_]+", plain)
+    words: list[str] = []
+    for run in runs:
+        if run.isdecimal():
+            words.append(str(int(run)))
+        elif words and not words[-1].isdecimal():
+            words[-1] += run
+        else:
+            words.append(run)
+    return " ".join(words) or plain
+
+
+def _bare(text: str) -> str:
+    """Lower case, in one Unicode form, without the word for a subject in front."""
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    return _SUBJECT.sub("", plain, count=1) if _SUBJECT.match(plain) else plain
+
+
+def look_alikes(patients: Iterable[str], cohort: str = "") -> list[list[str]]:
+    """Ids of a cohort that are one but for case, leading zeros, separators and prefixes: ``sub-1`` and ``sub-01``."""
+    groups: dict[str, list[str]] = {}
+    for patient in sorted(set(patients)):
+        groups.setdefault(loose_person(patient, cohort), []).append(patient)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def voxel_hashes(item: Mapping[str, Any]) -> set[str]:
+    """Hashes of an item's voxels, source and prepared file: equal ones are of one scan, whatever the ids."""
+    return {str(item[key]) for key in ("voxels_sha256", "source_sha256", "sha256") if item.get(key)}
+
+
+def same_people(items: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Who may be one person: ids that look alike within a cohort, and ids of the same voxels.
+
+    Args:
+        items: of datalists, with ``patient_id`` and, where known, ``cohort`` and hashes.
+
+    Returns:
+        For each ``patient_id`` the first one, in the order of the alphabet, of those that may be the same person.
+    """
+    first: dict[str, str] = {}
+
+    def find(patient: str) -> str:
+        while first[patient] != patient:
+            first[patient] = first[first[patient]]
+            patient = first[patient]
+        return patient
+
+    holder: dict[str, str] = {}
+    for item in items:
+        patient = item["patient_id"]
+        first.setdefault(patient, patient)
+        for key in (f"id {loose_person(str(patient), str(item.get('cohort') or ''))}", *voxel_hashes(item)):
+            low, high = sorted((find(patient), find(holder.setdefault(key, patient))), key=str)
+            first[high] = low
+    return {patient: find(patient) for patient in first}

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 
-from volta_components.data.identity import canonical_patient_id
+from volta_components.data.identity import loose
 
 _OTHER_WORDS = """
 t2w t2 flair t2star t2starw pd pdw pdt2 inplanet1 inplanet2 angio defacemask t1map t2map r1map r2starmap mtr mtrmap mts
@@ -109,20 +109,6 @@ def maybe_visits(subjects: Iterable[str]) -> list[list[str]]:
     return [
         group for stem, group in groups.items() if 1 < len(group) <= 4 and (len(groups) > 1 or re.search(r"\d", stem))
     ]
-
-
-def look_alikes(patients: Iterable[str]) -> list[list[str]]:
-    """Ids that are one but for case, leading zeros and separators: ``sub-1`` and ``sub-01``, ``P_3`` and ``p3``."""
-    groups: dict[str, list[str]] = {}
-    for patient in sorted(set(patients)):
-        groups.setdefault(loose(patient), []).append(patient)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def loose(text: str) -> str:
-    """An id without what spreadsheets and people change in it: case, leading zeros, separators, ``sub-``."""
-    plain = re.sub(r"\.0$", "", canonical_patient_id(text).casefold().removeprefix("sub-"))
-    return " ".join(str(int(run)) if run.isdecimal() else run for run in re.findall(r"\d+|[^\W\d_]+", plain)) or plain
 
 
 def date_in(text: str) -> str | None:

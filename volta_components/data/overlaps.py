@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from volta_components.data.datalist import (
     Datalist,
@@ -17,52 +19,109 @@ from volta_components.data.datalist import (
     make_content,
     uneven_skulls,
 )
-from volta_components.data.identity import canonical_patient_id, is_worldwide
+from volta_components.data.fingerprint import near_copies_of
+from volta_components.data.identity import canonical_patient_id, is_worldwide, loose_person, voxel_hashes
 from volta_components.errors import InputError
 from volta_components.files import write_json
 
 
-def find_overlaps(datalists: Sequence[Datalist]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """Patients or voxels that datalists share; a single one is searched for the same voxels under two ids.
+def _person(item: Mapping[str, Any]) -> tuple[str, bool]:
+    """Canonical patient of an item, and whether that id is one person's in any data set."""
+    patient = canonical_patient_id(str(item["patient_id"]))
+    return patient, is_worldwide(patient)
 
-    Returns:
-        Certain overlaps, as rows (what, id, where and where), and uncertain ones: an id like ``sub-0001`` in two
-        cohorts of different names, which need not be one person.
+
+@dataclass(frozen=True)
+class Overlaps:
+    """What datalists share, as rows (what, id or ids, where).
+
+    Attributes:
+        certain: patients and voxels.
+        look_alikes: ids of one cohort that differ only in case, separators, prefixes or zero padding; within one
+            datalist, only those in different folds.
+        uncertain: an id like ``sub-0001`` in cohorts of different names, which need not be one person.
+        near_copies: volumes of different people that are nearly the same.
+    """
+
+    certain: list[tuple[str, ...]]
+    look_alikes: list[tuple[str, ...]]
+    uncertain: list[tuple[str, ...]]
+    near_copies: list[tuple[str, ...]]
+
+
+def find_overlaps(datalists: Sequence[Datalist]) -> Overlaps:
+    """Patients or voxels that datalists share.
+
+    Args:
+        datalists: at least one; a single one is searched for the same voxels under two ids.
     """
     certain: list[tuple[str, ...]] = []
     uncertain: list[tuple[str, ...]] = []
     where: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    alike: dict[str, dict[tuple[str, str], set[tuple[int, int]]]] = defaultdict(lambda: defaultdict(set))
     voxels: dict[str, dict[tuple[int, str], None]] = defaultdict(dict)
+    everybody: list[dict[str, Any]] = []
+
+    def places(indices: Iterable[int]) -> str:
+        return " and ".join(str(datalists[i].path) for i in sorted(set(indices)))
+
     for i, datalist in enumerate(datalists):
         for item in datalist.content["training"]:
-            where[canonical_patient_id(item["patient_id"])][i].add(str(item.get("cohort", datalist.name)))
-            for key in ("voxels_sha256", "source_sha256", "sha256"):
-                if item.get(key):
-                    name = "_".join(str(item[k]) for k in ("subject_id", "session") if item.get(k))
-                    voxels[item[key]].setdefault((i, name))
-    for patient, places in sorted(where.items()):
-        if len(places) < 2:
+            patient, is_one = _person(item)
+            cohort = str(item.get("cohort", datalist.name))
+            where[patient][i].add(cohort)
+            written = (patient, "" if is_one else cohort)
+            alike[loose_person(patient, cohort)][written].add((i, item["fold"]))
+            name = "_".join(str(item[k]) for k in ("subject_id", "session") if item.get(k))
+            for key in voxel_hashes(item):
+                voxels[key].setdefault((i, name))
+            if item.get("fingerprint"):
+                everybody.append({**item, "cohort": cohort, "datalist": i, "name": name})
+    for patient, held in sorted(where.items()):
+        if len(held) < 2:
             continue
-        row = ("patient", patient, " and ".join(str(datalists[i].path) for i in sorted(places)))
-        cohorts = set.union(*places.values())
-        (certain if is_worldwide(patient) or len(cohorts) == 1 else uncertain).append(row)
+        row = ("patient", patient, places(held))
+        is_sure = is_worldwide(patient) or len(set.union(*held.values())) == 1
+        (certain if is_sure else uncertain).append(row)
+    looks = [
+        (
+            "look alike",
+            " = ".join(patient for patient, _ in sorted(forms)),
+            places(i for at in forms.values() for i, _ in at),
+        )
+        for forms in alike.values()
+        if len(forms) > 1 and len(set.union(*forms.values())) > 1
+    ]
     rows = set()
     for holders in voxels.values():
         if len(holders) > 1:
             names = sorted({name for _, name in holders})
-            rows.add(("voxels", " = ".join(names), " and ".join(sorted({str(datalists[i].path) for i, _ in holders}))))
-    return certain + sorted(rows), uncertain
+            rows.add(("voxels", " = ".join(names), places(i for i, _ in holders)))
+    near = [
+        ("alike", f"{everybody[i]['name']} ~ {everybody[j]['name']}", places(everybody[k]["datalist"] for k in (i, j)))
+        for i, j in near_copies_of(everybody)
+    ]
+    return Overlaps(certain + sorted(rows), sorted(looks), uncertain, near)
 
 
-def check(*datalists: Path | str, strict: bool = False, volumes: bool = False, deep: bool = False) -> int:
+def check(
+    *datalists: Path | str,
+    strict: bool = False,
+    accept_look_alikes: bool = False,
+    volumes: bool = False,
+    deep: bool = False,
+) -> int:
     """Prove that datalists share no patient and no voxels.
 
     Patients are compared by canonical id, whatever its form (002_S_0295, sub-ADNI002S0295, file names); volumes by the
-    hash of their voxels, so that one scan under two ids is found too, also within one datalist.
+    hash of their voxels, so that one scan under two ids is found too, also within one datalist. Volumes of different
+    people that are nearly the same, such as a scan and its resampled copy, are a warning.
 
     Args:
         datalists: Datalists (datalist.json), or folders that hold one.
         strict: Count an id such as sub-0001 as an overlap even where the cohorts have different names.
+        accept_look_alikes: Take ids that differ only in case, separators, prefixes or zero padding (sub-7 and SUB_07 of
+            one cohort) for different people.
         volumes: Check too that every volume is there, whole, and of the datalist's shape and spacing.
         deep: Read every volume too, and compare it with its hash.
 
@@ -75,9 +134,12 @@ def check(*datalists: Path | str, strict: bool = False, volumes: bool = False, d
     if volumes or deep:
         for datalist in loaded:
             check_volumes(datalist, deep)
-    certain, uncertain = find_overlaps(loaded)
+    found = find_overlaps(loaded)
+    certain, uncertain = found.certain, found.uncertain
     if strict:
         certain, uncertain = certain + uncertain, []
+    if not accept_look_alikes:
+        certain = certain + found.look_alikes
     for datalist in loaded:
         print(f"{datalist.path}: {len(datalist)} scans of {len(datalist.patients)} patients, hash {datalist.hash[:16]}")
     if uncertain:
@@ -89,14 +151,20 @@ def check(*datalists: Path | str, strict: bool = False, volumes: bool = False, d
     everyone = [{"cohort": d.name, **item} for d in loaded for item in d.content["training"]]
     if note := uneven_skulls(everyone, ""):
         print(f"warning: {note}")
-    if certain:
+    if found.near_copies:
         print(
             InputError.many(
-                f"{len(certain)} overlaps",
-                certain,
-                "Prepare one of them again without these: volta3d prepare ... --exclude-patients-of OTHER.",
+                f"warning: {len(found.near_copies)} pairs of volumes are nearly the same",
+                found.near_copies,
+                "Look at them: copies of one scan must not be trained on and scored.",
+                limit=10,
             )
         )
+    if certain:
+        remedy = "Prepare one of them again without these: volta3d prepare ... --exclude-patients-of OTHER."
+        if found.look_alikes and not accept_look_alikes:
+            remedy += " If ids that look alike are different people: --accept-look-alikes."
+        print(InputError.many(f"{len(certain)} overlaps", certain, remedy))
         return 1
     print("no overlap")
     return 0
@@ -109,6 +177,7 @@ def merge(
     refold: bool = False,
     folds: int = 5,
     seed: int = 0,
+    accept_look_alikes: bool = False,
 ) -> int:
     """Join prepared data sets into one datalist; the volumes stay where they are.
 
@@ -121,6 +190,8 @@ def merge(
         refold: Assign the folds again, over all patients.
         folds: Number of folds, with --refold.
         seed: Seed of the folds, with --refold.
+        accept_look_alikes: Take ids that differ only in case, separators, prefixes or zero padding for different
+            people.
 
     Returns:
         0.
@@ -148,7 +219,14 @@ def merge(
         raise InputError(
             f"--output {target}: the folder holds a prepared data set, whose own datalist would be lost; choose another"
         )
-    certain, uncertain = find_overlaps(loaded)
+    overlaps = find_overlaps(loaded)
+    certain, uncertain = overlaps.certain, overlaps.uncertain
+    if overlaps.look_alikes and not (refold or accept_look_alikes):
+        raise InputError.many(
+            f"{len(overlaps.look_alikes)} groups of ids look alike, and are in different folds or datalists",
+            overlaps.look_alikes,
+            "Add --refold, which gives each group one fold, or --accept-look-alikes if they are different people.",
+        )
     doubles = [row for row in certain if row[0] == "voxels"]
     if doubles:
         raise InputError.many(
@@ -166,7 +244,7 @@ def merge(
             for key in ("image", "label"):
                 if key in entry:
                     entry[key] = (base / entry[key]).as_posix()
-            if canonical_patient_id(item["patient_id"]) in shared:
+            if _person(item)[0] in shared:
                 entry.pop("visit", None)  # counted in each datalist on its own
             if entry["patient_id"] in clashing:
                 for key in ("subject_id", "patient_id"):

@@ -24,7 +24,7 @@ import numpy as np
 from volta_components.data.datalist import load_datalist
 from volta_components.data.finish import finish, report_nothing_left
 from volta_components.data.geometry import axis_codes
-from volta_components.data.identity import canonical_patient_id
+from volta_components.data.identity import loose, loose_person
 from volta_components.data.layouts import Layout, LayoutOptions, Listing, Scan, reader
 from volta_components.data.overlaps import check_folds, check_phantom_name
 from volta_components.data.preprocess import Settings
@@ -286,12 +286,18 @@ def _check_space(target: Path, settings: Settings, tasks: Sequence[Task], labels
 
 
 def _patients_of(paths: Sequence[Path | str]) -> dict[str, str]:
-    """Canonical patients of datalists, and which datalist each is from."""
+    """Patients of datalists, in any spelling, and which datalist each is from."""
     return {
-        canonical_patient_id(item["patient_id"]): datalist.name
+        key: datalist.name
         for datalist in map(load_datalist, paths)
         for item in datalist.content["training"]
+        for key in _spellings(item["patient_id"], str(item.get("cohort") or ""))
     }
+
+
+def _spellings(patient: str, cohort: str) -> tuple[str, str]:
+    """What all spellings of an id have in common: in whatever cohort, and in this one."""
+    return loose(patient), loose_person(patient, cohort)
 
 
 def _select(
@@ -306,8 +312,9 @@ def _select(
     some_labels = any(scan.labels for scan in listing.scans)
     for scan in sorted(listing.scans, key=lambda scan: scan.key):
         lacking = [word for word in require if getattr(scan, word) is None]
-        if scan.patient_id in excluded_patients:
-            other = excluded_patients[scan.patient_id]
+        same = _spellings(scan.patient_id, listing.cohort)
+        other = next((excluded_patients[key] for key in same if key in excluded_patients), None)
+        if other is not None:
             listing.note_scan("choice", scan, f"patient {scan.patient_id} is in {other} (--exclude-patients-of)")
         elif wanted_diagnoses and scan.diagnosis not in wanted_diagnoses:
             asked = f"--diagnoses {','.join(diagnoses)}"

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from volta_components.data.identity import canonical_patient_id
-from volta_components.data.names import date_in, date_of_cell, loose
+from volta_components.data.identity import canonical_patient_id, loose
+from volta_components.data.names import date_in, date_of_cell
 from volta_components.data.sessions import in_order, spelled_alike
 from volta_components.data.unusable import missing_content
 from volta_components.data.volumes import volume_suffix

@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from volta_components.data import quality
+from volta_components.data.fingerprint import fingerprint
 from volta_components.data.labels import read_labels
 from volta_components.data.layouts import Scan
 from volta_components.data.layouts.common import relative
@@ -205,6 +206,7 @@ def _write(task: Task, done: Prepared, quirks: list[tuple[str, str]]) -> dict[st
         "sha256": digest,
         "source_sha256": source_hash,
         "voxels_sha256": done.digest,
+        "fingerprint": fingerprint(done.image, settings.spacing),
         "files": {name: (task.output / name).stat().st_size for name in names},
         "quality": done.quality,
         "warnings": done.warnings,

@@ -189,13 +189,15 @@ class ClassificationResults(FoldResults):
         limits = dict(zip(("auroc_low", "auroc_high"), interval, strict=True))
         return self.finished({**metrics, **limits}, "predictions.csv", {"subjects": self.subjects})
 
-    def evaluate(self, record: Mapping[str, Any], allow_leak: bool = False) -> dict[str, float]:
+    def evaluate(
+        self, record: Mapping[str, Any], allow_leak: bool = False, accept_look_alikes: bool = False
+    ) -> dict[str, float]:
         """Score a trained model at the threshold in its record; write ``predictions.csv`` and ``metrics.json``.
 
         Raises:
             InputError: see ``check_model``; or if there is no threshold to score at.
         """
-        leak = check_model(record, self.parts.scored, allow_leak)
+        leak = check_model(record, self.parts.scored, allow_leak, accept_look_alikes)
         threshold = record.get("threshold", self.threshold)
         if threshold == YOUDEN:
             raise InputError(

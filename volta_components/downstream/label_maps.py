@@ -19,7 +19,12 @@ from volta_components.errors import InputError
 
 
 def labelled_parts(
-    datalist: Datalist, fold: int, fraction: float = 1.0, validation_fraction: float = 0.2, seed: int = 0
+    datalist: Datalist,
+    fold: int,
+    fraction: float = 1.0,
+    validation_fraction: float = 0.2,
+    seed: int = 0,
+    accept_look_alikes: bool = False,
 ) -> Parts:
     """Split the datalist by patient; see ``split_items``. An empty datalist has empty parts.
 
@@ -35,7 +40,7 @@ def labelled_parts(
             "This bundle needs a label map of both hippocampi for each scan: prepare the data set with "
             "--labels require, which leaves out the others.",
         )
-    return split_items(items, fold, fraction, validation_fraction, seed)
+    return split_items(items, fold, fraction, validation_fraction, seed, accept_look_alikes=accept_look_alikes)
 
 
 def check_label_maps(items: Iterable[Mapping[str, Any]], workers: int | None = None) -> None:

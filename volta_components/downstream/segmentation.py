@@ -153,13 +153,15 @@ class SegmentationResults(FoldResults):
         """Write the model without scoring it, as an annotation server needs; ``record`` wins over the config's."""
         self.keep({**self._choose(engine), **record})
 
-    def evaluate(self, record: Mapping[str, Any], allow_leak: bool = False) -> dict[str, float]:
+    def evaluate(
+        self, record: Mapping[str, Any], allow_leak: bool = False, accept_look_alikes: bool = False
+    ) -> dict[str, float]:
         """Score a trained model, given the JSON beside it; write ``predictions`` and ``metrics.json``.
 
         Raises:
             InputError: see ``check_model``.
         """
-        leak = check_model(record, self.parts.scored, allow_leak)
+        leak = check_model(record, self.parts.scored, allow_leak, accept_look_alikes)
         rows = self._score()
         metrics = summarise_scores(rows, self.penalty)
         for name, pair in self._intervals(rows).items():

@@ -4,17 +4,23 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from volta_components.data.identity import canonical_patient_id
+from volta_components.data.fingerprint import near_copies_of
+from volta_components.data.identity import canonical_patient_id, loose_person, same_people, voxel_hashes
 from volta_components.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 Item = dict[str, Any]
 # The fold of everybody.
@@ -65,6 +71,7 @@ def split_items(
     validation_fraction: float = 0.2,
     seed: int = 0,
     stratify: str | None = None,
+    accept_look_alikes: bool = False,
 ) -> Parts:
     """Split items into training, inner validation and scored part, by patient.
 
@@ -80,6 +87,7 @@ def split_items(
         seed: of the order.
         stratify: a key of the items; both shares hold in each of its values (rounded, a half up). A patient with
             several scans counts by the largest.
+        accept_look_alikes: see ``check_disjoint``.
 
     Raises:
         InputError: if a share is out of range, the fold has no items, or a patient is in two folds.
@@ -98,10 +106,11 @@ def split_items(
             f"fold {fold} cannot be scored: the usable items are in fold{'s' * (len(known) != 1)} "
             f"{', '.join(map(str, known)) or '(none)'}; choose another fold, or prepare more subjects"
         )
-    check_disjoint({"scored fold": scored, "other folds": rest})
+    check_disjoint({"scored fold": scored, "other folds": rest}, accept_look_alikes)
+    person = same_people(rest)
     by_patient: dict[str, list[Item]] = defaultdict(list)
     for item in rest:
-        by_patient[str(item["patient_id"])].append(item)
+        by_patient[str(person[item["patient_id"]])].append(item)
     strata: dict[Any, list[str]] = defaultdict(list)
     for patient, scans in by_patient.items():
         values = [scan.get(stratify) for scan in scans] if stratify else [None]
@@ -115,20 +124,24 @@ def split_items(
             place[patient] = "unused" if number >= taken else "validation" if after > before else "training"
     parts: dict[str, list[Item]] = {"training": [], "validation": [], "unused": []}
     for item in rest:
-        parts[place[str(item["patient_id"])]].append(item)
+        parts[place[str(person[item["patient_id"]])]].append(item)
     return Parts(scored=scored, **parts)
 
 
-def check_disjoint(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Make sure that no patient is in two parts.
+def check_disjoint(parts: Mapping[str, Sequence[Mapping[str, Any]]], accept_look_alikes: bool = False) -> None:
+    """Make sure that no patient is in two parts, and no scan under two ids; warn of volumes that are nearly the same.
+
+    Args:
+        parts: items by name of the part.
+        accept_look_alikes: take ids that look alike for different people.
 
     Raises:
-        InputError: with the ids.
+        InputError: with the ids; both, where they look alike or have the same voxels.
     """
-    where: dict[str, list[str]] = defaultdict(list)
+    where: dict[str, dict[str, None]] = defaultdict(dict)
     for name, items in parts.items():
         for patient in patients_of(items):
-            where[canonical_patient_id(patient)].append(name)
+            where[canonical_patient_id(patient)][name] = None
     rows = [(patient, " and ".join(names)) for patient, names in sorted(where.items()) if len(names) > 1]
     if rows:
         raise InputError.many(
@@ -136,6 +149,52 @@ def check_disjoint(parts: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
             rows,
             "Give each patient one fold: prepare the data set again, or volta3d merge --refold.",
         )
+    for what, remedy, keys in (
+        (
+            "pairs of ids have the same voxels",
+            "Remove one of each from its source, and prepare it again.",
+            voxel_hashes,
+        ),
+        (
+            "pairs of ids look alike, and may be one person each",
+            "Write one person's ids alike and prepare again, or volta3d merge --refold, which gives them one fold; if "
+            "they are different people, say --accept_look_alikes True.",
+            _look,
+        ),
+    ):
+        if pairs := _shared(parts, keys):
+            if keys is _look and accept_look_alikes:
+                logger.warning("taken for different people: %s", "; ".join(map(" and ".join, pairs)))
+                continue
+            raise InputError.many(f"{len(pairs)} {what}, in two parts of the split", pairs, remedy)
+    near = sorted(
+        f"{item_name(first[i])} and {item_name(second[j])}"
+        for first, second in combinations(parts.values(), 2)
+        for i, j in near_copies_of(first, second)
+    )
+    if near:
+        shown = "; ".join(near[:10]) + (" ..." if len(near) > 10 else "")
+        warnings.warn(
+            f"{len(near)} pairs of volumes in two parts of the split are nearly the same, and may be copies of one "
+            f"scan: {shown}",
+            stacklevel=2,
+        )
+
+
+def _look(item: Mapping[str, Any]) -> set[str]:
+    return {loose_person(str(item["patient_id"]), str(item.get("cohort") or ""))}
+
+
+def _shared(
+    parts: Mapping[str, Sequence[Mapping[str, Any]]], keys: Callable[[Mapping[str, Any]], set[str]]
+) -> list[tuple[str, str]]:
+    """Pairs of patients in different parts who share a key."""
+    holders: dict[str, dict[str, str]] = defaultdict(dict)
+    for name, items in parts.items():
+        for item in items:
+            for key in keys(item):
+                holders[key].setdefault(name, str(item["patient_id"]))
+    return sorted({(min(pair), max(pair)) for held in holders.values() for pair in combinations(held.values(), 2)})
 
 
 def check_shares(parts: Mapping[str, Sequence[Any]], processes: int) -> None:

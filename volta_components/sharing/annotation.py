@@ -13,7 +13,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from volta_components.data.names import split_visit
-from volta_components.downstream.leaks import known_patients
+from volta_components.downstream.leaks import known_people
 from volta_components.downstream.segmentation import SHOWN, SegmentationResults
 from volta_components.downstream.splits import Item
 from volta_components.errors import InputError
@@ -21,7 +21,7 @@ from volta_components.files import sha256_file, sha256_json
 from volta_components.inference.scans import find_volumes
 from volta_components.method.monai_versions import fit_cross_attention
 from volta_components.method.weights import read_record, read_weights
-from volta_components.training.record import patient_key
+from volta_components.training.people import facts_of, joined
 
 logger = logging.getLogger(__name__)
 
@@ -92,14 +92,21 @@ def annotation_record(
     digest = sha256_json(sorted(files))
     before = start.get("record") or {}
     origin, tags = (dict(before.get(key) or {}) for key in ("provenance", "tags"))
-    trained, pretrained = known_patients(before)
+    trained, pretrained = known_people(before)
     pretraining = dict(record.get("pretraining") or {})
-    if start:
-        # Without a list of the patients that the model has seen, no patient can be called new to it.
-        pretraining = {**before.get("pretraining", {}), "patient_ids": None if trained is None else pretrained}
     names = [str(item["subject_id"]) for item in find_volumes([str(item["image"]) for item in items])]
     # Of p01_visit2 the patient is known by either name.
     names += [base for name in names if (base := split_visit(name)[0]) and base != name]
+    seen = [{"patient_id": name} for name in names] + [
+        {"patient_id": names[0], "source_sha256": image} for image, _ in files
+    ]
+    people = joined(trained, seen) if start else facts_of(seen)
+    if start:
+        pretraining = {**(before.get("pretraining") or {}), **pretrained}
+        if (
+            people is None
+        ):  # Without a list of the patients that the model has seen, no patient can be called new to it.
+            pretraining["patient_ids"] = None
     started = {key: origin[key] for key in ("cohort", "volumes", "datalist_hash", "code_version") if key in origin}
     if "started_from" in before:
         started["started_from"] = before["started_from"]
@@ -113,7 +120,7 @@ def annotation_record(
             "cohort": "annotated",
             "volumes": len(items),
             "datalist_hash": digest,
-            "patient_ids": sorted({*(trained or ()), *map(patient_key, names)}),
+            **(people or facts_of(seen)),
             "patients_from": "names of the scans, and the record of the model that it started from",
         },
         "subjects": {"training": len(training), "validation": len(validation), "scored": 0, "unused": 0},

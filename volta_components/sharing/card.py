@@ -91,7 +91,8 @@ def _facts(
     later: Any,
 ) -> dict[str, Any]:
     """What the blocks are made of."""
-    origin = {"torch_version": "?", "monai_version": "?", "python_version": "?", "epochs": None, **record["provenance"]}
+    origin = {"torch_version": "?", "monai_version": "?", "python_version": "?", "epochs": None, "sealed_with": None}
+    origin |= record["provenance"]
     network = record.get("network", {})
     # The record of an encoder has its sizes without a class.
     sizes = network.get("config", {}) if "class" in network else network

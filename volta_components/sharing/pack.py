@@ -32,6 +32,7 @@ from volta_components.files import (
     write_text,
 )
 from volta_components.sharing.card import fill_card, is_phantom, other_settings, voxel_mm
+from volta_components.training.people import make_secret, sealed_record
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -79,6 +80,7 @@ def pack(
     metrics: Path | str | None = None,
     large_files: str | None = None,
     source: str = "",
+    plain_hashes: bool = False,
 ) -> int:
     """Pack a bundle into a zip that others can download, with its weights, their provenance and hashes.
 
@@ -98,6 +100,8 @@ def pack(
         large_files: Address under which the weights will be hosted beside the zip. They are left out of the zip, and
             large_files.yml in it points there.
         source: Address under which the zip will be hosted, for model_info.json.
+        plain_hashes: Leave the hashes of subjects and voxels as they are, so that other labs find overlaps too, but can
+            also find out who is among the subjects. By default they are sealed with a secret of this lab.
 
     Returns:
         0; 1 if, with --all, a bundle was left out.
@@ -110,7 +114,7 @@ def pack(
         raise InputError("give one bundle (--bundle bundles/NAME) or --all")
     folder = Path(output)
     if bundle is not None:
-        _report(pack_bundle(Path(bundle), folder, overlays, name, model, metrics, large_files, source))
+        _report(pack_bundle(Path(bundle), folder, overlays, name, model, metrics, large_files, source, plain_hashes))
         return 0
     if name or model or metrics:
         raise InputError("--name, --model and --metrics belong to one bundle; give --bundle instead of --all")
@@ -120,7 +124,7 @@ def pack(
     left_out = []
     for path in bundles:
         try:
-            _report(pack_bundle(path, folder, overlays, large_files=large_files, source=source))
+            _report(pack_bundle(path, folder, overlays, large_files=large_files, source=source, plain=plain_hashes))
         except InputError as error:
             left_out.append((path.name, str(error)))
     for what, why in left_out:
@@ -149,6 +153,7 @@ def pack_bundle(
     metrics: str | os.PathLike[str] | None = None,
     large_files: str | None = None,
     source: str = "",
+    plain: bool = False,
 ) -> Packed:
     """Pack one bundle; see ``pack``."""
     _checked_metadata(bundle)
@@ -156,7 +161,7 @@ def pack_bundle(
     remove_partials(output)
     with tempfile.TemporaryDirectory(dir=output, prefix=partial_prefix()) as temporary:
         top = Path(temporary) / (name or default_name(bundle, overlays, model))
-        assemble(bundle, top, overlays, model, metrics)
+        assemble(bundle, top, overlays, model, metrics, None if plain else make_secret())
         version = read_json(top / "configs" / "metadata.json")["version"]
         others = tuple(other_settings(top, read_json(top / "models" / "model.json")))
         stem = f"{top.name}_v{version}"
@@ -192,17 +197,19 @@ def assemble(
     overlays: Sequence[str] = (),
     model: str | os.PathLike[str] | None = None,
     metrics: str | os.PathLike[str] | None = None,
+    secret: bytes | None = None,
 ) -> Path:
     """Make a bundle's folder self-contained: configs that fit the weights, weights as ``models/model.pt``, filled card.
 
     The name of ``target``, a new folder, is the packed bundle's name; for the rest, and for errors, see ``pack``.
+    Hashes of people are sealed with ``secret``, the lab's; None leaves them as they are.
     """
     if not NAME.fullmatch(target.name):
         raise InputError(f"name {target.name!r}: letters, digits and _ only, as MONAI takes it for a folder's name")
     metadata = _checked_metadata(bundle)
     baked = _overlay_values(bundle, overlays)
     weights = _find_weights(bundle, baked, model)
-    record = _checked_record(weights)
+    record = sealed_record(_checked_record(weights), secret)
     if is_phantom(record) and "phantom" not in target.name:
         raise InputError(
             f"{weights} is trained on phantoms, but the name {target.name} does not say so; leave out --name, or give "
@@ -249,10 +256,8 @@ def _kept(bundle: Path) -> Iterator[Path]:
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: not text in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from error
+    except UnicodeDecodeError as bad:
+        raise InputError(f"{path}: not text in UTF-8 ({bad.reason} at byte {bad.start}); save it as UTF-8") from bad
 
 
 def _checked_metadata(bundle: Path) -> dict[str, Any]:

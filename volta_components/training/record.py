@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import platform
 import subprocess
@@ -16,9 +15,9 @@ import torch
 from monai.bundle import ConfigParser
 
 from volta_components._version import __version__
-from volta_components.data.identity import canonical_patient_id, is_worldwide
 from volta_components.distributed import process_count
 from volta_components.files import sha256_json
+from volta_components.training.people import facts_of
 
 # Ids that may differ when a run is resumed, each group with the reason. Every other id of a config is compared.
 HARMLESS: dict[str, tuple[str, ...]] = {
@@ -34,7 +33,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         *("show_all_below", "collapse_grace_epochs", "collapse_patience_epochs"),
     ),
     "Checks that end a run or let it pass. Whether patients have leaked is a tag of the run.": (
-        *("allow_leak", "checks"),
+        *("allow_leak", "accept_look_alikes", "checks"),
     ),
     "What follows from other ids, and is written beside the results.": ("tags", "record", "settings"),
     "What comes before and after the training, and MONAI's own metadata.": ("initialize", "finalize", "_meta_"),
@@ -164,24 +163,6 @@ def code_version() -> str:
     return f"{__version__}+{commit}"
 
 
-def patient_key(patient_id: str, cohort: str = "") -> str:
-    """A hash of a patient's canonical id (16 hexadecimal digits): overlaps can be found without passing on ids.
-
-    Args:
-        patient_id: in any form.
-        cohort: the data set. It is part of the key where ids are unique within the data set only, such as ``sub-0001``.
-    """
-    canonical = canonical_patient_id(patient_id)
-    text = canonical if not cohort or is_worldwide(canonical) else f"{cohort}/{canonical}"
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
-
-
-def patient_keys(item: Mapping[str, Any]) -> set[str]:
-    """The keys that a record may hold for an item's patient: with the cohort, and without it where none was known."""
-    patient = str(item["patient_id"])
-    return {patient_key(patient, str(item.get("cohort") or "")), patient_key(patient)}
-
-
 def provenance(
     settings: Mapping[str, Any], datalist_hash: str, items: Iterable[Mapping[str, Any]], cohort: str = ""
 ) -> dict[str, Any]:
@@ -192,7 +173,7 @@ def provenance(
         "cohort": cohort,
         "volumes": len(items),
         "datalist_hash": datalist_hash,
-        "patient_ids": sorted({patient_key(str(item["patient_id"]), str(item.get("cohort") or "")) for item in items}),
+        **facts_of(items),
         "code_version": code_version(),
         "torch_version": torch.__version__,
         "monai_version": monai.__version__,
