@@ -282,6 +282,35 @@ def test_plain_ids_in_cohorts_of_different_names_need_not_be_one_person(tmp_path
         check()
 
 
+def test_check_names_both_spellings_of_ids_that_look_alike(tmp_path, capsys):
+    one = write(tmp_path / "a", [item(0, "SUB-7667", cohort="clinic"), item(1, "sub-01", cohort="clinic")], "clinic")
+    two = write(tmp_path / "b", [item(2, "7667", cohort="Clinic"), item(3, "sub-11", cohort="clinic")], "clinic")
+    assert main(["check", str(one), str(two)]) == 1
+    out = capsys.readouterr().out
+    assert "1 overlaps" in out and "7667 = SUB-7667" in out and "--accept-look-alikes" in out
+    assert main(["check", str(one), str(two), "--accept-look-alikes"]) == 0
+    # Within one datalist they only count if they are in two folds.
+    for fold, status in ((0, 0), (1, 1)):
+        inside = write(tmp_path / f"c{fold}", [item(0, "sub-1"), item(1, "SUB_01", fold=fold)])
+        assert check(str(inside)) == status
+    with pytest.raises(InputError, match=r"1 groups of ids look alike(?s:.)*7667 = SUB-7667(?s:.)*--refold"):
+        merge(str(one), str(two), output=str(tmp_path / "d"))
+    merge(str(one), str(two), output=str(tmp_path / "d"), refold=True)
+    folds = {entry["patient_id"]: entry["fold"] for entry in load_datalist(tmp_path / "d").items}
+    assert folds["7667"] == folds["SUB-7667"]
+    merge(str(one), str(two), output=str(tmp_path / "e"), accept_look_alikes=True)
+
+
+def test_check_warns_of_volumes_that_are_nearly_the_same(tmp_path, capsys):
+    prints = ("0" * 128, "f" + "0" * 127, "f" * 128)
+    one, two, three = (write(tmp_path / str(i), [item(i, fingerprint=print_)], "x") for i, print_ in enumerate(prints))
+    assert check(str(one), str(two), str(three)) == 0
+    out = capsys.readouterr().out
+    assert "warning: 1 pairs of volumes are nearly the same" in out and "sub-0000 ~ sub-0001" in out
+    assert check(str(one), str(three)) == 0
+    assert "nearly" not in capsys.readouterr().out
+
+
 # --- merging ---------------------------------------------------------------------------------------------------------
 
 

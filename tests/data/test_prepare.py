@@ -17,6 +17,7 @@ from prepare_helpers import LAYOUTS, OPTIONS, findings
 from volta_components.cli import main
 from volta_components.data import worker
 from volta_components.data.datalist import load_datalist
+from volta_components.data.fingerprint import fingerprint
 from volta_components.data.prepare import prepare
 from volta_components.errors import InputError
 
@@ -141,6 +142,8 @@ def test_bids_items_say_who_they_are_of(prepared):
     assert first["source"] == "sub-ADNI002S0295/ses-M000/anat/sub-ADNI002S0295_ses-M000_T1w.nii.gz"
     assert first["source_sha256"] == worker.sha256_file(source / first["source"])
     assert first["sha256"] == worker.sha256_file(output / first["image"])
+    image = nib.load(output / first["image"])
+    assert first["fingerprint"] == fingerprint(image.get_fdata(dtype=np.float32), image.header.get_zooms())
     assert [item["subject_id"] for item in items] == sorted(item["subject_id"] for item in items)
 
 

@@ -22,6 +22,7 @@ from packed import BUNDLES, ROOT, names_of, random_weights, unpack
 
 from volta_components import __version__
 from volta_components.cli import main
+from volta_components.downstream.leaks import check_origin
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
 from volta_components.method.weights import read_weights
@@ -385,3 +386,51 @@ def test_all_packs_what_there_is_and_says_what_is_left_out(
         f"pretrain_phantom_tiny_v{__version__}.zip",
     ]
     assert "left out: ixi_sex: bundles/ixi_sex/models/model_phantom_tiny.pt: no such weights" in capsys.readouterr().out
+
+
+def test_hashes_of_people_are_sealed_with_a_secret_that_stays_in_the_lab(
+    weights: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "lab" / "secret"
+    monkeypatch.setenv("VOLTA3D_SECRET", str(secret))
+    plain = read_json(weights["pretrain"].with_suffix(".json"))["provenance"]
+    bundle = ROOT / "bundles" / "pretrain"
+    folder = unpack(pack_bundle(bundle, tmp_path / "out", ["tiny"], model=weights["pretrain"]).path, tmp_path)
+    everything = b"".join(path.read_bytes() for path in folder.rglob("*.*") if path.suffix != ".pt")
+    assert len(plain["patient_ids"]) == 6
+    assert not [key for key in plain["patient_ids"] + plain["look_alike_ids"] if key.encode() in everything]
+    assert secret.read_bytes().strip() not in everything
+    card = " ".join((folder / "docs" / "README.md").read_text().split())
+    assert "6 subjects" in card and "elsewhere, nothing warns if a training subject is scored" in card
+    # The lab's own guard still works, in any spelling.
+    encoder = folder / "models" / "model.pt"
+    with pytest.raises(InputError, match="1 of the 1 scored"):
+        check_origin("volta", encoder, [{"patient_id": "sub-003"}])
+    with pytest.raises(InputError, match="ids that look like"):
+        check_origin("volta", encoder, [{"patient_id": "SUB_3"}])
+    assert check_origin("volta", encoder, [{"patient_id": "sub-777"}]).leak == "none"
+    # Packed again, also by another lab, it stays sealed; that lab's guard does not know.
+    secret.write_text("another lab" * 5)
+    with pytest.raises(InputError, match="6 subjects that another lab has sealed"):
+        check_origin("volta", encoder, [{"patient_id": "sub-777"}])
+    again = pack_bundle(folder, tmp_path / "again", name="pretrain_phantom_again")
+    record = read_json(unpack(again.path, tmp_path / "b") / "models" / "model.json")
+    assert record["provenance"] == read_json(folder / "models" / "model.json")["provenance"]
+
+
+def test_hashes_of_people_stay_where_that_is_asked_for(weights: dict[str, Path], tmp_path: Path) -> None:
+    words = [
+        "--bundle",
+        str(ROOT / "bundles" / "harp_hippocampus"),
+        "--overlays",
+        "tiny",
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    assert main(["pack", *words, "--model", str(weights["harp_hippocampus"]), "--plain-hashes"]) == 0
+    folder = unpack(next((tmp_path / "o").glob("*.zip")), tmp_path)
+    before, after = (
+        read_json(path) for path in (weights["harp_hippocampus"].with_suffix(".json"), folder / "models" / "model.json")
+    )
+    assert after["provenance"] == before["provenance"] and after["pretraining"] == before["pretraining"]
+    assert "Anyone who knows an id, or has a scan" in " ".join((folder / "docs" / "README.md").read_text().split())
