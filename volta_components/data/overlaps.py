@@ -97,7 +97,7 @@ def find_overlaps(datalists: Sequence[Datalist]) -> Overlaps:
         if len(holders) > 1:
             names = sorted({name for _, name in holders})
             rows.add(("voxels", " = ".join(names), places(i for i, _ in holders)))
-    near = [
+    near: list[tuple[str, ...]] = [
         ("alike", f"{everybody[i]['name']} ~ {everybody[j]['name']}", places(everybody[k]["datalist"] for k in (i, j)))
         for i, j in near_copies_of(everybody)
     ]

@@ -91,7 +91,13 @@ def _facts(
     later: Any,
 ) -> dict[str, Any]:
     """What the blocks are made of."""
-    origin = {"torch_version": "?", "monai_version": "?", "python_version": "?", "epochs": None, "sealed_with": None}
+    origin: dict[str, Any] = {
+        "torch_version": "?",
+        "monai_version": "?",
+        "python_version": "?",
+        "epochs": None,
+        "sealed_with": None,
+    }
     origin |= record["provenance"]
     network = record.get("network", {})
     # The record of an encoder has its sizes without a class.
