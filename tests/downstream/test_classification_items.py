@@ -54,3 +54,11 @@ def test_everybody_is_scored_by_name_or_by_none_and_a_fold_alone():
     assert len(parts.unused) == len(items) - 4 and all(item["fold"] != 1 for item in parts.unused)
     with pytest.raises(InputError, match="--fold all for everybody"):
         score_only(items, 7)
+
+
+@pytest.mark.parametrize("words", [["--fold", "None"], ["--fold=None"]])
+def test_a_fold_of_none_on_the_command_line_does_not_score_the_fold_of_the_config(monkeypatch, words):
+    """MONAI drops the option, so that the config's own fold arrives."""
+    monkeypatch.setattr("sys.argv", ["monai.bundle", "run", *words, "--init", "volta"])
+    with pytest.raises(InputError, match="say --fold all for everybody"):
+        score_only([{"patient_id": "p", "fold": 0}], 0)

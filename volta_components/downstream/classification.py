@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,8 +115,10 @@ def score_only(items: Sequence[Item], fold: int | str | None) -> Parts:
     None`` and takes the config's own fold.
 
     Raises:
-        InputError: if there are items, but none in the fold.
+        InputError: if there are items, but none in the fold; if the command line says ``--fold None``.
     """
+    if fold is not None and "--fold None" in " ".join(sys.argv).replace("--fold=", "--fold "):
+        raise InputError(f"--fold None says nothing, and fold {fold} would be scored: say --fold all for everybody")
     scored = [item for item in items if fold in (None, EVERYBODY) or item["fold"] == fold]
     if items and not scored:
         raise InputError(f"fold {fold} has none of the {len(items)} items; choose another, or --fold all for everybody")

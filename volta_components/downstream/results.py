@@ -152,4 +152,6 @@ class FoldResults:
             whole = sum(self.subjects.values())
             folds = sorted({str(item.get("fold")) for item in self.parts.scored})
             named = f"fold {folds[0]}" if len(folds) == 1 else f"{len(folds)} folds"
-            print(f"{summary}\n{named}: {len(self.parts.scored)} of {whole} scans")
+            more_of_them = not self.parts.training and len(self.parts.scored) < whole
+            hint = "; --fold all scores everybody" * more_of_them
+            print(f"{summary}\n{named}: {len(self.parts.scored)} of {whole} scans{hint}")
