@@ -148,7 +148,8 @@ MESSAGES = {
     ],
     "sharing": [
         "it was changed or cut: fetch it again",
-        "damaged, or loading it could run code, so it is refused.",
+        ", not plain tensors: loading it could run code",
+        ". It is refused: ",
     ],
 }
 
