@@ -43,11 +43,13 @@ def write(folder, items, name="tiny", volumes=False, **changes):
     if changes:
         content = {**content, **changes}
         content["hash"] = datalist_hash(content)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for entry in content["training"]:  # merging asks whether they are there
+        if entry.get("image"):
+            (folder / entry["image"]).touch()
     if volumes:
         for i, entry in enumerate(content["training"]):
             voxels = np.random.default_rng([i, *name.encode()]).random(SHAPE).astype(np.float32)
-            (folder / "images").mkdir(exist_ok=True)
             image = nib.Nifti1Image(voxels, np.eye(4))
             image.set_sform(np.eye(4), 1)
             image.to_filename(folder / entry["image"])
@@ -378,6 +380,13 @@ def test_merging_refuses_what_would_leak(tmp_path):
         merge(str(one), str(small), output=str(tmp_path / "h"))
     with pytest.raises(InputError, match="two datalists or more"):
         merge(str(one), output=str(tmp_path / "h"))
+
+
+def test_merging_asks_whether_the_volumes_are_there(tmp_path):
+    first, second = (write(tmp_path / name, [item(i, cohort=name)], name=name) for i, name in enumerate("ab"))
+    (tmp_path / "b/images/1.nii").unlink()
+    with pytest.raises(InputError, match=r"1 of 2 volumes are not there:\n  sub-0001 "):
+        merge(first, second, output=tmp_path / "c")
 
 
 def test_merging_keeps_different_people_of_one_plain_id_apart(tmp_path):

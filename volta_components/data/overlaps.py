@@ -219,6 +219,18 @@ def merge(
         raise InputError(
             f"--output {target}: the folder holds a prepared data set, whose own datalist would be lost; choose another"
         )
+    files = [
+        (str(item["subject_id"]), str(item[kind]))
+        for datalist in loaded
+        if not datalist.content.get("rendered")
+        for item in datalist.items
+        for kind in ("image", "label")
+        if kind in item
+    ]
+    if missing := [row for row in files if not Path(row[1]).is_file()]:
+        raise InputError.many(
+            f"{len(missing)} of {len(files)} volumes are not there", missing, "Restore them, or prepare them again."
+        )
     overlaps = find_overlaps(loaded)
     certain, uncertain = overlaps.certain, overlaps.uncertain
     if overlaps.look_alikes and not (refold or accept_look_alikes):
