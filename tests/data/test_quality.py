@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import csv
 import io
+import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from volta_components.data.labels import SIDE_COLOURS
 from volta_components.data.quality import (
     THUMBNAIL,
     find_marks,
@@ -100,7 +102,7 @@ class Page(HTMLParser):
         self.rows += tag == "tr"
         self.buttons += tag == "button"
         self.links += [value for name, value in attrs if name in ("src", "href")]
-        if tag not in ("meta", "img", "br", "link"):
+        if tag not in ("meta", "img", "br", "link", "input"):
             self.stack.append(tag)
 
     def handle_endtag(self, tag):
@@ -147,10 +149,24 @@ def test_page_writes_each_kind_of_value_and_escapes_names(tmp_path):
     assert page.stack == [] and page.links == ['thumbnails/"s"<.png'] * 2
     for cell in (
         '<td data-v="2">a&lt;b<br>c</td>',
-        "<td>yes</td>",
-        '<td class="n" data-v="1234567.5">1.23457e+06</td>',
-        "<td>left: 3000.25, &lt;right&gt;: 2</td>",
+        "<td data-more>yes</td>",
+        '<td data-more class="n" data-v="1234567.5">1.23457e+06</td>',
+        "<td data-more>left: 3000.25, &lt;right&gt;: 2</td>",
     ):
         assert text.count(cell) == 2
-    assert "<td></td>" in text and '<td class="n" data-v="7">7</td>' in text
+    assert "<td data-more></td>" in text and '<td data-more class="n" data-v="7">7</td>' in text
     assert "A &amp; B" in text and "Findings" not in text and "more than 0.5 % of the head" in text
+
+
+def test_what_one_looks_for_comes_first_and_the_rest_on_demand(tmp_path):
+    volumes = [
+        {**row(cut=0.01, mean=0.4), "subject_id": f"s{i}", "key": f"s{i}", "marks": ["odd"] * i} for i in range(3)
+    ]
+    write_page(tmp_path / "index.html", "tiny", [], volumes, [])
+    text = (tmp_path / "index.html").read_text()
+    head = re.findall(r'<th scope="col"( data-more)?><button [^>]*>(.*?)</button>', text)
+    assert [name for more, name in head if not more] == ["subject id", "marks", "cut", "snr"]
+    assert {"spacing", "mean", "cut left"} <= {name for more, name in head if more}
+    assert "only the 2 marked" in text and '<meta name="viewport"' in text
+    for colour in SIDE_COLOURS.values():
+        assert f"background: {colour}" in text

@@ -39,6 +39,8 @@ foreground_fraction mean snr stripped cut cut_left cut_right cut_back cut_front 
 label_volume_mm3 source
 """
 _COLUMNS = _NAMES.split()
+# What one looks for; the page shows the other columns on demand.
+_FIRST = ("subject_id", "session", "marks", "cut", "snr")
 
 
 def thumbnail(image: np.ndarray, label: np.ndarray | None = None) -> bytes:
@@ -151,12 +153,19 @@ def write_page(
 
     Thumbnails are looked for in ``thumbnails/`` beside it. A row has item, measures, ``marks`` and ``key`` of a volume.
     """
-    # What one looks for stands beside the picture; the rest may need scrolling.
-    first = ("subject_id", "session", "marks", *(name for name in _COLUMNS if name.startswith("cut_")), "snr")
-    order = [*first, *(name for name in _COLUMNS if name not in first)]
+    order = [*_FIRST, *(name for name in _COLUMNS if name not in _FIRST)]
     columns = [column for column in order if any(row.get(column) not in (None, "", []) for row in rows)]
     template = template_environment("volta_components.data", is_html=True).get_template("qc.html.jinja")
     write_text(
         path,
-        template.render(title=title, summary=summary, limits=LIMITS, columns=columns, rows=rows, findings=findings),
+        template.render(
+            title=title,
+            summary=summary,
+            limits=LIMITS,
+            columns=columns,
+            first=_FIRST,
+            rows=rows,
+            findings=findings,
+            side_colours=SIDE_COLOURS,
+        ),
     )
