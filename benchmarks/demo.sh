@@ -65,7 +65,7 @@ trap end_baselines EXIT
 
 step "Tiny pretraining (and on another core, scratch baselines: runs/demo/baselines.log)" \
     "${run[@]}" "['$pretrain/train.json','$pretrain/koleo.json','$pretrain/tiny.json']" \
-    --tracking "$pretrain/tracking.json"
+    --tracking mlflow
 step "What the frozen encoder knows, beside the same network with random weights" \
     "${run[@]}" "$pretrain/evaluate.json" --run_name phantom_tiny --encoder_path "$encoder" \
     --dataset_dir data/phantom --num_workers 0
@@ -83,7 +83,8 @@ step "Hippocampus: one hold-out" \
     volta3d crossval --bundle bundles/harp_hippocampus --datalist "$cohort" --inits volta,unetr_scratch,unet_scratch \
     --folds 1 --overlays tiny --jobs 2 --output runs/demo --adopt 0
 step "Report: tables and figures of the paper, from MLflow alone" \
-    volta3d report --output runs/demo/report --tracking_uri "sqlite:///$PWD/runs/demo/mlruns.db"
+    volta3d report --output runs/demo/report --tracking_uri "sqlite:///$PWD/runs/demo/mlruns.db" \
+    --pretraining bundles/pretrain/runs/phantom_tiny,bundles/pretrain/eval/phantom_tiny
 
 step "Summary" python benchmarks/demo_summary.py
 printf '\nOpen this in a browser: %s\n' "$PWD/runs/demo/report/index.html"

@@ -34,9 +34,9 @@ def main() -> None:
     print("\nself-distillation, last epoch (entropy 1: uniform, 0: a single prototype; 0.3 to 0.97 is healthy;")
     print("predicted: what the student tells of the teacher's targets, 0 when views agree on nothing)")
     for branch in ("global", "patch"):
-        entropy, predicted = (metrics[f"{branch}_{name}"] for name in ("teacher_entropy", "predicted"))
+        entropy, predicted = (metrics[f"train/{branch}_{name}"] for name in ("teacher_entropy", "predicted"))
         print(f"  {branch:<7} entropy {entropy:.2f} of ln K, predicted {predicted:.3f} of ln K")
-    print(f"effective rank of the summaries: {metrics['effective_rank']:.1f}")
+    print(f"effective rank of the summaries: {metrics['train/effective_rank']:.1f}")
     print("\nprobes of the frozen encoder, of random weights and of plain voxels, out of fold (95 % interval), chance")
     for row in read_json(PROBES / "probes.json"):
         if row["probe"] != "knn":

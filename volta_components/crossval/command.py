@@ -96,7 +96,7 @@ def crossval(
     # Here, since they import torch: help and mistakes should not wait for it.
     from volta_components.crossval.execute import follow, run_here, submit, visible_gpus
     from volta_components.crossval.plan import plan
-    from volta_components.crossval.store import finished_runs, tracking_address
+    from volta_components.crossval.store import finished_runs, pages_hint, tracking_address
 
     if gpus_per_run is None:
         gpus_per_run = min(1, len(visible_gpus())) if executor == "local" else 1
@@ -151,6 +151,7 @@ def crossval(
     if adopt is not None and status == 0:
         _adopt(chosen, Path(bundle))
     if status == 0:
+        print(f"Curves: {pages_hint(store, runs[0].experiment)}")
         print(f"Tables and figures: volta3d report --tracking_uri {store} --output {root / 'report'}")
     return status
 

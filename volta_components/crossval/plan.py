@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Run:
 
     Of the configs, later ones win. ``settings`` is a hash of everything that decides the result, ``recipe`` one of what
     all runs of an init share, whatever their fold, fraction and seed. Above one process, torchrun starts one for each
-    GPU.
+    GPU. ``made_by`` is the command line of the cross-validation.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Run:
     settings: str
     processes: int = 1
     recipe: str = ""
+    made_by: str = ""
 
     @property
     def log(self) -> Path:
@@ -153,6 +155,7 @@ def plan(
                     settings=fingerprint,
                     processes=max(1, processes),
                     recipe=sha256_json(identity),
+                    made_by=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                 )
             )
     runs.sort(key=lambda run: (wanted.index(run.fold), shares.index(run.fraction)))

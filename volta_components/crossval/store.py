@@ -44,6 +44,17 @@ def tracking_address(tracking_uri: str | None, folder: Path) -> str:
     return tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve()}/mlruns.db"
 
 
+def pages_hint(tracking_uri: str, experiment: str) -> str:
+    """How to look at an experiment in MLflow's pages.
+
+    Without the address's ``workflowType``, a browser that was last at traces of language models opens on these.
+    """
+    is_server = tracking_uri.startswith("http")
+    address = tracking_uri.rstrip("/") if is_server else "http://127.0.0.1:5000"
+    place = f"{address}/#/experiments/{_experiment_id(tracking_uri, experiment)}/runs?workflowType=machine_learning"
+    return place if is_server else f"mlflow ui --backend-store-uri {tracking_uri}, then {place}"
+
+
 def search_runs(client: Any, experiment_ids: Iterable[str], query: str) -> Iterator[Any]:
     """All runs that match a query, newest first."""
     token: str | None = None
@@ -81,7 +92,7 @@ def claim(run: Run) -> str | None:
     if ours:
         client.update_run(ours[0].info.run_id, status="RUNNING")
         return str(ours[0].info.run_id)
-    tags = {SETTINGS_TAG: run.settings, RECIPE_TAG: run.recipe, "variant": run.variant}
+    tags = {SETTINGS_TAG: run.settings, RECIPE_TAG: run.recipe, "variant": run.variant, "made_by": run.made_by}
     return str(client.create_run(experiment_id, run_name=run.name, tags=tags).info.run_id)
 
 
