@@ -48,6 +48,7 @@ COMMANDS = {
     "segment": ("volta_components.inference.commands:segment", "Outline both hippocampi in scans."),
     "embed": ("volta_components.inference.commands:embed", "Turn scans into embeddings."),
     "pack": ("volta_components.sharing.pack:pack", "Pack a bundle and its weights into a zip to share."),
+    "register": ("volta_components.sharing.registry:register", "Put a trained model into MLflow's registry."),
 }
 COMPLETION = "--install-completion"
 

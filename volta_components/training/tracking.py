@@ -122,9 +122,7 @@ def describe_run(
         client.set_tag(run_id, name, str(value))
     experiment = handler.cur_run.info.experiment_id
     about = DESCRIPTION.format(bundle=tags.get("bundle", "?"))
-    # The second tag makes MLflow's pages open on runs, not on traces of language models.
-    for name, value in {"mlflow.note.content": about, "mlflow.experimentKind": "custom_model_development"}.items():
-        client.set_experiment_tag(experiment, name, value)
+    client.set_experiment_tag(experiment, "mlflow.note.content", about)
     name = str(tags.get("datalist_name") or tags.get("bundle") or "datalist")
     inputs = [
         _dataset_input(name, str(tags.get("datalist_hash", "")), part, items)

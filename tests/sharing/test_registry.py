@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model in MLflow's registry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlflow
+import nibabel as nib
+import numpy as np
+import pytest
+from fake_runs import Writer
+from packed import ROOT
+
+from volta_components.errors import InputError
+from volta_components.files import read_json
+from volta_components.sharing.registry import register
+
+
+def test_a_registered_model_takes_a_scan_and_gives_its_class(
+    weights: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = mlflow.get_tracking_uri()
+    writer = Writer(tmp_path / "store")
+    metrics = read_json(weights["ixi_sex"].with_suffix(".json"))["metrics"]
+    writer.run("ixi_sex", "volta", 0, metrics={**metrics, "auroc": 0.6})  # another run of the same init and fold
+    run_id = writer.run("ixi_sex", "volta", 0, metrics=metrics)
+    bundle = ROOT / "bundles" / "ixi_sex"
+    assert register(bundle, overlays=["tiny"], model=weights["ixi_sex"], tracking_uri=writer.uri) == 0
+    assert "models:/ixi_sex_phantom_tiny/1: the model of volta_fold0_frac1_seed0" in capsys.readouterr().out
+    version = writer.client.get_model_version("ixi_sex_phantom_tiny", "1")
+    assert version.run_id == run_id
+
+    scan = tmp_path / "scan.nii.gz"
+    grid = np.indices((60, 64, 60)).transpose(1, 2, 3, 0)
+    head = np.clip(28 - np.linalg.norm(grid - np.array([30, 32, 30]), axis=-1), 0, 8)
+    affine = np.diag([3.0, 3.0, 3.0, 1.0])
+    affine[:3, 3] = [-90, -96, -90]
+    nib.save(nib.Nifti1Image((100 * head).astype(np.float32), affine), scan)
+    try:
+        model = mlflow.pyfunc.load_model("models:/ixi_sex_phantom_tiny/1")
+        table = model.predict([str(scan)])
+    finally:
+        mlflow.set_tracking_uri(before)
+    [row] = table.to_dict("records")
+    assert row["prediction"] in ("male", "female") and row["male"] + row["female"] == pytest.approx(1, abs=1e-3)
+    assert row["file"] == str(scan)
+
+
+def test_a_model_without_its_run_is_refused(weights: dict[str, Path], tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "store")
+    writer.run("ixi_sex", "volta", 0, metrics={"auroc": 0.1})
+    with pytest.raises(InputError, match="no finished run has this model's results"):
+        register(ROOT / "bundles/ixi_sex", overlays=["tiny"], model=weights["ixi_sex"], tracking_uri=writer.uri)

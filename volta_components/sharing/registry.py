@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``volta3d register``: a trained model in MLflow's registry, with the run that trained it."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from volta_components.errors import InputError
+
+
+def register(
+    bundle: Path | str,
+    name: str | None = None,
+    overlays: Sequence[str] = (),
+    model: Path | str | None = None,
+    tracking_uri: str | None = None,
+) -> int:
+    """Put a fine-tuned model into MLflow: beside the run that trained it, and into the registry.
+
+    MLflow gets a model that takes paths of scans: mlflow.pyfunc.load_model("models:/NAME/1").predict(["scan.nii.gz"]).
+    It holds the bundle and its weights, and needs volta-components where it is loaded.
+
+    Args:
+        bundle: Folder of the bundle.
+        name: Name in the registry; by default as pack would call it.
+        overlays: Overlays that the model was trained with, such as tiny.
+        model: The weights; models/model.pt by default, with the suffix that the overlays give it.
+        tracking_uri: MLflow's store that has the run; by default that of MLFLOW_TRACKING_URI, or else runs/mlruns.db.
+
+    Returns:
+        0.
+
+    Raises:
+        InputError: if the bundle or its weights cannot be used, or the store does not have the model's run.
+    """
+    # Here, since they import torch: help and mistakes should not wait for it.
+    import mlflow
+
+    from volta_components.crossval.store import mlflow_client, tracking_address
+    from volta_components.files import read_json
+    from volta_components.sharing.pack import assemble, default_name
+
+    uri = tracking_address(tracking_uri, Path("runs"))
+    with tempfile.TemporaryDirectory() as temporary:
+        top = Path(temporary) / (name or default_name(Path(bundle), overlays, model))
+        assemble(Path(bundle), top, overlays, model)
+        client = mlflow_client(uri)
+        run = _find_run(client, uri, read_json(top / "models" / "model.json"))
+        folder = Path(temporary) / "logged"
+        mlflow.pyfunc.save_model(
+            path=str(folder),
+            python_model=str(Path(__file__).with_name("scan_model.py")),
+            artifacts={"bundle": str(top)},
+            pip_requirements=["volta-components"],
+        )
+        client.log_artifacts(run.info.run_id, str(folder), "model")
+        mlflow.set_tracking_uri(uri)
+        version = mlflow.register_model(f"runs:/{run.info.run_id}/model", top.name)
+    print(f"models:/{top.name}/{version.version}: the model of {run.info.run_name}")
+    return 0
+
+
+def _find_run(client: Any, uri: str, record: Mapping[str, Any]) -> Any:
+    """The run with the tags and the results of a model's record."""
+    from volta_components.crossval.store import search_runs
+
+    tags = {key: str(record["tags"][key]) for key in ("bundle", "init", "fold", "seed") if key in record["tags"]}
+    query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+    experiments = [item.experiment_id for item in client.search_experiments()]
+    for run in search_runs(client, experiments, f"{query} and tags.finished = 'true'"):
+        logged = {key.removeprefix("score/"): value for key, value in run.data.metrics.items()}
+        ours = {key: value for key, value in record["metrics"].items() if not key.startswith("optimistic_")}
+        if all(math.isclose(logged.get(key, math.nan), value, abs_tol=1e-6) for key, value in ours.items()):
+            return run
+    words = ", ".join(f"{key} {value}" for key, value in tags.items())
+    raise InputError(f"{uri}: no finished run has this model's results ({words}); name its store with --tracking-uri")

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that MLflow loads: paths of scans in, a table out. MLflow copies this file to the model and runs it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+
+from volta_components.inference.apply import apply_bundle
+
+TABLES = ("predictions.csv", "volumes.csv", "embeddings.csv")
+
+
+class ScanModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+    """Runs a bundle's inference on scans as they are."""
+
+    def load_context(self, context: Any) -> None:
+        """Find the bundle among the model's files."""
+        self.bundle = Path(context.artifacts["bundle"])
+
+    def predict(self, model_input: list[str], params: Mapping[str, Any] | None = None) -> pd.DataFrame:
+        """A table with a row for each scan: class and probability, volumes, or an embedding.
+
+        Args:
+            model_input: paths of scans, or of folders of scans, where this runs.
+            params: ``output``, a folder that keeps the files, such as masks; by default they are removed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            output = Path((params or {}).get("output") or folder)
+            apply_bundle(self.bundle, list(model_input), output, (), None, False, None, {})
+            table = next(path for name in TABLES if (path := output / name).is_file())
+            return pd.read_csv(table)
+
+
+mlflow.models.set_model(ScanModel())
