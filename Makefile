@@ -53,11 +53,14 @@ $(LABEL_READY): $(wildcard label/*.txt label/standin/*/*) setup.cfg pyproject.to
 STUDIES ?=
 PORT ?= 8000
 HOST ?= 127.0.0.1
+NAMES ?=
+ORIGINS ?=
 BUNDLE ?=
 APP ?= apps/label
 
 label: $(LABEL_READY)  ## MONAI Label server: make label STUDIES=DIR [PORT=8000] [HOST=127.0.0.1] [BUNDLE=DIR] [APP=DIR]
-	@"$(LABEL_PYTHON)" label/serve.py --studies "$(STUDIES)" --port "$(PORT)" --host "$(HOST)" --bundle "$(BUNDLE)" --app "$(APP)"
+	@"$(LABEL_PYTHON)" label/serve.py --studies "$(STUDIES)" --port "$(PORT)" --host "$(HOST)" --bundle "$(BUNDLE)" --app "$(APP)" \
+	    --names "$(NAMES)" --origins "$(ORIGINS)"
 
 test-label: $(READY) $(LABEL_READY)  ## tests with a real MONAI Label server
 	LABEL_TESTS=required OMP_NUM_THREADS=1 python -m pytest -q -m label_server
@@ -65,10 +68,11 @@ test-label: $(READY) $(LABEL_READY)  ## tests with a real MONAI Label server
 test-gpu: $(READY)  ## each training and inference once on the GPU
 	VOLTA_TEST_GPU=1 python -m pytest -q tests/integration/test_gpu.py
 
-lint: $(READY)  ## ruff, mypy and the layout of the configs
+lint: $(READY)  ## ruff, mypy, the layout of the configs and the list of what they run
 	ruff check .
 	ruff format --check .
 	python -m tools.format_json --check bundles/*/configs/*.json volta_components/data/fetch/resources/*.json
+	python -m tools.own_texts --check
 	mypy volta_components tools
 
 bench: $(READY)  ## benchmarks, printed as a table of ratios

@@ -3,22 +3,31 @@
 
 MONAI Label loads ``main.py`` of an app's folder by its path, in an environment of its own, and writes beside it; so
 this folder is no part of the package, and ``serve.py`` copies this file to where it may write. MONAI Label's own app
-for bundles, ``monaibundle``, is not enough for four reasons: it cannot serve classification, it loads weights that do
-not fit without a word, it does not verify their hash, and a training replaces the model without keeping the one before.
+for bundles, ``monaibundle``, is not enough for five reasons: it cannot serve classification, it loads weights that do
+not fit without a word, it does not verify their hash, a training replaces the model by a worse one without a word, and
+it runs texts of a request that begin with ``$``. ``guard.py`` says who may send requests.
 
 The server's ``--conf models a,b`` names bundles in the app's folder ``model``.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import monailabel
+import nibabel as nib
+import numpy as np
+import torch
 from fastapi import HTTPException
+from monailabel.config import settings
+from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
@@ -26,10 +35,18 @@ from monailabel.tasks.activelearning.first import First
 from monailabel.tasks.activelearning.random import Random
 from monailabel.tasks.infer.bundle import BundleInferTask
 from monailabel.tasks.train.bundle import BundleTrainTask
+from monailabel.utils.others.generic import device_list
 
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file
 from volta_components.method.weights import read_record, read_weights
+from volta_components.sharing.annotation import STATS, renumber
+
+VOLUMES = (".nii.gz", ".nii")
+# A few scans do not bear the rate that a whole data set does.
+RATE_SHARE = 0.1
+UNSAFE = re.compile(r"[/\\\x00-\x1f\x7f]|\.\.|^[.$~]")
+DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 
 
 def find_bundles(app_dir: Path, conf: Mapping[str, str]) -> dict[str, Path]:
@@ -62,6 +79,56 @@ def is_classification(bundle: Path) -> bool:
     return next(iter(outputs.values()))["format"] == "classes"
 
 
+def segmentation_labels(bundles: Mapping[str, Path]) -> dict[str, int]:
+    """The numbers of the labels that the segmentation bundles draw.
+
+    Raises:
+        InputError: if two bundles number them differently, since a label map is stored once for all of them.
+    """
+    labels: dict[str, int] = {}
+    for name, bundle in bundles.items():
+        if is_classification(bundle):
+            continue
+        outputs = read_json(bundle / "configs" / "metadata.json")["network_data_format"]["outputs"]
+        channels = next(iter(outputs.values()))["channel_def"]
+        own = {label.lower(): int(value) for value, label in channels.items() if label.lower() != "background"}
+        if any(labels.get(label, value) != value for label, value in own.items()) or (
+            len({**labels, **own}) != len({*labels.values(), *own.values()})
+        ):
+            raise InputError(f"{name} numbers its labels differently from the other bundles; serve it alone")
+        labels |= own
+    return dict(sorted(labels.items(), key=lambda item: item[1]))
+
+
+def is_volume(name: str) -> bool:
+    """Whether a file's name is that of a NIfTI volume, and no more than a name."""
+    return name.endswith(VOLUMES) and UNSAFE.search(name) is None
+
+
+def check_settings(request: Mapping[str, Any]) -> None:
+    """Refuse settings that MONAI would run as code, and those that would become parts of paths.
+
+    Raises:
+        HTTPException: 422.
+    """
+    pending: list[Any] = [request]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, Mapping):
+            pending += [*value, *value.values()]
+        elif isinstance(value, (list, tuple)):
+            pending += value
+        elif isinstance(value, str) and value.startswith(("$", "@", "%")):
+            raise HTTPException(422, f"{value!r}: texts that begin with $, @ or % are not taken from clients")
+    device = request.get("device") or "cpu"
+    for name in [device] if isinstance(device, str) else device:
+        if not DEVICE.fullmatch(str(name)) and name not in device_list():
+            raise HTTPException(422, f"device {name!r}: give cpu or cuda:0")
+    extension = request.get("result_extension") or VOLUMES[0]
+    if extension not in VOLUMES:
+        raise HTTPException(422, f"result_extension {extension!r}: masks are .nii.gz or .nii")
+
+
 def requested_model(bundle: Path, request: Mapping[str, Any] | None) -> Path:
     """The file of the model that a request asks for: ``model_filename``, a name or a list of them; or ``model.pt``."""
     name = (request or {}).get("model_filename") or "model.pt"
@@ -76,7 +143,8 @@ class VoltaInferTask(BundleInferTask):
 
     Clients get the message of whatever is wrong with a scan or with the weights. For classification it answers with a
     score for each class, as ``BundleInferTask`` does only without its last step, which would restore a mask to the
-    scan's grid.
+    scan's grid. Beside the scores goes an empty mask: MONAI Label's client, and with it 3D Slicer, reads scores only
+    from an answer that has a file.
 
     Args:
         bundle: the bundle's folder.
@@ -101,7 +169,10 @@ class VoltaInferTask(BundleInferTask):
             HTTPException: 422 with the message, where the input is at fault.
         """
         try:
-            return super().__call__(request, callbacks)
+            file, answer = super().__call__(request, callbacks)
+            if self.type == InferType.CLASSIFICATION and not file and not request.get("save_label"):
+                file = empty_mask(Path(request["image"]))
+            return file, answer
         except Exception as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, InputError):
@@ -123,12 +194,23 @@ class VoltaInferTask(BundleInferTask):
         return super()._get_network(device, data)
 
 
+def empty_mask(scan: Path) -> str | None:
+    """A mask of nothing on a scan's grid, in a temporary file; None where the scan is no single NIfTI file."""
+    if not scan.name.endswith(VOLUMES):
+        return None
+    image = nib.load(scan)
+    with tempfile.NamedTemporaryFile(suffix=VOLUMES[0], delete=False) as stream:
+        nib.save(nib.Nifti1Image(np.zeros(image.shape[:3], np.uint8), image.affine), stream.name)
+    return stream.name
+
+
 class VoltaTrainTask(BundleTrainTask):
-    """``BundleTrainTask`` that verifies the weights it starts from, and keeps the model that it replaces.
+    """``BundleTrainTask`` that verifies the weights it starts from, and never replaces the model by a worse one.
 
     The model before is kept as ``models/model_HASH.pt``, with its record, where clients can choose it. The learning
-    rate stays at the bundle's: a schedule that rises from zero and falls back to it would train a few scans for a few
-    epochs at next to nothing.
+    rate is a tenth of the bundle's (``learning_rate`` of the request changes it) and stays there: a schedule that rises
+    from zero and falls back to it would train a few scans for a few epochs at next to nothing. Of two or more scans at
+    least one validates; a single one validates itself. No data set is read but the studies.
 
     Args:
         bundle: the bundle's folder.
@@ -137,19 +219,59 @@ class VoltaTrainTask(BundleTrainTask):
 
     def __init__(self, bundle: Path, conf: Mapping[str, str]) -> None:
         super().__init__(str(bundle), conf, load_strict=True)
+        self._request: Mapping[str, Any] = {}
+
+    @property
+    def _rate(self) -> float:
+        """The learning rate, unless a client gives another."""
+        return RATE_SHARE * float(self.bundle_config.get("learning_rate"))
+
+    def config(self) -> dict[str, Any]:
+        """Settings that clients can change."""
+        return {**super().config(), "learning_rate": self._rate}
+
+    def stats(self) -> dict[str, Any]:
+        """How the last training went, or goes; see ``SaveModel``."""
+        path = Path(self.bundle_path) / "models" / STATS
+        return read_json(path) if path.is_file() else {}
 
     def __call__(self, request: dict[str, Any], datastore: Any) -> Any:
         """Train on the scans with a final label map."""
         if not datastore.datalist():
             raise InputError("no scan has a final label map; correct and submit one first")
+        check_settings(request)
+        self._request = request = {**request, "run_id": "run"}
         bundle = Path(self.bundle_path)
+        model = bundle / "models" / "model.pt"
         read_weights(requested_model(bundle, request))
-        keep_model(bundle / "models" / "model.pt")
-        return super().__call__(request, datastore)
+        before = sha256_file(model)
+        copy = keep_model(model)
+        (bundle / "models" / STATS).unlink(missing_ok=True)
+        result = super().__call__(request, datastore)
+        if sha256_file(model) == before:
+            copy.unlink()
+            copy.with_suffix(".json").unlink(missing_ok=True)
+        print(self.stats().get("message", ""), flush=True)
+        return result
+
+    def _partition_datalist(
+        self, datalist: list[Any], request: Mapping[str, Any], shuffle: bool = False
+    ) -> tuple[list[Any], list[Any]]:
+        share = float(request.get("val_split", 0.2))
+        count = min(max(1, round(share * len(datalist))), len(datalist) - 1) if share > 0 else 0
+        training, validation = datalist[: len(datalist) - count], datalist[len(datalist) - count :]
+        return training, validation or training
 
     def _update_overrides(self, overrides: dict[str, Any]) -> dict[str, Any]:
-        constant = {"warmup_epochs": 0, "final_learning_rate": "@learning_rate"}
-        overrides |= {name: value for name, value in constant.items() if self.bundle_config.get(name) is not None}
+        rate = float(self._request.get("learning_rate") or self._rate)
+        values = {
+            "learning_rate": rate,
+            "final_learning_rate": rate,
+            "warmup_epochs": 0,
+            "val_interval": max(1, int(self._request.get("max_epochs", 50)) // 10),
+            "dataset_dir": str(Path(self.bundle_path) / "no_data_set"),
+        }
+        overrides |= {name: value for name, value in values.items() if self.bundle_config.get(name) is not None}
         return overrides
 
 
@@ -167,6 +289,69 @@ def keep_model(path: Path) -> Path:
     return copy
 
 
+class Studies(LocalDatastore):
+    """``LocalDatastore`` that writes into its folder alone, and keeps label maps in the model's numbers.
+
+    Args:
+        folder: the scans.
+        labels: the model's number of each label.
+    """
+
+    def __init__(self, folder: str, labels: Mapping[str, int]) -> None:
+        self.labels = labels
+        super().__init__(
+            folder,
+            extensions=[f"*{suffix}" for suffix in VOLUMES],
+            auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
+            read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
+        )
+
+    def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
+        """Store a scan.
+
+        Raises:
+            HTTPException: 422, if it is no NIfTI volume, or its name leads out of the folder.
+        """
+        name, suffix = self._to_id(Path(image_filename).name)
+        self._check_target(Path(self._datastore.image_path()), (image_id or name) + suffix)
+        added: str = super().add_image(image_id, image_filename, image_info)
+        return added
+
+    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
+        """Store a label map, in the model's numbers; see ``renumber``.
+
+        Raises:
+            HTTPException: 404, if there is no such scan; 422, if the label map cannot be used, with the reason.
+        """
+        if image_id not in self._datastore.objects:
+            raise HTTPException(404, f"{image_id!r}: no such scan in the studies")
+        if UNSAFE.search(str(label_tag)):
+            raise HTTPException(422, f"tag {label_tag!r}: give a name, not a path")
+        self._check_target(Path(self._datastore.label_path(label_tag)), image_id + self._to_id(label_filename)[1])
+        image = nib.load(label_filename)
+        values = np.asanyarray(image.dataobj)
+        try:
+            renumbered = renumber(values, label_info.get("label_info") or [], self.labels)
+        except (InputError, TypeError, ValueError) as error:
+            raise HTTPException(422, f"label map of {image_id}: {error}") from error
+        if not np.array_equal(renumbered, values):
+            changed = nib.Nifti1Image(renumbered, image.affine, image.header)
+            changed.set_data_dtype(np.uint8)
+            changed.header.set_slope_inter(1, 0)
+            nib.save(changed, label_filename)
+        # The names go with the numbers that are stored.
+        names = [{"name": name, "idx": value} for name, value in self.labels.items()]
+        saved: str = super().save_label(image_id, label_filename, label_tag, {**label_info, "label_info": names})
+        return saved
+
+    def _check_target(self, folder: Path, name: str) -> None:
+        if not is_volume(name):
+            raise HTTPException(422, f"{name!r}: give a NIfTI volume (.nii.gz) and a name without /, \\ or ..")
+        root = Path(self._datastore_path).resolve()
+        if not (folder / name).resolve().is_relative_to(root):
+            raise HTTPException(422, f"{name!r} is a link that leaves the studies")
+
+
 class VoltaApp(MONAILabelApp):
     """The app; MONAI Label finds it by its base class.
 
@@ -178,6 +363,7 @@ class VoltaApp(MONAILabelApp):
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         self.bundles = find_bundles(Path(app_dir), conf)
+        self.label_numbers = segmentation_labels(self.bundles)
         super().__init__(
             app_dir=app_dir,
             studies=studies,
@@ -186,6 +372,47 @@ class VoltaApp(MONAILabelApp):
             description="Hippocampus segmentation and whole-scan classification. Not a medical device.",
             version=monailabel.__version__,
         )
+
+    def init_datastore(self) -> Datastore:
+        """The studies."""
+        if self.studies.startswith(("http://", "https://")):
+            return super().init_datastore()
+        return Studies(self.studies, self.label_numbers)
+
+    def info(self) -> dict[str, Any]:
+        """What clients read first. ``labels`` are those that are drawn, for which 3D Slicer makes segments."""
+        return {**super().info(), "labels": list(self.label_numbers)}
+
+    def infer(self, request: dict[str, Any], datastore: Any = None) -> Any:
+        """Answer a request.
+
+        Raises:
+            HTTPException: 404 without such a model or scan; 422 for a setting that is not taken from clients.
+        """
+        self.bundle_path(request.get("model"))
+        check_settings(request)
+        image = str(request.get("image") or "")
+        # Absolute paths are those of uploaded files; guard.py lets no client give one.
+        if not (Path(image).is_absolute() and Path(image).exists()) and not self.datastore().get_image_uri(image):
+            raise HTTPException(404, f"{image!r}: no such scan in the studies")
+        return super().infer(request, datastore)
+
+    def batch_infer(self, request: dict[str, Any], datastore: Any = None) -> Any:
+        """Answer for many scans; without a GPU, on the CPU."""
+        if not torch.cuda.is_available():
+            request = {**request, "multi_gpu": False, "device": "cpu"}
+        return super().batch_infer(request, datastore)
+
+    def bundle_path(self, model: str | None) -> str | None:
+        """A trainer's bundle. MONAI Label asks for it before it starts any task.
+
+        Raises:
+            HTTPException: 404 without such a model.
+        """
+        if model is not None and model not in self.bundles:
+            raise HTTPException(404, f"{model!r}: no such model; there are {', '.join(self.bundles)}")
+        path: str | None = super().bundle_path(model)
+        return path
 
     def init_infers(self) -> dict[str, InferTask]:
         """A task for each bundle."""

@@ -9,6 +9,8 @@ replace the results of an experiment. A packed bundle (``volta3d pack``, or down
 from __future__ import annotations
 
 import argparse
+import base64
+import ipaddress
 import json
 import os
 import shutil
@@ -127,16 +129,42 @@ def server_command(app: Path, studies: str, host: str, port: int) -> list[str]:
     names = ",".join(sorted(path.name for path in (app / "model").iterdir()))
     options = {"models": names, "zoo_source": "local", "sam2": "false"}
     start = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(app), "--studies", studies]
+    start += ["--uvicorn_app", "guard:app"]
     conf = [word for name, value in options.items() for word in ("--conf", name, value)]
     return [*start, "--host", host, "--port", str(port), *conf]
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_password(host: str) -> None:
+    """Demand a password where other machines are let in.
+
+    Raises:
+        InputError: if there is none.
+    """
+    own = os.environ.get("MONAI_LABEL_AUTH_ENABLE", "").lower() in ("true", "1", "yes", "on")
+    if not is_loopback(host) and not os.environ.get("LABEL_PASSWORD") and not own:
+        raise InputError(
+            f"HOST={host} lets other machines read, change and delete the scans: give a password, in the environment "
+            "and not on the command line (read -rs LABEL_PASSWORD; export LABEL_PASSWORD), or MONAI Label's own "
+            "authentication (MONAI_LABEL_AUTH_ENABLE=true, with a Keycloak server)"
+        )
+
+
 def answer(address: str) -> dict[str, Any] | None:
     """What the server says of itself; None while it says nothing."""
+    word = base64.b64encode(f"label:{os.environ.get('LABEL_PASSWORD', '')}".encode()).decode()
+    request = urllib.request.Request(f"{address}/info/", headers={"Authorization": f"Basic {word}"})
     try:
         # Never by a proxy, which knows nothing of this machine's addresses.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(f"{address}/info/", timeout=10) as response:
+        with opener.open(request, timeout=10) as response:
             content: dict[str, Any] = json.load(response)
             return content
     except (urllib.error.URLError, OSError, ValueError):
@@ -152,9 +180,11 @@ def guide(address: str, info: dict[str, Any], studies: str, log: Path) -> str:
         if is_remote
         else "OHIF reads DICOM only: give a DICOMweb server as STUDIES (docs/monai_label.md)."
     )
+    password = ["It asks for LABEL_PASSWORD, with any user name."] if os.environ.get("LABEL_PASSWORD") else []
     return "\n".join(
         [
             f"\nMONAI Label is at {address}, scans from {studies}.",
+            *password,
             *models,
             "\n3D Slicer: install the extension MONAILabel (View > Extensions Manager), open the module MONAI Label, "
             f"enter {address} as the server, press the refresh button, then Next Sample and Run.",
@@ -169,7 +199,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make label", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--studies", required=True, help="folder with scans (.nii, .nii.gz), or a DICOMweb address")
     parser.add_argument("--bundle", default="", help="packed bundles, separated by commas; default: those trained here")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; there is no password")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; it needs a password")
+    parser.add_argument("--names", default="", help="more names that the server is called by, separated by commas")
+    parser.add_argument("--origins", default="", help="web pages that may use it, such as http://viewer.lab:3000")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--app", type=Path, default=Path("apps/label"), help="folder that the server writes to")
     options = parser.parse_args(arguments)
@@ -179,6 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise InputError(
                 f"{options.studies or 'STUDIES'}: no such folder; give one with scans: make label STUDIES=DIR"
             )
+        check_password(options.host)
         # Before anything is changed that a running server uses.
         address = reachable(options.host, options.port)
         app = options.app.resolve()
@@ -188,7 +221,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"make label: {error}", file=sys.stderr)
         return 2
     studies = options.studies if is_remote else str(Path(options.studies).resolve())
-    return run_server(server_command(app, studies, options.host, options.port), app, studies, address)
+    guard = {
+        "LABEL_HOST": options.host,
+        "LABEL_NAMES": options.names,
+        "LABEL_ORIGINS": options.origins,
+        "PYTHONPATH": str(Path(__file__).resolve().parent),
+    }
+    return run_server(server_command(app, studies, options.host, options.port), app, studies, address, guard)
 
 
 def reachable(host: str, port: int) -> str:
@@ -209,8 +248,16 @@ def reachable(host: str, port: int) -> str:
     raise InputError(f"something answers at http://{name}:{port} already; give another PORT")
 
 
-def run_server(command: list[str], app: Path, studies: str, address: str) -> int:
-    """Run the server, print how to connect once it answers, and end it with everything that it started."""
+def run_server(command: list[str], app: Path, studies: str, address: str, guard: dict[str, str]) -> int:
+    """Run the server, print how to connect once it answers, and end it with everything that it started.
+
+    Args:
+        command: see ``server_command``.
+        app: the app's folder; the server runs in it, so that no data set of the repository is found by its name.
+        studies: the scans.
+        address: of the server.
+        guard: environment of ``guard.py``.
+    """
     log = app / "logs" / "server.log"
     log.parent.mkdir(exist_ok=True)
 
@@ -219,10 +266,10 @@ def run_server(command: list[str], app: Path, studies: str, address: str) -> int
 
     signal.signal(signal.SIGTERM, stop)
     with log.open("w", encoding="utf-8") as stream:
-        environment = {**ENVIRONMENT, **os.environ}
+        environment = {**ENVIRONMENT, **os.environ, **guard}
         # A session of its own: a training that the server has started ends with it.
         server = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command, cwd=app, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
         try:
             print("starting the server ...", flush=True)

@@ -47,6 +47,7 @@ COMMANDS = {
     "report": ("volta_components.report.command:report", "Make tables and figures of finished cross-validations."),
     "segment": ("volta_components.inference.commands:segment", "Outline both hippocampi in scans."),
     "embed": ("volta_components.inference.commands:embed", "Turn scans into embeddings."),
+    "inspect": ("volta_components.inference.trust:inspect", "List code in a bundle that is not the project's own."),
     "pack": ("volta_components.sharing.pack:pack", "Pack a bundle and its weights into a zip to share."),
     "register": ("volta_components.sharing.registry:register", "Put a trained model into MLflow's registry."),
 }

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -22,6 +23,8 @@ from volta_components.errors import InputError
 
 PARTIAL = ".partial-"
 FOREIGN_SECONDS = 24 * 3600.0
+# What spreadsheets take for the beginning of a formula; behind quotes, so that what is written can be read back.
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 
 
 def readable(text: str) -> str:
@@ -205,14 +208,33 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def safe_cell(value: Any) -> Any:
+    """A cell that no spreadsheet runs: text like ``=1+1`` gets a quote in front; numbers and ``-0.5`` stay.
+
+    ``plain_cell`` gives the text back.
+    """
+    if not isinstance(value, str) or not _FORMULA.match(value):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
+def plain_cell(value: Any) -> Any:
+    """The text that ``safe_cell`` made a cell of; anything else as it is."""
+    return value[1:] if isinstance(value, str) and value.startswith("'") and _FORMULA.match(value) else value
+
+
 def write_csv(
     path: str | os.PathLike[str], header: Sequence[str], rows: Iterable[Iterable[Any]], delimiter: str = ","
 ) -> None:
     """Write a table as text, atomically; None and NaN become empty cells."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, delimiter=delimiter, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(["" if value != value else value for value in row] for row in rows)
+        writer.writerow(map(safe_cell, header))
+        writer.writerows(["" if value != value else safe_cell(value) for value in row] for row in rows)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

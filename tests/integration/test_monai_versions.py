@@ -231,5 +231,5 @@ def test_nothing_is_looked_for_where_no_model_is_kept() -> None:
         model_path = None
 
     saver = SaveModel(NoModel())  # type: ignore[arg-type]
-    saver._started()
+    saver._started(None)
     assert saver._start == {}

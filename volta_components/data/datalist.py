@@ -21,7 +21,7 @@ import joblib
 import numpy as np
 from tqdm import tqdm
 
-from volta_components.data.identity import same_people
+from volta_components.data.identity import same_people, unfit_id
 from volta_components.data.volumes import UnusableVolume, read_header, read_volume
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file, sha256_json
@@ -204,6 +204,8 @@ def check_content(path: Path, content: Mapping[str, Any]) -> None:
             rows.append(
                 (name, f"patient {item['patient_id']} is in folds {folds[item['patient_id']]} and {item['fold']}")
             )
+        if unfit := unfit_id(item.get(key) for key in ("subject_id", "session", "patient_id", "site", "cohort")):
+            rows.append((repr(name), unfit))
         scan = (item["subject_id"], item.get("session"))
         if scan in seen:
             rows.append((name, f"is there twice (session {item.get('session')})"))

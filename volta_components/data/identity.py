@@ -74,6 +74,19 @@ def is_worldwide(patient_id: str) -> bool:
     return cohort_of(patient_id) is not None or _ANATOMY.fullmatch(patient_id) is not None
 
 
+def unfit_id(ids: Iterable[object]) -> str | None:
+    """Why one of a scan's ids cannot be taken, or None: ids go into tables, names of files and configs.
+
+    Control characters garble the former, and MONAI runs what begins with ``$`` in the latter.
+    """
+    for text in map(str, ids):
+        if "$" in text:
+            return f"id {text!r} has a $"
+        if any(ord(letter) < 32 or 127 <= ord(letter) < 160 or letter in "\u2028\u2029" for letter in text):
+            return f"id {text!r} has control characters"
+    return None
+
+
 def cohort_of(patient_id: str) -> str | None:
     """The public data set that a canonical id belongs to, in lower case, or None if the id does not show it."""
     for name, patterns in _COHORTS.items():

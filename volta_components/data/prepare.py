@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ import numpy as np
 from volta_components.data.datalist import load_datalist
 from volta_components.data.finish import finish, report_nothing_left
 from volta_components.data.geometry import axis_codes
-from volta_components.data.identity import loose, loose_person
+from volta_components.data.identity import loose, loose_person, unfit_id
 from volta_components.data.layouts import Layout, LayoutOptions, Listing, Scan, reader
 from volta_components.data.overlaps import check_folds, check_phantom_name
 from volta_components.data.preprocess import Settings
@@ -58,6 +58,7 @@ def prepare(
     assume_orientation: str | None = None,
     patients_from: Literal["id", "folder"] | None = None,
     mask: Path | str | None = None,
+    follow_links: bool = False,
 ) -> int:
     """Turn a data set into volumes that the bundles read, a datalist with folds, and a QC page.
 
@@ -95,6 +96,8 @@ def prepare(
         mask: Apply brain masks that exist already: "bids" for those among the derivatives of a BIDS data set, or a
             folder of masks, named after their scans as SynthStrip, HD-BET, FreeSurfer and BIDS do. "none" is the
             default.
+        follow_links: Also take scans by links that leave the source. Without it these are errors; links of git-annex
+            and DataLad into their data set are always followed.
 
     Returns:
         0; 1 if something was left out.
@@ -136,9 +139,11 @@ def prepare(
                 work=state / "dicom",
                 temporary=temporary,
                 workers=n_workers,
+                follow_links=follow_links,
             )
         )
         cohort = name or listing.cohort
+        _check_ids(root, listing.scans)
         check_phantom_name(cohort, "phantom" in listing.cohort.lower())
         scans = _select(listing, wanted_labels, needed, diagnoses, excluded_patients)
         if masks is not None:
@@ -298,6 +303,13 @@ def _patients_of(paths: Sequence[Path | str]) -> dict[str, str]:
 def _spellings(patient: str, cohort: str) -> tuple[str, str]:
     """What all spellings of an id have in common: in whatever cohort, and in this one."""
     return loose(patient), loose_person(patient, cohort)
+
+
+def _check_ids(root: Path, scans: Iterable[Scan]) -> None:
+    """Refuse ids that would garble tables, or that MONAI would run."""
+    found = [(scan.source, unfit_id((scan.subject_id, scan.session, scan.patient_id, scan.site))) for scan in scans]
+    if rows := [(repr(source), unfit) for source, unfit in found if unfit]:
+        raise InputError.many(f"{root}: {len(rows)} scans have ids that cannot be taken", rows, "Rename the files.")
 
 
 def _select(

@@ -61,6 +61,7 @@ class Tree:
         folders: all visible folders below it, sorted.
         again: links that lead to what is there already, and what that is.
         locked: folders that cannot be listed.
+        outside: links that leave the folder, which are not followed.
     """
 
     root: Path
@@ -68,6 +69,7 @@ class Tree:
     folders: list[Path] = field(default_factory=list)
     again: list[tuple[Path, Path]] = field(default_factory=list)
     locked: list[Path] = field(default_factory=list)
+    outside: list[Path] = field(default_factory=list)
 
     def volumes(self) -> list[VolumeFile]:
         """The volume files, in order of their paths."""
@@ -85,12 +87,17 @@ def tidy(name: str) -> str:
     return "".join(letter if letter.isprintable() else "_" for letter in text).strip()
 
 
-def walk(root: Path) -> Tree:
+def walk(root: Path, follow_links: bool = False) -> Tree:
     """Look through a folder.
 
     Hidden files and folders below it are left alone. Links to folders and files are followed, each folder and file
     once: where a link leads to what is there under its own name too, that name counts. Links that lead to a folder
     above are not followed.
+
+    Args:
+        root: the folder.
+        follow_links: also follow links that leave the folder. Those of git-annex and DataLad, which lead to the
+            ``.git`` of the data set, always are.
 
     Raises:
         InputError: if the folder is missing, is none, or cannot be listed.
@@ -102,7 +109,8 @@ def walk(root: Path) -> Tree:
         status = above.stat()
         seen[status.st_dev, status.st_ino] = above
     links: list[Path] = []
-    _visit(root, tree, seen, links)
+    home = None if follow_links else place
+    _visit(root, tree, seen, links, home)
     # Later than the folders themselves, so that these count and not the links to them.
     while links:
         status = (link := links.pop(0)).stat()
@@ -111,15 +119,33 @@ def walk(root: Path) -> Tree:
         else:
             seen[status.st_dev, status.st_ino] = link
             tree.folders.append(link)
-            _visit(link, tree, seen, links)
+            _visit(link, tree, seen, links, home)
     _leave_out_links(tree)
     tree.files.sort()
     tree.folders.sort()
+    tree.outside.sort()
     return tree
 
 
-def _visit(folder: Path, tree: Tree, seen: dict[tuple[int, int], Path], links: list[Path]) -> None:
-    """List a folder and the folders in it; links to folders are put aside."""
+def leaves(link: Path, home: Path) -> bool:
+    """Whether a link leads out of a folder, and not into the annex of the data set that the folder is or lies in.
+
+    Args:
+        link: the link.
+        home: the folder, without links in its path.
+    """
+    target = Path(os.path.realpath(link))
+    if target.is_relative_to(home):
+        return False
+    parts = target.parts
+    if ".git" not in parts:
+        return True
+    place = parts.index(".git")
+    return not (home.is_relative_to(Path(*parts[:place])) and "objects" in parts[place:] and "annex" in parts[place:])
+
+
+def _visit(folder: Path, tree: Tree, seen: dict[tuple[int, int], Path], links: list[Path], home: Path | None) -> None:
+    """List a folder and the folders in it; links to folders are put aside, as are those that leave ``home``."""
     todo = [folder]
     while todo:
         parent = todo.pop()
@@ -132,7 +158,9 @@ def _visit(folder: Path, tree: Tree, seen: dict[tuple[int, int], Path], links: l
             if is_hidden(entry.name):
                 continue
             path = Path(entry.path)
-            if entry.is_symlink():
+            if entry.is_symlink() and home is not None and leaves(path, home):
+                tree.outside.append(path)
+            elif entry.is_symlink():
                 (links if path.is_dir() else tree.files).append(path)
             elif not entry.is_dir():
                 tree.files.append(path)

@@ -29,6 +29,7 @@ def apply_bundle(
     skip_bad: bool,
     assume_orientation: str | None,
     settings: Mapping[str, Any],
+    follow_links: bool = False,
 ) -> int:
     """Run a bundle's ``inference.json`` on scans; how many are done, now or before.
 
@@ -53,7 +54,7 @@ def apply_bundle(
             target.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{target}: cannot write there ({error.strerror}); choose another --output") from error
-        chosen = choose_scans(parts, target, skip_bad, codes)
+        chosen = choose_scans(parts, target, skip_bad, codes, follow_links)
         if common := result_root(chosen):
             print(f"file names are not unique: results are written to folders like those of the scans below {common}")
         # Absolute paths as plain text: nothing in them is taken for a config's expression or reference.

@@ -20,6 +20,8 @@ def embed(
     device: str | None = None,
     skip_bad: bool = False,
     assume_orientation: str | None = None,
+    trust: bool = False,
+    follow_links: bool = False,
 ) -> int:
     """Turn scans into embeddings: embeddings.csv and embeddings.npz, with a row for each scan.
 
@@ -38,6 +40,9 @@ def embed(
         device: Such as cuda:0 or cpu; by default the first GPU, or else the CPU.
         skip_bad: Leave out scans that cannot be used, instead of ending there.
         assume_orientation: Axis codes such as RAS for scans whose header has none; without it these are errors.
+        trust: Run a bundle whose configs run what none of VolTA-3D's own bundles runs; without it, that is listed.
+        follow_links: Also take scans by links that leave a folder of the source. Without it these are errors; links of
+            git-annex and DataLad into their data set are always followed.
 
     Returns:
         0.
@@ -49,9 +54,13 @@ def embed(
     # Here, since it imports torch: help and mistakes should not wait for it.
     from volta_components.inference.apply import apply_bundle
     from volta_components.inference.bundles import find_bundle
+    from volta_components.inference.trust import check_trust
 
     root = find_bundle(bundle, "bundles/pretrain", ("type", "feature"))
-    count = apply_bundle(root, source, Path(output), overlays, device, skip_bad, assume_orientation, changes)
+    check_trust(root, trust)
+    count = apply_bundle(
+        root, source, Path(output), overlays, device, skip_bad, assume_orientation, changes, follow_links
+    )
     print(f"{count} embeddings in {Path(output).resolve() / 'embeddings.csv'} and .npz")
     return 0
 
@@ -66,6 +75,8 @@ def segment(
     device: str | None = None,
     skip_bad: bool = False,
     assume_orientation: str | None = None,
+    trust: bool = False,
+    follow_links: bool = False,
 ) -> int:
     """Outline both hippocampi: NAME_hippocampus.nii.gz on the grid of each scan (1 left, 2 right), and volumes.csv.
 
@@ -84,6 +95,9 @@ def segment(
         device: Such as cuda:0 or cpu; by default the first GPU, or else the CPU.
         skip_bad: Leave out scans that cannot be used, instead of ending there.
         assume_orientation: Axis codes such as RAS for scans whose header has none; without it these are errors.
+        trust: Run a bundle whose configs run what none of VolTA-3D's own bundles runs; without it, that is listed.
+        follow_links: Also take scans by links that leave a folder of the source. Without it these are errors; links of
+            git-annex and DataLad into their data set are always followed.
 
     Returns:
         0.
@@ -95,8 +109,10 @@ def segment(
     # Here, since it imports torch: help and mistakes should not wait for it.
     from volta_components.inference.apply import apply_bundle
     from volta_components.inference.bundles import find_bundle
+    from volta_components.inference.trust import check_trust
 
     root = find_bundle(bundle, "bundles/harp_hippocampus", ("format", "segmentation"))
+    check_trust(root, trust)
     starter = root / "models" / "model_starter.pt"
     if not overlays and weights is None and starter.is_file() and not (root / "models" / "model.pt").is_file():
         overlays = ("starter",)
@@ -104,7 +120,7 @@ def segment(
             f"{starter.name}: the small model that ships, trained on synthetic heads alone and never scored on manual "
             "labels; look at each mask, and do not use it for patients"
         )
-    apply_bundle(root, source, Path(output), overlays, device, skip_bad, assume_orientation, changes)
+    apply_bundle(root, source, Path(output), overlays, device, skip_bad, assume_orientation, changes, follow_links)
     return 0
 
 

@@ -49,7 +49,11 @@ def expand_source(source: Sequence[Path | str], target: Path) -> list[Path]:
 
 
 def choose_scans(
-    parts: Sequence[Path], target: Path, skip_bad: bool, assume_orientation: str | None = None
+    parts: Sequence[Path],
+    target: Path,
+    skip_bad: bool,
+    assume_orientation: str | None = None,
+    follow_links: bool = False,
 ) -> list[Path]:
     """Datalists as they are, and every scan that can be used; DICOM series are converted into ``target``.
 
@@ -57,7 +61,7 @@ def choose_scans(
         InputError: listing all scans that cannot be used; if no scan is left; if a datalist's volume is bad.
     """
     datalists = [part for part in parts if is_datalist(part)]
-    found = [_scans_of(part, target) for part in parts if part not in datalists]
+    found = [_scans_of(part, target, follow_links) for part in parts if part not in datalists]
     # The same file under the same name, by whatever links, is one scan.
     files = list(
         {(file.name, file.resolve()): file for scans, _ in reversed(found) for file in reversed(scans)}.values()
@@ -79,30 +83,37 @@ def choose_scans(
     return chosen
 
 
-def _scans_of(part: Path, target: Path) -> tuple[list[Path], list[Row]]:
+def _scans_of(part: Path, target: Path, follow_links: bool) -> tuple[list[Path], list[Row]]:
     """The scans of a file or folder, and what is no scan or cannot be converted to one."""
     if not part.is_dir():
         if volume_suffix(part) is None:
             return [], [(str(part), "not a volume", "give .nii, .nii.gz, .mgz, ...; of DICOM, the folder")]
         return [part], []
-    tree = walk(part)
+    tree = walk(part, follow_links)
     volumes, others = scans_below(tree)
     if others:
         print(f"{part}: {len(others)} volumes that are no T1w scans are left out, such as {others[0]}")
     has_dicom = any(map(may_be_dicom, tree.files))
-    if not volumes and not has_dicom:
+    rows = [
+        (str(link), "a link that leaves the folder", "add --follow-links, or give the file itself")
+        for link in tree.outside
+        if volume_suffix(link) or link.is_dir()
+    ]
+    if not volumes and not has_dicom and not rows:
         raise InputError(f"{part}: no scans in it: no volumes (.nii, .nii.gz, .mgz, ...), no DICOM files")
-    converted, bad = _convert_dicom(part, target) if has_dicom else ([], [])
-    return [*converted, *volumes], bad
+    converted, bad = _convert_dicom(part, target, follow_links) if has_dicom else ([], [])
+    return [*converted, *volumes], [*rows, *bad]
 
 
-def _convert_dicom(root: Path, target: Path) -> tuple[list[Path], list[Row]]:
+def _convert_dicom(root: Path, target: Path, follow_links: bool) -> tuple[list[Path], list[Row]]:
     """Convert the T1 series below a folder to NIfTI in ``target/converted``, as ``volta3d prepare`` chooses them."""
     files: list[Path] = []
     remove_partials(target)
     with tempfile.TemporaryDirectory(prefix=partial_prefix(), dir=target) as name:
         temporary = Path(name)
-        options = LayoutOptions(root, ("all",), "none", temporary=temporary, workers=joblib.cpu_count())
+        options = LayoutOptions(
+            root, ("all",), "none", temporary=temporary, workers=joblib.cpu_count(), follow_links=follow_links
+        )
         listing = read_dicom(options)
         # Volumes beside the DICOM files are no problem here.
         rows = [

@@ -70,7 +70,12 @@ def find_volumes(source: Source, output: PathLike | None = None, required: bool 
             continue
         if part.is_dir():
             check_outside(part, output, "--output_dir")
-            files = scans_below(walk(part))[0]
+            tree = walk(part)
+            if links := [(str(link),) for link in tree.outside if volume_suffix(link) or link.is_dir()]:
+                raise InputError.many(
+                    f"{part}: {len(links)} links leave the folder", links, "Give the files or folders themselves."
+                )
+            files = scans_below(tree)[0]
         elif part.is_file():
             files = [part]
         else:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, remove_partials, write_text
+from volta_components.files import atomic_path, remove_partials, safe_cell, write_text
 
 
 def report(
@@ -75,7 +75,7 @@ def report(
         *(table for section in sections for table in section.tables),
     ]:
         with atomic_path(root / "tables" / f"{table.name}.csv") as temporary:
-            table.frame.to_csv(temporary, index=False)
+            table.frame.map(safe_cell).rename(columns=safe_cell).to_csv(temporary, index=False)
     there = {study.bundle for study in studies}
     absent = [f"Table {task.table}, {task.short}" for bundle, task in TASKS.items() if bundle not in there]
     write_text(root / "index.html", render(sections, runs, made, before, absent, root))

@@ -18,6 +18,7 @@ from volta_components.data.labels import SIDES
 from volta_components.data.layouts.common import LEFT, RIGHT
 from volta_components.downstream.metrics import score_mask
 from volta_components.errors import InputError
+from volta_components.files import plain_cell
 from volta_components.report.store import FinishedRun, Store, Study
 
 FREESURFER = {17: LEFT, 53: RIGHT}
@@ -53,7 +54,7 @@ def load_artifact(store: Store, run: FinishedRun, folder: str, name: str) -> nib
     listing = store.artifact(run.run_id, "predictions/paths.csv") if column else None
     if listing is None:
         return None
-    table = pd.read_csv(listing, dtype=str)
+    table = pd.read_csv(listing, dtype=str).map(plain_cell)
     for row in table.itertuples():
         path = Path(str(getattr(row, str(column), "")))
         if scan_name(row) == name and path.is_file():

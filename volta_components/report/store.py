@@ -19,6 +19,7 @@ from volta_components.crossval.store import search_runs
 from volta_components.downstream.inits import BASE_INIT
 from volta_components.downstream.tracking import RECIPE_TAG
 from volta_components.errors import InputError
+from volta_components.files import plain_cell
 from volta_components.report.paper import TASKS, in_order
 from volta_components.training.stores import check_store
 
@@ -337,6 +338,7 @@ def _read_tables(store: Store, runs: list[FinishedRun]) -> str:
         kind_here, file = next(iter(found.items()))
         kind = kind or kind_here
         table = pd.read_csv(file, dtype={"subject_id": str, "patient_id": str, "session": str, "site": str, "sex": str})
+        table = table.map(plain_cell)
         absent = [column for column in NEEDED[kind_here] if column not in table]
         if absent or kind_here != kind:
             raise InputError(

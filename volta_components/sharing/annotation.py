@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that MONAI Label trains."""
+"""Models that MONAI Label trains, and the label maps that it trains them on."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from numpy.typing import NDArray
 from torch import nn
 
 from volta_components.data.names import split_visit
+from volta_components.distributed import process_rank
 from volta_components.downstream.leaks import known_people
 from volta_components.downstream.segmentation import SHOWN, SegmentationResults
 from volta_components.downstream.splits import Item
 from volta_components.errors import InputError
-from volta_components.files import sha256_file, sha256_json
+from volta_components.files import sha256_file, sha256_json, write_json
 from volta_components.inference.scans import find_volumes
 from volta_components.method.monai_versions import fit_cross_attention
 from volta_components.method.weights import read_record, read_weights
@@ -26,12 +30,78 @@ from volta_components.training.people import facts_of, joined
 logger = logging.getLogger(__name__)
 
 
+STATS = "last_training.json"
+
+
+def renumber(
+    values: NDArray[Any], segments: Sequence[Mapping[str, Any]], labels: Mapping[str, int]
+) -> NDArray[np.uint8]:
+    """Give a label map the numbers of the model, by the names of its segments.
+
+    3D Slicer names segments with ``idx``, their place among all segments. If some of them are not exported (scribbles,
+    say), it numbers the rest from 1 on all the same. Both numberings are tried.
+
+    Args:
+        values: ``[X, Y, Z]``, whole numbers, 0 for the background.
+        segments: each with ``name`` and, if known, ``idx``; empty if the client gave no names.
+        labels: the model's number of each name.
+
+    Returns:
+        The label map ``[X, Y, Z]`` in the model's numbers.
+
+    Raises:
+        InputError: if a value has no name, a name is not one of the model's, or two readings are possible.
+    """
+    known = " and ".join(f"{value} {name}" for name, value in labels.items())
+    found = [float(value) for value in np.unique(values) if value != 0]
+    if odd := [f"{value:g}" for value in found if value != int(value) or value < 0]:
+        raise InputError(f"the label map has values {', '.join(odd[:5])}: not numbers of segments; export it as labels")
+    if not segments:
+        segments = [{"name": name, "idx": value} for name, value in labels.items()]
+    names = [str(segment.get("name", "")) for segment in segments]
+    by_place = dict(enumerate(names, start=1))
+    by_index = {int(segment.get("idx", place)): names[place - 1] for place, segment in enumerate(segments, start=1)}
+    readings = [
+        reading
+        for reading in ({value: numbering.get(int(value)) for value in found} for numbering in (by_index, by_place))
+        if None not in reading.values()
+    ]
+    if not readings:
+        unnamed = ", ".join(f"{value:g}" for value in found if int(value) not in by_index)
+        raise InputError(
+            f"the label map has values without a name: {unnamed}; use {known}, or send the names as label_info"
+        )
+    if readings[0] != readings[-1]:
+        raise InputError(
+            f"segments {', '.join(names)}: their numbers can be read in two ways; remove the segments that are not "
+            "exported, and submit again"
+        )
+    numbers = {_plain(name): value for name, value in labels.items()}
+    if strange := sorted({str(name) for name in readings[0].values() if _plain(str(name)) not in numbers}):
+        raise InputError(
+            f"segments that the model does not know: {', '.join(strange)}; rename them, or remove them ({known})"
+        )
+    result = np.zeros(values.shape, np.uint8)
+    for value, name in readings[0].items():
+        result[values == value] = numbers[_plain(str(name))]
+    return result
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
 class SaveModel:
     """Writes the model at the end of a run that nobody scores, such as one that an annotation server started.
 
     The datalist in the config is not what such a run trained on. Its record instead names the weights it began with,
     the hashes of its scans and label maps, and every patient that the weights were ever trained on, as far as known.
     Patients are recognised by the names of the scans. The record has no metrics.
+
+    A run that began with a known model is compared with it, by Dice on the validation scans, before and after. If Dice
+    has become worse, the model is not written. ``last_training.json`` beside the model follows the run: ``epoch``,
+    ``total_epochs``, ``learning_rate``, ``dice_before``, ``dice_after``, ``best_metric``, ``scored_on``, ``replaced``
+    and ``message``.
 
     Put it after the handler that loads a checkpoint.
 
@@ -42,22 +112,82 @@ class SaveModel:
     def __init__(self, results: SegmentationResults) -> None:
         self.results = results
         self._start: dict[str, Any] = {}
+        self._stats: dict[str, Any] = {}
+        self._began = 0.0
 
     def attach(self, engine: Engine) -> None:
         """Look at the weights at the start; write when the run is complete."""
         engine.add_event_handler(Events.STARTED, self._started)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
         engine.add_event_handler(Events.COMPLETED, self._completed)
 
-    def _started(self) -> None:
+    def _started(self, engine: Any) -> None:
         path = self.results.model_path
         self._start = {} if path is None else find_start(self.results.network, Path(path).parent)
+        if not self._start:
+            return
+        self._began = time.time()
+        training, validation = self._items(engine)
+        self._stats = {
+            "start_ts": int(self._began),
+            "total_epochs": engine.state.max_epochs,
+            "learning_rate": float(engine.optimizer.param_groups[0]["lr"]),
+            "started_from": self._start["file"],
+            "scored_on": "the training scans" if validation == training else f"{len(validation)} validation scans",
+            "dice_before": self._dice(),
+        }
+        self._write_stats(epoch=0)
 
-    def _completed(self, engine: Any) -> None:
-        training = list(engine.data_loader.dataset.data)
+    def _items(self, engine: Any) -> tuple[list[Any], list[Any]]:
         best = self.results.best
         validation = [] if best is None else list(best.evaluator.data_loader.dataset.data)
-        record = annotation_record(self.results.record, self._start, training, validation)
-        self.results.save_model(engine, record)
+        return list(engine.data_loader.dataset.data), validation
+
+    def _dice(self) -> float | None:
+        """Mean Dice of the network as it is, on the validation scans; None if there are none."""
+        best = self.results.best
+        if best is None or not len(best.evaluator.data_loader.dataset):
+            return None
+        best.evaluator.run()
+        # So that nobody takes this for the first epoch's.
+        best.evaluator.state.epoch = -1
+        return float(best.evaluator.state.metrics[best.evaluator.state.key_metric_name])
+
+    def _write_stats(self, **changes: Any) -> None:
+        self._stats |= {**changes, "total_time": round(time.time() - self._began, 1)}
+        path = self.results.model_path
+        if path is not None and process_rank() == 0:
+            write_json(Path(path).with_name(STATS), self._stats)
+
+    def _epoch_completed(self, engine: Any) -> None:
+        if self._start:
+            best = self.results.best
+            known = {} if best is None or best.epoch == 0 else {"best_metric": best.value}
+            self._write_stats(epoch=engine.state.epoch, **known)
+
+    def _completed(self, engine: Any) -> None:
+        training, validation = self._items(engine)
+        record = annotation_record(
+            self.results.record, self._start, training, [] if validation == training else validation
+        )
+        if not self._start:
+            self.results.save_model(engine, record)
+            return
+        best = self.results.best
+        before, after = self._stats["dice_before"], best.value if best is not None and best.restore() else self._dice()
+        compared, worse = "not scored", False
+        if before is not None and after is not None:
+            compared = f"Dice {before:.3f} before, {after:.3f} after, on {self._stats['scored_on']}"
+            worse = after < before
+        message = (
+            f"the training made the model worse ({compared}); the model before is kept"
+            if worse
+            else f"the model is replaced ({compared})"
+        )
+        if not worse:
+            self.results.save_model(engine, {**record, "annotation": {**self._stats, "dice_after": after}})
+        logger.log(logging.WARNING if worse else logging.INFO, "%s", message)
+        self._write_stats(dice_after=after, best_metric=after, replaced=not worse, message=message)
 
 
 def find_start(network: nn.Module, folder: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from volta_components.files import (
     write_json,
     write_text,
 )
+from volta_components.inference.trust import check_trust
 from volta_components.sharing.card import fill_card, is_phantom, other_settings, voxel_mm
 from volta_components.training.people import make_secret, sealed_record
 
@@ -53,6 +54,7 @@ ABSOLUTE = re.compile(
     |(?<![\\\w])\\{2,4}\w[\w.-]*\\[^\s'"]+""",
     re.VERBOSE,
 )
+PACKED = {"model_path": "$@ckpt_dir + '/model.pt'"}
 EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
@@ -81,6 +83,7 @@ def pack(
     large_files: str | None = None,
     source: str = "",
     plain_hashes: bool = False,
+    trust: bool = False,
 ) -> int:
     """Pack a bundle into a zip that others can download, with its weights, their provenance and hashes.
 
@@ -102,6 +105,7 @@ def pack(
         source: Address under which the zip will be hosted, for model_info.json.
         plain_hashes: Leave the hashes of subjects and voxels as they are, so that other labs find overlaps too, but can
             also find out who is among the subjects. By default they are sealed with a secret of this lab.
+        trust: Pack a bundle whose configs run what none of VolTA-3D's own bundles runs; without it, that is listed.
 
     Returns:
         0; 1 if, with --all, a bundle was left out.
@@ -114,7 +118,8 @@ def pack(
         raise InputError("give one bundle (--bundle bundles/NAME) or --all")
     folder = Path(output)
     if bundle is not None:
-        _report(pack_bundle(Path(bundle), folder, overlays, name, model, metrics, large_files, source, plain_hashes))
+        options = (large_files, source, plain_hashes, trust)
+        _report(pack_bundle(Path(bundle), folder, overlays, name, model, metrics, *options))
         return 0
     if name or model or metrics:
         raise InputError("--name, --model and --metrics belong to one bundle; give --bundle instead of --all")
@@ -124,7 +129,7 @@ def pack(
     left_out = []
     for path in bundles:
         try:
-            _report(pack_bundle(path, folder, overlays, large_files=large_files, source=source, plain=plain_hashes))
+            _report(pack_bundle(path, folder, overlays, None, None, None, large_files, source, plain_hashes, trust))
         except InputError as error:
             left_out.append((path.name, str(error)))
     for what, why in left_out:
@@ -154,9 +159,11 @@ def pack_bundle(
     large_files: str | None = None,
     source: str = "",
     plain: bool = False,
+    trust: bool = False,
 ) -> Packed:
     """Pack one bundle; see ``pack``."""
     _checked_metadata(bundle)
+    check_trust(bundle, trust)
     output.mkdir(parents=True, exist_ok=True)
     remove_partials(output)
     with tempfile.TemporaryDirectory(dir=output, prefix=partial_prefix()) as temporary:
@@ -183,8 +190,7 @@ def pack_bundle(
 def default_name(bundle: Path, overlays: Sequence[str] = (), model: str | os.PathLike[str] | None = None) -> str:
     """A packed bundle's name: the folder's, and whether it is of phantoms and of the quick start's size."""
     record = _checked_record(_find_weights(bundle, _overlay_values(bundle, overlays), model))
-    tiny = "tiny" in _stems(overlays)
-    return bundle.resolve().name + "_phantom" * is_phantom(record) + "_tiny" * tiny
+    return bundle.resolve().name + "_phantom" * is_phantom(record) + "_tiny" * ("tiny" in _stems(overlays))
 
 
 def _stems(overlays: Sequence[str]) -> list[str]:
@@ -232,7 +238,7 @@ def assemble(
         for name in ("evaluate.json", "inference.json"):
             config = target / "configs" / name
             if config.is_file():
-                write_json(config, read_json(config) | {"model_path": "$@ckpt_dir + '/model.pt'"})
+                write_json(config, read_json(config) | PACKED)
     inference = read_json(target / "configs" / "inference.json")
     _fit_metadata(metadata, inference, record)
     write_json(target / "configs" / "metadata.json", metadata)

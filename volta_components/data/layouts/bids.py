@@ -51,7 +51,7 @@ def read(options: LayoutOptions) -> Listing:
     """
     root = options.source
     listing = Listing("")
-    tree = look(listing, root)
+    tree = look(listing, root, options.follow_links)
     subjects = {path.name: path for path in tree.folders if path.parent == root and path.name.startswith("sub-")}
     if not subjects:
         raise InputError(f"{root}: no sub-* folder, so not a BIDS data set; give its root, or another --layout")

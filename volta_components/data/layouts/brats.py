@@ -43,7 +43,7 @@ def read(options: LayoutOptions) -> Listing:
     """
     root = options.source
     listing = Listing(cohort="brats")
-    tree = look(listing, root)
+    tree = look(listing, root, options.follow_links)
     cases: dict[str, dict[str, list[VolumeFile]]] = {}
     strange: list[VolumeFile] = []
     for volume in tree.volumes():

@@ -194,6 +194,7 @@ class LayoutOptions:
         work: a folder to keep what was learnt of DICOM folders.
         temporary: a folder of this run's own, on the file system of ``work``, for files that are not whole yet.
         workers: threads for reading DICOM headers.
+        follow_links: also follow links that leave the source.
     """
 
     source: Path
@@ -205,6 +206,7 @@ class LayoutOptions:
     work: Path | None = None
     temporary: Path | None = None
     workers: int = 1
+    follow_links: bool = False
 
 
 def relative(path: Path, root: Path) -> str:
@@ -217,13 +219,20 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "dataset"
 
 
-def look(listing: Listing, root: Path) -> Tree:
+def look(listing: Listing, root: Path, follow_links: bool = False) -> Tree:
     """Walk over the source; say which links are left out, and what cannot be looked into.
 
     Raises:
         InputError: if the folder is missing, is none, or cannot be listed.
     """
-    tree = walk(root)
+    tree = walk(root, follow_links)
+    for link in tree.outside:
+        place, who = relative(link, root), VolumeFile(link, tidy(link.name)).stem
+        where = f"a link that leaves the source, to {readable(os.path.realpath(link))}"
+        if volume_suffix(link) or link.is_dir() or not link.suffix:
+            listing.note("problem", who, place, where, "follow such links with --follow-links, or copy the files")
+        else:
+            listing.note("quirk", "(links)", place, where, "--follow-links follows such links")
     for link, other in tree.again:
         place, file = relative(link, root), relative(other, root)
         if link.is_dir() or tidy(link.name) == tidy(other.name):

@@ -130,7 +130,7 @@ def read(options: LayoutOptions) -> Listing:
     """
     root = options.source
     listing = Listing(cohort=slug(options.name or root.resolve().name))
-    tree = look(listing, root)
+    tree = look(listing, root, options.follow_links)
     folders = dicom_folders(tree)
     if not folders:
         raise InputError(f"{root}: no DICOM file in it or below; for NIfTI files use --layout bids or folder")

@@ -85,7 +85,7 @@ def read(options: LayoutOptions) -> Listing:
     """
     root = options.source
     listing = Listing(cohort=slug(root.resolve().name))
-    tree = look(listing, root)
+    tree = look(listing, root, options.follow_links)
     images, labels, others = _sorted_out(tree)
     if not images:
         contrasts = f", only {others[0].name} and the like" if others else ""

@@ -45,7 +45,7 @@ def read(options: LayoutOptions) -> Listing:
     listing = Listing(cohort="harp", swapped=SWAPPED)
     scans: list[tuple[VolumeFile, re.Match[str]]] = []
     labels: dict[str, dict[int, VolumeFile]] = {}
-    for volume in look(listing, root).volumes():
+    for volume in look(listing, root, options.follow_links).volumes():
         place = relative(volume.path, root)
         if match := _LABEL.search(volume.stem):
             side = LEFT if match[5] == "L" else RIGHT

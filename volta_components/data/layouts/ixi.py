@@ -31,7 +31,7 @@ def read(options: LayoutOptions) -> Listing:
     """
     root = options.source
     listing = Listing(cohort="ixi")
-    tree = look(listing, root)
+    tree = look(listing, root, options.follow_links)
     scans = []
     for volume in tree.volumes():
         if match := _NAME.search(volume.stem):
