@@ -55,12 +55,13 @@ PORT ?= 8000
 HOST ?= 127.0.0.1
 NAMES ?=
 ORIGINS ?=
+TRUST ?=
 BUNDLE ?=
 APP ?= apps/label
 
 label: $(LABEL_READY)  ## MONAI Label server: make label STUDIES=DIR [PORT=8000] [HOST=127.0.0.1] [BUNDLE=DIR] [APP=DIR]
 	@"$(LABEL_PYTHON)" label/serve.py --studies "$(STUDIES)" --port "$(PORT)" --host "$(HOST)" --bundle "$(BUNDLE)" --app "$(APP)" \
-	    --names "$(NAMES)" --origins "$(ORIGINS)"
+	    --names "$(NAMES)" --origins "$(ORIGINS)" --trust "$(TRUST)"
 
 test-label: $(READY) $(LABEL_READY)  ## tests with a real MONAI Label server
 	LABEL_TESTS=required OMP_NUM_THREADS=1 python -m pytest -q -m label_server

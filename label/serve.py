@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from volta_components.errors import InputError
-from volta_components.files import read_json, sha256_file
+from volta_components.files import keep_private, read_json, sha256_file
+from volta_components.inference.trust import check_trust
 from volta_components.method.weights import read_record
 from volta_components.sharing.pack import assemble, default_name
 
@@ -70,13 +71,14 @@ def served_copy(name: str, root: Path, folder: Path) -> Path | None:
     return None
 
 
-def choose_bundles(given: str, root: Path, copies: Path) -> list[Path]:
+def choose_bundles(given: str, root: Path, copies: Path, trust: bool = False) -> list[Path]:
     """Folders of the bundles to serve.
 
     Args:
         given: packed bundles, separated by commas; empty for those that were trained here.
         root: the repository.
         copies: where packed copies go.
+        trust: also serve bundles that run other code than the project's own.
 
     Raises:
         InputError: if there is nothing to serve, or a folder is no packed bundle.
@@ -108,6 +110,10 @@ def choose_bundles(given: str, root: Path, copies: Path) -> list[Path]:
             wrong,
             "Pack them with volta3d pack and unzip the result, or leave out BUNDLE to serve what was trained here.",
         )
+    for folder in folders:
+        # MONAI Label's own, which it writes anew for each training on several GPUs.
+        (folder / "configs" / "monailabel_train.json").unlink(missing_ok=True)
+        check_trust(folder, trust)
     return folders
 
 
@@ -201,10 +207,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bundle", default="", help="packed bundles, separated by commas; default: those trained here")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; it needs a password")
     parser.add_argument("--names", default="", help="more names that the server is called by, separated by commas")
+    parser.add_argument("--trust", help="any text: also serve bundles that run other code than this project's own")
     parser.add_argument("--origins", default="", help="web pages that may use it, such as http://viewer.lab:3000")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--app", type=Path, default=Path("apps/label"), help="folder that the server writes to")
     options = parser.parse_args(arguments)
+    keep_private()
     try:
         is_remote = options.studies.startswith(("http://", "https://"))
         if not is_remote and not Path(options.studies).is_dir():
@@ -215,7 +223,9 @@ def main(arguments: list[str] | None = None) -> int:
         # Before anything is changed that a running server uses.
         address = reachable(options.host, options.port)
         app = options.app.resolve()
-        bundles = choose_bundles(options.bundle, Path(__file__).resolve().parents[1], app / "bundles")
+        bundles = choose_bundles(
+            options.bundle, Path(__file__).resolve().parents[1], app / "bundles", bool(options.trust)
+        )
         make_app(app, bundles)
     except InputError as error:
         print(f"make label: {error}", file=sys.stderr)

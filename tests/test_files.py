@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import os
 import subprocess
@@ -11,14 +12,18 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from volta_components.errors import InputError
 from volta_components.files import (
     FOREIGN_SECONDS,
     atomic_path,
     partial_prefix,
+    plain_cell,
     read_json,
     remove_partials,
+    safe_cell,
     sha256_file,
     sha256_json,
     write_csv,
@@ -131,3 +136,58 @@ def test_a_table_has_empty_cells_where_nothing_is_known(tmp_path: Path) -> None:
     assert path.read_bytes() == b"subject\tage\tsex\nsub-1\t\t\nsub-2\t71.5\tF, M\n"
     write_csv(path, ["sex"], [["F, M"]])
     assert path.read_text(encoding="utf-8") == 'sex\n"F, M"\n'
+
+
+@given(st.text(alphabet="=+-@\t\r'\"aZ0.5e,;\n |ö", max_size=8))
+def test_cells_run_nothing_in_a_spreadsheet_and_come_back(text: str) -> None:
+    cell = safe_cell(text)
+    assert plain_cell(cell) == text
+    if cell[:1] in tuple("=+-@\t\r\n"):
+        float(cell)
+
+
+def test_tables_keep_numbers_and_quote_formulas(tmp_path: Path) -> None:
+    rows = [["=cmd|' /C calc'!A0", -0.5, "-0.5"], ["sub-1", float("nan"), "@x"], ["'=1", None, "-2e-3"]]
+    write_csv(tmp_path / "t.csv", ["+id", "a", "b"], rows)
+    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as stream:
+        cells = list(csv.reader(stream))
+    assert cells == [
+        ["'+id", "a", "b"],
+        ["'=cmd|' /C calc'!A0", "-0.5", "-0.5"],
+        ["sub-1", "", "'@x"],
+        ["''=1", "", "-2e-3"],
+    ]
+    assert [plain_cell(row[0]) for row in cells[1:]] == [row[0] for row in rows]
+
+
+@pytest.mark.parametrize(("umask", "file", "folder"), [(0o022, 0o640, 0o750), (0o077, 0o600, 0o700), (0, 0o640, 0o750)])
+def test_what_commands_write_is_not_for_others(tmp_path: Path, umask: int, file: int, folder: int) -> None:
+    """A real process, so that the files of libraries are among them."""
+    words = [
+        sys.executable,
+        "-m",
+        "volta_components.cli",
+        "phantom",
+        "--output",
+        str(tmp_path / "out"),
+        "--subjects",
+        "1",
+    ]
+    before = os.umask(umask)
+    try:
+        subprocess.run(words, check=True, capture_output=True)
+    finally:
+        os.umask(before)
+    made = list((tmp_path / "out").rglob("*"))
+    assert {path.stat().st_mode & 0o777 for path in made if path.is_file()} == {file}
+    assert {path.stat().st_mode & 0o777 for path in made if path.is_dir()} == {folder}
+
+
+def test_runs_of_configs_are_not_for_others_either() -> None:
+    code = "import os, volta_components.bundle; print(os.umask(0))"
+    before = os.umask(0o002)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    finally:
+        os.umask(before)
+    assert int(done.stdout) == 0o027

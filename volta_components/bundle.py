@@ -11,9 +11,11 @@ from importlib import import_module
 from typing import Any
 
 from volta_components.errors import explain_input_errors
+from volta_components.files import keep_private
 
 # Now, since MONAI reads ids and makes folders before it evaluates ``initialize``.
 explain_input_errors()
+keep_private()
 
 _MODULES = {
     "volta_components.errors": ("check_counts",),

@@ -18,6 +18,7 @@ import importlib
 import inspect
 import io
 import json
+import os
 import re
 import shlex
 import sys
@@ -35,6 +36,7 @@ from cyclopts.exceptions import (
 
 from volta_components._version import __version__
 from volta_components.errors import InputError, describe, explain_input_errors
+from volta_components.files import keep_private
 
 # In the order in which a study uses them.
 COMMANDS = {
@@ -65,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
+    before = keep_private()
     program = f"volta3d {words[0]}" if words and words[0] in COMMANDS else "volta3d"
     try:
         result = read(words)()
@@ -82,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"\n{program}: {message}", file=sys.stderr)
         return 2
+    finally:
+        os.umask(before)
     return result if isinstance(result, int) else 0
 
 

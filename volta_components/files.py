@@ -88,6 +88,17 @@ def _is_stale(path: Path) -> bool:
     return False
 
 
+def keep_private() -> int:
+    """From now on, what this process and its children write is not for others: 640 and 750, or less by the umask.
+
+    Returns:
+        The umask before.
+    """
+    before = os.umask(0o027)
+    os.umask(before | 0o027)
+    return before
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside ``path`` to write to; move it into place when the block ends well.

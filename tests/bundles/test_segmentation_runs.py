@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -102,7 +103,7 @@ def test_it_learns(labelled: Path, tmp_path: Path) -> None:
     assert metrics["hd95"] < metrics["hd95_with_penalty"] + 1e-6
 
 
-def test_mlflow_has_all_that_the_report_needs(finished: Path) -> None:
+def test_mlflow_has_all_that_the_report_needs(finished: Path, labelled: Path) -> None:
     client = MlflowClient(f"sqlite:///{finished.parent}/mlruns.db")
     (experiment,) = [e for e in client.search_experiments() if e.name == "volta3d_harp_hippocampus"]
     (record,) = client.search_runs([experiment.experiment_id])
@@ -121,10 +122,26 @@ def test_mlflow_has_all_that_the_report_needs(finished: Path) -> None:
     names = {item.path for item in client.list_artifacts(record.info.run_id, "predictions")}
     assert names == {f"predictions/{name}" for name in ("scores.csv", "paths.csv", "masks", "images", "labels")}
     listed = read_rows(finished / "predictions" / "paths.csv")
-    assert all(Path(row["image"]).is_file() and Path(row["label"]).is_file() for row in listed)
+    # Outside of the working folder only the ends of paths are passed on.
+    assert listed[0]["image"] == "images/sub-0000_ses-M000.nii" and listed[0]["label"].startswith("labels/")
     picture = nib.load(finished / "predictions" / "images" / "sub-0000_ses-M000.nii.gz")
-    difference = np.asarray(picture.dataobj) - np.asarray(nib.load(listed[0]["image"]).dataobj)
+    difference = np.asarray(picture.dataobj) - np.asarray(nib.load(labelled / listed[0]["image"]).dataobj)
     assert np.abs(difference).max() < 0.5 / 255 + 1e-6
+
+
+def test_nobodys_folders_are_in_the_store_or_the_results(finished: Path, labelled: Path, tmp_path: Path) -> None:
+    store = f"sqlite:///{finished.parent}/mlruns.db"
+    client = MlflowClient(store)
+    for experiment in client.search_experiments():
+        for record in client.search_runs([experiment.experiment_id]):
+            said = json.dumps([record.data.params, record.data.tags])
+            assert str(labelled.parent) not in said and str(finished.parent) not in said
+            folder = Path(client.download_artifacts(record.info.run_id, "", str(tmp_path)))
+            texts = [path for path in folder.rglob("*") if path.suffix in (".csv", ".json", ".txt", ".html", ".md")]
+            assert texts
+            for path in texts:
+                text = path.read_text()
+                assert str(labelled.parent) not in text and str(finished.parent) not in text, path
 
 
 def test_the_model_is_plain_weights_and_tells_whom_it_was_trained_on(finished: Path, labelled: Path) -> None:

@@ -182,6 +182,9 @@ def test_files_that_are_no_datalist(tmp_path, content, message):
         ([item(0, fold=7)], "fold 7 where folds 0 to 4 exist"),
         ([{**item(0), "image": None}], "lacks image"),
         ([{**item(0), "fold": None}], "lacks fold"),
+        ([{**item(0), "subject_id": "$print()"}], r"has a \$"),
+        ([{**item(0), "patient_id": "a\tb"}], "control characters"),
+        ([{**item(0), "session": "ses-\x7f1"}], "control characters"),
     ],
 )
 def test_datalists_that_contradict_themselves(tmp_path, items, message):

@@ -66,7 +66,7 @@ def test_every_kind_of_broken_file_in_one_data_set(tmp_path):
             (root / name).symlink_to(path)
             bad[name] = reason
     assert len(bad) > 30
-    assert prepare("folder", str(root), str(tmp_path / "out"), **OPTIONS) == 1
+    assert prepare("folder", str(root), str(tmp_path / "out"), **OPTIONS, follow_links=True) == 1
     assert [item["subject_id"] for item in load_datalist(tmp_path / "out").items] == ["good0", "good1", "good2"]
     rows = {row["file"]: row for row in findings(tmp_path / "out") if row["kind"] == "problem"}
     assert set(rows) == set(bad)
@@ -185,3 +185,13 @@ def test_a_scan_of_another_name_is_named(tmp_path, capsys):
     (row,) = [row for row in load_datalist(tmp_path / "out").excluded if "no T1w" in row["reason"]]
     assert row["reason"] == "has no T1w image, but head (final).nii.gz"
     assert f"; name it {row['subject_id']}_T1w.nii.gz if it is one" in capsys.readouterr().out
+
+
+def test_ids_that_garble_tables_or_run_are_refused_together(tmp_path):
+    root = tmp_path / "source"
+    tiny.save_head(root / "good.nii.gz")
+    for number in (1, 2):
+        tiny.save_head(root / f"$__import__{number}.nii.gz", seed=number)
+    with pytest.raises(InputError) as caught:
+        prepare("folder", str(root), str(tmp_path / "out"), **OPTIONS)
+    assert "2 scans have ids" in str(caught.value) and "'$__import__2' has a $" in str(caught.value)

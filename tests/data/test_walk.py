@@ -58,8 +58,9 @@ def test_links_are_followed_once_and_never_round(tmp_path):
     (root / "outside2").symlink_to(other)
     (other / "back").symlink_to(root)
     (root / "itself").symlink_to("itself")
-    tree = walk(root)
-    assert names_of(root) == ["outside/b.nii", "outside/deep/c.nii", "real/a.nii"]
+    tree = walk(root, follow_links=True)
+    found = [volume.path.relative_to(root).as_posix() for volume in tree.volumes()]
+    assert found == ["outside/b.nii", "outside/deep/c.nii", "real/a.nii"]
     assert {link.relative_to(root).as_posix() for link, _ in tree.again} == {
         "again",
         "round",
@@ -67,6 +68,37 @@ def test_links_are_followed_once_and_never_round(tmp_path):
         "outside2",
         "outside/back",
     }
+
+
+def test_links_that_leave_the_folder_are_named_and_not_followed(tmp_path):
+    root, other = fill(tmp_path / "root", "a_T1w.nii"), fill(tmp_path / "elsewhere", "b.nii", "note.txt")
+    (root / "folder").symlink_to(other)
+    (root / "b_T1w.nii").symlink_to("../elsewhere/b.nii")
+    (root / "note.txt").symlink_to(other / "note.txt")
+    # A neighbour whose name only begins alike is another folder.
+    fill(tmp_path / "root2", "c.nii")
+    (root / "c.nii").symlink_to("../root2/c.nii")
+    listing = Listing("x")
+    tree = look(listing, root)
+    assert [volume.name for volume in tree.volumes()] == ["a_T1w.nii"]
+    assert [path.name for path in tree.outside] == ["b_T1w.nii", "c.nii", "folder", "note.txt"]
+    problems = {f.file for f in listing.findings if f.kind == "problem" and "--follow-links" in f.remedy}
+    assert problems == {"b_T1w.nii", "c.nii", "folder"}
+    followed = look(Listing("x"), root, follow_links=True)
+    assert not followed.outside
+    assert {volume.name for volume in followed.volumes()} == {"a_T1w.nii", "b.nii", "c.nii"}
+
+
+def test_links_into_the_annex_of_the_data_set_are_followed_from_any_folder_in_it(tmp_path):
+    root = fill(tmp_path / "ds", ".git/annex/objects/K/x.nii", ".git/modules/sub/annex/objects/y.nii", "sub-1/note")
+    (root / "sub-1/a.nii").symlink_to("../.git/annex/objects/K/x.nii")
+    (root / "sub-1/b.nii").symlink_to("../.git/modules/sub/annex/objects/y.nii")
+    (root / "sub-1/absent.nii").symlink_to("../.git/annex/objects/K/z.nii")
+    fill(tmp_path / "other", ".git/annex/objects/z.nii", ".git/config")
+    (root / "sub-1/c.nii").symlink_to(tmp_path / "other/.git/annex/objects/z.nii")
+    (root / "sub-1/d.nii").symlink_to("../.git/config")
+    assert names_of(root / "sub-1") == ["a.nii", "absent.nii", "b.nii"]
+    assert [path.name for path in walk(root / "sub-1").outside] == ["c.nii", "d.nii"]
 
 
 def test_a_link_to_a_scan_is_that_scan_and_another_name_of_it_a_problem(tmp_path):
@@ -172,4 +204,4 @@ def test_a_linked_scan_is_read(tmp_path):
     tiny.save_head(tmp_path / "far/a.nii.gz")
     (tmp_path / "root").mkdir()
     (tmp_path / "root/a.nii.gz").symlink_to(tmp_path / "far/a.nii.gz")
-    assert read_volume(walk(tmp_path / "root").volumes()[0].path).voxels.shape == tiny.SHAPE
+    assert read_volume(walk(tmp_path / "root", follow_links=True).volumes()[0].path).voxels.shape == tiny.SHAPE

@@ -34,6 +34,8 @@ class FakeClient:
 class FakeMLFlow:
     """What the handlers use of MONAI's handler."""
 
+    artifacts = ()
+
     def __init__(self, params: dict[str, str]) -> None:
         self.cur_run = SimpleNamespace(info=SimpleNamespace(run_id="7", experiment_id="1"))
         self.client = FakeClient(params)

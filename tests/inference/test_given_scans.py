@@ -14,9 +14,9 @@ from volta_components.inference.given import choose_scans, expand_source
 from volta_components.inference.scans import find_volumes
 
 
-def chosen(root: Path, output: Path, skip_bad: bool = False) -> list[str]:
+def chosen(root: Path, output: Path, skip_bad: bool = False, follow_links: bool = False) -> list[str]:
     output.mkdir(exist_ok=True)
-    found = choose_scans(expand_source([root], output), output, skip_bad)
+    found = choose_scans(expand_source([root], output), output, skip_bad, follow_links=follow_links)
     return [path.name for path in found]
 
 
@@ -79,3 +79,15 @@ def test_ids_come_from_names_as_in_prepare(tmp_path: Path) -> None:
         tiny.save_head(tmp_path / name)
     found = {item["subject_id"]: item["session"] for item in find_volumes(tmp_path)}
     assert found == {"sub-01": "ses-2", "anna": None}
+
+
+def test_links_that_leave_the_folder_need_an_option(tmp_path: Path) -> None:
+    tiny.save_head(tmp_path / "elsewhere/b_T1w.nii.gz", seed=1)
+    tiny.save_head(tmp_path / "ds/a_T1w.nii.gz")
+    (tmp_path / "ds/b_T1w.nii.gz").symlink_to("../elsewhere/b_T1w.nii.gz")
+    with pytest.raises(InputError, match=r"1 of 2 scans(.|\n)*b_T1w.nii.gz +a link that leaves(.|\n)*--follow-links"):
+        chosen(tmp_path / "ds", tmp_path / "out")
+    assert chosen(tmp_path / "ds", tmp_path / "out", skip_bad=True) == ["a_T1w.nii.gz"]
+    assert chosen(tmp_path / "ds", tmp_path / "out", follow_links=True) == ["a_T1w.nii.gz", "b_T1w.nii.gz"]
+    with pytest.raises(InputError, match="1 links leave the folder"):
+        find_volumes(tmp_path / "ds")

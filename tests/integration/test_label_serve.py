@@ -98,8 +98,9 @@ def test_the_app_links_what_is_served_now(serve: ModuleType, tmp_path: Path) -> 
 
 
 def test_a_port_that_is_taken_is_found_before_anything_changes(
-    serve: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    serve: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("LABEL_PASSWORD", "secret")
     (tmp_path / "served").mkdir()
     app = serve.make_app(tmp_path / "app", [tmp_path / "served"])
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -112,3 +113,15 @@ def test_a_port_that_is_taken_is_found_before_anything_changes(
     assert serve.reachable("0.0.0.0", port) == serve.reachable("127.0.0.1", port) == f"http://127.0.0.1:{port}"
     # What listens on another address of this machine is asked there.
     assert serve.reachable("127.0.0.2", port) == f"http://127.0.0.2:{port}"
+
+
+def test_a_bundle_that_runs_other_code_is_not_served(serve: ModuleType, repository: Path) -> None:
+    demo = repository / "runs" / "demo"
+    trained(HARP, demo / HARP / "volta_fold0" / "models")
+    (bundle,) = serve.choose_bundles("", repository, repository / "copies")
+    assert serve.choose_bundles(str(bundle), repository, repository / "copies") == [bundle]
+    config = bundle / "configs" / "inference.json"
+    write_json(config, {**read_json(config), "imports": ["$import evil"]})
+    with pytest.raises(InputError, match=r"imports +\$import evil"):
+        serve.choose_bundles(str(bundle), repository, repository / "copies")
+    assert serve.choose_bundles(str(bundle), repository, repository / "copies", trust=True) == [bundle]

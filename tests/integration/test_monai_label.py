@@ -255,7 +255,7 @@ def test_a_second_training_goes_on_from_the_first(server: Server, bundles: dict[
     """Its start is a file of the other release."""
     model = bundles[HARP] / "models" / "model.pt"
     first = read_json(model.with_suffix(".json"))
-    ended = server.train(max_epochs=3, val_split=0, learning_rate=0.005)
+    ended = server.train(max_epochs=10, val_split=0, learning_rate=0.005)
     assert ended["status"] == "DONE", server.log.read_text()[-5000:]
     assert server.json("GET", "/info/")["train_stats"][HARP]["scored_on"] == "the training scans"
     record = read_json(model.with_suffix(".json"))

@@ -17,7 +17,7 @@ from monai.handlers import MLFlowHandler
 from volta_components.training import tracking
 from volta_components.training.record import code_version
 from volta_components.training.sampling import KeyedDataset
-from volta_components.training.tracking import TrainingRecord, find_mlflow_handler, group_metrics
+from volta_components.training.tracking import TrainingRecord, find_mlflow_handler, group_metrics, hide_folders
 
 
 def test_the_record_averages_over_mini_batches_and_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,3 +96,24 @@ def test_the_mlflow_handler_is_found_once_it_has_a_run() -> None:
     assert find_mlflow_handler(engine) is None
     tracker.cur_run = object()
     assert find_mlflow_handler(engine) is tracker
+
+
+def test_folders_of_people_are_hidden_in_what_is_passed_on() -> None:
+    config = {
+        "dataset_dir": "/home/anna/study/data/harp",
+        "tracking_uri": "sqlite:////home/anna/runs/mlruns.db",
+        "output_dir": "$'/scratch/anna/runs/volta_fold0'",
+        "encoder_path": "$@bundle_root + '/../pretrain/models'",
+        "ckpt_dir": "$@output_dir + '/models'",
+        "relative": "data/harp/datalist.json",
+        "store": "http://mlflow.lab:5000/a/b",
+        "half": "$@num_layers // 2",
+    }
+    assert hide_folders("python -m x --a /home/anna/a/b --c=/home/d/e f/g/h") == "python -m x --a a/b --c=d/e f/g/h"
+    hidden = json.loads(hide_folders(json.dumps(config)))
+    assert hidden == {
+        **config,
+        "dataset_dir": "data/harp",
+        "tracking_uri": "runs/mlruns.db",
+        "output_dir": "$'runs/volta_fold0'",
+    }

@@ -106,7 +106,7 @@ class SegmentationResults(FoldResults):
         penalty: HD95 in mm that an empty mask counts as in ``hd95_with_penalty``.
         show_all_below: label maps are kept beside the masks, so that a report can show and score on another machine;
             volumes too: of all scans if fewer than this are scored, otherwise of the worst, median and best by Dice.
-            ``paths.csv`` names those of all scans.
+            ``paths.csv`` names those of all scans, from the folder that the command was run in.
     """
 
     best: KeepBest | None
@@ -195,7 +195,7 @@ class SegmentationResults(FoldResults):
         if process_rank():
             return rows
         paths = (
-            [item["subject_id"], item.get("session"), *(Path(item[key]).resolve() for key in SHOWN)]
+            [item["subject_id"], item.get("session"), *(_place(Path(item[key])) for key in SHOWN)]
             for item in self.table.items
         )
         write_csv(folder / "paths.csv", ["subject_id", "session", *SHOWN], paths)
@@ -207,6 +207,12 @@ class SegmentationResults(FoldResults):
             if place in shown:
                 write_picture_volume(folder / "images" / name, read_volume(item["image"]))
         return rows
+
+
+def _place(path: Path) -> str:
+    """A file's path from the working folder; outside of it only the last two parts, so that no folder is passed on."""
+    full, here = path.absolute(), Path.cwd()
+    return (full.relative_to(here) if full.is_relative_to(here) else Path(*full.parts[-2:])).as_posix()
 
 
 def shown_scans(dices: Sequence[float], show_all_below: int) -> set[int]:

@@ -75,7 +75,7 @@ def foreign_code(root: Path) -> list[Row]:
         name = str(path.relative_to(root))
         if path.suffix.lower() in RUNS or (path.suffix.lower() in YAML and path.parent == configs):
             rows.append((name, "", "would be run, or read as a config"))
-        elif path.suffix == ".json" and path.is_relative_to(configs):
+        elif path.suffix == ".json" and path.is_relative_to(configs) and not path.name.startswith("."):
             rows += [
                 (name, place, text)
                 for place, text in runnable_texts(read_json(path))

@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import re
 import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import joblib
@@ -21,11 +23,13 @@ from monai.handlers import MLFlowHandler
 
 from volta_components.distributed import mean_over_processes, process_rank
 from volta_components.errors import AGAIN, InputError
-from volta_components.files import sha256_json
+from volta_components.files import sha256_json, write_text
 from volta_components.training.record import code_version, shown_settings
 
 logger = logging.getLogger(__name__)
 
+# A path from the root, at the beginning of a text or behind sqlite:/// or file://.
+_ABSOLUTE = re.compile(r"""(?<![^\s"'=\[,])(?:sqlite:///|file://)?/(?!\.\.)[^\s"'/:]+(?:/[^\s"'/:]+)+""")
 MLFLOW_BATCH = 100  # parameters that a store takes at a time
 # Of an epoch's means, what is printed; MONAI's ``StatsHandler`` would print all of them.
 SHOWN = (
@@ -117,9 +121,13 @@ def describe_run(
     params = [(name, value) for name, value in shown_settings(settings).items() if name not in known]
     for start in range(0, len(params), MLFLOW_BATCH):
         handler._log_params(dict(params[start : start + MLFLOW_BATCH]))
-    made = {"command": shlex.join(sys.orig_argv), "hardware": hardware()}
+    made = {"command": hide_folders(shlex.join(sys.orig_argv)), "hardware": hardware()}
     for name, value in {**resolve_tags(), **made, **tags}.items():
         client.set_tag(run_id, name, str(value))
+    # The merged config, which MONAI uploads at the end.
+    for path in (Path(str(artifact)) for artifact in handler.artifacts or () if artifact):
+        if path.suffix == ".json" and path.is_file() and process_rank() == 0:
+            write_text(path, hide_folders(path.read_text(encoding="utf-8")))
     experiment = handler.cur_run.info.experiment_id
     about = DESCRIPTION.format(bundle=tags.get("bundle", "?"))
     client.set_experiment_tag(experiment, "mlflow.note.content", about)
@@ -131,6 +139,11 @@ def describe_run(
     ]
     if inputs:
         client.log_inputs(run_id, datasets=inputs)
+
+
+def hide_folders(text: str) -> str:
+    """A text with only the last two parts of absolute paths: stores and reports are passed on, folders name people."""
+    return _ABSOLUTE.sub(lambda match: "/".join(match[0].rsplit("/", 2)[-2:]), text)
 
 
 def _dataset_input(name: str, datalist: str, part: str, items: Sequence[Mapping[str, Any]]) -> Any:

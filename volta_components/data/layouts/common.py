@@ -228,11 +228,11 @@ def look(listing: Listing, root: Path, follow_links: bool = False) -> Tree:
     tree = walk(root, follow_links)
     for link in tree.outside:
         place, who = relative(link, root), VolumeFile(link, tidy(link.name)).stem
-        where = f"a link that leaves the source, to {readable(os.path.realpath(link))}"
         if volume_suffix(link) or link.is_dir() or not link.suffix:
-            listing.note("problem", who, place, where, "follow such links with --follow-links, or copy the files")
+            remedy = "follow such links with --follow-links, or copy the files"
+            listing.note("problem", who, place, "a link that leaves the source", remedy)
         else:
-            listing.note("quirk", "(links)", place, where, "--follow-links follows such links")
+            listing.note("quirk", "(links)", place, "a link that leaves the source", "--follow-links follows it")
     for link, other in tree.again:
         place, file = relative(link, root), relative(other, root)
         if link.is_dir() or tidy(link.name) == tidy(other.name):
