@@ -17,7 +17,7 @@ environment = $(1)/bin/python -m pip --version >/dev/null 2>&1 || \
     { python=$$(PATH="$(CALLER_PATH)" tools/find_python.sh "$(PYTHON)") && "$$python" -m venv --clear $(1); }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test label test-label test-gpu lint bench clean
+.PHONY: help setup demo test label test-label test-gpu lint bench bench-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -78,6 +78,9 @@ lint: $(READY)  ## ruff, mypy, the layout of the configs and the list of what th
 
 bench: $(READY)  ## benchmarks, printed as a table of ratios
 	python benchmarks/run.py
+
+bench-gpu: $(READY)  ## what only a GPU can tell, into benchmarks/results/gpu.md
+	bash benchmarks/gpu.sh
 
 clean:  ## remove environments and build output; data, runs and packed bundles stay
 	rm -rf $(VENV) $(LABEL_VENV) build *.egg-info

@@ -9,9 +9,15 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+STEP = str(HERE / "results" / "step.md")
 # script, arguments for a quick look (None: only with --full), arguments with --full
 BENCHMARKS: dict[str, tuple[str, list[str] | None, list[str]]] = {
-    "Cost of a pretraining step": ("step_cost.py", ["--small"], []),
+    "A step of pretraining": (
+        "step.py",
+        ["--turns", "1"],
+        ["--size", "paper", "--output", STEP],
+    ),
+    "The loader": ("loader.py", [], ["--size", "paper"]),
     "Time to import": ("import_time.py", [], []),
     "Throughput of preparation": ("prepare_throughput.py", [], []),
     "Phantoms a second": ("phantom_throughput.py", ["--volumes", "5"], []),

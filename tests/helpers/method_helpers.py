@@ -149,7 +149,12 @@ def tiny_run(
     draw = DrawViewsd(parts.views)
     dataset = KeyedDataset(tiny_volumes(count), Compose([transform, draw]) if transform else draw, seed)
     parts.loader = DataLoader(
-        dataset, batch_size=batch_size, sampler=sampler, num_workers=num_workers, persistent_workers=num_workers > 0
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=run_on == "cuda",
     )
     momentum = teacher_momentum or CosineSchedule(0.9, 1.0, epochs * sampler.iterations)
     parts.ema = TeacherEMAHandler(parts.teacher, parts.student, momentum)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from ignite.engine import Events
+from method_helpers import tiny_run
 from prepared import ROOT
 
 from volta_components.method.weights import load_encoder
@@ -62,6 +64,23 @@ def pretrain(folder: Path, name: str, *overlays: str, launcher: tuple[str, ...] 
     places += ("--encoder_path", str(folder / f"{name}.safetensors"))
     options = ("--epochs", "2", "--num_workers", "2", "--log_interval", "2", "--checkpoint_minutes", "0")
     run("-m", *launcher, "monai.bundle", "run", "--config_file", files, *places, *options)
+
+
+def test_nothing_waits_for_the_gpu() -> None:
+    """Six whole mini-batches, two optimiser steps among them, between two readings: every wait is an error."""
+    parts = tiny_run(count=12, epochs=1, accumulation_steps=3, log_interval=99, run_on="cuda", amp=True)
+
+    def mode(name: str) -> None:
+        torch.cuda.set_sync_debug_mode(name)
+
+    # The first mini-batches fill caches, such as that of the position embedding's weights.
+    parts.trainer.add_event_handler(Events.ITERATION_STARTED(once=4), lambda: mode("error"))
+    parts.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=9), lambda: mode("default"))
+    try:
+        parts.trainer.run()
+    finally:
+        mode("default")
+    assert parts.trainer.state.iteration == 12
 
 
 def test_the_encoder_loads_on_the_cpu(folder: Path) -> None:
