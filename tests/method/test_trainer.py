@@ -366,6 +366,8 @@ def test_bad_settings_are_refused() -> None:
         tiny_run(train_handlers=[])
     with pytest.raises(InputError, match="accumulation_steps 0 is not a positive number"):
         tiny_run(accumulation_steps=0)
+    with pytest.raises(InputError, match="log_interval 0 is not a positive number"):
+        tiny_run(log_interval=0)
     with pytest.raises(InputError, match="amp_dtype float16: its gradients would need scaling"):
         tiny_run(amp=True, amp_dtype=torch.float16)
     with pytest.raises(InputError, match=r"local_size: image size \(8, 8, 6\) cannot be cut"):

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from method_helpers import IMAGE, make_views, tiny_views
+from monai.data import MetaTensor
 from monai.transforms.utils import create_rotate, create_scale, create_translate
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
+from torch.utils.data import default_collate
 
 from volta_components.errors import InputError
 from volta_components.method.masking import GroupMask
-from volta_components.method.views import CropGeometry, IntensityAugment, Views, plan_crops, sample_crops
+from volta_components.method.views import CropGeometry, DrawViewsd, IntensityAugment, Views, plan_crops, sample_crops
 
 
 def random_volume(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -338,6 +340,16 @@ def test_student_is_changed_more_than_the_teacher_and_locals_not_at_all(rng: np.
     generator = tiny_views(local_geometry=CropGeometry((4, 4, 4), cube_side=(4, 6), anywhere=True), num_local=5)
     local = make_views(generator, torch.full((1, 1, 10, 14, 14), 0.6), [(1, 0)]).local
     np.testing.assert_allclose(local.numpy(), 0.6, atol=1e-6)
+
+
+def test_the_transform_draws_for_the_items_own_key_and_drops_metadata(rng: np.random.Generator) -> None:
+    generator = tiny_views()
+    image = MetaTensor(volumes(rng, 1)[0], meta={"filename_or_obj": "a.nii"})
+    item = DrawViewsd(generator)({"image": image, "key": torch.tensor([3, 7]), "subject_id": "a"})
+    assert type(item["image"]) is torch.Tensor
+    assert set(item) == {"image", "key", "plan"}
+    views = generator(item["image"][None], default_collate([item["plan"]]))
+    assert_same(views, make_views(generator, item["image"][None], [(3, 7)]))
 
 
 def test_bad_settings_are_refused() -> None:

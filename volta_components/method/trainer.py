@@ -112,6 +112,8 @@ class VoltaTrainer(Trainer):
     ) -> None:
         if accumulation_steps < 1:
             raise InputError(f"accumulation_steps {accumulation_steps} is not a positive number")
+        if log_interval < 1:
+            raise InputError(f"log_interval {log_interval} is not a positive number")
         if not any(isinstance(handler, TeacherEMAHandler) for handler in train_handlers or ()):
             raise InputError(
                 "no TeacherEMAHandler among the trainer's handlers: the teacher would never follow the student; add it "
