@@ -142,7 +142,7 @@ def cases(folder: Path) -> dict[str, Case]:
         ),
         "embed": Case(
             f"{cli} embed {scans} --attention --bundle {BUNDLES}/pretrain --weights {weights}/pretrain/{encoder}",
-            ["out/embeddings.*", "out/attention/**/*.nii.gz"],
+            ["out/embeddings.csv", "out/embeddings.npz", "out/attention/**/*.nii.gz"],
         ),
         "segment": Case(
             f"{cli} segment {scans} --bundle {BUNDLES}/harp_hippocampus --weights {weights}/harp_hippocampus/{model}",

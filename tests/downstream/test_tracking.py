@@ -60,6 +60,15 @@ def test_record_keeps_epoch_means_and_resumes_with_them():
     assert again.history == record.history
 
 
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_training_that_diverges_stops_at_that_mini_batch(loss):
+    engine = engine_of([], 2)
+    RunRecord({}, {}).attach(engine)
+    with pytest.raises(InputError, match=rf"diverged: the loss is {loss} at mini-batch 2 .*--learning_rate"):
+        engine.run([1.0, loss, 6.0], max_epochs=2)
+    assert engine.state.iteration == 2
+
+
 def test_tags_tell_everything_that_runs_are_compared_by(tmp_path):
     datalist: Any = SimpleNamespace(
         name="demo", hash="h", content={"training": [{"cohort": "phantom"}, {"cohort": "x"}]}

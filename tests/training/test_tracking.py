@@ -14,9 +14,11 @@ from ignite.engine import Engine, Events
 from mlflow import MlflowClient
 from monai.handlers import MLFlowHandler
 
+from volta_components.errors import InputError
 from volta_components.training import tracking
 from volta_components.training.record import code_version
 from volta_components.training.sampling import KeyedDataset
+from volta_components.training.stores import prepare_store
 from volta_components.training.tracking import TrainingRecord, find_mlflow_handler, group_metrics, hide_folders
 
 
@@ -117,3 +119,25 @@ def test_folders_of_people_are_hidden_in_what_is_passed_on() -> None:
         "tracking_uri": "runs/mlruns.db",
         "output_dir": "$'runs/volta_fold0'",
     }
+
+
+def test_a_store_that_fails_while_training_is_named(tmp_path: Path) -> None:
+    """Put aside between two epochs, as by a drive that goes away."""
+    store = tmp_path / "runs" / "mlruns.db"
+    prepare_store(f"sqlite:///{store}")
+    engine = Engine(lambda *_: [{"loss": 1.0}])
+    engine.state.device = torch.device("cpu")  # type: ignore[attr-defined]
+    TrainingRecord({}, interval=1).attach(engine)
+    handler = MLFlowHandler(f"sqlite:///{store}", experiment_name="some", run_name="a", iteration_log=False)
+    handler.attach(engine)
+    away = Events.EPOCH_COMPLETED(once=1)
+    engine.add_event_handler(away, lambda: store.parent.rename(tmp_path / "away"))
+    with pytest.raises(InputError, match=r"runs/mlruns\.db: MLflow's store failed .*start the same command again"):
+        engine.run([0, 1], max_epochs=3)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    engine = Engine(lambda *_: 1 / 0)
+    TrainingRecord({}).attach(engine)
+    with pytest.raises(ZeroDivisionError):
+        engine.run([0])
