@@ -27,7 +27,7 @@ setup: $(READY)  ## the environment, in .venv
 # torch first: a wheel that pip finds at hand (a CPU build, say) is kept, and nothing after it asks for another.
 $(READY): setup.cfg pyproject.toml constraints.txt volta_components/_version.py
 	@$(call environment,$(VENV))
-	"$(BIN)/python" -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	"$(BIN)/python" -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel
 	"$(BIN)/python" -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	"$(BIN)/python" -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
 	touch $@
@@ -41,7 +41,7 @@ test: $(READY)  ## all tests but the MONAI Label server's and the GPU's
 # MONAI Label needs releases that do not go with .venv's; see label/requirements.txt.
 $(LABEL_READY): $(wildcard label/*.txt label/standin/*/*) setup.cfg pyproject.toml volta_components/_version.py
 	@$(call environment,$(LABEL_VENV))
-	"$(LABEL_PYTHON)" -m pip install --quiet --upgrade pip "setuptools>=77" wheel
+	"$(LABEL_PYTHON)" -m pip install --quiet --upgrade -c label/constraints.txt pip setuptools wheel
 	"$(LABEL_PYTHON)" -m pip install --quiet "$$(grep '^torch==' label/requirements.txt)"
 	"$(LABEL_PYTHON)" -m pip install --quiet -r label/requirements.txt
 	"$(LABEL_PYTHON)" -m pip install --quiet --no-deps -r label/requirements-nodeps.txt
