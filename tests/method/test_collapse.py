@@ -70,13 +70,17 @@ def test_a_lasting_collapse_stops_the_run(values: tuple[float, float], words: st
     assert "koleo" in message
 
 
-@pytest.mark.parametrize("branch", ["global", "patch"])
-def test_targets_of_noise_stop_the_run(branch: str) -> None:
+def test_targets_of_noise_stop_the_run() -> None:
     """The entropy is as wanted all the while; it passes by zero without the run being stopped."""
-    dead = (lambda i: (0.0, 0.5)) if branch == "global" else (lambda i: (0.05, -0.01))
-    with pytest.raises(CollapseError, match=f"{branch} branch: the student predicts nothing of the teacher's targets"):
-        watched(quick_monitor(), 200, predicted=dead)
+    with pytest.raises(CollapseError, match="global branch: the student predicts nothing of the teacher's targets"):
+        watched(quick_monitor(), 200, predicted=lambda i: (0.0, 0.5))
     watched(quick_monitor(), 200, predicted=lambda i: (0.1 * (i % 2) - 0.04, 0.5))
+
+
+def test_tokens_that_know_their_position_alone_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    watched(quick_monitor(), 200, predicted=lambda i: (0.05, 0.0))
+    assert caplog.text.count("tokens know where they lie, and nothing of this volume") == 1
+    assert "token_centre.json" in caplog.text
 
 
 def test_equal_embeddings_stop_the_run() -> None:

@@ -127,7 +127,7 @@ def test_tokens_a_few_at_a_time_give_the_plain_forms_numbers(
     loss, twin = PatchAlignmentLoss(make()), make()
     mine = [units.clone().requires_grad_(), prototypes.clone().requires_grad_()]
     theirs = [units.clone().requires_grad_(), prototypes.clone().requires_grad_()]
-    for _ in range(2):  # the second time with a centre, or a queue
+    for turn in range(2):  # the second time with a centre, or a queue
         value = loss(TokenLogits(*mine), TokenLogits(taught, prototypes), 0.05)
         teacher = taught @ prototypes.T
         target = twin(teacher, 0.05)
@@ -140,8 +140,10 @@ def test_tokens_a_few_at_a_time_give_the_plain_forms_numbers(
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
         spread = teacher.flatten(0, 1).std(dim=0).mean()
         torch.testing.assert_close(loss.statistics["logit_spread"], spread, rtol=1e-4, atol=0)
-        other = torch.nn.functional.cross_entropy(logits.roll(22, 1).flatten(0, 1), target.flatten(0, 1))
-        predicted = (other - plain) / math.log(64)
+        # The second time, the student's tokens of the last crop are those of the volume before.
+        strangers = (units[-1:] @ prototypes.T / 0.1).expand(2, -1, -1)
+        other = torch.nn.functional.cross_entropy(strangers.flatten(0, 1), target.flatten(0, 1))
+        predicted = (other - plain) / math.log(64) if turn else torch.tensor(0.0)
         torch.testing.assert_close(loss.statistics["predicted"], predicted, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(loss.statistics["teacher_entropy"], entropy_share(target).mean())
     for name, buffer in twin.state_dict().items():
@@ -467,12 +469,12 @@ def test_statistics_for_monitoring(rng: np.random.Generator) -> None:
     assert loss.statistics["logit_spread"].item() == pytest.approx(spread, rel=1e-5)
 
 
-def test_predicted_compares_with_the_volume_before(rng: np.random.Generator) -> None:
-    """Against NumPy, pair by pair: how much better the loss's own pairs are than those with the last mini-batch."""
+def test_predicted_compares_with_an_earlier_volume(rng: np.random.Generator) -> None:
+    """Against NumPy, pair by pair: how much better the loss's own pairs are than those of 16 mini-batches ago."""
     prototypes, tau = 6, 0.1
     loss = GlobalAlignmentLoss(CentredTargets(prototypes, 1.0), tau)
-    before = None
-    for batch in (2, 2, 1):
+    seen: list[np.ndarray] = []
+    for batch in (2, 2, 1) * 6:
         student, teacher = (
             rng.uniform(-0.3, 0.3, (4, batch, prototypes)),
             rng.normal(scale=0.1, size=(2, batch, prototypes)),
@@ -480,9 +482,10 @@ def test_predicted_compares_with_the_volume_before(rng: np.random.Generator) -> 
         centre = loss.targets.centre.numpy().copy()
         value = loss(as_tensor(student), as_tensor(teacher), 0.05).item()
         target = softmax((teacher - centre) / 0.05, axis=-1)
-        if before is None:
+        if len(seen) < 16:
             assert loss.statistics["predicted"].item() == 0.0
         else:
+            before = seen[-16]
             pairs = [
                 -(target[i, b] @ log_softmax(before[j, c] / tau))
                 for i in range(2)
@@ -493,7 +496,7 @@ def test_predicted_compares_with_the_volume_before(rng: np.random.Generator) -> 
             ]
             expected = (np.mean(pairs) - value) / np.log(prototypes)
             assert loss.statistics["predicted"].item() == pytest.approx(expected, abs=1e-5)
-        before = student
+        seen.append(student)
 
 
 def test_predicted_tells_agreement_from_sharpened_noise(rng: np.random.Generator) -> None:
@@ -520,7 +523,7 @@ def test_predicted_tells_agreement_from_sharpened_noise(rng: np.random.Generator
 def test_information_is_the_divergence_from_earlier_targets(rng: np.random.Generator) -> None:
     prototypes = 5
     loss = PatchAlignmentLoss(CentredTargets(prototypes, 1.0))
-    marginal = None
+    marginal = before = None
     for _ in range(4):
         student, teacher = rng.normal(scale=0.1, size=(2, 2, 6, prototypes))
         centre = loss.targets.centre.numpy().copy()
@@ -530,8 +533,9 @@ def test_information_is_the_divergence_from_earlier_targets(rng: np.random.Gener
         marginal = mean if marginal is None else marginal
         expected = (target * np.log(target / marginal)).sum(axis=-1).mean() / np.log(prototypes)
         assert loss.statistics["information"].item() == pytest.approx(expected, abs=1e-5)
-        other = -(target * np.roll(log_softmax(student / 0.1, axis=-1), 3, axis=1)).sum(axis=-1).mean()
+        other = value if before is None else -(target * log_softmax(before / 0.1, axis=-1)).sum(axis=-1).mean()
         assert loss.statistics["predicted"].item() == pytest.approx((other - value) / np.log(prototypes), abs=1e-5)
+        before = student[-1]
         marginal = 0.98 * marginal + 0.02 * mean
 
 
@@ -556,3 +560,42 @@ def test_bad_input_is_refused() -> None:
         GlobalAlignmentLoss(CentredTargets(4))(torch.zeros(1, 2, 4), torch.zeros(2, 2, 4), 0.04)
     with pytest.raises(ValueError, match="differ"):
         PatchAlignmentLoss(CentredTargets(4))(tokens_of(np.zeros((3, 2, 4))), tokens_of(np.zeros((2, 2, 4))), 0.04)
+
+
+def test_position_alone_predicts_nothing_of_patches(rng: np.random.Generator) -> None:
+    """Student and teacher agree on where a token lies, and on nothing else; then on what is there as well."""
+    positions = 0.5 * rng.normal(size=(1, 12, 16))
+    for knows in (False, True):
+        loss = PatchAlignmentLoss(CentredTargets(16, 0.9, target_entropy=0.6))
+        told = []
+        for _ in range(60):
+            content = 0.3 * rng.normal(size=(1, 12, 16))
+            student = positions + (content if knows else 0.3 * rng.normal(size=(1, 12, 16)))
+            loss(tokens_of(student.repeat(2, axis=0)), tokens_of((positions + content).repeat(2, axis=0)), 0.04)
+            told.append(loss.statistics["predicted"].item())
+        assert (np.mean(told[20:]) > 0.1) if knows else (abs(np.mean(told[20:])) < 0.03)
+
+
+def test_a_centre_for_each_token_takes_the_position_out_of_targets(rng: np.random.Generator) -> None:
+    """Against NumPy: ``softmax((t - c_n - c) / tau)`` with a running mean for each position; and it is resumed."""
+    momentum, prototypes = 0.8, 5
+    loss = PatchAlignmentLoss(CentredTargets(prototypes, 1.0), 0.1, token_centre_momentum=momentum)
+    positions = rng.normal(size=(6, prototypes))
+    centre, own = None, None
+    for turn in range(4):
+        teacher = positions + 0.1 * rng.normal(size=(2, 6, prototypes))
+        student = 0.1 * rng.normal(size=(2, 6, prototypes))
+        mean = teacher.mean(axis=0)
+        centre = mean if centre is None else centre
+        shifted = teacher - centre
+        own = np.zeros(prototypes) if own is None else own
+        target = softmax((shifted - own) / 0.05, axis=-1)
+        expected = -(target * log_softmax(student / 0.1, axis=-1)).sum(axis=-1).mean()
+        assert loss(tokens_of(student), tokens_of(teacher), 0.05).item() == pytest.approx(expected, rel=1e-4)
+        if turn == 0:
+            own = shifted.reshape(-1, prototypes).mean(axis=0)
+        centre = momentum * centre + (1 - momentum) * mean
+        if turn == 1:
+            again = PatchAlignmentLoss(CentredTargets(prototypes, 1.0), 0.1, token_centre_momentum=momentum)
+            again.load_state_dict(loss.state_dict())
+            loss = again

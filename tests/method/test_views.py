@@ -323,6 +323,16 @@ def test_teacher_student_and_target_share_their_geometry(rng: np.random.Generato
     assert not torch.equal(views.image[0], views.image[1])
 
 
+def test_of_two_scanners_the_teacher_sees_the_first_and_the_student_the_second(rng: np.random.Generator) -> None:
+    one, other = volumes(rng), volumes(rng)
+    keys = [(0, 0), (0, 1), (0, 2)]
+    both = make_views(tiny_views(), torch.cat([one, other], dim=1), keys)
+    first, second = (make_views(tiny_views(), each, keys) for each in (one, other))
+    torch.testing.assert_close(both.teacher, first.teacher)
+    for name in ("image", "student", "masked", "local"):
+        torch.testing.assert_close(getattr(both, name), getattr(second, name))
+
+
 def test_student_is_changed_more_than_the_teacher_and_locals_not_at_all(rng: np.random.Generator) -> None:
     batch, keys = volumes(rng), [(1, i) for i in range(3)]
     plain, strong = (make_views(tiny_views(plain=plain), batch, keys) for plain in (True, False))

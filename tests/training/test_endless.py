@@ -108,11 +108,13 @@ def test_anatomies_as_a_datalist(folder, items):
         heads([])
 
 
-@pytest.mark.parametrize("bundle", ["pretrain", "harp_hippocampus"])
-def test_the_overlay_of_a_bundle_renders_its_batches(bundle, folder, tmp_path):
+@pytest.mark.parametrize(
+    ("bundle", "further"), [("pretrain", []), ("pretrain", ["two_scanners"]), ("harp_hippocampus", [])]
+)
+def test_the_overlay_of_a_bundle_renders_its_batches(bundle, further, folder, tmp_path):
     configs = ROOT / "bundles" / bundle / "configs"
     parser = ConfigParser()
-    parser.read_config([str(configs / "train.json"), str(configs / "synthetic.json")])
+    parser.read_config([str(configs / f"{name}.json") for name in ("train", "synthetic", *further)])
     overlay = json.loads((configs / "synthetic.json").read_text())
     window = (40, 44, 40)
     changes = {
@@ -129,6 +131,9 @@ def test_the_overlay_of_a_bundle_renders_its_batches(bundle, folder, tmp_path):
         parser[name] = value
     parser.parse()
     batch = next(iter(parser.get_parsed_content("train#dataloader")))
-    assert batch["image"].shape == (2, 1, *window)
+    assert batch["image"].shape == (2, 2 if further else 1, *window)
     assert np.isfinite(batch["image"].numpy()).all()
+    if further:
+        first, second = batch["image"].numpy().swapaxes(0, 1)
+        assert np.abs(first - second).mean() > 0.01  # other scanners
     assert overlay["leave_out"] == []

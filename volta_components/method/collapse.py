@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,12 @@ import torch
 from ignite.engine import Engine
 
 from volta_components.method.trainer import ReadOut
+
+_LOGGER = logging.getLogger(__name__)
+_NOTHING = {
+    "global": "global branch: the student predicts nothing of the teacher's targets that another volume would not",
+    "patch": "patch branch: tokens know where they lie, and nothing of this volume",
+}
 
 
 class CollapseError(RuntimeError):
@@ -26,8 +33,9 @@ class CollapseMonitor:
 
     - the teacher's entropy in both branches, as a share of ``ln K``. Near 1 the output is uniform, near 0 it is always
       the same prototype;
-    - what the student predicts of the targets beyond their mean. At 0, the views of a volume agree on nothing: the
-      teacher sharpens noise, which its entropy does not show;
+    - what the student predicts of the targets that an earlier volume would not. At 0, the views of a volume agree on
+      nothing: the teacher sharpens noise, which its entropy does not show. In the patch branch, tokens then know where
+      they lie and not what is there; the run goes on, with a warning;
     - the effective rank of the last summaries (the exponential of the entropy of their covariance's eigenvalues). Near
       1, every volume has the same embedding.
 
@@ -97,11 +105,7 @@ class CollapseMonitor:
             checks += [
                 (f"{branch} branch: the teacher's output is uniform", mean > self.high, f"entropy {mean:.3f} of ln K"),
                 (f"{branch} branch: the teacher's output is a point", mean < self.low, f"entropy {mean:.3f} of ln K"),
-                (
-                    f"{branch} branch: the student predicts nothing of the teacher's targets beyond their mean",
-                    predicted < self.min_predicted,
-                    f"predicted {predicted:.4f} of ln K",
-                ),
+                (_NOTHING[branch], predicted < self.min_predicted, f"predicted {predicted:.4f} of ln K"),
             ]
         if iteration % self.rank_interval == 0 and len(self.queue) >= 16:
             self.means["rank"] = effective_rank(torch.stack(list(self.queue)))
@@ -111,7 +115,10 @@ class CollapseMonitor:
             checks.append(("summaries: every volume has the same", rank < self.min_rank, f"effective rank {rank:.2f}"))
         for name, is_bad, figure in checks:
             self.bad[name] = self.bad[name] + 1 if is_bad and iteration > self.grace else 0
-            if self.bad[name] >= self.patience:
+            if name == _NOTHING["patch"]:
+                if self.bad[name] == self.patience:
+                    _LOGGER.warning("%s (%s); configs/token_centre.json is a remedy", name, figure)
+            elif self.bad[name] >= self.patience:
                 raise CollapseError(
                     f"collapsed for {self.bad[name]} mini-batches, at mini-batch {iteration}: {name} ({figure}). "
                     + self.REMEDIES

@@ -26,7 +26,12 @@ class TokenCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, units: Tensor, prototypes: Tensor, target_of: Callable[[slice], Tensor], temperature: float
+        ctx: Any,
+        units: Tensor,
+        prototypes: Tensor,
+        elsewhere: Tensor,
+        target_of: Callable[[slice], Tensor],
+        temperature: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The loss, and three numbers for monitoring, without gradients.
 
@@ -34,16 +39,17 @@ class TokenCrossEntropy(torch.autograd.Function):
             ctx: of the backward pass.
             units: ``[B, N, d]``, the student's tokens, ``u``.
             prototypes: ``[K, d]``, the student's last layer, ``W``.
+            elsewhere: ``[N, d]``, the student's tokens of another volume.
             target_of: the targets ``[rows, K]`` of some tokens, all crops' tokens being in one row.
             temperature: tau_s.
 
         Returns:
             The loss; the mean entropy of the targets as a share of ``ln K``; their mean, ``[K]``; and the loss that
-            the student's outputs for the tokens half a crop away would have.
+            the student's outputs for the same tokens of the other volume would have.
         """
-        count, half = units.shape[:-1].numel(), units.shape[1] // 2
-        rows, elsewhere = units.flatten(0, 1).float(), units.roll(half, dims=1).flatten(0, 1).float()
-        totals = torch.zeros(4, device=units.device)  # of logsumexp, agreement, agreement elsewhere, entropy
+        count = units.shape[:-1].numel()
+        rows, strangers = units.flatten(0, 1).float(), elsewhere.float().expand(units.shape).flatten(0, 1)
+        totals = torch.zeros(4, device=units.device)  # of logsumexp, agreement, the loss elsewhere, entropy
         mean_target = torch.zeros(len(prototypes), device=units.device)
         learns = any(ctx.needs_input_grad)
         units_gradient = torch.empty_like(rows) if learns else None
@@ -55,8 +61,9 @@ class TokenCrossEntropy(torch.autograd.Function):
                 logits = (own @ prototypes.T).div_(temperature)
                 level = logits.logsumexp(dim=-1, keepdim=True)
                 pulled = target @ prototypes / temperature
-                agreement, other = (own * pulled).sum(), (elsewhere[chosen] * pulled).sum()
-                totals += torch.stack([level.sum(), agreement, other, entropy_share(target).sum()])
+                stranger = strangers[chosen]
+                other = (stranger @ prototypes.T).div_(temperature).logsumexp(dim=-1).sum() - (stranger * pulled).sum()
+                totals += torch.stack([level.sum(), (own * pulled).sum(), other, entropy_share(target).sum()])
                 mean_target += target.sum(dim=0)
                 if units_gradient is not None and prototypes_gradient is not None:
                     probabilities = logits.sub_(level).exp_()
@@ -65,12 +72,12 @@ class TokenCrossEntropy(torch.autograd.Function):
         level_mean, agreement, other, entropy = (totals / count).unbind()
         if units_gradient is not None and prototypes_gradient is not None:
             ctx.save_for_backward(units_gradient.div_(count).view(units.shape), prototypes_gradient)
-        results = (entropy, mean_target / count, level_mean - other)
+        results = (entropy, mean_target / count, other)
         ctx.mark_non_differentiable(*results)
         return (level_mean - agreement, *results)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         """The gradients that ``forward`` has computed, times the loss's own."""
         units, prototypes = ctx.saved_tensors
-        return units * gradient, prototypes * gradient, None, None
+        return units * gradient, prototypes * gradient, None, None, None

@@ -298,21 +298,25 @@ class GlobalAlignmentLoss(nn.Module):
             - ``teacher_entropy``: mean entropy of the targets, as a share of ln K.
             - ``information``: what the targets say beyond their running mean, as a share of ln K; the teacher's drift
               is included.
-            - ``predicted``: the cross-entropy of a target with the student's outputs for the volume before, minus that
-              with its outputs for other views of the same volume, as a share of ln K. At 0, the views of a volume
-              agree on nothing that separates it from other volumes, even when the entropy looks healthy.
+            - ``predicted``: the cross-entropy of a target with the student's outputs for a volume ``BACK`` mini-batches
+              before, minus that with its outputs for other views of the same volume, as a share of ln K. At 0, the
+              views of a volume agree on nothing that separates it from other volumes, even when the entropy looks
+              healthy. (A fast centre pushes targets away from the last volumes: compared with these, more would look
+              predicted.)
             - ``divergence``: mean KL divergence of the targets from the student, in nats.
             - ``logit_spread``: deviation of the teacher's logits over rows.
             - ``centre_alignment``: cosine between the centre and this batch's mean.
         marginal: running mean of earlier targets, ``[K]``.
-        previous: the student's mean log-probabilities for the volumes before, ``[2, K]``: for each teacher view, over
-            the student views that it is compared with.
+        previous: the student's mean log-probabilities in the last mini-batches, newest first, ``[BACK, 2, K]``: for
+            each teacher view, over the student views that it is compared with.
 
     Raises:
         ValueError: if the shapes do not fit.
 
     Source: VolTA-3D eq. 2-3; DINO (Caron et al., 2021).
     """
+
+    BACK = 16
 
     marginal: Tensor
     previous: Tensor
@@ -323,7 +327,7 @@ class GlobalAlignmentLoss(nn.Module):
         self.student_temperature = student_temperature
         self.statistics: dict[str, Tensor] = {}
         self.register_buffer("marginal", torch.zeros(targets.out_dim))
-        self.register_buffer("previous", torch.zeros(2, targets.out_dim))
+        self.register_buffer("previous", torch.zeros(self.BACK, 2, targets.out_dim))
 
     def forward(self, student: Tensor, teacher: Tensor, teacher_temperature: float) -> Tensor:
         """Mean over the ``2 (V - 1)`` pairs and the batch; a scalar."""
@@ -340,15 +344,16 @@ class GlobalAlignmentLoss(nn.Module):
         self.statistics = of_targets(entropy_share(targets).mean(), mean_target, loss, self.marginal)
         self.statistics |= of_logits(rows.mean(dim=0), rows.std(dim=0), getattr(self.targets, "centre", None))
         with torch.no_grad():
-            # The student's outputs that each target is compared with: here of this volume, then of the one before.
+            # The student's outputs that each target is compared with: here of this volume, then of an earlier one.
             mean = torch.einsum("iv,vbk->ik", different, log_probabilities) / (
                 different.sum(dim=1, keepdim=True) * student.shape[1]
             )
-            other = -(targets.mean(dim=1) * self.previous).sum(dim=-1).mean()
+            earlier = self.previous[-1]
+            other = -(targets.mean(dim=1) * earlier).sum(dim=-1).mean()
             # No ``if``: it would make a GPU wait.
-            predicted = torch.where(self.previous.any(), other - loss.detach(), 0.0)
+            predicted = torch.where(earlier.any(), other - loss.detach(), 0.0)
             self.statistics["predicted"] = predicted / math.log(targets.shape[-1])
-            self.previous.copy_(mean_over_processes(mean))
+            self.previous.copy_(torch.cat([mean_over_processes(mean)[None], self.previous[:-1]]))
         return loss
 
     def local_crops(self, local: Tensor, teacher: Tensor, teacher_temperature: float) -> Tensor:
@@ -366,13 +371,18 @@ class PatchAlignmentLoss(nn.Module):
         targets: turns teacher logits into distributions; ``CentredTargets`` in the paper. Not the one of the global
             branch: each branch has its own centre.
         student_temperature: tau_s.
+        token_centre_momentum: if given, the teacher's tokens are first centred at each position of the crop, by a
+            running mean that keeps this share. Targets then cannot tell where a token lies, only what is there. Not in
+            the paper.
 
     Shapes:
         student, teacher: ``[B, N, K]`` logits of the same crops, token for token, not multiplied out.
 
     Attributes:
-        statistics: as ``GlobalAlignmentLoss``; ``predicted`` compares the student's output for the same token with that
-            for another one of the crop.
+        statistics: as ``GlobalAlignmentLoss``; ``predicted`` compares the student's output with that for the same token
+            of the last volume of the mini-batch before: the position alone predicts nothing.
+        previous: the student's tokens of that volume, ``[N, d]``.
+        token_centre: running means of the teacher's tokens, ``[N, d]``.
 
     Raises:
         ValueError: if the shapes differ.
@@ -382,18 +392,40 @@ class PatchAlignmentLoss(nn.Module):
 
     marginal: Tensor
 
-    def __init__(self, targets: CentredTargets | SinkhornTargets, student_temperature: float = 0.1) -> None:
+    def __init__(
+        self,
+        targets: CentredTargets | SinkhornTargets,
+        student_temperature: float = 0.1,
+        token_centre_momentum: float | None = None,
+    ) -> None:
         super().__init__()
         self.targets = targets
         self.student_temperature = student_temperature
+        self.token_centre_momentum = token_centre_momentum
         self.statistics: dict[str, Tensor] = {}
         self.register_buffer("marginal", torch.zeros(targets.out_dim))
+        self.previous: Tensor | None = None
+        self.token_centre: Tensor | None = None
+
+    def get_extra_state(self) -> dict[str, Tensor | None]:
+        """What is as large as a crop has tokens, and so not known from the start."""
+        return {"previous": self.previous, "token_centre": self.token_centre}
+
+    def set_extra_state(self, state: dict[str, Tensor | None]) -> None:
+        """Restore what ``get_extra_state`` gave."""
+        device = self.marginal.device
+        self.previous, self.token_centre = (
+            None if state[name] is None else state[name].to(device) for name in ("previous", "token_centre")
+        )
 
     def forward(self, student: TokenLogits, teacher: TokenLogits, teacher_temperature: float) -> Tensor:
         """Mean over tokens and crops; a scalar."""
-        units, taught = student.units, teacher.units.flatten(0, -2).float()
+        units = student.units
         if units.shape[:-1] != teacher.units.shape[:-1] or len(student.prototypes) != len(teacher.prototypes):
             raise ValueError(f"student {tuple(units.shape)} and teacher {tuple(teacher.units.shape)} differ")
+        if self.token_centre_momentum is not None:
+            teacher = self._centred(teacher, self.token_centre_momentum)
+        taught = teacher.units.flatten(0, -2).float()
         centred = isinstance(self.targets, CentredTargets)
         everything = None if centred else self.targets(teacher.rows(), teacher_temperature)
 
@@ -402,8 +434,10 @@ class PatchAlignmentLoss(nn.Module):
                 return everything[rows]
             return self.targets.sharpen(teacher.rows(rows), teacher_temperature)
 
+        first = self.previous is None
+        previous = units[-1].detach() if self.previous is None else self.previous
         loss, entropy, mean_target, other = TokenCrossEntropy.apply(
-            units, student.prototypes, target_of, self.student_temperature
+            units, student.prototypes, previous, target_of, self.student_temperature
         )
         with torch.no_grad(), full_float32(taught.device):
             # Mean and deviation of linear functions of the tokens follow from the tokens' own mean and covariance.
@@ -415,8 +449,21 @@ class PatchAlignmentLoss(nn.Module):
                 self.targets.update(mean, entropy)
             self.statistics = of_targets(entropy, mean_target, loss, self.marginal)
             self.statistics |= of_logits(mean, deviation, getattr(self.targets, "centre", None))
-            self.statistics["predicted"] = (other - loss.detach()) / math.log(self.targets.out_dim)
+            predicted = (other - loss.detach()) / math.log(self.targets.out_dim)
+            self.statistics["predicted"] = predicted * 0.0 if first else predicted
+            if self.training:
+                self.previous = units[-1].detach().clone()
         return loss
+
+    @torch.no_grad()
+    def _centred(self, teacher: TokenLogits, momentum: float) -> TokenLogits:
+        """The teacher's tokens without their mean at each position; the mean moves in training mode."""
+        units = teacher.units.float()
+        mean = mean_over_processes(units.mean(dim=0))
+        centre = mean if self.token_centre is None else self.token_centre
+        if self.training:
+            self.token_centre = centre.lerp(mean, 1.0 - momentum)
+        return TokenLogits(units - centre, teacher.prototypes)
 
 
 class ReconstructionLoss(nn.Module):

@@ -350,7 +350,8 @@ class ViewGenerator:
         """Views of volumes ``[B, 1, D, H, W]`` in [0, 1].
 
         Args:
-            volumes: the mini-batch; views are made on its device.
+            volumes: the mini-batch; views are made on its device. With two channels, the teacher sees the first and the
+                student the second: the same head by two scanners.
             plan: what ``draw`` gave for each volume, collated: every tensor's first axis runs over volumes.
         """
         plan = to_device(plan, volumes.device)
@@ -362,16 +363,17 @@ class ViewGenerator:
     def _views_of(self, volume: Tensor, plan: ViewPlan) -> tuple[Tensor, ...]:
         generator = noise_generator(volume.device, int(plan.seed))
         size = self.global_geometry.size
-        image = sample_crops(volume, plan.global_crops, size)
+        both = sample_crops(volume, plan.global_crops, size)
+        image = both[:, -1:]
         teacher, student, masked = [], [], []
         for i, crop in enumerate(image.split(1)):
-            teacher.append(self.teacher_intensity(crop, part_of(plan.teacher, i), generator))
+            teacher.append(self.teacher_intensity(both[i : i + 1, :1], part_of(plan.teacher, i), generator))
             changed = self.student_intensity(crop, part_of(plan.student, i), generator)
             labels = self.mask.enlarge(plan.cells[i], size).expand_as(crop)
             noise = torch.randn(crop.shape, generator=generator, device=crop.device, dtype=crop.dtype)
             student.append(self.mask.fill(changed, labels, noise))
             masked.append(labels != VISIBLE)
-        local = sample_crops(volume, plan.local_crops, self.local_geometry.size)
+        local = sample_crops(volume[:, -1:], plan.local_crops, self.local_geometry.size)
         return image, torch.cat(teacher), torch.cat(student), torch.cat(masked), local
 
 
