@@ -413,10 +413,9 @@ class PatchAlignmentLoss(nn.Module):
 
     def set_extra_state(self, state: dict[str, Tensor | None]) -> None:
         """Restore what ``get_extra_state`` gave."""
-        device = self.marginal.device
-        self.previous, self.token_centre = (
-            None if state[name] is None else state[name].to(device) for name in ("previous", "token_centre")
-        )
+        previous, centre = state["previous"], state["token_centre"]
+        self.previous = None if previous is None else previous.to(self.marginal.device)
+        self.token_centre = None if centre is None else centre.to(self.marginal.device)
 
     def forward(self, student: TokenLogits, teacher: TokenLogits, teacher_temperature: float) -> Tensor:
         """Mean over tokens and crops; a scalar."""
