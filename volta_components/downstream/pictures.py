@@ -103,8 +103,8 @@ def coronal_slice(
 def draw_outlines(axes: Any, background: NDArray[Any], labels: NDArray[Any] | None, aspect: float) -> None:
     """Draw a slice and the outlines of left and right on it; see ``coronal_slice``."""
     axes.imshow(background.T, origin="lower", cmap="gray", aspect=aspect, interpolation="nearest")
-    for label, colour in SIDE_COLOURS.items() if labels is not None else ():
-        mask = labels == label
+    for label, colour in SIDE_COLOURS.items() if labels is not None else []:
+        mask = np.asarray(labels) == label
         if mask.any():
             plain = ListedColormap([colour])
             axes.imshow(np.where(mask.T, 1.0, np.nan), origin="lower", cmap=plain, alpha=0.3, aspect=aspect)

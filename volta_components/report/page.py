@@ -74,7 +74,7 @@ def render(
 
 def render_subjects(studies: list[Study]) -> str:
     """A page with all predictions of each subject: every task, init, fold and seed."""
-    subjects: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    subjects: dict[str, dict[str, Any]] = {}
     for study in studies:
         task = TASKS.get(study.bundle, Task("", study.bundle))
         for run in sorted(study.runs, key=lambda run: (-run.fraction, study.variants.index(run.variant), run.seed)):

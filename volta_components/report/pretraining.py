@@ -151,7 +151,7 @@ def _probe_table(found: Sequence[Mapping[str, Any]]) -> Table:
     encoders = list(dict.fromkeys(frame["encoder"]))
     rows = []
     for (label, embedding, probe), group in frame.groupby(["label", "embedding", "probe"], sort=False):
-        row = [str(label), str(embedding), {"knn": "k-NN"}.get(probe, str(probe))]
+        row = [str(label), str(embedding), "k-NN" if probe == "knn" else str(probe)]
         for encoder in encoders:
             [item] = group[group["encoder"] == encoder].itertuples() or [None]
             value = Estimate(item.auroc, low=item.auroc_low, high=item.auroc_high).checked(item.subjects)

@@ -303,7 +303,9 @@ def main_table(
     words = {"folds": "± SD over folds", "subjects": "± SD of subjects", "epochs": "± SD per epoch"}
     ours, paper = f"{OURS}\n{words[spread]}", f"{PAPER}\n{words[task.spread]}" if task.paper else PAPER
     inits = in_order({*study.variants, *task.paper})
-    numbers, rows, bold = [], [], set()
+    numbers: list[dict[str, Any]] = []
+    rows: list[list[str]] = []
+    bold: set[tuple[int, int]] = set()
     for variant in [*inits, *(name for name in estimates if name not in inits)]:
         row, theirs = [name_of(variant)], task.paper.get(variant, {})
         count = int(scored["patients"].get(variant, 0))

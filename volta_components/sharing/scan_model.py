@@ -8,22 +8,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
 
 from volta_components.inference.apply import apply_bundle
 
 TABLES = ("predictions.csv", "volumes.csv", "embeddings.csv")
 
 
-class ScanModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+class ScanModel(PythonModel):
     """Runs a bundle's inference on scans as they are."""
 
     def load_context(self, context: Any) -> None:
         """Find the bundle among the model's files."""
         self.bundle = Path(context.artifacts["bundle"])
 
-    def predict(self, model_input: list[str], params: Mapping[str, Any] | None = None) -> pd.DataFrame:
+    # MLflow takes the signature from the types, and lets a model do without its context.
+    def predict(  # type: ignore[override]
+        self, model_input: list[str], params: Mapping[str, Any] | None = None
+    ) -> pd.DataFrame:
         """A table with a row for each scan: class and probability, volumes, or an embedding.
 
         Args:
@@ -37,4 +41,4 @@ class ScanModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             return pd.read_csv(table)
 
 
-mlflow.models.set_model(ScanModel())
+set_model(ScanModel())
