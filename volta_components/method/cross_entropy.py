@@ -25,7 +25,7 @@ class TokenCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         units: Tensor,
         prototypes: Tensor,
@@ -77,7 +77,7 @@ class TokenCrossEntropy(torch.autograd.Function):
         return (level_mean - agreement, *results)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None, None]:
         """The gradients that ``forward`` has computed, times the loss's own."""
         units, prototypes = ctx.saved_tensors
         return units * gradient, prototypes * gradient, None, None, None

@@ -102,4 +102,6 @@ class ProjectionHead(nn.Module):
 
     def patches(self, tokens: Tensor) -> TokenLogits:
         """Logits of patch tokens ``[B, N, D]``."""
-        return TokenLogits(self.project(tokens), self.patch_last_layer.weight)
+        weight = self.patch_last_layer.weight
+        assert isinstance(weight, Tensor)
+        return TokenLogits(self.project(tokens), weight)

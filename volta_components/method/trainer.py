@@ -200,7 +200,7 @@ class VoltaTrainer(Trainer):
         return place - first, min(steps, length - first), step
 
     def _iteration(  # type: ignore[override]
-        self, engine: Any, batchdata: dict[str, Tensor]
+        self, engine: Any, batchdata: dict[str, Any]
     ) -> list[dict[str, float]]:
         iteration = self.state.iteration - 1
         position, window, step = self.window(iteration)
