@@ -40,6 +40,7 @@ from volta_components.files import keep_private
 
 # In the order in which a study uses them.
 COMMANDS = {
+    "init": ("volta_components.sharing.shipped:init", "Copy the bundles into a folder, ready to train."),
     "fetch": ("volta_components.data.fetch.command:fetch", "Download open data, checked, with its licence."),
     "phantom": ("volta_components.data.phantom.command:phantom", "Make a BIDS data set of synthetic heads."),
     "prepare": ("volta_components.data.prepare:prepare", "Turn a data set into checked volumes and a datalist."),
@@ -138,7 +139,7 @@ def _with_options(function: Callable[..., Any]) -> Callable[..., Any]:
     hints = get_type_hints(function)
     parameters = []
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is not parameter.VAR_POSITIONAL:
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
             # A word with no option before it is most often the rest of a pattern that the shell has expanded.
             parameter = parameter.replace(kind=parameter.KEYWORD_ONLY)
         parameters.append(parameter.replace(annotation=_option(parameter, hints[parameter.name])))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import configparser
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from web import serving
 import volta_components
 from volta_components.inference.commands import segment
 from volta_components.sharing.pack import pack_bundle
+from volta_components.sharing.shipped import shipped_files
 
 pytestmark = pytest.mark.slow
 
@@ -47,8 +49,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, source)
-    for name in ("volta_components", "tests", "docs"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("volta_components", "bundles", "tests", "docs"):
+        shutil.copytree(
+            ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "models", "runs", "eval")
+        )
+    models = source / "bundles" / "harp_hippocampus" / "models"
+    models.mkdir()
+    for path in (ROOT / "bundles" / "harp_hippocampus" / "models").glob("model_starter.*"):
+        shutil.copy(path, models)
+    (models / "model.pt").write_bytes(b"weights that were trained here")
     run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(output)], source)
     return output
 
@@ -63,15 +72,19 @@ def test_sdist_and_wheel_hold_what_belongs_to_them(built: Path) -> None:
         for path in (ROOT / "volta_components").rglob("*")
         if path.is_file() and path.suffix != ".pyc"
     }
+    bundles = ROOT / "bundles"
+    shipped = {f"volta_components/bundles/{path.relative_to(bundles).as_posix()}" for path in shipped_files(bundles)}
+    assert "volta_components/bundles/harp_hippocampus/models/model_starter.pt" in shipped
     places = ("data/templates/qc.html", "report/templates/index.html", "sharing/templates/card.md")
     templates = {f"volta_components/{place}.jinja" for place in places}
     assert {"volta_components/py.typed", *templates} <= package
     meta = f"volta_components-{version}.dist-info"
-    assert {name for name in wheel if not name.startswith(meta)} == package
+    assert {name for name in wheel if not name.startswith(meta)} == package | shipped
     assert f"{meta}/licenses/LICENSE" in wheel
     with tarfile.open(built / names[1]) as archive:
         sdist = {Path(name).relative_to(f"volta_components-{version}").as_posix() for name in archive.getnames()}
-    assert package | {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "setup.cfg"} <= sdist
+    assert package | {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "setup.cfg", "setup.py"} <= sdist
+    assert "bundles/pretrain/configs/train.json" in sdist and not [name for name in sdist if name.endswith("/model.pt")]
 
 
 def test_twine_finds_nothing(built: Path) -> None:
@@ -119,6 +132,18 @@ def test_the_command_works_from_an_empty_folder(installed: Path, tmp_path: Path)
     assert "--source PATH" in help_ and "hippocampi" in help_
     run([str(installed / "volta3d"), "segment", "--source", "nothing.nii", "--output", "out"], tmp_path, expect=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_who_has_only_the_wheel_can_train(installed: Path, tmp_path: Path) -> None:
+    """The commands that ``volta3d init`` prints, with fewer heads and epochs."""
+    said = run([str(installed / "volta3d"), "init", "lab"], tmp_path)
+    commands = [shlex.split(line) for line in said.splitlines() if line.startswith("  ")]
+    assert [words[0] for words in commands] == ["volta3d", "volta3d", "python"]
+    fewer = [["--subjects", "6"], [], ["--epochs", "1", "--num_local", "1"]]
+    commands[0] = commands[0][:2] + commands[0][4:]
+    for words, more in zip(commands, fewer):
+        run([str(installed / words[0]), *words[1:], *more], tmp_path / "lab")
+    assert (tmp_path / "lab/bundles/pretrain/models/encoder_phantom_tiny.safetensors").is_file()
 
 
 def imported(path: Path) -> dict[str, bool]:

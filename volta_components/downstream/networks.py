@@ -11,6 +11,7 @@ from monai.networks.nets import UNETR
 from monai.networks.nets.swin_unetr import SwinTransformer
 from monai.networks.nets.vit import ViT
 from torch import Tensor, nn
+from torch.nn import functional
 
 from volta_components.errors import InputError
 from volta_components.method.monai_versions import settle_cross_attention
@@ -21,10 +22,15 @@ POOLS = ("summary", "mean")
 MOST_FEATURES = 4096  # channels of a convolutional stage; a config that asks for more is mistaken
 
 
-def _logits(head: nn.Module, features: Tensor) -> Tensor:
-    """The head's output in float32, in mixed precision as well: in bfloat16, many subjects would share a score."""
-    with torch.autocast(features.device.type, enabled=False):
-        return head(features.float())
+class Float32Linear(nn.Linear):
+    """A linear layer in float32, in mixed precision as well: in bfloat16, many subjects would share a score."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[B, in_features]`` to ``[B, out_features]``."""
+        if torch.jit.is_scripting():  # TorchScript has no autocast whose device is found at run time
+            return functional.linear(input.float(), self.weight, self.bias)
+        with torch.autocast(input.device.type, enabled=False):
+            return functional.linear(input.float(), self.weight, self.bias)
 
 
 class VoltaClassifier(nn.Module):
@@ -57,7 +63,7 @@ class VoltaClassifier(nn.Module):
         if pool not in POOLS:
             raise InputError(f"pool {pool!r}: choose {' or '.join(POOLS)}")
         self.encoder = VoltaViT(img_size=img_size, decoder=False, **encoder)
-        self.head = nn.Linear(self.encoder.config["hidden_size"], num_classes)
+        self.head = Float32Linear(self.encoder.config["hidden_size"], num_classes)
         self.pool = pool
         if pool == "mean":
             # Without gradient it must not be waited for by DDP.
@@ -71,7 +77,7 @@ class VoltaClassifier(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of an image ``[B, in_channels, D, H, W]``."""
-        return _logits(self.head, self.features(image))
+        return self.head(self.features(image))
 
 
 class SwinClassifier(nn.Module):
@@ -119,7 +125,7 @@ class SwinClassifier(nn.Module):
             "num_heads": list(num_heads),
         }
         self.encoder = SwinTransformer(in_channels, **sizes)
-        self.head = nn.Linear(16 * embed_dim, num_classes)
+        self.head = Float32Linear(16 * embed_dim, num_classes)
         self.config = {"in_channels": in_channels, "num_classes": num_classes, **sizes}
 
     def features(self, image: Tensor) -> Tensor:
@@ -128,7 +134,7 @@ class SwinClassifier(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits ``[B, num_classes]`` of an image ``[B, in_channels, D, H, W]``."""
-        return _logits(self.head, self.features(image))
+        return self.head(self.features(image))
 
 
 NUM_CLASSES = 3

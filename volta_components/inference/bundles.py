@@ -27,7 +27,7 @@ def find_bundle(given: Path | str | None, default: str, output: tuple[str, str])
     if not config.is_file():
         raise InputError(
             f"{config}: no such bundle; give its folder (--bundle DIR), download one (python -m monai.bundle "
-            "download), or run from the repository's root"
+            "download), copy those of the package here (volta3d init .), or run from the repository's root"
         )
     meta = config.with_name("metadata.json")
     key, wanted = output

@@ -28,7 +28,8 @@ class VoltaViT(ViTAutoEnc):
 
     The stock class runs at one input size only, returns a tuple, and has no summary token; this one keeps all of its
     state-dict keys (so that encoders move to ``ViTAutoEnc``, ``UNETR.vit`` and back) and adds ``summariser.*``.
-    Attention is computed by ``scaled_dot_product_attention``, which saves the attention map of every layer.
+    Attention is computed by ``scaled_dot_product_attention``, which saves the attention map of every layer. TorchScript
+    can script it (``torch.jit.script``); the scripted network takes inputs of any size as well.
 
     Args:
         in_channels: image channels.
@@ -94,20 +95,28 @@ class VoltaViT(ViTAutoEnc):
 
     def token_grid(self, image: Tensor) -> tuple[int, int, int]:
         """Tokens along each axis for an image ``[B, C, D, H, W]``."""
-        size = image.shape[2:]
-        check_divides(size, self.patch_size)
-        depth, height, width = (int(side) // patch for side, patch in zip(size, self.patch_size))
-        return depth, height, width
+        if not torch.jit.is_scripting():
+            check_divides(image.shape[2:], self.patch_size)
+        patch = self.patch_size
+        return image.size(2) // patch[0], image.size(3) // patch[1], image.size(4) // patch[2]
 
     def _embed(self, image: Tensor) -> Tensor:
         grid = self.token_grid(image)
         # The strided convolution as one matrix product: the same numbers, and several times faster on CPUs.
         convolution = self.patch_embedding.patch_embeddings
-        assert isinstance(convolution, nn.Conv3d)
-        patches = image.unflatten(4, (grid[2], -1)).unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
+        patches = image.unflatten(4, [grid[2], -1]).unflatten(3, [grid[1], -1]).unflatten(2, [grid[0], -1])
         patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
-        tokens = functional.linear(patches, convolution.weight.flatten(1), convolution.bias)
-        position = resample_position_embedding(self.patch_embedding.position_embeddings, self.grid, grid)
+        weight = convolution.weight.flatten(1)  # type: ignore[operator]
+        tokens = functional.linear(patches, weight, convolution.bias)  # type: ignore[arg-type]
+        position: Tensor = self.patch_embedding.position_embeddings
+        if torch.jit.is_scripting():
+            # Without gradient, interpolation gives the same as the product with a matrix does.
+            volume = position.transpose(1, 2).unflatten(2, [self.grid[0], self.grid[1], self.grid[2]])
+            size = [grid[0], grid[1], grid[2]]
+            volume = functional.interpolate(volume, size=size, mode="trilinear", align_corners=False)
+            position = volume.flatten(2).transpose(1, 2)
+        else:
+            position = resample_position_embedding(position, self.grid, grid)
         return self.patch_embedding.dropout(tokens + position)
 
     def encode(self, image: Tensor) -> Tensor:

@@ -46,15 +46,14 @@ class ClsSummariser(nn.Module):
         cls_token = self.cls_token.expand(tokens.shape[0], -1, -1).to(tokens.dtype)
         sequence = self.norm1(torch.cat([cls_token, tokens], dim=1))
         weight = self.attn.qkv.weight
-        assert isinstance(weight, Tensor)
         size = cls_token.shape[-1]
         query = functional.linear(sequence[:, :1], weight[:size])
         key, value = functional.linear(sequence, weight[size:]).chunk(2, dim=-1)
+        return cls_token, self._heads(query), self._heads(key), self._heads(value)
 
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-
-        return cls_token, heads(query), heads(key), heads(value)
+    def _heads(self, x: Tensor) -> Tensor:
+        """``[B, N, D]`` as ``[B, heads, N, D / heads]``."""
+        return x.unflatten(-1, [self.num_heads, -1]).transpose(1, 2)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Summarise patch tokens ``[B, N, D]`` into ``[B, D]``."""
