@@ -33,6 +33,8 @@ from volta_components.files import (
 )
 from volta_components.inference.trust import check_trust
 from volta_components.sharing.card import fill_card, is_phantom, other_settings, voxel_mm
+from volta_components.sharing.hub import destination
+from volta_components.sharing.hub import push as upload
 from volta_components.training.people import make_secret, sealed_record
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -56,6 +58,8 @@ ABSOLUTE = re.compile(
 )
 PACKED = {"model_path": "$@ckpt_dir + '/model.pt'"}
 EPOCH = (1980, 1, 1, 0, 0, 0)
+# What a run's numbers have beside metrics: choices, and numbers that choices made on the scored scans flatter.
+NO_METRIC = re.compile(r"optimistic_|(threshold|epoch)$")
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,9 @@ def pack(
     source: str = "",
     plain_hashes: bool = False,
     trust: bool = False,
+    push: str | None = None,
+    private: bool = False,
+    yes: bool = False,
 ) -> int:
     """Pack a bundle into a zip that others can download, with its weights, their provenance and hashes.
 
@@ -106,6 +113,10 @@ def pack(
         plain_hashes: Leave the hashes of subjects and voxels as they are, so that other labs find overlaps too, but can
             also find out who is among the subjects. By default they are sealed with a secret of this lab.
         trust: Pack a bundle whose configs run what none of VolTA-3D's own bundles runs; without it, that is listed.
+        push: hf://ORG/NAME uploads the packed bundle to that repository of the Hugging Face Hub, which is made if it is
+            missing. First it says what will be visible to whom.
+        private: With --push, only members of ORG see the repository; by default everybody does.
+        yes: With --push, upload weights that are trained on people's scans. Without it only those of phantoms are.
 
     Returns:
         0; 1 if, with --all, a bundle was left out.
@@ -117,12 +128,21 @@ def pack(
     if (bundle is None) == (not all):
         raise InputError("give one bundle (--bundle bundles/NAME) or --all")
     folder = Path(output)
+    if push and (large_files or source):
+        raise InputError("--push: the Hub holds the weights too; leave out --large_files and --source")
+    if (private or yes) and not push:
+        raise InputError("--private and --yes belong to --push")
     if bundle is not None:
+        where = destination(push, private, yes) if push else None
         options = (large_files, source, plain_hashes, trust)
-        _report(pack_bundle(Path(bundle), folder, overlays, name, model, metrics, *options))
+        packed = pack_bundle(Path(bundle), folder, overlays, name, model, metrics, *options)
+        _report(packed)
+        if where:
+            # As the model zoo's rows of the Hub: no checksum, since there is no zip.
+            _note(folder, packed.path.stem, {"checksum": "", "source": upload(packed.path, where)})
         return 0
-    if name or model or metrics:
-        raise InputError("--name, --model and --metrics belong to one bundle; give --bundle instead of --all")
+    if name or model or metrics or push:
+        raise InputError("--name, --model, --metrics and --push belong to one bundle; give --bundle instead of --all")
     bundles = sorted(path.parents[1] for path in Path("bundles").glob("*/configs/metadata.json"))
     if not bundles:
         raise InputError("no bundles/*/configs/metadata.json below this folder; run it from the repository's root")
@@ -177,14 +197,19 @@ def pack_bundle(
         path = output / f"{stem}.zip"
         write_zip(top, path)
     digest = sha256_file(path)
-    info_path = output / "model_info.json"
-    info = read_json(info_path) if info_path.is_file() else {}
     sha1 = hash_file(path, "sha1")  # what the zoo's entries have
     address = f"{source.rstrip('/')}/{path.name}" if source else ""
-    info[stem] = {"checksum": sha1, "source": address, "sha256": digest}
-    write_json(info_path, dict(sorted(info.items())))
+    _note(output, stem, {"checksum": sha1, "source": address, "sha256": digest})
     _write_sums(output, [path, *hosted])
     return Packed(path, digest, hosted, others)
+
+
+def _note(folder: Path, stem: str, row: Mapping[str, str]) -> None:
+    """Write and print a version's row of ``model_info.json``, as the model zoo has them."""
+    path = folder / "model_info.json"
+    info = read_json(path) if path.is_file() else {}
+    write_json(path, dict(sorted({**info, stem: row}.items())), indent=4)
+    print(f"{path}: {json.dumps({stem: row})}")
 
 
 def default_name(bundle: Path, overlays: Sequence[str] = (), model: str | os.PathLike[str] | None = None) -> str:
@@ -232,7 +257,7 @@ def assemble(
         raise InputError(f"{bundle}: no LICENSE; a bundle that is shared needs one")
     for path in sorted((target / "configs").glob("*.json")):
         if path.name != "metadata.json":
-            write_json(path, _baked(read_json(path), baked))
+            write_json(path, _baked(read_json(path), baked), indent=4)
     if "model_path" in read_json(target / "configs" / "train.json"):
         # Models are named by their init where they are trained; what is scored and applied here is this one.
         for name in ("evaluate.json", "inference.json"):
@@ -241,7 +266,7 @@ def assemble(
                 write_json(config, read_json(config) | PACKED)
     inference = read_json(target / "configs" / "inference.json")
     _fit_metadata(metadata, inference, record)
-    write_json(target / "configs" / "metadata.json", metadata)
+    write_json(target / "configs" / "metadata.json", metadata, indent=4)
     _write_weights(weights, target / "models" / "model.pt", record)
     _check_fit(target, weights, inference, record, overlays)
     later = None if metrics is None else read_json(metrics)
@@ -347,7 +372,7 @@ def _fit_metadata(metadata: dict[str, Any], inference: Mapping[str, Any], record
         f"single-channel T1-weighted MRI, RAS, voxels of {voxel_mm(inference)} mm, intensities scaled to [0, 1]"
     )
     numbers = record.get("metrics", {}).items()
-    metadata["eval_metrics"] = {k: v for k, v in numbers if math.isfinite(v) and not k.startswith("optimistic_")}
+    metadata["eval_metrics"] = {k: v for k, v in numbers if math.isfinite(v) and not NO_METRIC.match(k)}
     if is_phantom(record):
         metadata["name"] += " (trained on phantoms)"
         metadata["description"] = (
@@ -399,7 +424,7 @@ def _write_weights(source: Path, target: Path, record: dict[str, Any]) -> None:
         shutil.copyfile(source, target)
     else:
         write_archive(dict(sorted(state.items())), target)
-    write_json(target.with_suffix(".json"), {**record, "sha256": sha256_file(target)})
+    write_json(target.with_suffix(".json"), {**record, "sha256": sha256_file(target)}, indent=4)
 
 
 def _set_aside(top: Path, output: Path, stem: str, address: str) -> tuple[Path, ...]:
