@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +68,8 @@ class _Handler(BaseHTTPRequestHandler):
         for pattern, status in hub.faults.items():
             if re.search(pattern, request):
                 if status is None:
-                    self.connection.close()
+                    self.close_connection = True
+                    self.connection.shutdown(socket.SHUT_RDWR)
                 else:
                     self._answer({"error": f"no: {status}"}, status)
                 return
