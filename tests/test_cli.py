@@ -291,7 +291,12 @@ def test_every_option_of_every_command_is_explained(name: str, capsys: pytest.Ca
     arguments = app[name].assemble_argument_collection(parse_docstring=True)
     assert arguments and [argument.name for argument in arguments if not argument.parameter.help] == []
     outputs = [argument for argument in arguments if argument.name == "--output"]
-    assert [argument.names for argument in outputs] == [("--output", "-o")] or name in ("check", "inspect", "register")
+    assert [argument.names for argument in outputs] == [("--output", "-o")] or name in (
+        "init",
+        "check",
+        "inspect",
+        "register",
+    )
     assert cli.main([name, "--help"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"Usage: volta3d {name} ")

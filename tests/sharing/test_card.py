@@ -59,6 +59,8 @@ def test_the_packed_card_speaks_of_the_packed_folder(packed: Path, tmp_path: Pat
     if bundle in ("ixi_sex", "aibl_ad"):
         assert "| window | 144 x 192 x 192 mm |" in card and "voxels of 3 mm, one channel" in card
     metadata = read_json(folder / "configs" / "metadata.json")
+    references = card.split("\n## References\n")[1]
+    assert "1. Makawana" in references and "https://" in references and metadata["authors"] in references
     assert "voxels of 3 mm" in metadata["image_classes"] and "Phantoms" in metadata["data_source"]
     assert metadata["eval_metrics"] == ({} if bundle == "pretrain" else {"auroc": 0.75})
 

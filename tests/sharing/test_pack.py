@@ -114,6 +114,18 @@ def test_configs_fit_the_weights(packed: Path, weights: dict[str, Path], tmp_pat
     assert read_json(folder / "configs" / "train.json")["hidden_size"] == 192
 
 
+def test_the_metadata_count_no_choice_as_a_metric(weights: dict[str, Path], tmp_path: Path) -> None:
+    model = tmp_path / "model.pt"
+    shutil.copy(weights["ixi_sex"], model)
+    record = read_json(weights["ixi_sex"].with_suffix(".json"))
+    record["metrics"] = {"auroc": 0.75, "threshold": 0.5, "epoch": 7.0, "optimistic_threshold": 0.2}
+    write_json(model.with_suffix(".json"), record)
+    packed = pack_bundle(ROOT / "bundles" / "ixi_sex", tmp_path / "out", ["tiny"], model=model)
+    path = unpack(packed.path, tmp_path) / "configs" / "metadata.json"
+    assert read_json(path)["eval_metrics"] == {"auroc": 0.75}
+    assert path.read_text().splitlines()[1].startswith('    "')
+
+
 def test_what_ids_of_an_overlay_are_not_the_inference_configs_stay_out(packed: Path, tmp_path: Path) -> None:
     folder = unpack(packed / f"ixi_sex_phantom_tiny_v{__version__}.zip", tmp_path)
     inference = read_json(folder / "configs" / "inference.json")
