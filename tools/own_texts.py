@@ -2,7 +2,7 @@
 """Collect what the project's bundles run: ``python -m tools.own_texts [--check]``.
 
 Writes ``volta_components/own_texts.json``, with which ``volta_components.inference.trust`` compares bundles that were
-downloaded. It is a file of the package because the bundles themselves are not installed with it.
+downloaded.
 """
 
 from __future__ import annotations
