@@ -20,10 +20,10 @@ from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from volta_components.distributed import gather_objects, gather_rows, mean_over_processes, process_count, process_rank
+from volta_components.method.koleo import KoLeoLoss
 from volta_components.method.losses import (
     CentredTargets,
     GlobalAlignmentLoss,
-    KoLeoLoss,
     PatchAlignmentLoss,
     SinkhornTargets,
 )

@@ -23,7 +23,7 @@ from volta_components.crossval.command import _adopt
 from volta_components.crossval.plan import Run
 
 # Which test a target of make runs.
-MAKE_TESTS = {"make test-label": "tests/integration/test_monai_label.py"}
+MAKE_TESTS = {"make test-label": "tests/helpers/label_server.py"}
 NEEDS = {"data", "GPU", "network", "cluster", "display"}
 
 

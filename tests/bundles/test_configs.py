@@ -40,7 +40,9 @@ def test_expressions_call_what_is_there_and_nothing_else_is_offered() -> None:
     used = set(re.findall(r"\bvolta\.(\w+)", text))
     for name in used:
         assert callable(getattr(volta, name)), name
-    assert used == {name for name in dir(volta) if not name.startswith("_")} - {"Any", "annotations", "import_module"}
+    assert used == {name for name in dir(volta) if not name.startswith("_")} - {
+        *("Any", "annotations", "import_module", "keep_private")
+    }
     assert not re.findall(r'"\$from volta_components|"\$import os', text)
     with pytest.raises(AttributeError, match=r"volta_components\.bundle' has no attribute 'load_everything'"):
         volta.load_everything  # noqa: B018

@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from volta_components.data.datalist import load_datalist
 from volta_components.files import sha256_file
 from volta_components.method.ema import TeacherEMAHandler
-from volta_components.method.losses import CentredTargets, DiCoMLoss, KoLeoLoss, SinkhornTargets
+from volta_components.method.koleo import KoLeoLoss
+from volta_components.method.losses import CentredTargets, DiCoMLoss, SinkhornTargets
 from volta_components.method.networks import VoltaTeacher, VoltaViT
 from volta_components.method.trainer import VoltaTrainer
 from volta_components.method.weights import load_encoder, read_weights

@@ -369,7 +369,7 @@ def test_an_interrupted_run_leaves_whole_files_only(tmp_path, monkeypatch):
         phantom(tmp_path / "d", 3, spacing=3, workers=1)
     names = files(tmp_path / "d")
     assert not any("partial" in name for name in names)
-    assert not _finished(tmp_path / "d", "sub-PH0002")
+    assert not _finished(tmp_path / "d", Settings(), 2)
     phantom(tmp_path / "d", 3, spacing=3, workers=1)
     assert [row["participant_id"] for row in read_rows(tmp_path / "d" / "participants.tsv")] == [
         "sub-PH0001",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import nibabel as nib
@@ -11,6 +12,8 @@ import torch
 from labelled_scans import SIDE
 from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
+
+from volta_components.inference import commands
 
 CUBE = [SIDE] * 3
 # The 48 ways to store a volume: each order of the axes, each in either direction.
@@ -52,3 +55,7 @@ def image_of(voxels: np.ndarray, affine: np.ndarray) -> nib.Nifti1Image:
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
     return image
+
+
+# The networks here are no part of VolTA-3D's own bundles.
+embed, segment = (functools.partial(command, trust=True) for command in (commands.embed, commands.segment))

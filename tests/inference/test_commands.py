@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 from csv_rows import read_rows
+from inference_bundles import embed, segment
 
 from volta_components.cli import main
-from volta_components.inference.commands import embed, segment
 
 
 def test_commands_run_from_within_a_bundle_and_tell_what_they_made(

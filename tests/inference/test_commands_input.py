@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 from csv_rows import read_rows
-from inference_bundles import ORIENTATIONS, SHAPE, BrightSides, affine_of, image_of
+from inference_bundles import ORIENTATIONS, SHAPE, BrightSides, affine_of, embed, image_of, segment
 from labelled_scans import head
 from prepared import ROOT, make_prepared
 from scipy import ndimage
 
 from volta_components.downstream.start import save_model
 from volta_components.errors import InputError
-from volta_components.inference.commands import embed, segment
 from volta_components.inference.scans import check_source, prepared_grid
 from volta_components.method.weights import load_encoder
 

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 from csv_rows import read_rows
-from inference_bundles import CUBE, SHAPE, image_of
+from inference_bundles import CUBE, SHAPE, embed, image_of, segment
 from labelled_scans import SIDE
 from scipy import ndimage
 
 from volta_components.data.load import LoadScand
 from volta_components.data.preprocess import Settings, prepare_volume
 from volta_components.data.volumes import read_volume
-from volta_components.inference.commands import embed, segment
 from volta_components.method.weights import load_encoder
 
 

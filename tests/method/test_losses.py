@@ -14,11 +14,11 @@ from scipy.special import log_softmax, softmax
 
 from volta_components.errors import InputError
 from volta_components.method import cross_entropy
+from volta_components.method.koleo import KoLeoLoss
 from volta_components.method.losses import (
     CentredTargets,
     DiCoMLoss,
     GlobalAlignmentLoss,
-    KoLeoLoss,
     PatchAlignmentLoss,
     ReconstructionLoss,
     SinkhornTargets,

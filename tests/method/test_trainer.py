@@ -19,10 +19,10 @@ from monai.transforms import Compose, RandGaussianNoised
 from torch import nn
 
 from volta_components.errors import InputError
+from volta_components.method.koleo import KoLeoLoss
 from volta_components.method.losses import (
     CentredTargets,
     GlobalAlignmentLoss,
-    KoLeoLoss,
     PatchAlignmentLoss,
     SinkhornTargets,
 )

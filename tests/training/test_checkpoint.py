@@ -25,7 +25,8 @@ from monai.transforms import Compose, RandGaussianNoised
 from volta_components.errors import InputError
 from volta_components.files import partial_prefix
 from volta_components.method.collapse import CollapseMonitor
-from volta_components.method.losses import GlobalAlignmentLoss, KoLeoLoss, SinkhornTargets
+from volta_components.method.koleo import KoLeoLoss
+from volta_components.method.losses import GlobalAlignmentLoss, SinkhornTargets
 from volta_components.training import checkpoint
 from volta_components.training.checkpoint import ResumableCheckpoint
 
