@@ -47,8 +47,8 @@ class ClsSummariser(nn.Module):
         sequence = self.norm1(torch.cat([cls_token, tokens], dim=1))
         weight = self.attn.qkv.weight
         size = cls_token.shape[-1]
-        query = functional.linear(sequence[:, :1], weight[:size])
-        key, value = functional.linear(sequence, weight[size:]).chunk(2, dim=-1)
+        query = functional.linear(sequence[:, :1], weight[:size])  # type: ignore[index]
+        key, value = functional.linear(sequence, weight[size:]).chunk(2, dim=-1)  # type: ignore[index]
         return cls_token, self._heads(query), self._heads(key), self._heads(value)
 
     def _heads(self, x: Tensor) -> Tensor:
