@@ -157,8 +157,8 @@ def test_a_scan_without_orientation_needs_one_by_the_user(
     image = nib.AnalyzeImage(np.array(source.dataobj), None)
     image.header.set_zooms(source.header.get_zooms())
     image.to_filename(scan)
-    for command, bundle in ((segment, sides_bundle), (embed, encoder_bundle)):
-        output = tmp_path / command.__name__
+    for name, command, bundle in (("segment", segment, sides_bundle), ("embed", embed, encoder_bundle)):
+        output = tmp_path / name
         with pytest.raises(InputError, match="no orientation"):
             command([scan], output, bundle=bundle)
         with pytest.raises(InputError, match="three axis codes"):
