@@ -8,6 +8,7 @@ from collections import Counter
 import nibabel as nib
 import numpy as np
 import pytest
+from prepared import make_prepared
 
 from volta_components.cli import main
 from volta_components.data.datalist import (
@@ -262,8 +263,21 @@ def test_check_finds_a_patient_in_any_form_and_exits_non_zero(tmp_path, capsys):
     assert main(["check", str(adni), str(other)]) == 0
     assert "no overlap" in capsys.readouterr().out
     assert main(["check", str(adni), str(harp), str(other)]) == 1
-    out = capsys.readouterr().out
+    out = capsys.readouterr().out.split("1 overlaps:")[1]  # before it, that the volumes are empty
     assert "002_S_0295" in out and "011_S_0003" not in out and str(harp) in out
+
+
+def test_check_names_volumes_that_are_missing_or_truncated(tmp_path, capsys):
+    data = make_prepared(tmp_path / "data", count=3)
+    assert check(str(data)) == 0 and "warning" not in capsys.readouterr().out
+    first, second = sorted((data / "images").glob("*.nii"))[:2]
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-100])
+    assert check(str(data)) == 0
+    out = capsys.readouterr().out
+    assert "2 volumes cannot be used" in out and first.name in out and second.name in out and "truncated" in out
+    with pytest.raises(InputError, match="2 files of 3 items cannot be used"):
+        check(str(data), volumes=True)
 
 
 def test_check_finds_the_same_voxels_under_two_ids(tmp_path, capsys):

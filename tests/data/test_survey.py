@@ -115,6 +115,21 @@ def test_nan_is_never_brighter_than_tissue(big, plain):
     assert "voxels are NaN" in done.warnings[-1]
 
 
+@pytest.mark.parametrize("further", [0, 1, 2, 5])
+def test_nan_close_around_a_standardised_head_does_not_move_the_window(big, plain, further):
+    """With or without some air left, and standardised by the head or by its brain."""
+    voxels, affine = big
+    radius = np.linalg.norm(tiny.world(voxels.shape, affine) / [70, 88, 80], axis=-1)
+    kept = ndimage.binary_dilation(radius < 1, iterations=further) if further else radius < 1
+    noise = np.random.default_rng(1).normal(0, 15, voxels.shape)
+    for part, noisy in ((radius < 1, voxels), (radius < 0.8, voxels + noise)):
+        scores = (noisy - noisy[part].mean()) / noisy[part].std()
+        done = prepare(np.where(kept, scores, np.nan), affine, np.float32)
+        assert np.abs(done.affine[:3, 3] - plain.affine[:3, 3]).max() <= 3
+        assert ["voxels are NaN" in note for note in done.warnings] == [True]
+        assert done.quality["minimum"] == pytest.approx(scores[kept].min(), abs=1e-4)
+
+
 @pytest.mark.parametrize("half", [1, 4])
 def test_nan_within_the_head_is_refused(big, half):
     voxels, affine = big
@@ -424,3 +439,14 @@ def test_a_neck_that_leaves_at_the_bottom_is_as_it_should_be(big):
     xyz = tiny.world(voxels.shape, affine)
     neck = (np.hypot(xyz[..., 0], xyz[..., 1] + 10) < 55) & (xyz[..., 2] < -30)
     assert prepare(np.where(neck, np.maximum(voxels, 450), voxels), affine).warnings == []
+
+
+@pytest.mark.parametrize("value", [500, 900])
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_box_of_padding_against_the_head_is_marked(big, value, side):
+    voxels, affine = big
+    xyz = tiny.world(voxels.shape, affine)
+    box = (side * xyz[..., 0] > 66) & (np.abs(xyz[..., 1:]) < 30).all(axis=-1)
+    done = prepare(np.where(box, value, voxels), affine)
+    where = "right" if side > 0 else "left"
+    assert done.warnings == [f"a block of one value lies against the head at the {where}: padding?"]

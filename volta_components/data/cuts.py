@@ -16,6 +16,8 @@ LEAST_HEIGHT = 0.92
 _PLANE_LIMIT, _DIRECTIONS = 0.3, 1200
 # Share of the surface above, beside and behind the brain that borders on blank voxels, beyond which these cut the head.
 _BLANK_LIMIT = 0.05
+# Area of a block of one value on a face of the field of view, beyond which it is marked.
+_BLOCK_MM2 = 400
 
 
 def find_cuts(foreground: np.ndarray, coarse: np.ndarray, mm: np.ndarray) -> list[str]:
@@ -31,7 +33,21 @@ def find_cuts(foreground: np.ndarray, coarse: np.ndarray, mm: np.ndarray) -> lis
     mask = foreground[box]
     if not mask.any():
         return []
-    return _on_faces(mask, mm) or _on_a_plane(mask, mm) or _on_blank_voxels(mask, coarse[box], mm)
+    cuts = _on_faces(mask, mm) or _on_a_plane(mask, mm) or _on_blank_voxels(mask, coarse[box], mm)
+    return cuts + _blocks(foreground, coarse, mm)
+
+
+def _blocks(foreground: np.ndarray, coarse: np.ndarray, mm: np.ndarray) -> list[str]:
+    """Blocks of one value, as bright as the head, between it and a face of the field of view."""
+    flat = foreground & (ndimage.maximum_filter(coarse, 3) == ndimage.minimum_filter(coarse, 3))
+    flat &= coarse > np.median(coarse[~foreground]) if not foreground.all() else False
+    found = []
+    for number, side in enumerate(SIDES):
+        axis = number // 2
+        area = np.take(flat, 0 if number % 2 == 0 else -1, axis=axis).sum() * np.prod(np.delete(mm, axis))
+        if side != "bottom" and area > _BLOCK_MM2:
+            found.append(f"a block of one value lies against the head at the {side}: padding?")
+    return found
 
 
 def _on_faces(mask: np.ndarray, mm: np.ndarray) -> list[str]:
@@ -73,7 +89,8 @@ def _on_a_plane(mask: np.ndarray, mm: np.ndarray) -> list[str]:
     mask, mm = mask[tuple(slice(None, None, s) for s in step)], mm * step
     areas = [mask.sum(axis=tuple(a for a in range(3) if a != axis)) * np.prod(np.delete(mm, axis)) for axis in range(3)]
     thick = 6.0
-    if np.ptp(np.flatnonzero(mask.any(axis=(1, 2)))) * mm[0] < 10 * thick:  # no head of usual size
+    filled = np.flatnonzero(mask.any(axis=(1, 2)))
+    if not filled.size or np.ptp(filled) * mm[0] < 10 * thick:  # no head of usual size
         return []
     number = np.arange(_DIRECTIONS) + 0.5
     down, around = np.arccos(1 - 2 * number / _DIRECTIONS), np.pi * (1 + np.sqrt(5)) * number

@@ -312,6 +312,39 @@ def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = 
     # Here, since it imports torch, which the workers of ``volta3d prepare`` do without.
     from volta_components.distributed import gather_objects, process_count, process_rank
 
+    items = datalist.items
+    if not items:
+        raise _no_datalist(datalist.path)
+    if process_rank() == 0 and (note := uneven_skulls(items, datalist.name)):
+        warnings.warn(f"{datalist.path}: {note}", stacklevel=2)
+    share = items[process_rank() :: process_count()]
+    is_shown = deep and process_rank() == 0
+    rows = sorted(gather_objects(unusable_volumes(datalist, share, deep, workers, is_shown)))
+    if rows:
+        raise InputError.many(
+            f"{datalist.path}: {len(rows)} files of {len(items)} items cannot be used",
+            rows,
+            "Run the same volta3d prepare again (what is whole is kept), or remove the items from the datalist.",
+        )
+
+
+def unusable_volumes(
+    datalist: Datalist,
+    items: Sequence[Mapping[str, Any]],
+    deep: bool = False,
+    workers: int | None = None,
+    is_shown: bool = False,
+) -> list[tuple[str, str, str]]:
+    """Subject, file and reason of each volume of a datalist that is not what the datalist says.
+
+    Args:
+        datalist: the datalist.
+        items: those of it to look at.
+        deep: read every voxel too.
+        workers: threads.
+        is_shown: show a progress bar.
+    """
+
     def examine(item: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         found = []
         for kind in ("image", "label"):
@@ -322,28 +355,16 @@ def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = 
                     found.append((str(item["subject_id"]), str(item[kind]), error.reason))
         return found
 
-    items = datalist.items
-    if not items:
-        raise _no_datalist(datalist.path)
-    if process_rank() == 0 and (note := uneven_skulls(items, datalist.name)):
-        warnings.warn(f"{datalist.path}: {note}", stacklevel=2)
-    share = items[process_rank() :: process_count()]
     with ThreadPoolExecutor(workers or joblib.cpu_count()) as pool:
         checked = tqdm(
-            pool.map(examine, share),
-            total=len(share),
+            pool.map(examine, items),
+            total=len(items),
             desc="checking volumes",
             unit="volume",
             leave=False,
-            disable=not deep or process_rank() > 0,
+            disable=not is_shown,
         )
-        rows = sorted(gather_objects([row for found in checked for row in found]))
-    if rows:
-        raise InputError.many(
-            f"{datalist.path}: {len(rows)} files of {len(items)} items cannot be used",
-            rows,
-            "Run the same volta3d prepare again (what is whole is kept), or remove the items from the datalist.",
-        )
+        return [row for found in checked for row in found]
 
 
 def _check_volume(path: Path, kind: str, item: Mapping[str, Any], datalist: Datalist, deep: bool) -> None:

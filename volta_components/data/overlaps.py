@@ -18,6 +18,7 @@ from volta_components.data.datalist import (
     load_datalist,
     make_content,
     uneven_skulls,
+    unusable_volumes,
 )
 from volta_components.data.fingerprint import near_copies_of
 from volta_components.data.identity import canonical_patient_id, is_worldwide, loose_person, voxel_hashes
@@ -122,7 +123,8 @@ def check(
         strict: Count an id such as sub-0001 as an overlap even where the cohorts have different names.
         accept_look_alikes: Take ids that differ only in case, separators, prefixes or zero padding (sub-7 and SUB_07 of
             one cohort) for different people.
-        volumes: Check too that every volume is there, whole, and of the datalist's shape and spacing.
+        volumes: Make it an error if a volume is not there, not whole, or not of the datalist's shape and spacing;
+            without it, that is a warning.
         deep: Read every volume too, and compare it with its hash.
 
     Returns:
@@ -148,6 +150,14 @@ def check(
             f"{len(uncertain)} ids are in cohorts of different names and were counted as different people "
             f"(--strict counts them): {ids}"
         )
+    for datalist in () if volumes or deep else loaded:
+        if not datalist.content.get("rendered") and (bad := unusable_volumes(datalist, datalist.items)):
+            said = f"warning: {datalist.path}: {len(bad)} volumes cannot be used"
+            print(
+                InputError.many(
+                    said, bad, "Restore them, or prepare them again; ids were compared all the same.", limit=10
+                )
+            )
     everyone = [{"cohort": d.name, **item} for d in loaded for item in d.content["training"]]
     if note := uneven_skulls(everyone, ""):
         print(f"warning: {note}")

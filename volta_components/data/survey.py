@@ -26,6 +26,8 @@ _REPLACE = "convert it again, or replace them (fslmaths IN -nan OUT sets NaN to 
 # Padding is one value, of at least this share of the voxels, this far (in ranges of the other voxels) from them.
 _PADDING_SHARE, _PADDING_GAP = 0.002, 0.25
 _FEWEST_VALUES = 8
+# Where NaN borders on tissue, air is this many ranges of the tissue below it: no threshold falls within the tissue.
+_BELOW_TISSUE = 3
 # Voxels further than this many ranges (between percentiles 0.1 and 99.9) above or below that range are spikes.
 _FAR_ABOVE, _FAR_BELOW = 2.0, 1.0
 # A part of the foreground that is not connected with the largest one is of the head if it has this share of its voxels.
@@ -87,23 +89,40 @@ def survey(volume: Volume) -> Survey:
         raise UnusableVoxels("negative scale factor (inverted contrast)", "convert it from its source again")
     digest = hashlib.sha256(f"{voxels.shape}".encode() + coarse.tobytes()).hexdigest()
     seen = Survey(voxels, affine, factors, coarse, np.zeros(coarse.shape, bool), digest, minimum, maximum)  # type: ignore[arg-type]
-    seen = _without_outliers(seen, volume)
+    seen = _without_outliers(seen, volume, nan)
     if seen.coarse.min() != seen.coarse.max():
         seen = _with_foreground(seen)
-    return seen if nan is None else _check_nan(seen, nan)
+    if nan is None:
+        return seen
+    return replace(_check_nan(seen, nan), minimum=float(np.nanmin(upright.voxels)))
 
 
 def without_nan(volume: Volume) -> tuple[np.ndarray, np.ndarray | None]:
-    """A scan's voxels with an intensity of 0 in the place of NaN, which SPM, FSL and others write outside of the brain.
+    """A scan's voxels with air in the place of NaN, which SPM, FSL and others write outside of the brain.
+
+    Air has an intensity of 0, or of the darkest voxel where that is below. Where nothing is left of the air, as in
+    z-scores of the head alone, it is far below all others.
 
     Returns:
-        ``[X, Y, Z]``: the voxels, with 0 or the darkest of the others where that is below; where they were NaN, or None
-        where nothing was.
+        ``[X, Y, Z]``: the voxels; where they were NaN, or None where nothing was.
     """
     if volume.voxels.dtype.kind != "f" or not (nan := np.isnan(volume.voxels)).any() or nan.all():
         return volume.voxels, None
-    zero = -volume.intercept / volume.slope
-    return np.where(nan, min(zero, np.nanmin(volume.voxels)), volume.voxels).astype(volume.voxels.dtype), nan
+    zero, darkest = -volume.intercept / volume.slope, np.nanmin(volume.voxels)
+    air = min(zero, darkest)
+    if darkest < zero and np.isfinite(darkest) and _borders_on_tissue(volume.voxels, nan):
+        air = darkest - _BELOW_TISSUE * (np.nanpercentile(volume.voxels, 99) - darkest)
+    return np.where(nan, air, volume.voxels).astype(volume.voxels.dtype), nan
+
+
+def _borders_on_tissue(voxels: np.ndarray, nan: np.ndarray) -> bool:
+    """Whether NaN lies close around the head: what is left is standardised, or it is no air beside the NaN."""
+    rest = voxels[~nan]
+    if abs(rest.mean(dtype=np.float64)) < 0.01 and abs(rest.std(dtype=np.float64) - 1) < 0.01:
+        return True
+    low, high = np.percentile(rest, [1, 99])
+    border = voxels[ndimage.binary_dilation(nan) & ~nan]
+    return bool(border.size and np.median(border) > low + 0.1 * (high - low))
 
 
 def _check_nan(seen: Survey, nan: np.ndarray) -> Survey:
@@ -161,8 +180,8 @@ def block_means(voxels: np.ndarray, factors: tuple[int, int, int]) -> tuple[np.n
 # --- padding and spikes ----------------------------------------------------------------------------------------------
 
 
-def _without_outliers(seen: Survey, volume: Volume) -> Survey:
-    """Replace padding by air, and clip spikes; note what is odd."""
+def _without_outliers(seen: Survey, volume: Volume, nan: np.ndarray | None) -> Survey:
+    """Replace padding by air, and clip spikes; note what is odd. What was ``nan`` is air already."""
 
     def shown(value: float) -> str:
         return f"{volume.slope * value + volume.intercept:.4g}"
@@ -175,7 +194,12 @@ def _without_outliers(seen: Survey, volume: Volume) -> Survey:
     known = np.ones(sample.shape, bool)
     slices = {float(np.moveaxis(seen.voxels, axis, 0)[i].flat[0]) for axis, i in blank_slices(seen)}
     paddings: list[float] = []
-    for value in {*map(float, values[counts >= _PADDING_SHARE * sample.size]), *slices}:
+    frequent = {*map(float, values[counts >= _PADDING_SHARE * sample.size])}
+    if nan is not None:
+        air = float(seen.voxels[nan][0])
+        if air < -volume.intercept / volume.slope and np.mean((seen.voxels == air) & ~nan) < _PADDING_SHARE:
+            frequent, slices = frequent - {air}, slices - {air}
+    for value in frequent | slices:
         kind = _padding(sample, value, -volume.intercept / volume.slope, value in slices)
         if kind == "padding or background":
             notes.append(f"the background of {shown(value)} is {MAYBE_STRIPPED}")

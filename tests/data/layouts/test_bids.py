@@ -60,6 +60,12 @@ def test_dates_put_sessions_in_order_that_names_do_not(tmp_path, table):
     assert [(scan.session, scan.date) for scan in listing.scans] == [("ses-B", "2019-03-01")] and not found(listing)
 
 
+def test_dates_that_are_not_read_are_asked_for_in_the_form_that_is(tmp_path):
+    listing = listed(tmp_path, people("sub-1"), t1("sub-1", "ses-25062020"), t1("sub-1", "ses-01072019"))
+    (finding,) = [f for f in listing.findings if f.kind == "problem"]
+    assert "is the first is not known" in finding.reason and "write dates as YYYYMMDD" in finding.remedy
+
+
 def test_sessions_without_any_order_are_a_problem(tmp_path):
     listing = listed(tmp_path, people("sub-1"), t1("sub-1", "ses-A"), t1("sub-1", "ses-B"))
     ((who, file, reason),) = found(listing)
@@ -144,7 +150,7 @@ def test_dates_that_cannot_be_read_and_ages_against_names_are_named(tmp_path):
     }
 
 
-@pytest.mark.parametrize("spelling", ["SUB-01", "Sub_1", "sub-01", "01", "1"])
+@pytest.mark.parametrize("spelling", ["SUB-01", "SUB-001", "Sub_1", "sub-01", "01", "1"])
 def test_the_table_may_write_ids_in_any_case_with_or_without_their_prefix(tmp_path, spelling):
     listing = listed(tmp_path, ("participants.tsv", f"participant_id\tsex\n{spelling}\tF\n"), t1("sub-01"))
     assert [scan.sex for scan in listing.scans] == ["F"] and not found(listing)

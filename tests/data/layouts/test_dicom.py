@@ -275,3 +275,20 @@ def test_series_of_one_slice_each_are_named_once(tmp_path):
         write(tmp_path / f"P1/{i}", patient="P1", slices={i})
     ((who, _, reason),) = found(listed(tmp_path))
     assert who == "P1" and "24 series of one slice each" in reason and reason.count("SeriesInstanceUID") == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "sex"), [("F", "F"), ("male", "M"), ("FEMALE", "F"), ("f", "F"), (None, None), ("O", None)]
+)
+def test_the_sex_is_read_in_any_spelling_or_named(tmp_path, written, sex):
+    write(tmp_path / "P1/MPRAGE", patient="P1", PatientSex=written)
+    listing = listed(tmp_path)
+    assert [scan.sex for scan in listing.scans] == [sex] and not found(listing)
+    quirks = [reason for _, _, reason in found(listing, "quirk") if "PatientSex" in reason]
+    assert quirks == (["unknown sex code 'O' (PatientSex); left empty"] if written == "O" else [])
+
+
+def test_sexes_of_one_person_are_compared_in_any_spelling(tmp_path):
+    write(tmp_path / "A/MPRAGE", patient="7", PatientSex="male")
+    write(tmp_path / "B/MPRAGE", patient="7", PatientSex="FEMALE", date="20070418")
+    assert any("2 sexes" in reason for _, _, reason in found(listed(tmp_path)))

@@ -405,6 +405,8 @@ def select_sessions(listing: Listing, scans: Iterable[Scan], sessions: tuple[str
                 names_of = [other.session or other.source for other in unsure]
                 reason = f"which of {' and '.join(names_of)} is the first is not known; {names_of[0]} is used"
                 how = "give their dates (acq_time in the sessions' table), number them, or name one with --sessions"
+                if any(re.fullmatch(r"(ses-)?\d{8}", name) for name in names_of):
+                    how = f"write dates as YYYYMMDD; or {how}"
                 listing.note_scan("problem", scan, reason, how)
             else:
                 listing.note_scan("choice", scan, f"session {scan.session} {asked}", remedy)

@@ -45,7 +45,7 @@ from volta_components.data.layouts.series import (
     without_copies,
 )
 from volta_components.data.names import date_in, date_of_folders, split_visit
-from volta_components.data.tables import People, parse_age
+from volta_components.data.tables import People, parse_age, parse_sex
 from volta_components.data.volumes import volume_suffix
 from volta_components.data.walk import Tree, tidy
 from volta_components.errors import InputError
@@ -375,7 +375,7 @@ def _same_person(several: Iterable[_Series]) -> tuple[str, bool]:
         names = ("PatientID", "PatientSex", "PatientBirthDate", "PatientName")
         number, sex, born, name = (str(one.facts.get(name) or "").strip() for name in names)
         name = name.strip("^ ").casefold()
-        values["sexes"] |= {sex} & {"F", "M"}
+        values["sexes"] |= {sex.upper()[:1]} & {"F", "M"}
         values["birth dates"] |= {born} - {""}
         if name != number.casefold() and not _NOBODY.fullmatch(name):
             values["names"].add(name)
@@ -443,8 +443,11 @@ def _scan(
     root = options.source
     place, date = relative(series.folders[0], root), _date(series, root)
     facts = describe_person(listing, people, patient, session, date)
-    if facts["sex"] is None and series.facts.get("PatientSex") in ("F", "M"):
-        facts["sex"] = series.facts["PatientSex"]
+    if facts["sex"] is None:
+        try:
+            facts["sex"] = parse_sex(str(series.facts.get("PatientSex") or ""))
+        except ValueError as error:
+            listing.note("quirk", patient, place, f"{error} (PatientSex); left empty", patient_id=patient)
     if facts["age"] is None:
         try:
             facts["age"] = parse_age(str(series.facts.get("PatientAge") or "")) or None
