@@ -33,8 +33,12 @@ def find_cuts(foreground: np.ndarray, coarse: np.ndarray, mm: np.ndarray) -> lis
     mask = foreground[box]
     if not mask.any():
         return []
-    cuts = _on_faces(mask, mm) or _on_a_plane(mask, mm) or _on_blank_voxels(mask, coarse[box], mm)
-    return cuts + _blocks(foreground, coarse, mm)
+    return (
+        _on_faces(mask, mm)
+        or _on_a_plane(mask, mm)
+        or _on_blank_voxels(mask, coarse[box], mm)
+        or _blocks(foreground, coarse, mm)
+    )
 
 
 def _blocks(foreground: np.ndarray, coarse: np.ndarray, mm: np.ndarray) -> list[str]:
