@@ -91,3 +91,9 @@ def test_links_that_leave_the_folder_need_an_option(tmp_path: Path) -> None:
     assert chosen(tmp_path / "ds", tmp_path / "out", follow_links=True) == ["a_T1w.nii.gz", "b_T1w.nii.gz"]
     with pytest.raises(InputError, match="1 links leave the folder"):
         find_volumes(tmp_path / "ds")
+
+
+def test_the_header_of_a_pair_is_told_to_be_no_volume(tmp_path: Path) -> None:
+    (tmp_path / "scan.hdr").write_bytes(bytes(348))
+    with pytest.raises(InputError, match=r"scan\.hdr(.|\n)*not a volume(.|\n)*of a pair, its \.img"):
+        chosen(tmp_path / "scan.hdr", tmp_path / "out")

@@ -87,7 +87,8 @@ def _scans_of(part: Path, target: Path, follow_links: bool) -> tuple[list[Path],
     """The scans of a file or folder, and what is no scan or cannot be converted to one."""
     if not part.is_dir():
         if volume_suffix(part) is None:
-            return [], [(str(part), "not a volume", "give .nii, .nii.gz, .mgz, ...; of DICOM, the folder")]
+            remedy = "give .nii, .nii.gz, .mgz, ...; of a pair, its .img; of DICOM, the folder"
+            return [], [(str(part), "not a volume", remedy)]
         return [part], []
     tree = walk(part, follow_links)
     volumes, others = scans_below(tree)
