@@ -8,6 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import tiny_datasets as tiny
 import torch
 from labelled_scans import SIDE, make_labelled, write_head
 
@@ -62,3 +63,17 @@ def test_marks_of_a_datalist_go_with_its_prepared_volumes(tmp_path):
     datalist = load_datalist(tmp_path / "data")
     loaded = LoadScand("image", datalist.spacing, datalist.shape)(item)
     assert loaded["image"].meta["marks"] == "qform flipped" and "marks" not in loaded
+
+
+def test_a_mark_of_a_datalist_is_not_told_twice(tmp_path):
+    """On another grid than the network's, a prepared volume is looked at again."""
+    shape, affine = tiny.grid("RAS", (3.0, 3.0, 3.0), (64, 76, 64), centre=(0, 0, 0))
+    radius = np.linalg.norm(tiny.world(shape, affine) / [70, 88, 80], axis=-1)
+    head = 300 * (radius < 1) + np.random.default_rng(0).rayleigh(6, shape)
+    nib.save(nib.Nifti1Image(head[:39].astype(np.float32), affine), tmp_path / "cut.nii")
+    load = LoadScand("image", 3.0, (48, 64, 64))
+    found = load({"image": str(tmp_path / "cut.nii")})["image"].meta["marks"]
+    said = "the field of view ends within the head at the right (99 % of its largest cross-section lie there)"
+    assert found.startswith("the field of view ends within the head at the right (")
+    again = load({"image": str(tmp_path / "cut.nii"), "marks": f"qform flipped; {said}"})["image"].meta["marks"]
+    assert again == "; ".join([f"qform flipped; {said}", *found.split("; ")[1:]])

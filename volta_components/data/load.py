@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class LoadScand(MapTransform):
         for key in self.key_iterator(data):
             image, label = self._load(Path(str(data[key])), label_path)
             # A prepared volume no longer shows what its scan was marked for; its datalist does.
-            image.meta["marks"] = "; ".join(filter(None, (str(data.get("marks") or ""), image.meta["marks"])))
+            image.meta["marks"] = _joined(str(data.get("marks") or ""), image.meta["marks"])
             result[key] = image if self.track_meta else image.as_tensor()
             if label is not None:
                 result[self.label_key] = label if self.track_meta else label.as_tensor()
@@ -115,6 +116,17 @@ class LoadScand(MapTransform):
         image = volume.voxels.astype(np.float32) * np.float32(volume.slope) + np.float32(volume.intercept)
         is_unit = np.isfinite(image).all() and image.min() >= -1e-3 and image.max() <= 1 + 1e-3
         return image if is_unit and image.min() < image.max() else None
+
+
+def _joined(scan: str, volume: str) -> str:
+    """Marks of a scan and those of the volume made from it, without what is the same but for its numbers."""
+
+    def plain(mark: str) -> str:
+        return re.sub(r"[\d.]+", "", mark)
+
+    known = scan.split("; ") if scan else []
+    told = set(map(plain, known))
+    return "; ".join([*known, *(mark for mark in volume.split("; ") if mark and plain(mark) not in told)])
 
 
 def meta_tensor(voxels: np.ndarray, affine: np.ndarray, meta: Mapping[str, Any]) -> MetaTensor:
