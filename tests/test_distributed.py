@@ -169,6 +169,8 @@ def test_two_processes_train_as_one_does(ranks: list[dict[str, Any]], kind: str)
             torch.testing.assert_close(two[rank]["terms"][name], one["terms"][name], atol=1e-5, rtol=0)
         for name in ("global_loss.previous", "global_loss.marginal", "patch_loss.marginal"):
             torch.testing.assert_close(two[rank]["terms"][name], one["terms"][name], atol=1e-5, rtol=1e-4)
+        previous = [terms["patch_loss._extra_state"]["previous"] for terms in (two[rank]["terms"], one["terms"])]
+        torch.testing.assert_close(*previous, atol=1e-5, rtol=1e-4)
     np.testing.assert_allclose(np.mean([part["loss"] for part in two], axis=0), one["loss"], rtol=1e-5)
     # Both processes end as one, to the bit.
     for name, value in two[0]["student"].items():

@@ -381,7 +381,7 @@ class PatchAlignmentLoss(nn.Module):
     Attributes:
         statistics: as ``GlobalAlignmentLoss``; ``predicted`` compares the student's output with that for the same token
             of the last volume of the mini-batch before: the position alone predicts nothing.
-        previous: the student's tokens of that volume, ``[N, d]``.
+        previous: the student's tokens of that volume, ``[N, d]``; the last process's, in every process.
         token_centre: running means of the teacher's tokens, ``[N, d]``.
 
     Raises:
@@ -451,7 +451,8 @@ class PatchAlignmentLoss(nn.Module):
             predicted = (other - loss.detach()) / math.log(self.targets.out_dim)
             self.statistics["predicted"] = predicted * 0.0 if first else predicted
             if self.training:
-                self.previous = units[-1].detach().clone()
+                # The same in every process: a checkpoint holds that of one.
+                self.previous = gather_rows(units[-1:].detach())[-1].clone()
         return loss
 
     @torch.no_grad()
