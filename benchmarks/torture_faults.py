@@ -264,7 +264,9 @@ def broken_off(place: Place, ids: Mapping[str, object], task: bool = False) -> N
     """A run that has been killed after its second checkpoint."""
 
     def kill(pid: int) -> None:
-        while not (place.folder / "run" / "checkpoint_previous.pt").exists() and psutil.pid_exists(pid):
+        last, previous = (place.folder / "run" / name for name in ("checkpoint.pt", "checkpoint_previous.pt"))
+        # For a moment, both are names of one file: what is damaged twice could be whole again.
+        while not (previous.exists() and not previous.samefile(last)) and psutil.pid_exists(pid):
             time.sleep(0.01)
         if psutil.pid_exists(pid):
             psutil.Process(pid).kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from volta_components.errors import (
     find_fault,
     find_input_error,
 )
+from volta_components.files import atomic_path
 
 
 def test_many_bad_inputs_in_columns() -> None:
@@ -119,3 +121,10 @@ def test_what_was_not_foreseen_is_named_by_its_cause() -> None:
     assert not is_known
     assert message.startswith("KeyError: 'colour'; ")
     assert find_fault(RuntimeError("Caught ValueError in DataLoader worker process 0.")) is None
+
+
+def test_a_file_that_could_not_be_written_is_named(tmp_path: Path) -> None:
+    """Writing fails without saying in which file."""
+    with pytest.raises(OSError) as caught, atomic_path(tmp_path / "checkpoint.pt"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert (find_fault(caught.value) or "").startswith(f"{tmp_path}/checkpoint.pt: no space left on device; free space")

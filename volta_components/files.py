@@ -122,7 +122,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
     except OSError as error:
         if error.filename is None and error.errno is not None:  # writing and syncing do not say which file it was
-            raise OSError(error.errno, error.strerror, str(target)) from error
+            error.filename = str(target)
         raise
     finally:
         temporary.unlink(missing_ok=True)

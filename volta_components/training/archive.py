@@ -29,9 +29,18 @@ def write_archive(state: Any, path: str | os.PathLike[str]) -> None:
 
     Given a path, ``torch.save`` names the archive's folder after it, and a temporary name is never the same twice.
     Given an open file, it takes a fixed name.
+
+    Raises:
+        OSError: if it cannot be written.
     """
-    with Path(path).open("wb") as stream:
-        torch.save(state, stream)
+    try:
+        with Path(path).open("wb") as stream:
+            torch.save(state, stream)
+    except RuntimeError as error:
+        # After a failed write, PyTorch's writer fails once more while it closes.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def read_archive(path: str | os.PathLike[str]) -> Any:
