@@ -115,7 +115,8 @@ def main() -> None:
     lines = [
         "# The starter model on anatomies that it was not trained on",
         "",
-        f"`python benchmarks/hippocampus_scores.py --renderings {arguments.renderings}`: heads of "
+        f"`python benchmarks/hippocampus_scores.py --renderings {arguments.renderings} --any-renderings "
+        f"{arguments.any_renderings or arguments.renderings} --seed {arguments.seed}`: heads of "
         f"{len(scored)} held-out anatomies ({', '.join(scored)}), as many of each, 1 mm, segmented by "
         "`volta3d segment`, scored on the scan's own grid. The truth is the label map that a head was rendered from, "
         "not a manual one.",
