@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import sys
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,12 @@ def test_what_was_not_foreseen_is_named_by_its_cause() -> None:
     assert not is_known
     assert message.startswith("KeyError: 'colour'; ")
     assert find_fault(RuntimeError("Caught ValueError in DataLoader worker process 0.")) is None
+    assert find_fault(ConnectionResetError("of a server")) is None
+    ours, theirs = Pipe()
+    theirs.close()
+    with pytest.raises(EOFError) as caught:  # what a loading process leaves that dies while it hands a volume over
+        ours.recv()
+    assert "a process that loads volumes has ended (EOFError)" in str(find_fault(caught.value))
 
 
 def test_a_file_that_could_not_be_written_is_named(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import errno
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import TracebackType
 
 
@@ -100,13 +102,22 @@ def find_fault(error: BaseException | None) -> str | None:
             found = f"the memory is full; free some, or lower --batch_size and --num_workers, {AGAIN}"
         elif type(error).__name__ == "OutOfMemoryError":  # PyTorch's; importing it here would take seconds
             found = "the GPU's memory is full; lower --batch_size, or end what else uses the GPU"
-        elif isinstance(error, RuntimeError) and text.startswith("DataLoader worker") and "Caught" not in text:
+        elif _is_of_a_killed_loader(error, text):
+            first = (text.splitlines() or [type(error).__name__])[0]
             found = (
-                f"a process that loads volumes has ended ({text.splitlines()[0].rstrip('. ')}), most often because the "
+                f"a process that loads volumes has ended ({first.rstrip('. ')}), most often because the "
                 f"memory was full; free some, or lower --num_workers, {AGAIN}"
             )
         error = error.__cause__ or error.__context__
     return found
+
+
+def _is_of_a_killed_loader(error: BaseException, text: str) -> bool:
+    """PyTorch's own error, or that of a volume whose sender died while it was handed over."""
+    if isinstance(error, RuntimeError):
+        return text.startswith("DataLoader worker") and "Caught" not in text
+    frames = (frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__))
+    return isinstance(error, (ConnectionError, EOFError)) and any("multiprocessing" in Path(f).parts for f in frames)
 
 
 def describe(error: BaseException) -> tuple[str, bool]:
@@ -138,14 +149,14 @@ def explain_input_errors() -> None:
     if getattr(default, "explains", False):
         return
 
-    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    def hook(kind: type[BaseException], error: BaseException, frames: TracebackType | None) -> None:
         if isinstance(error, KeyboardInterrupt):
             left = str(error) or "started again, a training resumes from its last checkpoint"
             print(f"\ninterrupted: {left}", file=sys.stderr)
             return
         message, is_known = describe(error)
         if not is_known:
-            default(kind, error, traceback)
+            default(kind, error, frames)
         print(f"\nerror: {message}", file=sys.stderr)
 
     hook.explains = True  # type: ignore[attr-defined]

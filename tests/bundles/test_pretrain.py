@@ -62,7 +62,7 @@ def test_there_are_no_other_configs() -> None:
     found = {path.stem for path in PRETRAIN.glob("*.json")}
     # These two are tested with the data set that they render, in tests/training/test_endless.py.
     rendered = {"synthetic", "two_scanners"}
-    assert found == {"train", "evaluate", "inference", "metadata", "tracking", *rendered, *OVERLAYS}
+    assert found == {"train", "evaluate", "inference", "metadata", *rendered, *OVERLAYS}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
