@@ -255,9 +255,10 @@ def test_a_second_training_goes_on_from_the_first(server: Server, bundles: dict[
     """Its start is a file of the other release."""
     model = bundles[HARP] / "models" / "model.pt"
     first = read_json(model.with_suffix(".json"))
-    ended = server.train(max_epochs=10, val_split=0, learning_rate=0.005)
+    ended = server.train(max_epochs=40, val_split=0, learning_rate=0.005)
     assert ended["status"] == "DONE", server.log.read_text()[-5000:]
-    assert server.json("GET", "/info/")["train_stats"][HARP]["scored_on"] == "the training scans"
+    stats = server.json("GET", "/info/")["train_stats"][HARP]
+    assert stats["scored_on"] == "the training scans" and stats["replaced"], stats["message"]
     record = read_json(model.with_suffix(".json"))
     assert record["started_from"]["sha256"] == first["sha256"] != record["sha256"]
     assert record["started_from"]["started_from"]["sha256"] == first["started_from"]["sha256"]
