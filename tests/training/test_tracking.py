@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +23,13 @@ from volta_components.training import tracking
 from volta_components.training.record import code_version
 from volta_components.training.sampling import KeyedDataset
 from volta_components.training.stores import prepare_store
-from volta_components.training.tracking import TrainingRecord, find_mlflow_handler, group_metrics, hide_folders
+from volta_components.training.tracking import (
+    TrainingRecord,
+    describe_run,
+    find_mlflow_handler,
+    group_metrics,
+    hide_folders,
+)
 
 
 def test_the_record_averages_over_mini_batches_and_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,3 +152,27 @@ def test_other_errors_stay_what_they_are() -> None:
     TrainingRecord({}).attach(engine)
     with pytest.raises(ZeroDivisionError):
         engine.run([0])
+
+
+def test_runs_that_begin_together_share_their_data_sets(tmp_path: Path) -> None:
+    """MLflow looks whether a data set is known and then adds it: meanwhile another run may have done so."""
+    uri = f"sqlite:///{tmp_path}/mlruns.db"
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("some")
+    processes = 4
+    for number in range(4):
+        runs = [client.create_run(experiment) for _ in range(processes)]
+        together = threading.Barrier(processes)
+
+        def describe(run: Any, number: int = number, together: threading.Barrier = together) -> None:
+            own = MlflowClient(uri)
+            handler = SimpleNamespace(client=own, cur_run=run, artifacts=(), _log_params=lambda params: None)
+            together.wait()
+            tags = {"bundle": f"bundle{number}"}
+            describe_run(handler, {}, tags, {"training": [{"subject_id": "a", "patient_id": "a"}]})
+
+        with ThreadPoolExecutor(processes) as pool:
+            list(pool.map(describe, runs))
+        for run in runs:
+            [given] = client.get_run(run.info.run_id).inputs.dataset_inputs
+            assert given.dataset.name == f"bundle{number} (training)"

@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 # A path from the root, at the beginning of a text or behind sqlite:/// or file://.
 _ABSOLUTE = re.compile(r"""(?<![^\s"'=\[,])(?:sqlite:///|file://)?/(?!\.\.)[^\s"'/:]+(?:/[^\s"'/:]+)+""")
 MLFLOW_BATCH = 100  # parameters that a store takes at a time
+SHARED_ROW_TRIES = 5
 # Of an epoch's means, what is printed; MONAI's ``StatsHandler`` would print all of them.
 SHOWN = (
     *("loss", "loss_global", "loss_patch", "loss_reconstruction", "volumes_per_second"),
@@ -130,7 +131,7 @@ def describe_run(
             write_text(path, hide_folders(path.read_text(encoding="utf-8")))
     experiment = handler.cur_run.info.experiment_id
     about = DESCRIPTION.format(bundle=tags.get("bundle", "?"))
-    client.set_experiment_tag(experiment, "mlflow.note.content", about)
+    _share_rows(lambda: client.set_experiment_tag(experiment, "mlflow.note.content", about))
     name = str(tags.get("datalist_name") or tags.get("bundle") or "datalist")
     inputs = [
         _dataset_input(name, str(tags.get("datalist_hash", "")), part, items)
@@ -138,7 +139,23 @@ def describe_run(
         if items
     ]
     if inputs:
-        client.log_inputs(run_id, datasets=inputs)
+        _share_rows(lambda: client.log_inputs(run_id, datasets=inputs))
+
+
+def _share_rows(write: Callable[[], None]) -> None:
+    """Write what several runs of an experiment have in common.
+
+    MLflow looks for a row and then adds it. Of two runs that begin together, the second cannot add what the first has
+    added meanwhile, and has to look again.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for tries_left in reversed(range(SHARED_ROW_TRIES)):
+        try:
+            return write()
+        except MlflowException as error:
+            if not tries_left or not re.search("IntegrityError|UniqueViolation", str(error)):
+                raise
 
 
 def hide_folders(text: str) -> str:
