@@ -43,7 +43,7 @@ def main() -> None:
             print(
                 f"  {row['label']:<24} {row['embedding']:<13} {row['encoder']:<7} {row['measure']:<6} "
                 f"{row['value']:.2f} ({row['low']:.2f} to {row['high']:.2f}), {row['chance']:.2f}; "
-                f"{row['subjects']} scans"
+                f"{row['scans']} scans"
             )
     print("\npictures to look at:")
     for path in [

@@ -162,8 +162,8 @@ def test_the_report_has_a_row_for_each_combination(
     assert len({(r["label"], r["encoder"], r["embedding"], r["probe"]) for r in rows}) == len(rows)
     assert {r["label"] for r in rows} == {"sex", "diagnosis"}  # nobody's age is "old"
     for row in rows:
-        expected = (40, 20) if row["label"] == "sex" else (20, 8)
-        assert (row["subjects"], row["positive"], row["leak"]) == (*expected, "allowed")
+        expected = (40, 20, 20) if row["label"] == "sex" else (20, 10, 8)
+        assert (row["scans"], row["patients"], row["positive"], row["leak"]) == (*expected, "allowed")
     best = next(r for r in rows if (r["label"], r["encoder"], r["embedding"]) == ("sex", "volta", "summary"))
     assert best["value"] > 0.9
     chance = [r["value"] for r in rows if r["encoder"] == "random" and r["label"] == "sex"]
@@ -204,7 +204,7 @@ def test_each_cohort_is_told_from_the_rest(
         mixed = [{**item, "cohort": names[i // 2 % len(names)]} for i, item in enumerate(items)]
         rows = probe_report(tables, mixed, {"sex": ["M", "F"], "cohort": []}, tmp_path / "probes.json", neighbours=5)
         told = {row["label"]: row["positive"] for row in rows if row["label"].startswith("cohort")}
-        assert told == expected and all(row["subjects"] == 40 for row in rows)
+        assert told == expected and all(row["scans"] == 40 for row in rows)
     known = next(
         row
         for row in probe_report(

@@ -11,7 +11,8 @@ from fake_runs import Writer
 from PIL import Image
 
 from volta_components.errors import InputError
-from volta_components.files import write_json
+from volta_components.inference.embeddings import EmbeddingTable
+from volta_components.inference.probes import probe_report
 from volta_components.report.command import report
 from volta_components.report.pretraining import describe_pretraining
 from volta_components.report.store import Store
@@ -23,6 +24,12 @@ def picture(path):
     return path
 
 
+def embeddings(matrix):
+    table = EmbeddingTable()
+    table.rows[:] = [{"summary": row, "mean": row} for row in matrix]
+    return table
+
+
 def test_curves_probes_and_reconstruction_have_a_section(store_uri, tmp_path):
     writer = Writer(tmp_path / "run")
     lines = {"train/loss": [3.0, 2.0], "train/global_teacher_entropy": [0.9, 0.8], "val/reconstruction": [0.2, 0.1]}
@@ -30,14 +37,21 @@ def test_curves_probes_and_reconstruction_have_a_section(store_uri, tmp_path):
     tags = {"hardware": "NVIDIA H100", "command": "python -m monai.bundle run", "finished": None}
     run_id = writer.run("pretrain", "volta", 0, curves=lines, files={"pictures": drawn[1]}, **tags)
     writer.client.log_artifact(run_id, str(drawn[0]), "pictures")
-    probe = {"label": "sex", "embedding": "summary", "probe": "linear", "subjects": 120, "positive": 60, "leak": "none"}
-    areas = {"volta": (0.91, 0.85, 0.95), "random": (0.5, 0.4, 0.6)}
-    rows = [
-        {**probe, "encoder": name, "auroc": area, "auroc_low": low, "auroc_high": high}
-        for name, (area, low, high) in areas.items()
+    rng = np.random.default_rng(0)
+    items = [
+        {"subject_id": f"s{n}", "patient_id": f"p{n // 2}", "fold": n // 2 % 2, "sex": "MF"[n // 4 % 2]}
+        for n in range(48)
     ]
-    (tmp_path / "eval").mkdir()
-    write_json(tmp_path / "eval" / "probes.json", rows)
+    sex = np.array([item["sex"] == "F" for item in items])
+    tables = {
+        name: embeddings(rng.normal(size=(48, 3)) + shift * sex[:, None])
+        for name, shift in (("volta", 5), ("random", 0))
+    }
+    rows = probe_report(tables, items, {"sex": ["M", "F"]}, tmp_path / "eval" / "probes.json")
+    [known] = [
+        row for row in rows if [row[key] for key in ("encoder", "embedding", "probe")] == ["volta", "summary", "linear"]
+    ]
+    assert known["value"] > 0.95
     picture(tmp_path / "eval" / "embeddings.png")
     folders = [tmp_path / "run", tmp_path / "eval"]
     one = ["volta3d_aibl_ad"]
@@ -46,7 +60,10 @@ def test_curves_probes_and_reconstruction_have_a_section(store_uri, tmp_path):
     [section] = re.findall(r'<section id="pretraining">.*?</section>', page, flags=re.DOTALL)
     assert "<dt>held-out reconstruction error</dt><dd>0.1000</dd>" in section and "NVIDIA H100" in section
     assert "After epoch 10" in section and section.count("<img") == 3
-    assert re.search(r"<td>0.91<small>\[0.85, 0.95\]</small></td><td>0.50<small>\[0.40, 0.60\]</small></td>", section)
+    line = next(
+        line for line in re.findall(r"<tr>.*?</tr>", section, flags=re.DOTALL) if "summary</td><td>linear" in line
+    )
+    assert f"<td>{known['value']:.2f}<small>" in line and "<td>0.50</td><td>24</td>" in line
     assert (tmp_path / "out/tables/pretraining_probes.csv").is_file()
 
 

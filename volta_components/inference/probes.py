@@ -218,7 +218,7 @@ class _Probes:
                     except InputError as error:
                         raise InputError(f"label {label!r}: {error}") from error
                     figures = auroc_interval(truth, scores, list(self.patients[known]), seed=self.seed)
-                    row = _row(label, each, probe, "auroc", len(truth), figures, chance=0.5)
+                    row = self._row(label, each, probe, "auroc", known, figures, chance=0.5)
                     yield row | {"positive": int(truth.sum())}
 
     def numbers(self, name: str, values: Sequence[float | None]) -> Iterator[dict[str, Any]]:
@@ -232,9 +232,8 @@ class _Probes:
         for each in self.features:
             told = out_of_fold_scores(each.matrix[known], truth, folds, "ridge", components=each.components)
             r = float(_correlation(truth, told, np.ones(len(truth))))
-            yield _row(
-                name, each, "ridge", "r", len(truth), (r, *interval(_correlation(truth, told, weights))), chance=0.0
-            )
+            figures = (r, *interval(_correlation(truth, told, weights)))
+            yield self._row(name, each, "ridge", "r", known, figures, chance=0.0)
 
     def same_subject(self) -> Iterator[dict[str, Any]]:
         """Share of scans whose nearest neighbour is another scan of the same subject: the same head, seen again."""
@@ -246,7 +245,7 @@ class _Probes:
                 return
             weights = self._weights(asked)
             figures = (found[asked].mean(), *interval(weights @ found[asked] / weights.sum(axis=1)))
-            yield _row("same subject", each, "nearest", "share", int(asked.sum()), figures, by_chance[asked].mean())
+            yield self._row("same subject", each, "nearest", "share", asked, figures, by_chance[asked].mean())
 
     def tokens(self, tables: Mapping[str, TokenTable]) -> Iterator[dict[str, Any]]:
         """Share of variance of what fills a patch that its token explains and its position does not."""
@@ -258,25 +257,32 @@ class _Probes:
             weights = self._weights(table.known)
             figures = (1 - errors.sum() / naive.sum(), *interval(1 - (weights @ errors) / (weights @ naive)))
             each = Features(encoder, "tokens", np.empty(0))
-            yield _row("hippocampus in the patch", each, "ridge", "r2", len(folds), figures, chance=0.0)
+            yield self._row("hippocampus in the patch", each, "ridge", "r2", table.known, figures, chance=0.0)
 
-
-def _row(
-    label: str, features: Features, probe: str, measure: str, scans: int, figures: tuple[Any, ...], chance: float
-) -> dict[str, Any]:
-    value, low, high = (float(figure) for figure in figures)
-    return {
-        "label": label,
-        "encoder": features.encoder,
-        "embedding": features.embedding,
-        "probe": probe,
-        "measure": measure,
-        "subjects": scans,
-        "value": value,
-        "low": low,
-        "high": high,
-        "chance": float(chance),
-    }
+    def _row(
+        self,
+        label: str,
+        features: Features,
+        probe: str,
+        measure: str,
+        chosen: np.ndarray,
+        figures: tuple[Any, ...],
+        chance: float,
+    ) -> dict[str, Any]:
+        value, low, high = (float(figure) for figure in figures)
+        return {
+            "label": label,
+            "encoder": features.encoder,
+            "embedding": features.embedding,
+            "probe": probe,
+            "measure": measure,
+            "scans": int(np.sum(chosen)),
+            "patients": len(np.unique(self.patients[chosen])),
+            "value": value,
+            "low": low,
+            "high": high,
+            "chance": float(chance),
+        }
 
 
 def probe_report(

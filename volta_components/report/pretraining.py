@@ -40,6 +40,9 @@ LAST = {
     "train/effective_rank": "effective rank of the summaries",
 }
 
+PROBES = {"knn": "k-NN"}
+MEASURES = {"auroc": "AUROC", "r": "Pearson's r", "share": "share found", "r2": "R² beyond position"}
+
 
 @dataclass
 class Pretraining:
@@ -146,25 +149,30 @@ def _copied(source: Path, figures: Path, name: str, title: str, caption: str) ->
 
 
 def _probe_table(found: Sequence[Mapping[str, Any]]) -> Table:
-    """AUROC of each probe, the encoder beside random weights."""
+    """What each probe finds in the encoder, in random weights and in plain voxels."""
     frame = pd.DataFrame(found)
     encoders = list(dict.fromkeys(frame["encoder"]))
     rows = []
-    for (label, embedding, probe), group in frame.groupby(["label", "embedding", "probe"], sort=False):
-        row = [str(label), str(embedding), "k-NN" if probe == "knn" else str(probe)]
+    for keys, group in frame.groupby(["label", "embedding", "probe", "measure"], sort=False):
+        label, embedding, probe, measure = map(str, keys)
+        row = [label, embedding, PROBES.get(probe, probe), MEASURES[measure]]
         for encoder in encoders:
-            [item] = group[group["encoder"] == encoder].itertuples() or [None]
-            value = Estimate(item.auroc, low=item.auroc_low, high=item.auroc_high).checked(item.subjects)
-            row.append(cell(value))
-        rows.append([*row, str(group["subjects"].max())])
+            of_encoder = group[group["encoder"] == encoder]
+            values = [Estimate(item.value, low=item.low, high=item.high) for item in of_encoder.itertuples()]
+            row.append(cell(values[0].checked(of_encoder["patients"].iloc[0])) if values else "–")
+        rows.append([*row, number(group["chance"].iloc[0]), str(group["patients"].max())])
     names = {"volta": "VolTA-3D", "random": "random weights"}
     return Table(
         name="pretraining_probes",
         title="What the frozen encoder knows",
         frame=frame,
-        groups=[("", 3), ("AUROC", len(encoders)), ("", 1)],
-        columns=["label", "embedding", "probe", *(names.get(name, name) for name in encoders), "patients"],
+        groups=[("", 4), ("value", len(encoders)), ("", 2)],
+        columns=[
+            *("question", "embedding", "probe", "measure"),
+            *(names.get(name, name) for name in encoders),
+            *("chance", "patients"),
+        ],
         rows=rows,
-        note="AUROC of probes of the frozen encoder, out of fold, with 95 % CI over patients; beside it, the same "
-        "network with random weights.",
+        note="Probes of the frozen encoder, out of fold, with 95 % CI over patients; beside it, the same network with "
+        "random weights, and plain voxels. The cohort should be hard to tell.",
     )
