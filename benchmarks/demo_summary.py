@@ -18,8 +18,9 @@ def last_metrics() -> dict[str, float]:
     """The last values of the pretraining run's metrics, from MLflow."""
     client = MlflowClient(path_to_sqlite_uri(str(RUN / "mlruns.db")))
     experiment = client.get_experiment_by_name("volta3d_pretrain")
-    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"], max_results=1)
-    return dict(runs[0].data.metrics)
+    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"])
+    # A start that found nothing left to do has a run of its own, without metrics.
+    return next(dict(run.data.metrics) for run in runs if run.data.metrics)
 
 
 def main() -> None:
