@@ -12,6 +12,7 @@ The server's ``--conf models a,b`` names bundles in the app's folder ``model``.
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import tempfile
@@ -37,10 +38,17 @@ from monailabel.tasks.infer.bundle import BundleInferTask
 from monailabel.tasks.train.bundle import BundleTrainTask
 from monailabel.utils.others.generic import device_list
 
+from volta_components.data.headers import read_header
+from volta_components.data.nifti import write_nifti
+from volta_components.data.unusable import named_errors
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file
+from volta_components.inference.masks import marks_of_result
+from volta_components.inference.tables import marks_of
 from volta_components.method.weights import read_record, read_weights
 from volta_components.sharing.annotation import STATS, renumber
+
+logger = logging.getLogger(__name__)
 
 VOLUMES = (".nii.gz", ".nii")
 # A few scans do not bear the rate that a whole data set does.
@@ -141,7 +149,8 @@ def requested_model(bundle: Path, request: Mapping[str, Any] | None) -> Path:
 class VoltaInferTask(BundleInferTask):
     """``BundleInferTask`` that verifies the weights' hash whenever they are read, and loads all of them or none.
 
-    Clients get the message of whatever is wrong with a scan or with the weights. For classification it answers with a
+    Clients get the message of whatever is wrong with a scan or with the weights, and what is odd about a scan or its
+    mask as ``marks`` beside the result, in the words of ``volta3d segment``. For classification it answers with a
     score for each class, as ``BundleInferTask`` does only without its last step, which would restore a mask to the
     scan's grid. Beside the scores goes an empty mask: MONAI Label's client, and with it 3D Slicer, reads scores only
     from an answer that has a file.
@@ -181,6 +190,24 @@ class VoltaInferTask(BundleInferTask):
                 raise
             raise HTTPException(status_code=422, detail=str(cause)) from error
 
+    def writer(self, data: dict[str, Any], extension: str | None = None, dtype: Any = None) -> tuple[Any, Any]:
+        """Write the mask, with its scan's own qform, sform and codes; note the marks in the answer and in the log."""
+        scan, image = Path(data["image_path"]), data[self.input_key]
+        if self.type == InferType.CLASSIFICATION:
+            file, answer = super().writer(data, extension, dtype)
+            marks = marks_of(image)
+        else:
+            mask = data[self.output_label_key]
+            own = ".nii" if scan.name.endswith(".nii") else ".nii.gz"
+            suffix = extension or data.get("result_extension") or own
+            with tempfile.NamedTemporaryFile(suffix=suffix, delete=False) as stream:
+                file, answer = stream.name, {}
+            write_nifti(file, mask.cpu().numpy().astype(np.uint8), np.asarray(mask.affine.cpu(), float), like=scan)
+            marks = marks_of_result(image, mask)
+        if marks:
+            logger.warning("%s is marked; look at it before you use the result: %s", scan.name, marks)
+        return file, {**answer, "marks": marks}
+
     def _get_network(self, device: str, data: Mapping[str, Any] | None) -> Any:
         path = requested_model(Path(self.bundle_path), data)
         if not path.is_file():
@@ -198,9 +225,9 @@ def empty_mask(scan: Path) -> str | None:
     """A mask of nothing on a scan's grid, in a temporary file; None where the scan is no single NIfTI file."""
     if not scan.name.endswith(VOLUMES):
         return None
-    image = nib.load(scan)
+    header = read_header(scan)
     with tempfile.NamedTemporaryFile(suffix=VOLUMES[0], delete=False) as stream:
-        nib.save(nib.Nifti1Image(np.zeros(image.shape[:3], np.uint8), image.affine), stream.name)
+        write_nifti(stream.name, np.zeros(header.shape, np.uint8), header.affine, like=scan)
     return stream.name
 
 
@@ -328,9 +355,10 @@ class Studies(LocalDatastore):
         if UNSAFE.search(str(label_tag)):
             raise HTTPException(422, f"tag {label_tag!r}: give a name, not a path")
         self._check_target(Path(self._datastore.label_path(label_tag)), image_id + self._to_id(label_filename)[1])
-        image = nib.load(label_filename)
-        values = np.asanyarray(image.dataobj)
         try:
+            with named_errors(Path(label_filename)):
+                image = nib.load(label_filename)
+                values = np.asanyarray(image.dataobj)
             renumbered = renumber(values, label_info.get("label_info") or [], self.labels)
         except (InputError, TypeError, ValueError) as error:
             raise HTTPException(422, f"label map of {image_id}: {error}") from error

@@ -81,9 +81,11 @@ class Server:
         assert isinstance(caught.value.__cause__, urllib.error.HTTPError)
         return str(caught.value).splitlines()[0]
 
-    def upload(self, path: str, file: Path, field: str = "file", name: str | None = None, **params: Any) -> Any:
+    def upload(
+        self, path: str, file: Path, field: str = "file", name: str | None = None, method: str = "PUT", **params: Any
+    ) -> Any:
         """Send a file as a form, as clients do; the answer, or the text of a refusal."""
-        words = ["curl", "--silent", "-X", "PUT", "-F", f"{field}=@{file};filename={name or file.name}"]
+        words = ["curl", "--silent", "-X", method, "-F", f"{field}=@{file};filename={name or file.name}"]
         words += ["-F", f"params={json.dumps(params)}", self.address + path]
         return json.loads(subprocess.run(words, capture_output=True, check=True, env=environment()).stdout)
 

@@ -81,6 +81,53 @@ def test_ids_come_from_names_as_in_prepare(tmp_path: Path) -> None:
     assert found == {"sub-01": "ses-2", "anna": None}
 
 
+def test_patients_of_public_data_sets_have_their_ids(tmp_path: Path) -> None:
+    adni = "raw/002_S_0295/MPRAGE/2006-04-18_08_20_30.0/I1/ADNI_002_S_0295_MR_MPRAGE_br_raw_2006_2_I1.nii"
+    names = {
+        "raw/BraTS-GLI-00005-100/BraTS-GLI-00005-100-t1n.nii.gz": ("BraTS-GLI-00005", "100"),
+        "raw/BraTS-GLI-00005-101/BraTS-GLI-00005-101-t1n.nii.gz": ("BraTS-GLI-00005", "101"),
+        adni: ("002_S_0295", "ses-20060418"),
+        "raw/IXI002-Guys-0828-T1.nii.gz": ("IXI002", None),
+        "raw/sub-ADNI002S0295_ses-M06_T1w.nii.gz": ("sub-ADNI002S0295", "ses-M06"),
+        "raw/anna/mri/T1.mgz": ("anna", None),
+        "raw/bert/mri/T1.mgz": ("bert", None),
+    }
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_volumes(tmp_path / "raw")
+    told = {item["image"]: (item["subject_id"], item["session"]) for item in found}
+    assert told == {str(tmp_path / name): ids for name, ids in names.items()}
+    # As a list of scans, as the commands give them.
+    assert find_volumes([item["image"] for item in found]) == found
+
+
+def test_whom_a_scan_is_of_is_said_where_it_is_a_guess(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, name in enumerate(("p1_visit1", "p1_visit2", "anna")):
+        tiny.save_head(tmp_path / f"ds/{name}_T1w.nii.gz", seed=number)
+    chosen(tmp_path / "ds", tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "is a guess" in said and "p1_visit1 and p1_visit2: taken for one person" in said
+    ids = {(item["subject_id"], item["session"]) for item in find_volumes(tmp_path / "ds")}
+    assert ids == {("p1", "ses-visit1"), ("p1", "ses-visit2"), ("anna", None)}
+    chosen(tmp_path / "ds/anna_T1w.nii.gz", tmp_path / "out")
+    assert "guess" not in capsys.readouterr().err
+
+
+def test_other_contrasts_are_no_scans_and_nobody_is_lost_by_that(tmp_path: Path) -> None:
+    for kind in ("t1n", "t1c", "t2w", "t2f", "seg"):
+        tiny.save_head(tmp_path / f"ds/BraTS-GLI-00005-100/BraTS-GLI-00005-100-{kind}.nii.gz")
+    for number, name in enumerate(("anna_T1", "anna_T1_brain", "anna_mask"), start=1):
+        tiny.save_head(tmp_path / f"ds/{name}.nii.gz", seed=number)
+    expected = ["BraTS-GLI-00005-100-t1n.nii.gz", "anna_T1.nii.gz"]
+    assert chosen(tmp_path / "ds", tmp_path / "out") == expected
+    tiny.save_head(tmp_path / "ds/bert_FLAIR.nii.gz", seed=4)
+    with pytest.raises(InputError, match=r"1 of 3 scans(.|\n)*bert_FLAIR.nii.gz +bert has no T1 scan"):
+        chosen(tmp_path / "ds", tmp_path / "out")
+    assert chosen(tmp_path / "ds", tmp_path / "out", skip_bad=True) == expected
+    assert chosen(tmp_path / "ds/bert_FLAIR.nii.gz", tmp_path / "out") == ["bert_FLAIR.nii.gz"]
+
+
 def test_links_that_leave_the_folder_need_an_option(tmp_path: Path) -> None:
     tiny.save_head(tmp_path / "elsewhere/b_T1w.nii.gz", seed=1)
     tiny.save_head(tmp_path / "ds/a_T1w.nii.gz")

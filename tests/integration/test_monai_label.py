@@ -15,13 +15,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from csv_rows import read_rows
 from doc_blocks import Block
 from label_server import CLASSES, HARP, ROOT, SMALL, Server, command, environment, page_blocks, running
+from labelled_scans import centred_affine, head
 from monai.bundle import ConfigParser
 from scipy import ndimage
 from web import free_port
 
 from volta_components.data.labels import SIDES
+from volta_components.data.nifti import write_nifti
 from volta_components.downstream.start import load_model
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file
@@ -124,6 +127,38 @@ def test_the_pages_requests(server: Server, studies: Path, tmp_path: Path) -> No
     mask, again = nib.load(tmp_path / "mask.nii.gz"), server.mask(name, tmp_path)
     assert np.array_equal(np.asarray(mask.dataobj), np.asarray(again.dataobj))
     assert [row["label"] for row in json.loads(classes)["prediction"]] == ["male", "female"]
+
+
+def test_marks_of_scan_and_mask_are_in_the_answer(
+    server: Server, bundles: dict[str, Path], studies: Path, tmp_path: Path
+) -> None:
+    """In the words of the bundle's own table; a mask has both transforms of its scan, which disagree here."""
+    plain = nib.load(studies / "sub-IXI000_T1w.nii.gz")
+    flipped = nib.Nifti1Image(np.asarray(plain.dataobj), plain.affine)
+    flipped.set_sform(plain.affine, code=1)
+    flipped.set_qform(plain.affine @ np.diag([-1, 1, 1, 1]), code=2)
+    nib.save(flipped, scan := tmp_path / "flipped_T1w.nii.gz")
+    bundle_mask(bundles[HARP], scan, tmp_path / "out")
+    (expected,) = (row["marks"] for row in read_rows(tmp_path / "out" / "volumes.csv"))
+    assert "LEFT/RIGHT FLIP" in expected and "hippocampus of" in expected  # these heads are small
+    answer = server.upload(f"/infer/{HARP}?output=json", scan, method="POST")
+    assert answer["marks"] == expected
+    said = server.log.read_text()
+    assert "is marked; look at it" in said and expected in said
+    answer = server.upload("/infer/ixi_sex_phantom_tiny?output=json", scan, method="POST")
+    assert "LEFT/RIGHT FLIP" in answer["marks"] and "hippocampus of" not in answer["marks"]
+    # Of a head as large as people's, nothing is odd.
+    small = centred_affine(shape := (72, 80, 72), (0.6, 0.6, 0.6))
+    write_nifti(tmp_path / "large_T1w.nii.gz", head(shape, small)[0], np.diag([5, 5, 5, 1]) @ small)
+    answer = server.upload("/infer/ixi_sex_phantom_tiny?output=json", tmp_path / "large_T1w.nii.gz", method="POST")
+    assert answer["marks"] == ""
+    words = ["curl", "--fail", "--silent", "-X", "POST", "-F", f"file=@{scan}", "-o", str(tmp_path / "mask.nii.gz")]
+    subprocess.run([*words, f"{server.address}/infer/{HARP}?output=image"], check=True, env=environment())
+    mask = nib.load(tmp_path / "mask.nii.gz")
+    for name in ("get_sform", "get_qform"):
+        (affine, code), (own, own_code) = (getattr(image, name)(coded=True) for image in (mask, flipped))
+        assert code == own_code
+        np.testing.assert_allclose(affine, own, atol=1e-4)
 
 
 def test_a_second_server_at_the_same_port_changes_nothing(server: Server, studies: Path, tmp_path: Path) -> None:

@@ -11,13 +11,17 @@ from datetime import date
 from volta_components.data.identity import loose
 
 _OTHER_WORDS = """
-t2w t2 flair t2star t2starw pd pdw pdt2 inplanet1 inplanet2 angio defacemask t1map t2map r1map r2starmap mtr mtrmap mts
+t2w t2 flair t2star t2starw pd pdw pdt2 inplanet1 inplanet2 angio t1map t2map r1map r2starmap mtr mtrmap mts
 mtsat mtvmap pdmap t1rho bold sbref cbv dwi dti adc fa md epi phasediff phase phase1 phase2 magnitude magnitude1
 magnitude2 fieldmap fmap tb1afi tb1dam tb1ep tb1map tb1tfl rb1cor asl m0scan pet swi swan unit1 mp2rage megre mese irt1
-vfa dseg probseg mask brainmask seg segmentation bet brain t2f t1c t1ce t1gd t1post t1km aseg aparc label labels
+vfa bet brain t2f t1c t1ce t1gd t1post t1km
 """
+# Last words of names of masks and label maps.
+MASKS = frozenset(
+    {"aparc", "aseg", "brainmask", "defacemask", "dseg", "label", "labels", "mask", "probseg", "seg", "segmentation"}
+)
 # Last words of names that are no T1 scan: those of BIDS, and usual ones of other names.
-OTHER_CONTRASTS = frozenset(_OTHER_WORDS.split())
+OTHER_CONTRASTS = MASKS | frozenset(_OTHER_WORDS.split())
 _T1 = re.compile(r"(t1w?|t1n|mprage|spgr|bravo|tfe|tfl)", re.IGNORECASE)
 _SESSION = re.compile(r"[._-](ses-[A-Za-z0-9]+)(?=[._-]|$)")
 # A session or run that hyphens part from the rest: ``sub-05-run-1-T1w``.

@@ -136,7 +136,10 @@ def _check_nan(seen: Survey, nan: np.ndarray) -> Survey:
         share, _, _ = block_means(nan.view(np.uint8), seen.factors)
         if within := round(float(share[inner].sum()) * float(np.prod(seen.factors))):
             raise UnusableVoxels(f"contains NaN ({within:,} voxels within the head)", _REPLACE)
-    note = f"{int(nan.sum()):,} voxels are NaN ({100 * nan.mean():.2g} % of all), taken as outside of the head"
+    note = (
+        f"{int(nan.sum()):,} voxels are NaN ({100 * nan.mean():.2g} % of all), taken as outside of the head: where "
+        "they are of its skin, its window has moved"
+    )
     return replace(seen, warnings=(*seen.warnings, note))
 
 

@@ -21,7 +21,16 @@ from volta_components.data.volumes import UnusableVolume, volume_suffix
 from volta_components.data.walk import walk
 from volta_components.errors import InputError
 from volta_components.files import partial_prefix, remove_partials
-from volta_components.inference.scans import Row, bad_scans, check_outside, is_datalist, scans_below, unusable_scans
+from volta_components.inference.scans import (
+    Row,
+    bad_scans,
+    check_outside,
+    is_datalist,
+    scans_below,
+    unusable_scans,
+    who_and_when,
+    without_t1,
+)
 
 CONVERTED = "converted"
 
@@ -77,10 +86,14 @@ def choose_scans(
     if rows:
         print(InputError.many(f"{len(rows)} of {count} scans are left out", rows, ""), file=sys.stderr)
     bad_files = {row[0] for row in rows}
-    chosen = [*datalists, *(path for path in files if str(path) not in bad_files)]
-    if not chosen:
+    usable = [path for path in files if str(path) not in bad_files]
+    if not datalists and not usable:
         raise InputError("no scan is left; see the list above")
-    return chosen
+    if guesses := who_and_when(usable)[1]:
+        told = [(finding.subject, finding.file, finding.reason) for finding in guesses]
+        headline = "who these scans are of is a guess (subject_id in the results' table)"
+        print(str(InputError.many(headline, told, "")).rstrip(), file=sys.stderr)
+    return [*datalists, *usable]
 
 
 def _scans_of(part: Path, target: Path, follow_links: bool) -> tuple[list[Path], list[Row]]:
@@ -95,7 +108,8 @@ def _scans_of(part: Path, target: Path, follow_links: bool) -> tuple[list[Path],
     if others:
         print(f"{part}: {len(others)} volumes that are no T1w scans are left out, such as {others[0]}")
     has_dicom = any(map(may_be_dicom, tree.files))
-    rows = [
+    rows = without_t1(tree, volumes, others)
+    rows += [
         (str(link), "a link that leaves the folder", "add --follow-links, or give the file itself")
         for link in tree.outside
         if volume_suffix(link) or link.is_dir()

@@ -78,6 +78,20 @@ class ScanSpaceWriter(NibabelWriter):
         write_nifti(filename, voxels, np.asarray(self.affine, float), like=self.scan)
 
 
+def marks_of_result(image: Any, mask: MetaTensor) -> str:
+    """What is odd about a scan and about the mask that was drawn of it, in one text; empty for most.
+
+    Args:
+        image: the prepared volume ``[1, D, H, W]``, as ``LoadScand`` gave it.
+        mask: ``[X, Y, Z]``, on the scan's own grid.
+    """
+    marks = [text for text in (marks_of(image),) if text]
+    if isinstance(image, MetaTensor):
+        affines = [np.asarray(volume.affine.cpu(), float) for volume in (mask, image)]
+        marks += odd_about_masks(mask.cpu().numpy(), affines[0], image[0].cpu().numpy(), affines[1])
+    return "; ".join(marks)
+
+
 class VolumeTable(ResultTable):
     """Writes a CSV of the volumes of both hippocampi, in mm^3 of the scan's own voxels, and what is odd about them."""
 
@@ -87,17 +101,10 @@ class VolumeTable(ResultTable):
         file = str(mask.meta["filename_or_obj"])
         voxel = abs(float(np.linalg.det(np.asarray(mask.affine.cpu())[:3, :3])))
         volumes = [int((mask == value).sum()) * voxel for value in SIDES.values()]
-        marks = [text for text in (marks_of(item["image"]),) if text]
-        if isinstance(item["image"], MetaTensor):
-            marks += odd_about_masks(
-                mask[0].cpu().numpy(),
-                np.asarray(mask.affine.cpu(), float),
-                item["image"][0].cpu().numpy(),
-                np.asarray(item["image"].affine.cpu(), float),
-            )
+        marks = marks_of_result(item["image"], mask[0])
         numbers = [f"{volume:.1f}" for volume in (*volumes, sum(volumes))]
         made = [Path(mask.meta["saved_to"])] if "saved_to" in mask.meta else []
-        return [item.get("subject_id"), item.get("session"), file, *numbers, "; ".join(marks)], file, made
+        return [item.get("subject_id"), item.get("session"), file, *numbers, marks], file, made
 
     def write(self) -> None:
         """Write the table."""

@@ -15,8 +15,12 @@ import numpy as np
 from tqdm import tqdm
 
 from volta_components.data.datalist import check_volumes, load_datalist
+from volta_components.data.identity import is_worldwide
 from volta_components.data.layouts.bids import ASIDE
-from volta_components.data.names import parse_name
+from volta_components.data.layouts.brats import time_point
+from volta_components.data.layouts.common import Finding, Listing
+from volta_components.data.layouts.folder import identified
+from volta_components.data.names import MASKS, parse_name
 from volta_components.data.survey import survey
 from volta_components.data.unusable import what_is_wrong
 from volta_components.data.volumes import read_volume, volume_stem, volume_suffix
@@ -53,13 +57,14 @@ def find_volumes(source: Source, output: PathLike | None = None, required: bool 
             ``check_source`` refuses it.
 
     Returns:
-        Items with ``image``, ``subject_id``, ``session`` and, of a datalist, ``marks``; ids come from the datalist or
-        from file names, as in BIDS.
+        Items with ``image``, ``subject_id``, ``session`` and, of a datalist, ``marks``; ids come from the datalist, or
+        are those of ``who_and_when``.
 
     Raises:
         InputError: if there is nothing, a file is missing, or the output lies in the source.
     """
     items: list[Item] = []
+    plain: list[Item] = []
     for part in parts_of(source):
         if not required and not part.exists():
             continue
@@ -85,9 +90,34 @@ def find_volumes(source: Source, output: PathLike | None = None, required: bool 
         for file in files:
             if volume_suffix(file) is None:
                 raise InputError(f"{file}: not a volume (.nii, .nii.gz, .mgz, ...)")
-            name = parse_name(VolumeFile.of(file).stem)
-            items.append({"image": str(file), "subject_id": name.subject, "session": name.session})
+            plain.append({"image": str(file)})
+            items.append(plain[-1])
+    names, _ = who_and_when([Path(item["image"]) for item in plain])
+    for item, (subject, session) in zip(plain, names, strict=True):
+        item |= {"subject_id": subject, "session": session}
     return items
+
+
+def who_and_when(files: Sequence[Path]) -> tuple[list[tuple[str, str | None]], list[Finding]]:
+    """Whom each scan is of, and when, by its name and folders, as ``volta3d prepare --layout folder`` takes them.
+
+    Patients of the public data sets have their ids: ``BraTS-GLI-00005`` and ``100`` of ``BraTS-GLI-00005-100-t1n``.
+
+    Returns:
+        Subject and session of each scan; what of this is a guess.
+    """
+    if not files:
+        return [], []
+    volumes = [VolumeFile.of(file.absolute()) for file in files]
+    listing = Listing("")
+    root = Path(os.path.commonpath([volume.folder for volume in volumes]))
+    found = {one.volume.path: one for one in identified(listing, root, volumes)}
+    names = []
+    for one in (found[volume.path] for volume in volumes):
+        is_public = is_worldwide(one.patient) and not one.name.is_bids
+        session = one.session or time_point(one.name.subject)
+        names.append((one.patient if is_public else one.subject, session))
+    return names, [finding for finding in listing.findings if finding.kind == "problem"]
 
 
 def check_outside(folder: Path, output: PathLike | None, option: str) -> None:
@@ -102,16 +132,37 @@ def check_outside(folder: Path, output: PathLike | None, option: str) -> None:
 def scans_below(tree: Tree) -> tuple[list[Path], list[Path]]:
     """Volumes below a folder, and apart from them those that are no T1 scans by the rules of BIDS; in order of paths.
 
-    Set apart are volumes in ``derivatives``, ``sourcedata`` and ``code`` beside folders ``sub-*``, and those whose name
-    begins with ``sub-`` and ends in another word than ``T1w`` (``sub-01_dseg.nii.gz``). Any other name is a scan's.
+    Set apart are volumes in ``derivatives``, ``sourcedata`` and ``code`` beside folders ``sub-*``, those whose name
+    begins with ``sub-`` and ends in another word than ``T1w`` (``sub-01_dseg.nii.gz``), and those whose name ends in
+    the word for another contrast or a mask (``anna_t2.nii.gz``). Any other name is a scan's.
     """
     scans: list[Path] = []
     others: list[Path] = []
     aside = ASIDE if any(tree.root.glob("sub-*/")) else frozenset()
     for volume in tree.volumes():
         name, top = parse_name(volume.stem), volume.path.relative_to(tree.root).parts[0]
-        (others if top in aside or (name.is_bids and name.is_other) else scans).append(volume.path)
+        (others if top in aside or name.is_other else scans).append(volume.path)
     return scans, others
+
+
+def without_t1(tree: Tree, scans: Sequence[Path], others: Sequence[Path]) -> list[Row]:
+    """A volume of everybody below a folder who has no T1 scan by the names, with reason and remedy."""
+    aside = ASIDE if any(tree.root.glob("sub-*/")) else frozenset()
+    images = [
+        path
+        for path in others
+        if path.relative_to(tree.root).parts[0] not in aside
+        and parse_name(VolumeFile.of(path).stem).contrast.lower() not in MASKS
+    ]
+    names, _ = who_and_when([*scans, *images])
+    known = {subject for subject, _ in names[: len(scans)]}
+    lost = {
+        subject: path
+        for path, (subject, _) in zip(images, names[len(scans) :], strict=True)
+        if not {subject, parse_name(subject).subject} & known  # anna_T1_brain is of anna
+    }
+    remedy = "name it ..._T1w if it is one, or give the file itself"
+    return [(str(path), f"{subject} has no T1 scan by the names", remedy) for subject, path in lost.items()]
 
 
 def result_root(source: Source) -> str:

@@ -15,7 +15,8 @@ from ignite.engine import Engine, Events
 from numpy.typing import NDArray
 from torch import nn
 
-from volta_components.data.names import split_visit
+from volta_components.data.names import parse_name, split_visit
+from volta_components.data.walk import VolumeFile
 from volta_components.distributed import process_rank
 from volta_components.downstream.leaks import known_people
 from volta_components.downstream.segmentation import SHOWN, SegmentationResults
@@ -224,8 +225,10 @@ def annotation_record(
     origin, tags = (dict(before.get(key) or {}) for key in ("provenance", "tags"))
     trained, pretrained = known_people(before)
     pretraining = dict(record.get("pretraining") or {})
-    names = [str(item["subject_id"]) for item in find_volumes([str(item["image"]) for item in items])]
+    scans = find_volumes([str(item["image"]) for item in items])
+    names = [str(scan["subject_id"]) for scan in scans]
     # Of p01_visit2 the patient is known by either name.
+    names += [parse_name(VolumeFile.of(Path(scan["image"])).stem).subject for scan in scans]
     names += [base for name in names if (base := split_visit(name)[0]) and base != name]
     seen = [{"patient_id": name} for name in names] + [
         {"patient_id": names[0], "source_sha256": image} for image, _ in files

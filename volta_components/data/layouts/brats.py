@@ -104,6 +104,12 @@ def read(options: LayoutOptions) -> Listing:
     return choose(listing, options.sessions)
 
 
+def time_point(name: str) -> str | None:
+    """The time point in the name of a case: ``100`` of ``BraTS-GLI-00005-100``."""
+    match = _CASE.match(name)
+    return match[3] if match else None
+
+
 def _case(name: str) -> str | None:
     """The case that a name begins with."""
     match = _CASE.match(name) or _OLD_CASE.match(name)
@@ -118,7 +124,7 @@ def _scans(
     listing: Listing, options: LayoutOptions, name: str, volumes: list[VolumeFile], people: People | None
 ) -> None:
     """Add the native scans of a case; two of one folder are one scan, compressed and not."""
-    patient, match = canonical_patient_id(name), _CASE.match(name)
+    patient = canonical_patient_id(name)
     facts = describe_person(listing, people, patient) if volumes else {}
     used: dict[Path, str] = {}
     for volume in sorted(volumes, key=lambda volume: (not volume.path.name.endswith(".gz"), str(volume.path))):
@@ -127,6 +133,5 @@ def _scans(
             listing.note("quirk", name, place, f"there both compressed and not: {used[folder]} is used", "", True)
             continue
         used[folder] = volume.name
-        session = match[3] if match else None
-        subject = patient if match else name
-        listing.add(Scan(subject, session, patient, volume.path, place, **facts))
+        subject = patient if _CASE.match(name) else name
+        listing.add(Scan(subject, time_point(name), patient, volume.path, place, **facts))

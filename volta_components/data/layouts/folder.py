@@ -48,7 +48,7 @@ _LABEL_FOLDERS = {"labels", "label", "labelstr"}
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """A volume, and who and when it is of.
 
     Attributes:
@@ -93,7 +93,7 @@ def read(options: LayoutOptions) -> Listing:
             f"{root}: no volume (.nii, .nii.gz, .mnc, .mgz) in it or below{contrasts}; for DICOM use --layout dicom"
         )
     people = _people(listing, options)
-    found = _identified(listing, root, images, people)
+    found = identified(listing, root, images, people)
     align(listing, people, (one.patient for one in found))
     scans = [
         Scan(
@@ -155,8 +155,8 @@ def _people(listing: Listing, options: LayoutOptions) -> People | None:
 # --- who -------------------------------------------------------------------------------------------------------------
 
 
-def _identified(listing: Listing, root: Path, images: list[VolumeFile], people: People | None) -> list[_Found]:
-    """Who each image is of, by its name or by its folders; guesses are problems."""
+def identified(listing: Listing, root: Path, images: Sequence[VolumeFile], people: People | None = None) -> list[Found]:
+    """Who each image below a folder is of, by its name or by its folders; guesses are problems."""
     places = {volume.path: _folders(volume, root) for volume in images}
     holders: dict[str, set[tuple[str, ...]]] = {}
     crowd = Counter(places.values())
@@ -164,6 +164,8 @@ def _identified(listing: Listing, root: Path, images: list[VolumeFile], people: 
         holders.setdefault(volume.stem, set()).add(places[volume.path])
     # Folders with files of names that other folders have as well: there, names alone do not say who.
     alike = sorted({place for several in holders.values() if len(several) > 1 for place in several})
+    deepest = max(map(len, places.values()), default=0)
+    levels = [{place[level : level + 1] for place in alike} for level in range(deepest)]
     found, plain = [], []
     for volume in images:
         name, folders = parse_name(volume.stem), places[volume.path]
@@ -179,22 +181,21 @@ def _identified(listing: Listing, root: Path, images: list[VolumeFile], people: 
         by_table = people is not None and people.knows(name.subject)
         above = next((part for part in folders if _is_person(part, people)), None)
         if name.is_bids:
-            found.append(_Found(volume, name, name.subject, session, canonical_patient_id(name.subject), date))
+            found.append(Found(volume, name, name.subject, session, canonical_patient_id(name.subject), date))
         elif is_worldwide(own):
             visit = date or split_visit(name.subject)[1]
-            found.append(_Found(volume, name, name.subject, session or _session(visit), own, date))
+            found.append(Found(volume, name, name.subject, session or _session(visit), own, date))
         elif not by_table and (above or folders in alike):
-            others = [place for place in alike if place != folders]
-            differ = [part for i, part in enumerate(folders) if any(place[i : i + 1] != (part,) for place in others)]
+            differ = [part for part, level in zip(folders, levels, strict=False) if level - {(part,)}]
             who = above or _who(differ, folders, name.subject) or tidy(root.resolve().name)
             rest = [part for part in differ if part != who and (not above or _is_time(part))]
             rest += [volume.stem] * (crowd[folders] > 1 and who != name.subject)
             session = session or _session(date or "".join(rest))
-            found.append(_Found(volume, name, who, session, canonical_patient_id(who), date))
+            found.append(Found(volume, name, who, session, canonical_patient_id(who), date))
             if not above:
                 _note_folder(listing, relative(volume.path, root), who, session if rest else None, name.subject)
         else:
-            plain.append(_Found(volume, name, name.subject, session, canonical_patient_id(name.subject), date))
+            plain.append(Found(volume, name, name.subject, session, canonical_patient_id(name.subject), date))
     return found + _by_name(listing, root, plain, people)
 
 
@@ -249,9 +250,9 @@ def _note_folder(listing: Listing, place: str, who: str, session: str | None, fi
         listing.note("problem", who, place, f"{reason}, by the folder", f"{remedy}give a --table with {who}", False)
 
 
-def _by_name(listing: Listing, root: Path, plain: list[_Found], people: People | None) -> list[_Found]:
+def _by_name(listing: Listing, root: Path, plain: list[Found], people: People | None) -> list[Found]:
     """Join those whose names differ only in what looks like a visit, unless a table has each of them."""
-    bases: dict[str, list[_Found]] = {}
+    bases: dict[str, list[Found]] = {}
     for one in plain:
         base, visit = split_visit(one.subject)
         known = people is not None and people.knows(one.subject)
@@ -293,7 +294,7 @@ def _order(name: Name, scan: Scan) -> tuple[object, ...]:
     return (bool(repeat), *plainness(scan)) if name.is_bids else (bool(repeat),)
 
 
-def _other_contrasts(listing: Listing, root: Path, others: Iterable[VolumeFile], found: list[_Found]) -> None:
+def _other_contrasts(listing: Listing, root: Path, others: Iterable[VolumeFile], found: list[Found]) -> None:
     """Set volumes aside whose names say that they are no T1 scans; whoever has nothing else is a problem."""
     known = {one.patient for one in found}
     subjects = {one.subject for one in found}
@@ -320,7 +321,7 @@ def _other_contrasts(listing: Listing, root: Path, others: Iterable[VolumeFile],
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 
-def _give_labels(listing: Listing, root: Path, labels: list[VolumeFile], names: dict[Path, _Found]) -> None:
+def _give_labels(listing: Listing, root: Path, labels: list[VolumeFile], names: dict[Path, Found]) -> None:
     """Give each scan the label of its name, else the one of its subject and session; note those without a scan."""
     chosen: dict[Path, VolumeFile] = {}
     for label in sorted(labels, key=lambda volume: ("hippocamp" not in volume.stem.lower(), volume.path)):
