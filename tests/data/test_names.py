@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from volta_components.data.names import Name, date_in, date_of_cell, maybe_visits, parse_name, split_visit
+from volta_components.data.names import Name, date_in, date_of_cell, maybe_one_person, parse_name, split_visit
 
 
 @pytest.mark.parametrize(
@@ -87,13 +87,62 @@ def test_dates_in_cells_are_read_where_they_are_certain(cell, date):
     assert date_of_cell(cell) == date
 
 
-@pytest.mark.parametrize("pair", [["P1a", "P1b"], ["S01_01", "S01_02"], ["eva_1", "eva_2"], ["anna_2019", "anna_2021"]])
-def test_names_that_may_be_visits_are_found(pair):
-    assert maybe_visits([*pair, "bob"]) == [pair]
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ["P1a", "P1b"],
+        ["S01_01", "S01_02"],
+        ["eva_1", "eva_2"],
+        ["anna_2019", "anna_2021"],
+        # What tools make of a scan, and copies.
+        ["p1", "p1_Warped"],
+        ["s01", "wms01"],
+        ["c1s01", "s01"],
+        ["Copy of eva", "eva"],
+        ["eva", "eva (1)"],
+        ["100307", "100307_3T_T1w_MPR1"],
+        ["anna_MPRAGE_20200101101010_3", "anna_T1_20200101101010_5"],
+        ["1000123_orig", "1000123_restored"],
+    ],
+)
+def test_names_that_may_be_of_one_person_are_found(pair):
+    assert maybe_one_person([*pair, "bob"]) == [pair]
 
 
 @pytest.mark.parametrize(
-    "names", [["p1", "p2"], ["p_1", "p_2"], [f"{k}_{i}" for k in ("con", "pat") for i in range(9)]]
+    "names",
+    [
+        ["p1", "p2"],
+        ["p_1", "p_2"],
+        ["sms01", "sms02", "hc01"],
+        ["study_T1_001", "study_T1_002"],
+        ["2019_anna", "2019_carl", "2020_bert"],
+        [f"{k}_{i}" for k in ("con", "pat") for i in range(9)],
+    ],
 )
 def test_numbers_of_people_are_no_visits(names):
-    assert maybe_visits(names) == []
+    assert maybe_one_person(names) == []
+
+
+@pytest.mark.parametrize(
+    ("stem", "subject", "contrast"),
+    [
+        ("bert_T2_20200102101010_6", "bert", "T2"),
+        ("bert_localizer_1", "bert", "localizer"),
+        ("ADNI_002_S_0295_MR_Field_Mapping_br_raw_1", "ADNI_002_S_0295_MR", "Field_Mapping"),
+        ("IXI002-Guys-0828-DTI-00", "IXI002-Guys-0828", "DTI"),
+        ("aseg", "aseg", ""),
+    ],
+)
+def test_other_sequences_are_known_wherever_the_name_has_them(stem, subject, contrast):
+    name = parse_name(stem)
+    assert (name.subject, name.contrast, name.is_other) == (subject, contrast, True)
+
+
+@pytest.mark.parametrize("stem", ["pd_001", "p1_t2_scan", "Scout", "dwi_study_T1_01", "anna_FLAIR_and_MPRAGE_3"])
+def test_words_that_may_be_something_else_are_no_sequence(stem):
+    assert not parse_name(stem).is_other
+
+
+def test_names_of_uk_biobank_have_person_and_visit():
+    assert split_visit("1000123_20252_3_0") == ("1000123", "3")

@@ -23,6 +23,7 @@ MASKS = frozenset(
 # Last words of names that are no T1 scan: those of BIDS, and usual ones of other names.
 OTHER_CONTRASTS = MASKS | frozenset(_OTHER_WORDS.split())
 _T1 = re.compile(r"(t1w?|t1n|mprage|spgr|bravo|tfe|tfl)", re.IGNORECASE)
+_T1_WORD = re.compile(r"(?<![a-z\d])(t1[a-z]*|mpr(age)?|spgr|bravo)(?![a-z\d])", re.IGNORECASE)
 _SESSION = re.compile(r"[._-](ses-[A-Za-z0-9]+)(?=[._-]|$)")
 # A session or run that hyphens part from the rest: ``sub-05-run-1-T1w``.
 _SUBJECT = re.compile(r"sub-[A-Za-z0-9]+-(?:ses|run)-[A-Za-z0-9]", re.IGNORECASE)
@@ -40,6 +41,18 @@ _DATE = r"(?:19|20)\d\d-?[01]\d-?[0-3]\d(?:[T_-]?\d{6})?"
 # A year is a visit only behind something with a digit: p3_2019 is, pt_2019 may be the 2019th patient.
 _YEAR = re.compile(r"(.*\d.*?)[_. -]+((?:19[89]|20[0-4])\d)")
 _VISIT = re.compile(rf"(.*?)((?:(?:^|[_. -]+)(?:{_WORD}|{_LETTER}|{_DATE}))+)", re.IGNORECASE)
+# UK Biobank: person, field, visit, number.
+_BIOBANK = re.compile(r"(\d{7})_\d{4,5}_(\d)_\d")
+# Sequences, in the middle of a name; a T1 is none of the others.
+_SEQUENCE = re.compile(
+    r"(?<![a-z\d])(t1[a-z]*|(ir-?)?f?spgr|bravo|(3d)?mpr(age)?\d*|t2[a-z]*|flair)(?![a-z\d])", re.IGNORECASE
+)
+_OTHER_SEQUENCE = re.compile(
+    r"(?<=[_. -])((?i:locali[sz]er|scout|t2w|flair|dwi|dti|bold|asl|swi|tof|mra|field[_. -]?map(?:ping)?)|T2)"
+    r"(?=[_. -]|$)"
+)
+# What SPM puts before a name, and Windows before that of a copy.
+_MADE = re.compile(r"[smwrj]{0,4}(?:c[1-6])?|i?y_|Copy of ")
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 # What may be a visit, or a number of a person.
 _SHORT_END = re.compile(r"(.*\d)[a-f]|(.*[^\W_].*?)[_. -](?:\d{1,2}|(?:19|20)\d\d|[a-f])", re.IGNORECASE)
@@ -71,8 +84,8 @@ class Name:
     def is_other(self) -> bool:
         """Whether the name says that this is no T1 scan."""
         if self.contrast:
-            return self.contrast.lower() in OTHER_CONTRASTS or (self.is_bids and self.contrast.lower() != "t1w")
-        return False
+            return self.contrast.lower() != "t1w" if self.is_bids else not _T1.fullmatch(self.contrast)
+        return self.subject.lower() in MASKS
 
 
 def parse_name(stem: str) -> Name:
@@ -88,6 +101,8 @@ def parse_name(stem: str) -> Name:
     rest, last = match.groups() if (match := re.fullmatch(r"(.+?)[_. -]+([^_. -]+)", stem)) else (stem, "")
     contrast = last if _T1.fullmatch(last) or last.lower() in OTHER_CONTRASTS else ""
     subject = rest if contrast else stem
+    if not contrast and (other := _OTHER_SEQUENCE.search(stem)) and not _T1_WORD.search(stem):
+        subject, contrast = stem[: other.start()].rstrip("_. -"), other[0]
     found = _SESSION.search(subject)
     return Name(subject[: found.start()] if found else subject, found[1] if found else None, {}, contrast)
 
@@ -97,22 +112,43 @@ def split_visit(subject: str) -> tuple[str, str]:
 
     The name is empty where there is nothing else in it, the words where there are none.
     """
-    match = _VISIT.fullmatch(subject) or _YEAR.fullmatch(subject)
+    match = _BIOBANK.fullmatch(subject) or _VISIT.fullmatch(subject) or _YEAR.fullmatch(subject)
     return (match[1], match[2].strip("_. -")) if match else (subject, "")
 
 
-def maybe_visits(subjects: Iterable[str]) -> list[list[str]]:
-    """Groups of up to four names that may be visits of one person: ``P1a`` and ``P1b``, ``eva_1`` and ``eva_2``.
+def maybe_one_person(subjects: Iterable[str]) -> list[list[str]]:
+    """Groups of names that may be of one person: ``P1a`` and ``P1b``, ``eva_1`` and ``eva_2``, ``p`` and ``p_Warped``.
 
     Names that all have one stem are different people: ``p_1``, ``p_2``. Long rows are as well: ``con_1`` to ``con_20``.
+    Not so where one name is another with something before or behind it, as tools name what they make of a scan.
     """
-    groups: dict[str, list[str]] = {}
-    for subject in sorted(set(subjects)):
-        match = _SHORT_END.fullmatch(subject)
-        groups.setdefault(loose(match[1] or match[2]) if match else subject, []).append(subject)
-    return [
-        group for stem, group in groups.items() if 1 < len(group) <= 4 and (len(groups) > 1 or re.search(r"\d", stem))
+    names = sorted(set(subjects))
+    rows: dict[str, dict[str, list[str]]] = {"end": {}, "sequence": {}, "number": {}}
+    for name in names:
+        end = _SHORT_END.fullmatch(name)
+        rows["end"].setdefault(loose(end[1] or end[2]) if end else name, []).append(name)
+        found = _SEQUENCE.search(name)
+        rows["sequence"].setdefault(name[: found.start()].strip("_. -") if found else name, []).append(name)
+        first = re.match(r"(?!(?:19|20)\d\d[_. -]|\dT[_. -])([^_. -]*\d[^_. -]*)[_. -]", name)
+        rows["number"].setdefault(first[1] if first else name, []).append(name)
+    groups = [
+        group
+        for kind in rows.values()
+        for stem, group in kind.items()
+        if stem and 1 < len(group) <= 4 and (len(kind) > 1 or re.search(r"\d", stem))
     ]
+    known = frozenset(names)
+    groups += [sorted((whole, name)) for name in names if (whole := _without_affix(name, known))]
+    return sorted(map(list, {tuple(group) for group in groups}))
+
+
+def _without_affix(name: str, known: frozenset[str]) -> str | None:
+    """The one of the known names that a name is but for what a tool has put before or behind it; None for none."""
+    for match in re.finditer(r"[_. -]+", name):
+        if name[: match.start()] in known:
+            return name[: match.start()]
+    starts = (place for place in range(1, min(len(name), 10)) if _MADE.fullmatch(name[:place]))
+    return next((name[place:] for place in starts if name[place:] in known), None)
 
 
 def date_in(text: str) -> str | None:

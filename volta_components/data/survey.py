@@ -21,7 +21,7 @@ from volta_components.data.unusable import UnusableVoxels
 from volta_components.data.volumes import Volume, canonical
 
 _COARSE_MM = 2.0
-_MOST = 1e30  # beyond it, sums do not fit in float32
+_MOST = 1e18  # beyond it, squares do not fit in float32
 _REPLACE = "convert it again, or replace them (fslmaths IN -nan OUT sets NaN to 0)"
 # Padding is one value, of at least this share of the voxels, this far (in ranges of the other voxels) from them.
 _PADDING_SHARE, _PADDING_GAP = 0.002, 0.25

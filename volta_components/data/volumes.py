@@ -20,7 +20,7 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
-from volta_components.data.geometry import assumed_affine, check_dtype, check_geometry
+from volta_components.data.geometry import assumed_affine, by, check_dtype, check_geometry
 from volta_components.data.headers import (
     NO_ORIENTATION,
     PAIR_SUFFIXES,
@@ -142,10 +142,11 @@ def _read_other(path: Path, assume_orientation: str | None) -> Volume:
             raise UnusableVolume(path, "empty file (0 bytes)", "fetch it again")
         if volume_suffix(path) in MGH_SUFFIXES:
             with open_volume(path) as stream:
-                start = stream.read(30)
+                start = stream.read(90)
                 while stream.read(2**22):  # a wrong checksum shows at the stream's end
                     pass
                 stream.seek(0)
+                _check_mgh(path, start)
                 return _converted(path, nib.MGHImage.from_stream(stream), assume_orientation, not any(start[28:30]))
         if is_gzip(path):
             raise UnusableVolume(path, "packed with gzip, although its name does not say so", "unpack it with gunzip")
@@ -160,6 +161,22 @@ def _read_other(path: Path, assume_orientation: str | None) -> Volume:
         if not isinstance(image, nib.spatialimages.SpatialImage):
             raise UnusableVolume(path, f"not a volume file ({type(image).__name__})", "give a volume")
         return _converted(path, image, assume_orientation, image.affine is None)
+
+
+def _check_mgh(path: Path, start: bytes) -> None:
+    """Refuse an MGH header that NiBabel would take as it is: a negative voxel size would be a flip."""
+    if len(start) < 90:
+        raise UnusableVolume(path, f"truncated: {len(start)} bytes, less than an MGH header", "fetch it again")
+    shape = np.frombuffer(start, ">i4", 3, 4)
+    sizes, axes = np.frombuffer(start, ">f4", 3, 30), np.frombuffer(start, ">f4", 9, 42).reshape(3, 3)
+    if shape.min() < 1:
+        raise UnusableVolume(path, f"impossible dimensions {shape.tolist()}", "fetch it again, or convert it again")
+    if any(start[28:30]) and not (np.isfinite(sizes).all() and sizes.min() > 0):
+        raise UnusableVolume(path, f"impossible spacing {by(sizes, ' x ')} mm", "convert it from its source again")
+    lengths = np.linalg.norm(axes.astype(float), axis=1)
+    if any(start[28:30]) and not (np.abs(lengths - 1) < 0.01).all():
+        reason = f"damaged header: its axes have the lengths {by(lengths, ', ')} instead of 1"
+        raise UnusableVolume(path, reason, "convert it from its source again")
 
 
 def _converted(path: Path, image: Any, assume_orientation: str | None, is_lost: bool) -> Volume:

@@ -19,7 +19,7 @@ from volta_components.data.identity import is_worldwide
 from volta_components.data.layouts.bids import ASIDE
 from volta_components.data.layouts.brats import time_point
 from volta_components.data.layouts.common import Finding, Listing
-from volta_components.data.layouts.folder import identified
+from volta_components.data.layouts.folder import identified, made_by_freesurfer
 from volta_components.data.names import MASKS, parse_name
 from volta_components.data.survey import survey
 from volta_components.data.unusable import what_is_wrong
@@ -139,9 +139,10 @@ def scans_below(tree: Tree) -> tuple[list[Path], list[Path]]:
     scans: list[Path] = []
     others: list[Path] = []
     aside = ASIDE if any(tree.root.glob("sub-*/")) else frozenset()
+    made = made_by_freesurfer(tree.volumes())
     for volume in tree.volumes():
         name, top = parse_name(volume.stem), volume.path.relative_to(tree.root).parts[0]
-        (others if top in aside or name.is_other else scans).append(volume.path)
+        (others if top in aside or name.is_other or volume.path in made else scans).append(volume.path)
     return scans, others
 
 
@@ -152,7 +153,7 @@ def without_t1(tree: Tree, scans: Sequence[Path], others: Sequence[Path]) -> lis
         path
         for path in others
         if path.relative_to(tree.root).parts[0] not in aside
-        and parse_name(VolumeFile.of(path).stem).contrast.lower() not in MASKS
+        and not {(name := parse_name(VolumeFile.of(path).stem)).contrast.lower(), name.subject.lower()} & MASKS
     ]
     names, _ = who_and_when([*scans, *images])
     known = {subject for subject, _ in names[: len(scans)]}

@@ -100,8 +100,8 @@ def test_oasis_repeats_are_one_patient(tmp_path):
 
 
 def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path):
-    listing = listed(tmp_path / "a", "anna/mri/T1.mgz", "bert/mri/T1.mgz")
-    assert scans(listing) == [("anna", None, "anna/mri/T1.mgz"), ("bert", None, "bert/mri/T1.mgz")]
+    listing = listed(tmp_path / "a", "anna/anat/T1.mgz", "bert/anat/T1.mgz")
+    assert scans(listing) == [("anna", None, "anna/anat/T1.mgz"), ("bert", None, "bert/anat/T1.mgz")]
     assert not found(listing) and len(found(listing, "quirk")) == 2
     listing = listed(tmp_path / "b", "anna/v1/T1.nii", "anna/v2/T1.nii", "bert/v1/T1.nii", sessions=("all",))
     assert {(scan.patient_id, scan.session) for scan in listing.scans} == {
@@ -211,7 +211,7 @@ def test_runs_behind_hyphens_are_one_patient(tmp_path):
 def test_names_that_may_be_visits_ask_unless_a_table_has_each(tmp_path):
     files = ("P1a.nii", "P1b.nii", "P2a.nii")
     assert [why for _, why in found(listed(tmp_path, *files))] == [
-        "P1a and P1b: taken for different people, but may be visits of one"
+        "P1a and P1b: taken for different people, but may be scans of one"
     ]
     assert not found(listed(tmp_path, *files, table="id,sex\nP1a,F\nP1b,M\nP2a,F\n"))
 
@@ -222,3 +222,30 @@ def test_a_number_behind_a_bids_name_is_a_person_if_the_table_says_so(tmp_path):
     assert {(scan.patient_id, scan.sex) for scan in listing.scans} == {("sub-1_1", "F"), ("sub-1_2", "M")}
     assert set(listing.people) == {"sub-1_1", "sub-1_2"} and not found(listing)
     assert {scan.patient_id for scan in listed(tmp_path / "b", *files).scans} == {"sub-1"}
+
+
+def test_of_freesurfers_volumes_the_t1_is_taken(tmp_path):
+    names = ("T1", "orig", "brain", "aseg", "aparc+aseg", "wm", "orig/001")
+    listing = listed(tmp_path, *(f"{who}/mri/{name}.mgz" for who in ("anna", "bert") for name in names))
+    assert scans(listing) == [(who, None, f"{who}/mri/T1.mgz") for who in ("anna", "bert")]
+    assert not found(listing) and set(listing.people) == {"anna", "bert"}
+    # Of one person alone, and without T1.mgz.
+    listing = listed(tmp_path / "one", "carl/mri/orig.mgz", "carl/mri/aseg.mgz")
+    assert scans(listing) == [("carl", None, "carl/mri/orig.mgz")] and not found(listing)
+
+
+def test_folders_that_differ_in_a_visit_are_one_person(tmp_path):
+    """UK Biobank's names: person, field, visit, number."""
+    listing = listed(
+        tmp_path, *(f"{name}/T1/T1.nii.gz" for name in ("1000123_20252_2_0", "1000123_20252_3_0", "1000456_20252_2_0"))
+    )
+    (scan,) = (scan for scan in listing.scans if scan.patient_id == "1000123")
+    assert scan.session == "ses-2" and len(listing.scans) == 2
+    assert any("taken for one person" in reason for _, reason in found(listing))
+    assert set(listing.people) == {"1000123", "1000456_20252_2_0"}
+
+
+def test_what_tools_make_of_a_scan_is_no_person_without_a_word(tmp_path):
+    for number, names in enumerate((("p1_T1", "p1_Warped"), ("s01", "c1s01", "ms01"), ("a", "a (1)"))):
+        listing = listed(tmp_path / str(number), *(f"{name}.nii.gz" for name in (*names, "other")))
+        assert any("may be scans of one" in reason for _, reason in found(listing))

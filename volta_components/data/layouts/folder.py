@@ -26,7 +26,7 @@ from volta_components.data.layouts.common import (
     relative,
     slug,
 )
-from volta_components.data.names import Name, date_in, date_of_folders, maybe_visits, parse_name, split_visit
+from volta_components.data.names import Name, date_in, date_of_folders, maybe_one_person, parse_name, split_visit
 from volta_components.data.sessions import place
 from volta_components.data.tables import People
 from volta_components.data.walk import Tree, VolumeFile, is_hidden, tidy
@@ -45,6 +45,8 @@ _PROTOCOL = re.compile(
     re.IGNORECASE,
 )
 _LABEL_FOLDERS = {"labels", "label", "labelstr"}
+# The volumes in FreeSurfer's folder mri that are a T1 scan, the best first.
+_FREESURFER = ("T1", "orig", "nu", "rawavg")
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,10 @@ def read(options: LayoutOptions) -> Listing:
     root = options.source
     listing = Listing(cohort=slug(root.resolve().name))
     tree = look(listing, root, options.follow_links)
-    images, labels, others = _sorted_out(tree)
+    made = made_by_freesurfer(tree.volumes())
+    for folder in sorted({path.parent for path in made}):
+        listing.note("skipped", "(FreeSurfer)", relative(folder, root), "made by FreeSurfer of the T1 that is taken")
+    images, labels, others = ([v for v in volumes if v.path not in made] for volumes in _sorted_out(tree))
     if not images:
         contrasts = f", only {others[0].name} and the like" if others else ""
         raise InputError(
@@ -144,6 +149,26 @@ def _sorted_out(tree: Tree) -> tuple[list[VolumeFile], list[VolumeFile], list[Vo
     return images, labels, others
 
 
+def made_by_freesurfer(volumes: Iterable[VolumeFile]) -> set[Path]:
+    """Of volumes in folders ``SUBJECT/mri``, those beside the one that is taken for the T1 scan."""
+    folders: dict[Path, dict[str, Path]] = {}
+    for volume in volumes:
+        home = _freesurfer_home(volume)
+        if home is not None:
+            folders.setdefault(home, {})[volume.path.relative_to(home / "mri").as_posix()] = volume.path
+    made: set[Path] = set()
+    for inside in folders.values():
+        taken = next((f"{name}.mgz" for name in _FREESURFER if f"{name}.mgz" in inside), None)
+        made |= {path for name, path in inside.items() if taken and name != taken}
+    return made
+
+
+def _freesurfer_home(volume: VolumeFile) -> Path | None:
+    """The folder of the subject that a volume of FreeSurfer's lies in (``mri`` or ``mri/orig`` below it), or None."""
+    folder = volume.path.parent.parent if volume.path.parent.name == "orig" else volume.path.parent
+    return folder.parent if folder.name == "mri" and volume.path.suffix == ".mgz" else None
+
+
 def _people(listing: Listing, options: LayoutOptions) -> People | None:
     table = options.table
     if table is None:
@@ -180,6 +205,8 @@ def identified(listing: Listing, root: Path, images: Sequence[VolumeFile], peopl
             name = replace(name, subject=whole) if people.knows(whole) else name
         by_table = people is not None and people.knows(name.subject)
         above = next((part for part in folders if _is_person(part, people)), None)
+        if above is None and (home := _freesurfer_home(volume)):
+            above = tidy(home.name)
         if name.is_bids:
             found.append(Found(volume, name, name.subject, session, canonical_patient_id(name.subject), date))
         elif is_worldwide(own):
@@ -191,7 +218,7 @@ def identified(listing: Listing, root: Path, images: Sequence[VolumeFile], peopl
             rest = [part for part in differ if part != who and (not above or _is_time(part))]
             rest += [volume.stem] * (crowd[folders] > 1 and who != name.subject)
             session = session or _session(date or "".join(rest))
-            found.append(Found(volume, name, who, session, canonical_patient_id(who), date))
+            (found if above else plain).append(Found(volume, name, who, session, canonical_patient_id(who), date))
             if not above:
                 _note_folder(listing, relative(volume.path, root), who, session if rest else None, name.subject)
         else:
@@ -242,12 +269,12 @@ def _note_folder(listing: Listing, place: str, who: str, session: str | None, fi
     reason = f"other folders have files of these names too, so taken for {who}'s"
     if session:
         remedy = f"name it sub-..._{session}_T1w.nii.gz to be sure, or give a --table of people"
-        listing.note("problem", who, place, f"{reason}, session {session}", remedy, False)
+        listing.note("problem", who, place, f"{reason}, session {session}", remedy, False, "")
     elif _PROTOCOL.search(file):
-        listing.note("quirk", who, place, f"{reason}, by the folder")
+        listing.note("quirk", who, place, f"{reason}, by the folder", patient_id="")
     else:  # 2019/anna.nii.gz and 2020/anna.nii.gz may be one person's visits
         remedy = f"if it is {file}'s, name it sub-{re.sub(r'[^A-Za-z0-9]', '', file)}_ses-..._T1w.nii.gz; if not, "
-        listing.note("problem", who, place, f"{reason}, by the folder", f"{remedy}give a --table with {who}", False)
+        listing.note("problem", who, place, f"{reason}, by the folder", f"{remedy}give a --table with {who}", False, "")
 
 
 def _by_name(listing: Listing, root: Path, plain: list[Found], people: People | None) -> list[Found]:
@@ -257,10 +284,10 @@ def _by_name(listing: Listing, root: Path, plain: list[Found], people: People | 
         base, visit = split_visit(one.subject)
         known = people is not None and people.knows(one.subject)
         bases.setdefault(base if base and visit and not known else one.subject, []).append(one)
-    unknown = [one for one in plain if not (people is not None and people.knows(one.subject))]
-    if unsure := maybe_visits(base for base in bases if any(base == one.subject for one in unknown)):
+    unknown = {one.subject for one in plain if not (people is not None and people.knows(one.subject))}
+    if unsure := maybe_one_person(unknown & set(bases)):
         some = "; ".join(" and ".join(group) for group in unsure[:5]) + (" and more" if len(unsure) > 5 else "")
-        reason = f"{some}: taken for different people, but may be visits of one"
+        reason = f"{some}: taken for different people, but may be scans of one"
         remedy = "give a --table with each of them if they are different people; if not, name them sub-X_ses-N"
         listing.note("problem", unsure[0][0], "", reason, remedy, False)
     result = []
