@@ -39,15 +39,9 @@ test: $(READY)  ## all tests but the MONAI Label server's and the GPU's
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile -m "not label_server"
 
 # MONAI Label needs releases that do not go with .venv's; see label/requirements.txt.
-$(LABEL_READY): $(wildcard label/*.txt label/standin/*/*) setup.cfg pyproject.toml volta_components/_version.py
+$(LABEL_READY): $(wildcard label/*.txt label/install.sh label/standin/*/*) setup.cfg pyproject.toml volta_components/_version.py
 	@$(call environment,$(LABEL_VENV))
-	"$(LABEL_PYTHON)" -m pip install --quiet --upgrade -c label/constraints.txt pip setuptools wheel
-	"$(LABEL_PYTHON)" -m pip install --quiet "$$(grep '^torch==' label/requirements.txt)"
-	"$(LABEL_PYTHON)" -m pip install --quiet -r label/requirements.txt
-	"$(LABEL_PYTHON)" -m pip install --quiet --no-deps -r label/requirements-nodeps.txt
-	"$(LABEL_PYTHON)" -m pip install --quiet --no-deps --no-build-isolation -e .
-	"$(LABEL_PYTHON)" -c "import torchvision.utils" 2>/dev/null || \
-	    cp -r label/standin/torchvision "$$("$(LABEL_PYTHON)" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	bash label/install.sh "$(LABEL_PYTHON)" --no-build-isolation -e .
 	touch $@
 
 STUDIES ?=

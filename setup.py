@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``setup.cfg`` cannot say: the folder ``bundles`` is installed as a part of the package."""
+"""What ``setup.cfg`` cannot say: the folders ``bundles`` and ``label`` are installed as parts of the package."""
 
 from setuptools import find_packages, setup
 
+SHIPPED = ("bundles", "label")
+
 setup(
-    packages=[*find_packages(include=["volta_components*"]), "volta_components.bundles"],
-    package_dir={"volta_components.bundles": "bundles"},
+    packages=[*find_packages(include=["volta_components*"]), *(f"volta_components.{name}" for name in SHIPPED)],
+    package_dir={f"volta_components.{name}": name for name in SHIPPED},
 )

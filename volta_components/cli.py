@@ -40,7 +40,10 @@ from volta_components.files import keep_private
 
 # In the order in which a study uses them.
 COMMANDS = {
-    "init": ("volta_components.sharing.shipped:init", "Copy the bundles into a folder, ready to train."),
+    "init": (
+        "volta_components.sharing.shipped:init",
+        "Copy the bundles and the label server into a folder, ready to use.",
+    ),
     "fetch": ("volta_components.data.fetch.command:fetch", "Download open data, checked, with its licence."),
     "phantom": ("volta_components.data.phantom.command:phantom", "Make a BIDS data set of synthetic heads."),
     "prepare": ("volta_components.data.prepare:prepare", "Turn a data set into checked volumes and a datalist."),

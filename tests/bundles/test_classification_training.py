@@ -153,10 +153,11 @@ def test_mlflow_holds_what_the_report_reads(prepared, encoder, tmp_path):
         *("score/auroc", "score/auroc_low", "score/auroc_high", "score/sensitivity", "score/specificity"),
         *("score/threshold", "train/loss", "train/learning_rate", "val/loss", "val/auroc"),
     }
+    assert 0 < data.metrics["cost/hours"] < 1 and data.metrics["cost/peak_memory_gib"] > 0.1
     parts = {given.tags[0].value: json.loads(given.dataset.profile) for given in runs[0].inputs.dataset_inputs}
     assert set(parts) == {"training", "validation", "scored"} and parts["scored"]["scans"] > 0
     pictures = {item.path for item in client.list_artifacts(runs[0].info.run_id, "pictures")}
-    assert pictures == {"pictures/roc.png", "pictures/confusion.png"}
+    assert pictures == {"pictures/scored.png"}
     assert data.params["epochs"] == "2" and data.params["learning_rate"] == "0.01"
     run_id = runs[0].info.run_id
     history = client.get_metric_history(run_id, "train/loss")

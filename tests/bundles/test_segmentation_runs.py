@@ -115,7 +115,7 @@ def test_mlflow_has_all_that_the_report_needs(finished: Path, labelled: Path) ->
     assert {"mean_dice_low", "mean_dice_high"} <= set(metrics)
     logged = group_metrics(metrics, "score/")
     assert {key: record.data.metrics[key] for key in logged} == pytest.approx(logged)
-    assert [item.path for item in client.list_artifacts(record.info.run_id, "pictures")] == ["pictures/overlay.png"]
+    assert [item.path for item in client.list_artifacts(record.info.run_id, "pictures")] == ["pictures/scored.png"]
     assert record.data.params["learning_rate"] == "0.01"
     for name in ("train/loss", "val/loss", "val/mean_dice", "optimistic/epoch_mean_dice"):
         assert [item.step for item in client.get_metric_history(record.info.run_id, name)] == [1, 2, 3]

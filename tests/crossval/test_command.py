@@ -34,6 +34,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 (run.folder / "models").mkdir(exist_ok=True)
                 (run.folder / "models" / "model_tiny.pt").write_bytes(run.name.encode())
                 (run.folder / "models" / "model_tiny.json").write_text(json.dumps({"of": run.name}))
+                (run.folder / "models" / "model_tiny.png").write_bytes(run.name.encode())
             yield Outcome(run, "failed" if failed else "finished")
 
     monkeypatch.setattr(module, "run_here", run_here)
@@ -50,7 +51,7 @@ def test_the_first_inits_model_at_the_largest_fraction(place: Path, capsys: pyte
     assert sorted(path.name for path in (place / "fake" / "models").iterdir()) == before
     assert main([*WORDS, "--adopt", "1"]) == 0
     model = place / "fake" / "models" / "model_tiny.pt"
-    assert model.read_bytes() == b"volta_fold1_frac1_seed1"
+    assert model.read_bytes() == model.with_suffix(".png").read_bytes() == b"volta_fold1_frac1_seed1"
     assert json.loads(model.with_suffix(".json").read_text()) == {"of": "volta_fold1_frac1_seed1"}
     assert "fake/models/model_tiny.pt: the model of volta_fold1_frac1_seed1" in capsys.readouterr().out
     assert main([*WORDS, "--adopt", "0"]) == 0

@@ -8,14 +8,14 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from volta_components.data.labels import SIDE_COLOURS
-from volta_components.downstream.pictures import coronal_slice, write_classification_pictures, write_overlay
+from volta_components.downstream.pictures import coronal_slice, write_classification_picture, write_overlay
 
 
-def test_pictures_of_a_classifier_are_written(tmp_path):
-    write_classification_pictures(tmp_path, [0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9], 0.5, ["male", "female"])
-    for name in ("roc.png", "confusion.png"):
-        with Image.open(tmp_path / name) as picture:
-            assert len(np.unique(np.asarray(picture.convert("L")))) > 10
+def test_the_picture_of_a_classifier_has_curve_and_matrix(tmp_path):
+    write_classification_picture(tmp_path / "scored.png", [0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9], 0.5, ["male", "female"])
+    with Image.open(tmp_path / "scored.png") as picture:
+        for half in np.array_split(np.asarray(picture.convert("L")), 2, axis=1):
+            assert len(np.unique(half)) > 10
 
 
 def test_the_overlay_has_both_sides_in_their_colours(tmp_path):

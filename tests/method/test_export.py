@@ -12,9 +12,33 @@ import torch
 from method_helpers import flat, tiny_run
 
 from volta_components.errors import InputError
+from volta_components.files import sha256_file
 from volta_components.method.export import EncoderExport
+from volta_components.method.monitoring import ReconstructionPicture
 from volta_components.method.weights import load_encoder
+from volta_components.training.checkpoint import ResumableCheckpoint
 from volta_components.training.record import provenance
+
+
+def test_the_last_picture_and_the_cost_are_kept_with_the_encoder(tmp_path: Path) -> None:
+    parts = tiny_run(count=2, epochs=2)
+    path, pictures = tmp_path / "models" / "encoder.safetensors", tmp_path / "pictures"
+    views, network = parts.views, parts.plain_student.network
+    ReconstructionPicture(pictures, parts.loader.dataset, network, views, interval=1).attach(parts.trainer)
+    EncoderExport(path, {"student": network}, "student", {}, pictures).attach(parts.trainer)
+    ResumableCheckpoint(tmp_path / "checkpoint.pt", {}, {}).attach(parts.trainer)
+    parts.trainer.run()
+    record, beside = json.loads(path.with_suffix(".json").read_text()), path.with_suffix(".png")
+    assert beside.read_bytes() == (pictures / "reconstruction_0002.png").read_bytes()
+    assert record["picture"]["sha256"] == sha256_file(beside) and record["picture"]["shows_scans"]
+    assert "after epoch 2" in record["picture"]["caption"]
+    assert 0 < record["cost"]["hours"] < 1 and 0 < record["cost"]["peak_memory_gib"] < 100
+    # An encoder without a picture does not inherit the one of another.
+    again = tiny_run(count=2, epochs=1)
+    networks = {"student": again.plain_student.network}
+    EncoderExport(path, networks, "student", {}, tmp_path / "none").attach(again.trainer)
+    again.trainer.run()
+    assert not beside.exists() and "picture" not in json.loads(path.with_suffix(".json").read_text())
 
 
 def test_the_export_at_the_end_of_a_run(tmp_path: Path) -> None:

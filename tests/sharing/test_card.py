@@ -12,7 +12,7 @@ from packed import BUNDLES, ROOT, tiny_network, unpack
 
 from volta_components import __version__
 from volta_components.errors import InputError
-from volta_components.files import read_json, write_json
+from volta_components.files import read_json, sha256_file, write_json
 from volta_components.sharing.pack import (
     assemble,
     pack_bundle,
@@ -93,6 +93,39 @@ def test_weights_of_patients_are_not_denied(weights: dict[str, Path], tmp_path: 
     limits = card[card.index("## Limits") : card.index("## These weights")]
     original = (ROOT / "bundles" / bundle / "docs" / "README.md").read_text()
     assert original[original.index("## Limits") :].splitlines()[3] in limits
+
+
+COST = {"hours": 1.25, "peak_memory_gib": 6.5, "hardware": "NVIDIA H100"}
+
+
+@pytest.mark.parametrize("shows_scans", [True, False])
+@pytest.mark.parametrize("phantom", [True, False])
+def test_picture_time_and_memory_are_the_trainings(
+    weights: dict[str, Path], tmp_path: Path, phantom: bool, shows_scans: bool
+) -> None:
+    """Nobody's head leaves the lab on a picture."""
+    model = clinical(weights["ixi_sex"], tmp_path / "trained")
+    picture = model.with_suffix(".png")
+    picture.write_bytes(b"drawn")
+    record = read_json(model.with_suffix(".json"))
+    about = {"sha256": sha256_file(picture), "caption": "What was drawn.", "shows_scans": shows_scans}
+    record["tags"]["phantom"] = str(phantom).lower()
+    write_json(model.with_suffix(".json"), {**record, "cost": COST, "picture": about})
+    bundle, name = ROOT / "bundles" / "ixi_sex", "sex_phantom" if phantom else "sex"
+    folder = assemble(bundle, tmp_path / "a" / name, ["tiny"], model=model)
+    card = (folder / "docs" / "README.md").read_text()
+    assert "trained on NVIDIA H100 in 1.25 hours, with 6.5 GiB of memory at the peak" in card
+    assert "| time | 1.25 h of training |" in card and "| hardware | NVIDIA H100 |" in card
+    copies = list(folder.rglob("*.png"))
+    shown = "![What was drawn.](weights.png)" in card
+    if phantom or not shows_scans:
+        assert shown and [path.read_bytes() for path in copies] == [b"drawn"] and copies[0].name == "weights.png"
+    else:
+        assert not shown and not copies
+    # Another picture of that name is not the weights'.
+    picture.write_bytes(b"of other weights")
+    folder = assemble(bundle, tmp_path / "b" / name, ["tiny"], model=model)
+    assert not list(folder.rglob("*.png")) and "weights.png" not in (folder / "docs" / "README.md").read_text()
 
 
 def test_a_card_of_ones_own(weights: dict[str, Path], tmp_path: Path) -> None:

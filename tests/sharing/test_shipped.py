@@ -10,14 +10,16 @@ import pytest
 from packed import BUNDLES, ROOT
 
 from volta_components.errors import InputError
-from volta_components.sharing.shipped import SHIPPED, init, shipped_bundles, shipped_files
+from volta_components.sharing.shipped import SHIPPED, init, shipped_files, shipped_root
 
 
 def test_the_bundles_are_copied_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert init(tmp_path / "lab") == 0
     made = {path.relative_to(tmp_path / "lab"): path for path in (tmp_path / "lab").rglob("*") if path.is_file()}
-    assert {path.relative_to(ROOT) for path in shipped_files(ROOT / "bundles")} == {*made}
-    assert {path.parts[1] for path in made} == {*BUNDLES}
+    assert {path.relative_to(ROOT) for path in shipped_files(ROOT)} == {*made}
+    assert {path.parts[1] for path in made if path.parts[0] == "bundles"} == {*BUNDLES}
+    label = {path.name for path in (ROOT / "label").iterdir() if path.is_file()}
+    assert {path.name for path in made if path.parent == Path("label")} == label >= {"serve.py", "install.sh"}
     assert all(path.read_bytes() == (ROOT / name).read_bytes() for name, path in made.items())
     assert Path("bundles/harp_hippocampus/models/model_starter.pt") in made
     assert f"{len(made)} files copied, 0 were there already" in capsys.readouterr().out
@@ -55,20 +57,20 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 def test_a_package_without_bundles_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("volta_components.__file__", str(tmp_path / "volta_components" / "__init__.py"))
     with pytest.raises(InputError, match="install it again"):
-        shipped_bundles()
+        shipped_root()
 
 
 def test_weights_that_were_trained_here_stay_here(tmp_path: Path) -> None:
     for name in ("configs/train.json", "models/model_starter.pt", "models/model.pt", "runs/a/result.json", "docs/.x"):
-        path = tmp_path / "own" / name
+        path = tmp_path / "bundles" / "own" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    names = [path.relative_to(tmp_path / "own").as_posix() for path in shipped_files(tmp_path)]
+    names = [path.relative_to(tmp_path / "bundles" / "own").as_posix() for path in shipped_files(tmp_path)]
     assert names == ["configs/train.json", "models/model_starter.pt"]
 
 
 def test_the_wheel_takes_the_same_files() -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    patterns = config["options.package_data"]["volta_components.bundles"].split(", ")
-    assert patterns == [f"*/{pattern}" for pattern in SHIPPED]
+    for name, patterns in SHIPPED.items():
+        assert tuple(config["options.package_data"][f"volta_components.{name}"].split(", ")) == patterns

@@ -157,12 +157,13 @@ def crossval(
 
 
 def _adopt(run: Run, bundle: Path) -> None:
-    """Copy a finished run's model and its record to the bundle's ``models``."""
+    """Copy a finished run's model, its record and its picture to the bundle's ``models``."""
     models = sorted(path for path in (run.folder / "models").glob("*.pt") if not path.name.startswith("."))
     if len(models) != 1:
         raise InputError(f"{run.folder / 'models'}: {len(models)} models; --adopt needs exactly one")
     is_there = (bundle / "models" / models[0].name).exists()
-    for path in (models[0], models[0].with_suffix(".json")):
+    beside = [models[0].with_suffix(suffix) for suffix in (".json", ".png")]
+    for path in (models[0], *(path for path in beside if path.exists())):
         with atomic_path(bundle / "models" / path.name) as temporary:
             shutil.copyfile(path, temporary)
     print(f"{bundle / 'models' / models[0].name}: the model of {run.name}{', in place of another' * is_there}")

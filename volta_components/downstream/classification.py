@@ -18,10 +18,11 @@ from volta_components.data.sessions import in_order, spelled_alike
 from volta_components.distributed import process_rank
 from volta_components.downstream.leaks import check_model
 from volta_components.downstream.metrics import auroc_interval, sensitivity_specificity, youden_threshold
-from volta_components.downstream.pictures import write_classification_pictures
-from volta_components.downstream.results import PICTURES, FoldResults, ItemRows, Results
+from volta_components.downstream.pictures import write_classification_picture
+from volta_components.downstream.results import PICTURE, PICTURES, FoldResults, ItemRows, Results
 from volta_components.downstream.splits import EVERYBODY, Item, Parts, counted, item_name
 from volta_components.errors import InputError
+from volta_components.training.cost import training_cost
 
 logger = logging.getLogger(__name__)
 POSITIVE = 1
@@ -170,7 +171,7 @@ class ClassificationResults(FoldResults):
 
     def __call__(self, engine: Engine) -> Results:
         """Results of the last epoch."""
-        threshold = self.threshold
+        cost, threshold = training_cost(engine), self.threshold
         if threshold == YOUDEN:
             # The last epoch's validation has this model's scores, unless the run was broken off after it.
             if self.validation_scores.epoch != engine.state.epoch:
@@ -183,14 +184,17 @@ class ClassificationResults(FoldResults):
             "metrics": metrics,
             "intervals": {"auroc": interval},
             "subjects": self.subjects,
+            "cost": cost,
         }
-        self.keep(record)
         if process_rank() == 0:
             names = self.record.get("class_names", ("0", "1"))
             pair = self.scores.labels, self.scores.scores
-            write_classification_pictures(self.folder / PICTURES, *pair, float(threshold), names)
+            write_classification_picture(self.folder / PICTURES / PICTURE, *pair, float(threshold), names)
+        caption = f"The scored fold ({len(self.parts.scored)} scans): ROC curve, and what is called what."
+        self.keep(record, caption, shows_scans=False)
         limits = dict(zip(("auroc_low", "auroc_high"), interval, strict=True))
-        return self.finished({**metrics, **limits}, "predictions.csv", {"subjects": self.subjects})
+        more = {"subjects": self.subjects, "cost": cost}
+        return self.finished({**metrics, **limits}, "predictions.csv", more)
 
     def evaluate(
         self, record: Mapping[str, Any], allow_leak: bool = False, accept_look_alikes: bool = False

@@ -18,6 +18,7 @@ from volta_components.downstream.tracking import RunRecord
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
 from volta_components.training.checkpoint import remove_checkpoints
+from volta_components.training.cost import cost_metrics
 from volta_components.training.record import other_settings
 from volta_components.training.tracking import find_mlflow_handler, group_metrics
 
@@ -127,7 +128,7 @@ class FinishRun:
         """Give MLflow numbers and files, and mark the run as finished when all of it is there."""
         client, run_id = handler.client, str(handler.cur_run.info.run_id)
         numbers = {name: float(value) for name, value in content["metrics"].items()}
-        handler._log_metrics(group_metrics(numbers, "score/"), step=epoch)
+        handler._log_metrics({**group_metrics(numbers, "score/"), **cost_metrics(content.get("cost", {}))}, step=epoch)
         for name, folder in [*content["artifacts"], (self.path.name, "")]:
             path = self.path.parent / name
             log = client.log_artifacts if path.is_dir() else client.log_artifact

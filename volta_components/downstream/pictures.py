@@ -18,34 +18,31 @@ from volta_components.data.labels import SIDE_COLOURS
 from volta_components.files import atomic_path
 
 
-def write_classification_pictures(
-    folder: Path, labels: ArrayLike, scores: ArrayLike, threshold: float, class_names: Sequence[str]
+def write_classification_picture(
+    path: Path, labels: ArrayLike, scores: ArrayLike, threshold: float, class_names: Sequence[str]
 ) -> None:
-    """Write ``roc.png`` and ``confusion.png`` of one fold.
+    """Write the ROC curve and the confusion matrix of one fold, side by side.
 
     Args:
-        folder: where to.
+        path: the PNG file.
         labels: ``[n]``, 0 or 1.
         scores: ``[n]``, higher for label 1.
         threshold: scores from it on are called 1.
         class_names: of labels 0 and 1.
     """
-    figure = Figure(figsize=(4.5, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes, matrix = figure.subplots(1, 2)
     # The defaults' names differ between releases of scikit-learn, so the legend is our own.
     shown = RocCurveDisplay.from_predictions(labels, scores, ax=axes, plot_chance_level=True)
     axes.set(title=f"AUROC {shown.roc_auc:.3f}", xlabel="1 − specificity", ylabel="sensitivity")
     if legend := axes.get_legend():
         legend.remove()
-    _save(figure, folder / "roc.png")
-    figure = Figure(figsize=(4.5, 4), layout="constrained")
-    axes = figure.subplots()
     called = (np.asarray(scores) >= threshold).astype(int)
     ConfusionMatrixDisplay.from_predictions(
-        labels, called, labels=[0, 1], display_labels=list(class_names), cmap="Blues", colorbar=False, ax=axes
+        labels, called, labels=[0, 1], display_labels=list(class_names), cmap="Blues", colorbar=False, ax=matrix
     )
-    axes.set(title=f"threshold {threshold:.3g}", xlabel="predicted", ylabel="true")
-    _save(figure, folder / "confusion.png")
+    matrix.set(title=f"threshold {threshold:.3g}", xlabel="predicted", ylabel="true")
+    _save(figure, path)
 
 
 def write_overlay(path: Path, cases: Mapping[str, tuple[Path, Path, Path]]) -> None:

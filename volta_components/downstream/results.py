@@ -17,10 +17,12 @@ from volta_components.distributed import gather_objects, process_rank
 from volta_components.downstream.splits import Item, Parts
 from volta_components.downstream.start import save_model
 from volta_components.files import write_csv, write_json
+from volta_components.method.weights import keep_picture
 
 logger = logging.getLogger(__name__)
 
 PICTURES = "pictures"  # folder beside the scores, and of MLflow's artifacts
+PICTURE = "scored.png"  # in it
 FACTS = ("subject_id", "patient_id", "session", "site", "sex", "age")
 
 
@@ -126,10 +128,11 @@ class FoldResults:
         """Number of scans in each part."""
         return {name: len(getattr(self.parts, name)) for name in ("training", "validation", "scored", "unused")}
 
-    def keep(self, record: Mapping[str, Any]) -> None:
-        """Write the model, if it is kept, with what its record says besides."""
+    def keep(self, record: Mapping[str, Any], caption: str = "", shows_scans: bool = True) -> None:
+        """Write the model, if it is kept, with what its record says besides, and the run's picture with its caption."""
         if self.model_path is not None and process_rank() == 0:
-            save_model(self.model_path, self.network, {**self.record, **record})
+            picture = keep_picture(self.model_path, self.folder / PICTURES / PICTURE, caption, shows_scans)
+            save_model(self.model_path, self.network, {**self.record, **picture, **record})
             logger.info("model written to %s", self.model_path)
 
     def finished(self, metrics: Mapping[str, float], scores: str, record: Mapping[str, Any]) -> Results:

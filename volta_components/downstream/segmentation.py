@@ -19,9 +19,10 @@ from volta_components.distributed import process_rank
 from volta_components.downstream.leaks import check_model
 from volta_components.downstream.metrics import score_intervals, score_mask, summarise_scores
 from volta_components.downstream.pictures import write_overlay
-from volta_components.downstream.results import PICTURES, FoldResults, ItemRows, Results
+from volta_components.downstream.results import PICTURE, PICTURES, FoldResults, ItemRows, Results
 from volta_components.downstream.splits import Item, counted, item_name
 from volta_components.files import write_csv
+from volta_components.training.cost import training_cost
 from volta_components.training.keep_best import KeepBest
 
 SHOWN = ("image", "label")
@@ -120,6 +121,7 @@ class SegmentationResults(FoldResults):
 
     def __call__(self, engine: Engine) -> Results:
         """Results of a run that is complete."""
+        cost = training_cost(engine)
         chosen = self._choose(engine)
         rows = self._score()
         metrics = {**summarise_scores(rows, self.penalty), "epoch": float(chosen["epoch"])}
@@ -131,10 +133,13 @@ class SegmentationResults(FoldResults):
         if self.optimistic is not None and self.optimistic.epoch:
             numbers = {**summarise_scores(optimistic_rows, self.penalty), "epoch": float(self.optimistic.epoch)}
             metrics |= {f"optimistic_{name}": value for name, value in numbers.items()}
-        record = {**chosen, "hd95_penalty_mm": self.penalty, "subjects": self.subjects}
+        record = {**chosen, "hd95_penalty_mm": self.penalty, "subjects": self.subjects, "cost": cost}
         intervals = self._intervals(rows)
-        self.keep({**record, "metrics": metrics, "intervals": intervals})
         self._draw(rows)
+        caption = (
+            f"Of {len(rows)} scored scans the worst, the median and the best: truth at the left, mask at the right."
+        )
+        self.keep({**record, "metrics": metrics, "intervals": intervals}, caption)
         limits = {
             f"{name}_{end}": value for name, pair in intervals.items() for end, value in zip(ENDS, pair, strict=True)
         }
@@ -185,7 +190,7 @@ class SegmentationResults(FoldResults):
             name = item_name(self.table.items[place])
             files = [folder / kind / f"{name}.nii.gz" for kind in ("images", "labels", "masks")]
             cases[f"{name}\nDice {dices[place]:.2f}"] = (files[0], files[1], files[2])
-        write_overlay(self.folder / PICTURES / "overlay.png", cases)
+        write_overlay(self.folder / PICTURES / PICTURE, cases)
 
     def _score(self) -> list[dict[str, float]]:
         """Score the fold and write ``predictions``."""

@@ -15,10 +15,15 @@ from torch import nn
 
 from volta_components.distributed import process_rank
 from volta_components.errors import InputError
-from volta_components.method.weights import save_encoder
+from volta_components.method.weights import keep_picture, save_encoder
+from volta_components.training.cost import cost_metrics, training_cost
 from volta_components.training.tracking import find_mlflow_handler
 
 logger = logging.getLogger(__name__)
+CAPTION = (
+    "One training volume after epoch {}: as it is, as teacher and student see it (masked), the student's "
+    "reconstruction, and the masked parts restored."
+)
 
 
 @dataclass(eq=False)
@@ -30,6 +35,7 @@ class EncoderExport:
         networks: what can be exported, by name: ``teacher`` and ``student``.
         export: the name of the one to export.
         provenance: written into the JSON, see ``volta_components.training.record.provenance``.
+        pictures: folder of the run's pictures (``ReconstructionPicture``); the last one is kept beside the encoder.
 
     Raises:
         InputError: if there is no network of that name.
@@ -39,6 +45,7 @@ class EncoderExport:
     networks: Mapping[str, nn.Module]
     export: str
     provenance: Mapping[str, Any]
+    pictures: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.export not in self.networks:
@@ -52,9 +59,15 @@ class EncoderExport:
         if process_rank():
             return
         more = {"exported": self.export, "epochs": engine.state.epoch, "iterations": engine.state.iteration}
-        save_encoder(self.path, self.networks[self.export], {**self.provenance, **more})  # type: ignore[arg-type]
+        cost = training_cost(engine)
+        facts: dict[str, Any] = {"cost": cost} if cost else {}
+        if self.pictures is not None:
+            picture = Path(self.pictures) / f"reconstruction_{engine.state.epoch:04d}.png"
+            facts |= keep_picture(self.path, picture, CAPTION.format(engine.state.epoch), shows_scans=True)
+        save_encoder(self.path, self.networks[self.export], {**self.provenance, **more}, **facts)  # type: ignore[arg-type]
         logger.info("encoder written to %s", self.path)
         mlflow_handler = find_mlflow_handler(engine)
         if mlflow_handler is not None:
             run_id = mlflow_handler.cur_run.info.run_id
+            mlflow_handler._log_metrics(cost_metrics(cost), step=engine.state.epoch)
             mlflow_handler.client.log_artifact(run_id, str(Path(self.path).with_suffix(".json")), "encoder")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -55,8 +56,8 @@ class LoadReport:
         )
 
 
-def save_encoder(path: str | os.PathLike[str], network: VoltaViT, provenance: Mapping[str, Any]) -> None:
-    """Write encoder and summariser (no decoder) as safetensors and, beside them, a JSON with their provenance.
+def save_encoder(path: str | os.PathLike[str], network: VoltaViT, provenance: Mapping[str, Any], **facts: Any) -> None:
+    """Write encoder and summariser (no decoder) as safetensors and, beside them, a JSON with provenance and facts.
 
     Keys are MONAI's ``ViTAutoEnc``'s, and ``summariser.*``; see ``volta_components.training.record.provenance``.
     """
@@ -65,7 +66,7 @@ def save_encoder(path: str | os.PathLike[str], network: VoltaViT, provenance: Ma
         for name, value in network.state_dict().items()
         if not name.startswith(DECODER)
     }
-    record = {"network": network.config, "provenance": dict(provenance)}
+    record = {"network": network.config, "provenance": dict(provenance), **facts}
     write_weights(path, state, lambda target: save_file(state, target, metadata={"format": "pt"}), record)
 
 
@@ -90,6 +91,27 @@ def write_weights(
             **record,
         }
         write_json(beside, content)
+
+
+def keep_picture(weights: str | os.PathLike[str], picture: Path, caption: str, shows_scans: bool) -> dict[str, Any]:
+    """Copy a run's picture beside its weights, under their name.
+
+    Args:
+        weights: the file of weights.
+        picture: a PNG file; if it is missing, there will be no picture beside the weights.
+        caption: what it shows.
+        shows_scans: whether somebody's head can be seen on it.
+
+    Returns:
+        What the weights' record says of it, under ``picture``; empty without one.
+    """
+    beside = Path(weights).with_suffix(".png")
+    if not picture.is_file():
+        beside.unlink(missing_ok=True)
+        return {}
+    with atomic_path(beside) as temporary:
+        shutil.copyfile(picture, temporary)
+    return {"picture": {"sha256": sha256_file(beside), "caption": caption, "shows_scans": shows_scans}}
 
 
 @contextmanager

@@ -11,18 +11,20 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from volta_components.errors import InputError
-from volta_components.files import read_json
+from volta_components.files import read_json, sha256_file
 from volta_components.templates import template_environment
 
 BLOCK = re.compile(r"<!-- pack: (\w+) -->\n(.*?)<!-- end -->\n?", re.DOTALL)
 # Blocks that replace a marked one; the others of the template have places of their own.
-MARKED = ("weights", "run", "network", "size", "recipe", "results", "limits")
+MARKED = ("weights", "run", "network", "size", "recipe", "results", "hardware", "limits")
 HEADING = "## These weights"
+PICTURE = "weights.png"  # in docs: what the training's last picture shows
 # What a card must not say of weights that were trained on patients.
 DENIAL = re.compile(r"no\s+weights\s+trained\s+on\s+clinical\s+data", re.IGNORECASE)
 
@@ -82,6 +84,18 @@ def fill_card(
             )
 
 
+def copy_picture(weights: Path, folder: Path, record: Mapping[str, Any]) -> None:
+    """Copy the picture beside the weights, if it is theirs, for the card; one that shows people stays in the lab."""
+    picture, about = weights.with_suffix(".png"), record.get("picture") or {}
+    if not picture.is_file() or about.get("sha256") != sha256_file(picture):
+        return
+    if about["shows_scans"] and not is_phantom(record):
+        print(f"{picture}: left out, because it shows scans of people")
+    else:
+        (folder / "docs").mkdir(exist_ok=True)
+        shutil.copyfile(picture, folder / "docs" / PICTURE)
+
+
 def _facts(
     folder: Path,
     bundle: str,
@@ -133,6 +147,8 @@ def _facts(
         "probes": later if isinstance(later, list) else None,
         "pretrained_on": None if pretrained_on is None else len(pretrained_on),
         "others": other_settings(folder, record),
+        "cost": record.get("cost") or {},
+        "picture": PICTURE if (folder / "docs" / PICTURE).is_file() else "",
     }
 
 

@@ -32,7 +32,7 @@ from volta_components.files import (
     write_text,
 )
 from volta_components.inference.trust import check_trust
-from volta_components.sharing.card import fill_card, is_phantom, other_settings, voxel_mm
+from volta_components.sharing.card import copy_picture, fill_card, is_phantom, other_settings, voxel_mm
 from volta_components.sharing.hub import destination
 from volta_components.sharing.hub import push as upload
 from volta_components.training.people import make_secret, sealed_record
@@ -270,6 +270,7 @@ def assemble(
     _write_weights(weights, target / "models" / "model.pt", record)
     _check_fit(target, weights, inference, record, overlays)
     later = None if metrics is None else read_json(metrics)
+    copy_picture(weights, target, record)
     fill_card(target, bundle.resolve().name, _stems(overlays), metadata, record, later)
     return target
 

@@ -23,6 +23,7 @@ from volta_components.distributed import mean_over_processes, process_count, pro
 from volta_components.errors import InputError
 from volta_components.files import FolderLock, atomic_path, keep_copy, remove_partials
 from volta_components.training.archive import DamagedArchiveError, read_archive, write_archive
+from volta_components.training.cost import start_clock, time_and_memory
 from volta_components.training.record import other_settings, plain_settings
 from volta_components.training.stamps import check_stamps, make_stamps
 
@@ -222,6 +223,7 @@ class ResumableCheckpoint:
         }
         state["settings"] = self.settings
         state["stamps"] = self._stamps
+        state["cost"] = time_and_memory(engine)
         self.finish()
         self._writing = self._thread.submit(self._write, state)
         self._last_save = time.monotonic()
@@ -250,6 +252,7 @@ class ResumableCheckpoint:
         """Take the folder's lock; restore a run if there is a checkpoint; remove half-written files of killed runs."""
         assert self.path is not None
         self._last_save = time.monotonic()
+        start_clock(engine, {})
         if not process_rank():
             self._lock = FolderLock(self.path.with_name(".lock"))
             self._lock.take("another training is writing into this folder; wait for its end, or give --run_name NAME")
@@ -272,6 +275,7 @@ class ResumableCheckpoint:
         if state.get("scaler"):
             engine.scaler.load_state_dict(state["scaler"])  # type: ignore[attr-defined]
         engine.load_state_dict(state["engine"])
+        start_clock(engine, state.get("cost", {}))
         logger.info("resumed %s at mini-batch %d", self.path, engine.state.iteration)
 
     def _read(self) -> dict[str, Any]:
