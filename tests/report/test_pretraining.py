@@ -33,6 +33,7 @@ def embeddings(matrix):
 def test_curves_probes_and_reconstruction_have_a_section(store_uri, tmp_path):
     writer = Writer(tmp_path / "run")
     lines = {"train/loss": [3.0, 2.0], "train/global_teacher_entropy": [0.9, 0.8], "val/reconstruction": [0.2, 0.1]}
+    lines |= {"cost/hours": [2.5], "cost/peak_memory_gib": [6.25]}
     drawn = [picture(tmp_path / f"reconstruction_{epoch:04d}.png") for epoch in (1, 10)]
     tags = {"hardware": "NVIDIA H100", "command": "python -m monai.bundle run", "finished": None}
     run_id = writer.run("pretrain", "volta", 0, curves=lines, files={"pictures": drawn[1]}, **tags)
@@ -59,6 +60,7 @@ def test_curves_probes_and_reconstruction_have_a_section(store_uri, tmp_path):
     page = (tmp_path / "out" / "index.html").read_text()
     [section] = re.findall(r'<section id="pretraining">.*?</section>', page, flags=re.DOTALL)
     assert "<dt>held-out reconstruction error</dt><dd>0.1000</dd>" in section and "NVIDIA H100" in section
+    assert "<dd>2.50</dd>" in section and "<dd>6.2 GiB</dd>" in section
     assert "After epoch 10" in section and section.count("<img") == 3
     line = next(
         line for line in re.findall(r"<tr>.*?</tr>", section, flags=re.DOTALL) if "summary</td><td>linear" in line

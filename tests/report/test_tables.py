@@ -76,8 +76,14 @@ def test_hardware_hours_and_commands_are_named_once_an_init(tmp_path):
     [study] = read_studies(Store(writer.uri))
     for run in study.runs:
         run.started, run.ended = 0, 1_800_000
+    rest = ["NVIDIA H100", "volta3d crossval --bundle bundles/ixi_sex"]
     [row] = made_table([study]).rows
-    assert row == ["ixi_sex", "VolTA-3D", "2", "1.00", "NVIDIA H100", "volta3d crossval --bundle bundles/ixi_sex"]
+    assert row == ["ixi_sex", "VolTA-3D", "2", "1.00", "–", *rest]
+    # What a run has recorded of itself wins: it knows its pauses.
+    for run, memory in zip(study.runs, (3.0, 2.0), strict=True):
+        run.metrics |= {"cost/hours": 0.25, "cost/peak_memory_gib": memory}
+    [row] = made_table([study]).rows
+    assert row == ["ixi_sex", "VolTA-3D", "2", "0.50", "3.0", *rest]
 
 
 def test_every_prediction_of_a_subject_is_on_the_page_of_subjects(made):

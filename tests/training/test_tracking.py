@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +26,21 @@ from volta_components.training.sampling import KeyedDataset
 from volta_components.training.stores import prepare_store
 from volta_components.training.tracking import (
     TrainingRecord,
+    command_line,
     describe_run,
     find_mlflow_handler,
     group_metrics,
     hide_folders,
 )
+
+
+def test_a_command_reads_as_it_was_typed_and_names_no_folders() -> None:
+    configs = "['bundles/pretrain/configs/train.json','bundles/pretrain/configs/tiny.json']"
+    typed = f'python -m monai.bundle run --config_file "{configs}" --name "it\'s" --dataset_dir anna/data'
+    words = [*typed.split('"')[0].split(), configs, "--name", "it's", "--dataset_dir", "/home/anna/data"]
+    assert command_line(words) == typed
+    for odd in ("$HOME's", "a b", 'it\'s "odd"'):
+        assert shlex.split(command_line([odd])) == [odd]
 
 
 def test_the_record_averages_over_mini_batches_and_epochs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from volta_components.downstream.inits import BASE_INIT, SCRATCH, find_overlay
 from volta_components.errors import InputError, find_input_error
 from volta_components.files import read_json, sha256_file, sha256_json, write_json
 from volta_components.method.weights import find_encoder
+from volta_components.training.tracking import command_line
 
 OWN_IDS = ("fold", "fraction", "seed", "run_name", "output_dir", "datalist_path")
 
@@ -155,7 +155,7 @@ def plan(
                     settings=fingerprint,
                     processes=max(1, processes),
                     recipe=sha256_json(identity),
-                    made_by=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                    made_by=command_line([Path(sys.argv[0]).name, *sys.argv[1:]]),
                 )
             )
     runs.sort(key=lambda run: (wanted.index(run.fold), shares.index(run.fraction)))

@@ -180,21 +180,25 @@ def made_table(studies: Sequence[Study]) -> Table:
     for study in studies:
         for variant in study.variants:
             runs = [run for run in study.runs if run.variant == variant]
-            hours = sum(run.ended - run.started for run in runs) / 3.6e6
+            hours = sum(run.metrics.get("cost/hours", (run.ended - run.started) / 3.6e6) for run in runs)
+            peak = "cost/peak_memory_gib"
+            memory = max((run.metrics[peak] for run in runs if peak in run.metrics), default=math.nan)
             found = {
                 what: "\n".join(sorted({run.tags[what] for run in runs if what in run.tags})) or "–"
                 for what in ("hardware", "made_by")
             }
-            rows.append([study.bundle, name_of(variant), str(len(runs)), number(hours, 2), *found.values()])
-            numbers.append({"bundle": study.bundle, "init": variant, "runs": len(runs), "hours": hours, **found})
+            shown = str(len(runs)), number(hours, 2), number(memory, 1)
+            rows.append([study.bundle, name_of(variant), *shown, *found.values()])
+            known = {"bundle": study.bundle, "init": variant, "runs": len(runs), "hours": hours}
+            numbers.append({**known, "peak_memory_gib": memory, **found})
     return Table(
         name="made",
         title="Hardware, time and commands",
         frame=pd.DataFrame(numbers),
-        columns=["bundle", "init", "runs", "hours", "hardware", "command"],
+        columns=["bundle", "init", "runs", "hours", "GiB", "hardware", "command"],
         rows=rows,
-        note="Hours: from start to end, added up over runs, side by side or not; an interrupted run counts with its "
-        "pause. Where a run was started by hand, its command is in MLflow.",
+        note="Hours: of training, added up over runs, side by side or not. GiB: memory at the peak of a run. Where a "
+        "run was started by hand, its command is in MLflow.",
     )
 
 

@@ -122,7 +122,7 @@ def describe_run(
     params = [(name, value) for name, value in shown_settings(settings).items() if name not in known]
     for start in range(0, len(params), MLFLOW_BATCH):
         handler._log_params(dict(params[start : start + MLFLOW_BATCH]))
-    made = {"command": hide_folders(shlex.join(sys.orig_argv)), "hardware": hardware()}
+    made = {"command": command_line(sys.orig_argv), "hardware": hardware()}
     for name, value in {**resolve_tags(), **made, **tags}.items():
         client.set_tag(run_id, name, str(value))
     # The merged config, which MONAI uploads at the end.
@@ -156,6 +156,15 @@ def _share_rows(write: Callable[[], None]) -> None:
         except MlflowException as error:
             if not tries_left or not re.search("IntegrityError|UniqueViolation", str(error)):
                 raise
+
+
+def command_line(words: Sequence[str]) -> str:
+    """A command as one would type it, without folders; see ``hide_folders``."""
+    quoted = (
+        f'"{word}"' if "'" in word and not re.search(r'["$`\\!]', word) else shlex.quote(word)
+        for word in map(hide_folders, words)
+    )
+    return " ".join(quoted)
 
 
 def hide_folders(text: str) -> str:
