@@ -158,7 +158,7 @@ def test_the_report_has_a_row_for_each_combination(
     assert json.loads((tmp_path / "new" / "probes.json").read_text()) == rows
     everything = rows
     rows = [row for row in rows if row["label"] != "same subject"]
-    assert len(rows) == 2 * 2 * 3 * 2 and len(everything) == len(rows) + 2 * 3
+    assert len(rows) == 2 * 2 * 3 * 2 and len(everything) == len(rows) + 2 * 2 * 3
     assert len({(r["label"], r["encoder"], r["embedding"], r["probe"]) for r in rows}) == len(rows)
     assert {r["label"] for r in rows} == {"sex", "diagnosis"}  # nobody's age is "old"
     for row in rows:

@@ -76,13 +76,14 @@ def test_every_measure_calls_useless_encoders_useless(
     tables, tokens, items = study
     rows = probe_report(tables, items, {"sex": ["M", "F"]}, tmp_path / "probes.json", 5, numbers=["age"], tokens=tokens)
     asked = {
-        ("same subject", "summary"): 0.8,
-        ("hippocampal volume", "summary"): 0.8,
-        ("age", "summary"): 0.8,
-        ("hippocampus in the patch", "tokens"): 0.8,
+        ("same subject", "summary", "nearest"): 0.8,
+        ("same subject", "summary", "whitened"): 0.8,
+        ("hippocampal volume", "summary", "ridge"): 0.8,
+        ("age", "summary", "ridge"): 0.8,
+        ("hippocampus in the patch", "tokens", "ridge"): 0.8,
     }
-    for (label, embedding), good in asked.items():
-        found = {row["encoder"]: row for row in rows if (row["label"], row["embedding"]) == (label, embedding)}
+    for question, good in asked.items():
+        found = {row["encoder"]: row for row in rows if (row["label"], row["embedding"], row["probe"]) == question}
         assert set(found) == set(ENCODERS)
         for name in ENCODERS[:3]:
             row = found[name]
@@ -113,6 +114,17 @@ def test_the_same_subject_is_looked_for_among_scans_of_its_cohort() -> None:
     np.testing.assert_allclose(by_chance[:4], [1 / 2, 1 / 2, 1, 1])
     alike, _ = finds_same_subject(np.ones((5, 2)), patients, np.array(["x"] * 5))
     np.testing.assert_allclose(alike[:4], 1 / 4)
+
+
+def test_whitened_features_count_no_direction_more_than_another(rng: np.random.Generator) -> None:
+    """A scanner that every number tells of hides the head from plain features, and not from their components."""
+    people, scanners = np.repeat(rng.normal(size=(30, 20)), 2, axis=0), rng.normal(size=(60, 1))
+    features = people + 8 * scanners + 0.05 * rng.normal(size=(60, 20))
+    subjects, cohorts = np.repeat(np.arange(30), 2).astype(str), np.array(["x"] * 60)
+    plain, whitened = (
+        finds_same_subject(features, subjects, cohorts, components)[0].mean() for components in (None, 100)
+    )
+    assert plain < 0.5 < 0.8 < whitened
 
 
 def test_tokens_are_compared_without_what_their_position_says(rng: np.random.Generator) -> None:

@@ -405,6 +405,8 @@ def test_the_sum_of_the_dicom_losses_equals_numpy(rng: np.random.Generator) -> N
         reconstruction_weight=7.0,
         koleo_loss=koleo,
         koleo_weight=0.5,
+        global_weight=2.0,
+        patch_weight=3.0,
     )
     output = {
         name: value.item()
@@ -424,8 +426,8 @@ def test_the_sum_of_the_dicom_losses_equals_numpy(rng: np.random.Generator) -> N
     for name, value in expected.items():
         assert output[name] == pytest.approx(value, rel=1e-5), name
     total = (
-        expected["loss_global"]
-        + expected["loss_patch"]
+        2 * expected["loss_global"]
+        + 3 * expected["loss_patch"]
         + 7 * expected["loss_reconstruction"]
         + 0.5 * expected["loss_koleo"]
     )
@@ -433,6 +435,11 @@ def test_the_sum_of_the_dicom_losses_equals_numpy(rng: np.random.Generator) -> N
     entropy = -(softmax(taught / 0.05, axis=-1) * log_softmax(taught / 0.05, axis=-1)).sum(-1).mean()
     assert output["global_teacher_entropy"] == pytest.approx(entropy / math.log(prototypes), rel=1e-5)
     assert "patch_predicted" in output
+    # What the local crops add when they are propagated back on their own has the same weight.
+    alone = loss.local_crops(rows(logits[2:]), teacher, 0.05)
+    assert alone.item() == pytest.approx(
+        2 * loss.global_loss.local_crops(as_tensor(logits[2:]), as_tensor(taught), 0.05).item(), rel=1e-6
+    )
     loss.koleo_loss = None
     without = loss(student, rows(logits[2:]), teacher, as_tensor(image), torch.tensor(masked), 0.05, 0.06)
     assert "loss_koleo" not in without

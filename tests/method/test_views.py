@@ -331,6 +331,12 @@ def test_of_two_scanners_the_teacher_sees_the_first_and_the_student_the_second(r
     torch.testing.assert_close(both.teacher, first.teacher)
     for name in ("image", "student", "masked", "local"):
         torch.testing.assert_close(getattr(both, name), getattr(second, name))
+    other_target = make_views(tiny_views(reconstruct="teacher"), torch.cat([one, other], dim=1), keys)
+    torch.testing.assert_close(other_target.image, first.image)
+    for name in ("teacher", "student", "masked", "local"):
+        torch.testing.assert_close(getattr(other_target, name), getattr(both, name))
+    with pytest.raises(InputError, match="reconstruct 'both' is neither 'student' nor 'teacher'"):
+        tiny_views(reconstruct="both")
 
 
 def test_student_is_changed_more_than_the_teacher_and_locals_not_at_all(rng: np.random.Generator) -> None:

@@ -96,6 +96,26 @@ def test_workers_and_resumed_epochs_give_the_same_heads(items):
     assert all(not torch.equal(a["image"], b["image"]) for a, b in pairwise(whole))
 
 
+def test_heads_are_kept_for_later_epochs(items, monkeypatch):
+    """Of six heads an epoch, two are new in each: the others move up, and are rendered once."""
+    dataset = heads(items, fresh=2)
+    rendered = []
+    render = dataset._render
+    monkeypatch.setattr(dataset, "_render", lambda epoch, index: rendered.append(index) or render(epoch, index))
+    first, second = ([dataset[(epoch, index)] for index in range(6)] for epoch in (1, 2))
+    assert rendered == [*range(6), 6, 7]
+    for index in range(4):
+        assert same(first[index + 2], second[index])
+        assert second[index]["key"].tolist() == [2, index]
+    # Another process, or one that resumes, has the same heads.
+    assert same(heads(items, fresh=2)[(2, 5)], second[5])
+    assert not any(same(second[5], head) for head in first)
+    dataset[(9, 0)]
+    assert len(dataset._kept) == 1
+    with pytest.raises(InputError, match="fresh heads of an epoch: 7 is not between 1 and all of its 6"):
+        heads(items, fresh=7)
+
+
 def test_anatomies_as_a_datalist(folder, items):
     datalist = anatomies_datalist(folder, (40, 44, 40), 3.0, leave_out=["head-2"])
     assert [item["subject_id"] for item in datalist.items] == ["head-1", "head-3"]

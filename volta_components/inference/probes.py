@@ -236,16 +236,22 @@ class _Probes:
             yield self._row(name, each, "ridge", "r", known, figures, chance=0.0)
 
     def same_subject(self) -> Iterator[dict[str, Any]]:
-        """Share of scans whose nearest neighbour is another scan of the same subject: the same head, seen again."""
+        """Share of scans whose nearest neighbour is another scan of the same subject: the same head, seen again.
+
+        Of voxels, it is looked for among standardised principal components; of encoders both so (``whitened``: what
+        varies most, such as contrast, counts no more than the rest) and among their standardised numbers (``nearest``).
+        """
         subjects = np.array([str(item["subject_id"]) for item in self.items])
-        for each in self.features:
-            found, by_chance = finds_same_subject(each.matrix, subjects, self.cohorts, each.components)
+        ways = [(each, "nearest", each.components) for each in self.features]
+        ways += [(each, "whitened", _COMPONENTS) for each in self.features if each.components is None]
+        for each, way, components in ways:
+            found, by_chance = finds_same_subject(each.matrix, subjects, self.cohorts, components)
             asked = np.isfinite(found)
             if not asked.any():
                 return
             weights = self._weights(asked)
             figures = (found[asked].mean(), *interval(weights @ found[asked] / weights.sum(axis=1)))
-            yield self._row("same subject", each, "nearest", "share", asked, figures, by_chance[asked].mean())
+            yield self._row("same subject", each, way, "share", asked, figures, by_chance[asked].mean())
 
     def tokens(self, tables: Mapping[str, TokenTable]) -> Iterator[dict[str, Any]]:
         """Share of variance of what fills a patch that its token explains and its position does not."""

@@ -23,7 +23,7 @@ from volta_components.method.statistics import entropy_share, of_logits, of_targ
 
 
 class DiCoMLoss(nn.Module):
-    """The sum of the DiCoM losses: ``L = L_global + L_patch + weight * L_rec`` (eq. 6).
+    """The weighted sum of the DiCoM losses: ``L = L_global + L_patch + weight * L_rec`` (eq. 6).
 
     Args:
         global_loss: eq. 2-3.
@@ -32,6 +32,8 @@ class DiCoMLoss(nn.Module):
         reconstruction_weight: lambda_rec; 100 in the paper.
         koleo_loss: spread of the student's summaries; not in the paper, ``None`` for none.
         koleo_weight: its weight in the sum.
+        global_weight: of the global loss; 1 in the paper.
+        patch_weight: of the patch loss; 1 in the paper.
 
     Source: VolTA-3D eq. 6; DiCoM (Parida et al., 2024).
     """
@@ -44,6 +46,8 @@ class DiCoMLoss(nn.Module):
         reconstruction_weight: float = 100.0,
         koleo_loss: KoLeoLoss | None = None,
         koleo_weight: float = 0.1,
+        global_weight: float = 1.0,
+        patch_weight: float = 1.0,
     ) -> None:
         super().__init__()
         self.global_loss = global_loss
@@ -52,6 +56,8 @@ class DiCoMLoss(nn.Module):
         self.reconstruction_weight = reconstruction_weight
         self.koleo_loss = koleo_loss
         self.koleo_weight = koleo_weight
+        self.global_weight = global_weight
+        self.patch_weight = patch_weight
 
     def forward(
         self,
@@ -91,7 +97,11 @@ class DiCoMLoss(nn.Module):
                 student.reconstruction, image.flatten(0, 1), masked.flatten(0, 1)
             ),
         }
-        loss = output["loss_global"] + output["loss_patch"] + self.reconstruction_weight * output["loss_reconstruction"]
+        loss = (
+            self.global_weight * output["loss_global"]
+            + self.patch_weight * output["loss_patch"]
+            + self.reconstruction_weight * output["loss_reconstruction"]
+        )
         if self.koleo_loss is not None:
             output["loss_koleo"] = self.koleo_loss(student.globals_.summary.unflatten(0, (pairs, batch)))
             loss = loss + self.koleo_weight * output["loss_koleo"]
@@ -113,7 +123,7 @@ class DiCoMLoss(nn.Module):
             teacher_temperature: tau_t of eq. 2.
         """
         taught = teacher.logits.unflatten(0, (2, -1))
-        return self.global_loss.local_crops(
+        return self.global_weight * self.global_loss.local_crops(
             local_logits.unflatten(0, (-1, taught.shape[1])), taught, teacher_temperature
         )
 

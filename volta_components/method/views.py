@@ -313,6 +313,11 @@ class ViewGenerator:
         student_intensity: stronger changes.
         mask: group mask for the student's global crops.
         seed: base seed.
+        reconstruct: of two scanners, whose picture is reconstructed: the ``student``'s own, or the ``teacher``'s, so
+            that tokens need not hold what the student's scanner does to a picture.
+
+    Raises:
+        InputError: if ``reconstruct`` is neither.
     """
 
     num_global = 2
@@ -324,6 +329,11 @@ class ViewGenerator:
     student_intensity: IntensityAugment
     mask: GroupMask
     seed: int = 0
+    reconstruct: str = "student"
+
+    def __post_init__(self) -> None:
+        if self.reconstruct not in ("student", "teacher"):
+            raise InputError(f"views: reconstruct {self.reconstruct!r} is neither 'student' nor 'teacher'")
 
     def draw(self, shape: Sequence[int], key: Sequence[int]) -> ViewPlan:
         """Draw what is random about the views of one volume.
@@ -364,9 +374,9 @@ class ViewGenerator:
         generator = noise_generator(volume.device, int(plan.seed))
         size = self.global_geometry.size
         both = sample_crops(volume, plan.global_crops, size)
-        image = both[:, -1:]
+        image = both[:, -1:] if self.reconstruct == "student" else both[:, :1]
         teacher, student, masked = [], [], []
-        for i, crop in enumerate(image.split(1)):
+        for i, crop in enumerate(both[:, -1:].split(1)):
             teacher.append(self.teacher_intensity(both[i : i + 1, :1], part_of(plan.teacher, i), generator))
             changed = self.student_intensity(crop, part_of(plan.student, i), generator)
             labels = self.mask.enlarge(plan.cells[i], size).expand_as(crop)

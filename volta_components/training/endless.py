@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heads that are rendered while a network trains: no data on disk, and never the same head twice."""
+"""Heads that are rendered while a network trains: no data on disk, and as many heads as the run has time for."""
 
 from __future__ import annotations
 
@@ -89,6 +89,8 @@ class EndlessHeads(KeyedDataset):
     Args:
         data: the anatomies: items of ``anatomies_datalist``.
         length: heads of one epoch.
+        fresh: heads of an epoch that the epoch before did not have, where rendering is slower than training: the others
+            are kept in memory, by each process that loads. ``length`` by default: never the same head twice.
         shape: voxels of an item: the whole window, or crops of it.
         window: voxels of the whole window; ``shape`` by default.
         spacing: mm.
@@ -126,9 +128,12 @@ class EndlessHeads(KeyedDataset):
         shares: bool = False,
         transform: Callable[[Any], Any] | None = None,
         seed: int = 0,
+        fresh: int | None = None,
     ) -> None:
         if not data:
             raise InputError("no anatomies to render heads from; give a folder of label maps (--anatomies DIR)")
+        if fresh is not None and not 1 <= fresh <= length:
+            raise InputError(f"fresh heads of an epoch: {fresh} is not between 1 and all of its {length}")
         super().__init__(list(data), transform, seed)
         self.paths = {str(item["subject_id"]): str(item["image"]) for item in data}
         self.settings = Settings(
@@ -147,12 +152,24 @@ class EndlessHeads(KeyedDataset):
         self.jitter = jitter
         self.scanners = scanners
         self.shares = shares
+        self.fresh = fresh
+        self._kept: dict[int, dict[str, Any]] = {}
 
     def __len__(self) -> int:
         return self.length
 
     def item(self, epoch: int, index: int, *repeat: int) -> dict[str, Any]:
-        """Render a head."""
+        """A head; one that the process has rendered for an epoch before is taken from there."""
+        if self.fresh is None:
+            return self._render(epoch, index, *repeat)
+        first = (epoch - 1) * self.fresh
+        number = first + index
+        if number not in self._kept:
+            self._kept = {kept: item for kept, item in self._kept.items() if kept >= first}
+            self._kept[number] = self._render(0, number)
+        return dict(self._kept[number])
+
+    def _render(self, epoch: int, index: int, *repeat: int) -> dict[str, Any]:
         settings = replace(self.settings, seed=derived_seed(self.seed, "heads", epoch, *repeat))
         subject = draw_subject(settings, index + 1)
         head = load_head(subject.anatomy, self.paths[subject.anatomy])

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each lever of pretraining does for what the encoder knows: short pretrainings that differ in one thing each.
+
+Every row is the bundle's own ``train.json`` with the quick start's sizes on endless heads of label maps, changed as its
+name says, for the same number of heads. ``evaluate.json`` then asks each frozen encoder about heads of anatomies that
+none of them has seen, each head by two scanners.
+
+    python benchmarks/learning.py --anatomies DIR --output runs/learning [--rows "two scanners" --seeds 0,1]
+
+takes about ten minutes a run on one core. A run that is finished is not done again, and one that was interrupted
+resumes; ``--rows ""`` only writes the table of what there is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cyclopts
+
+from volta_components.data.datalist import datalist_hash
+from volta_components.data.phantom.command import phantom
+from volta_components.data.phantom.labels import find_label_maps
+from volta_components.data.prepare import prepare
+from volta_components.errors import InputError
+from volta_components.files import read_json, sha256_json, write_json, write_text
+
+CONFIGS = Path(__file__).resolve().parents[1] / "bundles" / "pretrain" / "configs"
+RESULTS = Path(__file__).resolve().parent / "results" / "learning.md"
+SCORED = ("anatomy-05", "anatomy-10", "anatomy-15", "anatomy-20")
+# The quick start's sizes; teacher and network follow each optimiser step of eight heads.
+BASE: dict[str, Any] = {
+    "heads_per_epoch": 320,
+    "fresh_heads": 32,
+    "batch_size": 8,
+    "accumulation_steps": 1,
+    "learning_rate": 0.001,
+    "warmup_epochs": 2,
+    "frozen_last_layer_epochs": 0,
+    "checkpoint_minutes": 2,
+    "picture_interval": 1000,
+}
+TWO = ("two_scanners",)
+STILL: dict[str, Any] = {"rotation_degrees": 0, "translation_mm": 0, "global_zoom": [1, 1]}
+OTHER: dict[str, Any] = {"views#reconstruct": "teacher"}
+STRONG: dict[str, Any] = {
+    "views#student_intensity#gamma": 2.0,
+    "views#student_intensity#contrast": 0.4,
+    "views#student_intensity#brightness": 0.15,
+    "views#student_intensity#bias": 0.3,
+}
+# name: overlays after synthetic.json, ids
+ROWS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "one scanner": ((), {}),
+    "one scanner, stronger contrast changes": ((), STRONG),
+    "two scanners": (TWO, {}),
+    "two scanners, still": (TWO, STILL),
+    "two scanners, the teacher's picture": (TWO, OTHER),
+    "two scanners, token centre": ((*TWO, "token_centre"), {}),
+    "two scanners, KoLeo": ((*TWO, "koleo"), {}),
+    "two scanners, Sinkhorn": ((*TWO, "sinkhorn"), {}),
+    "all": ((*TWO, "token_centre", "koleo", "sinkhorn"), OTHER | STILL),
+}
+
+
+def run(configs: Sequence[str], ids: dict[str, Any], log: Path) -> str:
+    """A config with its overlays, by MONAI's own command; what it prints goes to a file as well.
+
+    Raises:
+        InputError: if the run fails.
+    """
+    files = [str(CONFIGS / f"{name}.json") for name in configs]
+    words = [word for name, value in ids.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", str(files), *words]
+    with log.open("w") as stream:
+        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=os.environ | {"COLUMNS": "200"})
+    text = log.read_text(errors="replace")
+    if done.returncode:
+        raise InputError(f"{' '.join(command)}\nfailed:\n{text[-3000:]}")
+    return text
+
+
+def scored_heads(anatomies: Path, folder: Path, count: int) -> Path:
+    """The prepared heads that every encoder is asked about, two scans each; made once."""
+    names = list(find_label_maps(anatomies))
+    if missing := set(SCORED) - set(names):
+        raise InputError(f"--anatomies {anatomies}: lacks {', '.join(sorted(missing))}, which are scored")
+    prepared = folder / "scored"
+    if not (prepared / "datalist.json").is_file():
+        others = [name for name in names if name not in SCORED]
+        raw = folder / "scored_raw"
+        phantom(raw, count, seed=7, spacing=3, anatomies=anatomies, leave_out=others, scans=2, workers=1)
+        prepare("bids", raw, prepared, spacing=3, shape=(48, 64, 64), sessions=["all"], folds=len(SCORED), workers=1)
+        add_contrast(raw, prepared / "datalist.json")
+    return prepared
+
+
+def add_contrast(raw: Path, datalist: Path) -> None:
+    """Give each scan of a datalist its scanner's brightness of grey over white matter."""
+    content = read_json(datalist)
+    for item in content["training"]:
+        name = f"{item['subject_id']}_{item['session']}_T1w.json"
+        (sidecar,) = raw.glob(f"sub-*/ses-*/anat/{name}")
+        means = read_json(sidecar)["Phantom"]["scanner"]["means"]
+        item["contrast"] = means["cortex_left"] / means["white_matter_left"]
+    write_json(datalist, content | {"hash": datalist_hash(content)})
+
+
+def pretrain(name: str, seed: int, epochs: int, anatomies: Path, scored: Path, folder: Path) -> dict[str, Any]:
+    """One row with one seed, pretrained and probed unless that was done before; what is known of it."""
+    overlays, changes = ROWS[name]
+    ids = {**BASE, "epochs": epochs, "collapse_grace_epochs": epochs, **changes, "seed": seed}
+    settings = {"overlays": list(overlays), "ids": ids}
+    home = folder / f"{sha256_json(settings)[:12]}"
+    found = home / "found.json"
+    if found.is_file():
+        return read_json(found)
+    home.mkdir(parents=True, exist_ok=True)
+    write_json(home / "settings.json", {"name": name, **settings})
+    encoder = home / "encoder.safetensors"
+    data = {"anatomies": anatomies, "leave_out": list(SCORED), "num_workers": 0, "device": "$torch.device('cpu')"}
+    places = {"output_dir": home, "ckpt_dir": home, "encoder_path": encoder, "run_name": home.name}
+    text = run(["train", "tiny", "synthetic", *overlays], {**data, **ids, **places}, home / "log")
+    places = {"output_dir": home / "probes", "encoder_path": encoder, "run_name": home.name, "dataset_dir": scored}
+    run(["evaluate"], {**places, "num_workers": 0, "targets": {}, "numbers": ["contrast"]}, home / "probes.log")
+    result = {"name": name, "seed": seed, "rows": read_json(home / "probes" / "probes.json"), "curves": curves(text)}
+    write_json(found, result)
+    return result
+
+
+def curves(log: str) -> list[dict[str, float]]:
+    """The numbers of each epoch, as the training printed them."""
+    epochs: dict[int, dict[str, float]] = {}
+    for number, line in re.findall(r"epoch (\d+) of \d+: (.*)", log):
+        epochs[int(number)] = {name: float(value) for name, value in re.findall(r"(\w+) ([-+.\de]+)", line)}
+    return [epochs[number] for number in sorted(epochs)]
+
+
+# column: what it is of, embedding, probe
+ASKED = {
+    "same head, summary": ("same subject", "summary", "nearest"),
+    "whitened": ("same subject", "summary", "whitened"),
+    "same head, mean token": ("same subject", "mean", "nearest"),
+    "whitened ": ("same subject", "mean", "whitened"),
+    "hippocampal volume": ("hippocampal volume", "mean", "ridge"),
+    "hippocampus in the patch": ("hippocampus in the patch", "tokens", "ridge"),
+    "contrast": ("contrast", "mean", "ridge"),
+}
+
+
+def cell(runs: Sequence[dict[str, Any]], encoder: str, label: str, embedding: str, probe: str) -> str:
+    """Mean over seeds, with the lowest and the highest limit of their 95 % intervals."""
+    rows = [
+        row
+        for each in runs
+        for row in each["rows"]
+        if row["encoder"] == encoder
+        and row["label"] == label
+        and (encoder == "voxels" or row["embedding"] == embedding)
+        and row["probe"] == ("nearest" if encoder == "voxels" and label == "same subject" else probe)
+    ]
+    if not rows:
+        return "-"
+    mean = sum(row["value"] for row in rows) / len(rows)
+    return f"{mean:.2f} ({min(row['low'] for row in rows):.2f} to {max(row['high'] for row in rows):.2f})"
+
+
+def table(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines of the table, a row for each setting; random weights and plain voxels first."""
+    health = ("loss_reconstruction", "global_predicted", "patch_predicted")
+    lines = [f"| setting | seeds | masked error | global | patch | {' | '.join(ASKED)} |"]
+    lines.append("|---" * (5 + len(ASKED)) + "|")
+    for encoder, name in (("random", "random weights"), ("voxels", "plain voxels")):
+        cells = [cell(runs[:1], encoder, *asked) for asked in ASKED.values()]
+        lines.append(f"| {name} | - | - | - | - | {' | '.join(cells)} |")
+    for name in dict.fromkeys(each["name"] for each in runs):
+        own = [each for each in runs if each["name"] == name]
+        last = [each["curves"][-1] for each in own]
+        means = [sum(each[key] for each in last) / len(last) for key in health]
+        cells = [f"{value:.3f}" for value in means] + [cell(own, "volta", *asked) for asked in ASKED.values()]
+        lines.append(f"| {name} | {len(own)} | {' | '.join(cells)} |")
+    return lines
+
+
+def main(
+    anatomies: Path,
+    output: Path,
+    rows: tuple[str, ...] = tuple(ROWS),
+    seeds: tuple[int, ...] = (0,),
+    epochs: int = 30,
+    heads: int = 80,
+    results: Path | None = None,
+) -> None:
+    """Pretrain, ask, and print a table.
+
+    Args:
+        anatomies: folder of label maps.
+        output: folder of the runs.
+        rows: names of the settings; all by default.
+        seeds: of the pretrainings.
+        epochs: of each, of 320 heads.
+        heads: that the encoders are asked about, of four anatomies.
+        results: file for the table.
+
+    Raises:
+        InputError: if a run fails.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    anatomies = anatomies.resolve()
+    scored = scored_heads(anatomies, output.resolve(), heads)
+    runs: list[dict[str, Any]] = []
+    for seed in seeds:
+        for name in rows:
+            runs.append(pretrain(name, seed, epochs, anatomies, scored, output.resolve()))
+            print("\n".join(table(runs)), flush=True)
+    if results is not None:
+        write_text(results, "\n".join([HEADER.format(epochs=epochs, heads=heads), *table(runs)]) + "\n")
+
+
+HEADER = """# What an encoder learns, by setting
+
+`python benchmarks/learning.py --anatomies DIR --output DIR --epochs {epochs}`: synthetic heads at 3 mm, a ViT of 6
+blocks of 192, {epochs} epochs of 40 mini-batches of 8 heads of 16 anatomies; {heads} heads of four other anatomies are
+scored, each by two scanners. Values are means over seeds, in brackets the lowest and highest limit of their 95 %
+intervals over anatomies.
+
+- same head: share of scans whose nearest neighbour is the same head by another scanner (chance 0.01); whitened: among
+  standardised principal components, as plain voxels are always compared;
+- hippocampal volume: Pearson's r across anatomies; hippocampus in the patch: share of variance beyond position;
+- contrast: Pearson's r of the scanner's brightness of grey over white matter; lower is better.
+"""
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``benchmarks/learning.py``: a run is made once, from the bundle's own configs, and the table says what was found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from monai.bundle import ConfigParser
+
+from benchmarks import learning
+from volta_components.errors import InputError
+
+
+def probe(label: str, encoder: str, embedding: str, way: str, value: float) -> dict[str, Any]:
+    names = {"label": label, "encoder": encoder, "embedding": embedding, "probe": way}
+    return {**names, "value": value, "low": value - 0.1, "high": value + 0.1}
+
+
+@pytest.mark.parametrize("name", learning.ROWS)
+def test_every_row_changes_ids_that_the_configs_have(name: str) -> None:
+    overlays, ids = learning.ROWS[name]
+    parser = ConfigParser()
+    parser.read_config([str(learning.CONFIGS / f"{each}.json") for each in ("train", "tiny", "synthetic", *overlays)])
+    for key in {**learning.BASE, **ids}:
+        place = key.split("#")
+        assert place[0] in parser.config, key
+        parser[key] = 1  # a path that does not exist raises
+
+
+def test_a_finished_run_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def run(configs: list[str], ids: dict[str, Any], log: Path) -> str:
+        made.append((configs, ids))
+        if configs == ["evaluate"]:
+            folder = Path(ids["output_dir"])
+            folder.mkdir()
+            (folder / "probes.json").write_text(json.dumps([probe("same subject", "volta", "mean", "nearest", 0.5)]))
+        return (
+            "INFO epoch 1 of 2: loss 9.1, global_predicted 0.01\nINFO epoch 2 of 2: loss 8.5e-1, global_predicted -0.2"
+        )
+
+    monkeypatch.setattr(learning, "run", run)
+    arguments = ("two scanners", 0, 2, tmp_path / "maps", tmp_path / "scored", tmp_path)
+    first = learning.pretrain(*arguments)
+    assert first["curves"] == [{"loss": 9.1, "global_predicted": 0.01}, {"loss": 0.85, "global_predicted": -0.2}]
+    assert [configs for configs, _ in made] == [["train", "tiny", "synthetic", "two_scanners"], ["evaluate"]]
+    assert made[0][1]["leave_out"] == list(learning.SCORED)
+    assert learning.pretrain(*arguments) == first
+    assert len(made) == 2
+    learning.pretrain("two scanners", 1, *arguments[2:])
+    assert len(made) == 4
+
+
+def test_the_table_has_means_over_seeds_and_the_widest_interval() -> None:
+    last = {"loss_reconstruction": 0.04, "global_predicted": 0.1, "patch_predicted": 0.2}
+    runs = [
+        {
+            "name": "two scanners",
+            "curves": [{}, last],
+            "rows": [
+                probe("same subject", "volta", "mean", "whitened", value),
+                probe("same subject", "random", "mean", "whitened", 0.3),
+                probe("same subject", "voxels", "voxels", "nearest", 0.85),
+            ],
+        }
+        for value in (0.4, 0.6)
+    ]
+    lines = learning.table(runs)
+    assert "0.30 (0.20 to 0.40)" in lines[2] and lines[2].startswith("| random weights")
+    assert lines[3].count("0.85 (0.75 to 0.95)") == 4  # voxels have one embedding, compared in one way
+    assert lines[4].startswith("| two scanners | 2 | 0.040 | 0.100 | 0.200 |")
+    assert "0.50 (0.30 to 0.70)" in lines[4]
+
+
+def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"(?s)failed.*no_such"):
+        learning.run(["no_such"], {}, tmp_path / "log")
+
+
+def test_the_scored_anatomies_must_be_there(tmp_path: Path) -> None:
+    (tmp_path / "anatomy_05.nii.gz").touch()
+    with pytest.raises(InputError, match="lacks anatomy-10, anatomy-15, anatomy-20, which are scored"):
+        learning.scored_heads(tmp_path, tmp_path, 4)
