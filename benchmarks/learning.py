@@ -47,7 +47,6 @@ BASE: dict[str, Any] = {
 }
 TWO = ("two_scanners",)
 STILL: dict[str, Any] = {"rotation_degrees": 0, "translation_mm": 0, "global_zoom": [1, 1]}
-OTHER: dict[str, Any] = {"views#reconstruct": "teacher"}
 STRONG: dict[str, Any] = {
     "views#student_intensity#gamma": 2.0,
     "views#student_intensity#contrast": 0.4,
@@ -60,11 +59,12 @@ ROWS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "one scanner, stronger contrast changes": ((), STRONG),
     "two scanners": (TWO, {}),
     "two scanners, still": (TWO, STILL),
-    "two scanners, the teacher's picture": (TWO, OTHER),
+    "two scanners, the teacher's picture": ((*TWO, "other_picture"), {}),
+    "two scanners, a standard picture": ((*TWO, "standard_picture"), {}),
     "two scanners, token centre": ((*TWO, "token_centre"), {}),
     "two scanners, KoLeo": ((*TWO, "koleo"), {}),
     "two scanners, Sinkhorn": ((*TWO, "sinkhorn"), {}),
-    "all": ((*TWO, "token_centre", "koleo", "sinkhorn"), OTHER | STILL),
+    "all": ((*TWO, "token_centre", "koleo", "sinkhorn", "standard_picture"), STILL),
 }
 
 

@@ -60,8 +60,8 @@ def parsed(overlay: str | None, prepared: Path, folder: Path, **overrides: Any) 
 def test_there_are_no_other_configs() -> None:
     """A new config belongs into these tests."""
     found = {path.stem for path in PRETRAIN.glob("*.json")}
-    # These two are tested with the data set that they render, in tests/training/test_endless.py.
-    rendered = {"synthetic", "two_scanners"}
+    # These are tested with the data set that they render, in tests/training/test_endless.py.
+    rendered = {"synthetic", "two_scanners", "other_picture", "standard_picture"}
     assert found == {"train", "evaluate", "inference", "metadata", *rendered, *OVERLAYS}
 
 

@@ -79,6 +79,20 @@ def test_two_scanners_see_one_head(items):
     assert (a * b).sum() / torch.maximum(a, b).sum() > 0.5
 
 
+def test_a_standard_picture_shows_the_brain_and_no_scanner(items):
+    """Whichever scanners see a head, its standard picture is the same; what lies outside the brain is 0 there."""
+    one, two = (heads(items, scanners=count, standard=True)[(1, 0)] for count in (1, 2))
+    assert torch.equal(one["standard"], two["standard"])
+    assert "standard" not in heads(items)[(1, 0)]
+    standard = one["standard"]
+    assert standard.shape == (1, 40, 44, 40)
+    assert 0 <= standard.min() < 0.01 < 0.7 < standard.max() <= 1
+    with_skull = heads(items, skull_share=1.0, standard=True)[(1, 0)]
+    outside = (with_skull["standard"] == 0) & (with_skull["image"] > 0.1)
+    assert outside.float().mean() > 0.03
+    assert np.corrcoef(standard.flatten(), with_skull["image"].flatten())[0, 1] > 0.3
+
+
 def test_workers_and_resumed_epochs_give_the_same_heads(items):
     def batches(workers, iteration):
         sampler = ResumableSampler(6, seed=1, batch_size=2)
@@ -129,7 +143,9 @@ def test_anatomies_as_a_datalist(folder, items):
 
 
 @pytest.mark.parametrize(
-    ("bundle", "further"), [("pretrain", []), ("pretrain", ["two_scanners"]), ("harp_hippocampus", [])]
+    ("bundle", "further"),
+    [("pretrain", []), ("pretrain", ["two_scanners"]), ("harp_hippocampus", [])]
+    + [("pretrain", ["two_scanners", f"{what}_picture"]) for what in ("other", "standard")],
 )
 def test_the_overlay_of_a_bundle_renders_its_batches(bundle, further, folder, tmp_path):
     configs = ROOT / "bundles" / bundle / "configs"
@@ -151,9 +167,11 @@ def test_the_overlay_of_a_bundle_renders_its_batches(bundle, further, folder, tm
         parser[name] = value
     parser.parse()
     batch = next(iter(parser.get_parsed_content("train#dataloader")))
-    assert batch["image"].shape == (2, 2 if further else 1, *window)
+    assert batch["image"].shape == (2, 1 + len(further), *window)
     assert np.isfinite(batch["image"].numpy()).all()
     if further:
-        first, second = batch["image"].numpy().swapaxes(0, 1)
+        first, second, *target = batch["image"].numpy().swapaxes(0, 1)
         assert np.abs(first - second).mean() > 0.01  # other scanners
+        for picture in target:
+            assert np.array_equal(picture, first) == ("other_picture" in further)
     assert overlay["leave_out"] == []

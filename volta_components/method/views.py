@@ -313,11 +313,6 @@ class ViewGenerator:
         student_intensity: stronger changes.
         mask: group mask for the student's global crops.
         seed: base seed.
-        reconstruct: of two scanners, whose picture is reconstructed: the ``student``'s own, or the ``teacher``'s, so
-            that tokens need not hold what the student's scanner does to a picture.
-
-    Raises:
-        InputError: if ``reconstruct`` is neither.
     """
 
     num_global = 2
@@ -329,11 +324,6 @@ class ViewGenerator:
     student_intensity: IntensityAugment
     mask: GroupMask
     seed: int = 0
-    reconstruct: str = "student"
-
-    def __post_init__(self) -> None:
-        if self.reconstruct not in ("student", "teacher"):
-            raise InputError(f"views: reconstruct {self.reconstruct!r} is neither 'student' nor 'teacher'")
 
     def draw(self, shape: Sequence[int], key: Sequence[int]) -> ViewPlan:
         """Draw what is random about the views of one volume.
@@ -361,7 +351,8 @@ class ViewGenerator:
 
         Args:
             volumes: the mini-batch; views are made on its device. With two channels, the teacher sees the first and the
-                student the second: the same head by two scanners.
+                student the second: the same head by two scanners. A third channel is what is reconstructed; otherwise
+                it is what the student sees.
             plan: what ``draw`` gave for each volume, collated: every tensor's first axis runs over volumes.
         """
         plan = to_device(plan, volumes.device)
@@ -374,16 +365,16 @@ class ViewGenerator:
         generator = noise_generator(volume.device, int(plan.seed))
         size = self.global_geometry.size
         both = sample_crops(volume, plan.global_crops, size)
-        image = both[:, -1:] if self.reconstruct == "student" else both[:, :1]
+        image, own = both[:, -1:], min(1, both.shape[1] - 1)
         teacher, student, masked = [], [], []
-        for i, crop in enumerate(both[:, -1:].split(1)):
+        for i, crop in enumerate(both[:, own : own + 1].split(1)):
             teacher.append(self.teacher_intensity(both[i : i + 1, :1], part_of(plan.teacher, i), generator))
             changed = self.student_intensity(crop, part_of(plan.student, i), generator)
             labels = self.mask.enlarge(plan.cells[i], size).expand_as(crop)
             noise = torch.randn(crop.shape, generator=generator, device=crop.device, dtype=crop.dtype)
             student.append(self.mask.fill(changed, labels, noise))
             masked.append(labels != VISIBLE)
-        local = sample_crops(volume[:, -1:], plan.local_crops, self.local_geometry.size)
+        local = sample_crops(volume[:, own : own + 1], plan.local_crops, self.local_geometry.size)
         return image, torch.cat(teacher), torch.cat(student), torch.cat(masked), local
 
 

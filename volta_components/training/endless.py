@@ -18,7 +18,7 @@ from volta_components.data.phantom.anatomy import geometry
 from volta_components.data.phantom.heads import Head, load_head
 from volta_components.data.phantom.labels import read_label_maps
 from volta_components.data.phantom.render import Pixels, View, render_view, whole_view
-from volta_components.data.phantom.scanner import Contrast
+from volta_components.data.phantom.scanner import Contrast, standard_scanner
 from volta_components.data.phantom.subjects import Settings, draw_subject, random_stream, scanner_of
 from volta_components.data.preprocess import PERCENTILES
 from volta_components.errors import InputError
@@ -97,6 +97,7 @@ class EndlessHeads(KeyedDataset):
         hippocampus_share: with crops, share of them that lie around the hippocampi; the others lie anywhere.
         jitter: how far a crop's middle lies from that of the hippocampi at most, mm on each axis.
         scanners: pictures of one head; more than one give ``image``, ``image_2``, ... of the same deformed head.
+        standard: whether items also have ``standard`` ``[1, *shape]``: the brain by a scanner that is the same for all.
         contrast, skull_share, mirrored_share, variation: see ``subjects.Settings``.
         shares: whether items also have ``shares`` ``[2, *shape]``: of each voxel, that of the left and the right
             hippocampus, float32.
@@ -129,6 +130,7 @@ class EndlessHeads(KeyedDataset):
         transform: Callable[[Any], Any] | None = None,
         seed: int = 0,
         fresh: int | None = None,
+        standard: bool = False,
     ) -> None:
         if not data:
             raise InputError("no anatomies to render heads from; give a folder of label maps (--anatomies DIR)")
@@ -153,6 +155,7 @@ class EndlessHeads(KeyedDataset):
         self.scanners = scanners
         self.shares = shares
         self.fresh = fresh
+        self.standard = standard
         self._kept: dict[int, dict[str, Any]] = {}
 
     def __len__(self) -> int:
@@ -194,6 +197,8 @@ class EndlessHeads(KeyedDataset):
                 item["label"] = label[None]
                 if self.shares:
                     item["shares"] = seen.hippocampi.clone()
+        if self.standard and view is not None:
+            item["standard"] = render_view(subject, head, where, standard_scanner(), view).image.clamp_(0, 1)[None]
         return item
 
     def _place(self, rng: np.random.Generator, head: Head, survey: Pixels) -> View:
