@@ -176,3 +176,33 @@ def test_dates_of_several_rows_that_cannot_be_read_are_named(tmp_path):
     said = []
     read_people(tmp_path / "t.csv", lambda *words: said.append(words))
     assert [(who, what) for who, what, _ in said] == [("a", "date '05.06.2020' cannot be read for certain")]
+
+
+@pytest.mark.parametrize("above", ["# exported 2020\n", "\tDemographics\t\n", "My study, all sites\n\n"])
+@pytest.mark.parametrize("separator", ["\t", ";", ","])
+def test_titles_above_the_header_are_left_out(tmp_path, above, separator):
+    path = tmp_path / "participants.csv"
+    path.write_text(above + text_of(separator))
+    assert read_table(path) == ROWS
+
+
+def test_titles_above_the_header_of_a_sheet_are_left_out(tmp_path):
+    lines = [["My study", "", "", ""], list(ROWS[0]), *(row.values() for row in ROWS)]
+    pd.DataFrame(lines).to_excel(tmp_path / "t.xlsx", index=False, header=False)
+    assert [row["participant_id"] for row in read_table(tmp_path / "t.xlsx")] == ["sub-01", "sub-02", "sub-03"]
+
+
+def test_columns_are_known_with_units_and_in_other_spellings(tmp_path):
+    path = tmp_path / "participants.csv"
+    path.write_text("Subject-ID,Sex (M/F),Age [years]\nsub-01,F,60\nsub-01,F,61\nsub-02,M,70\n")
+    people = read_people(path)
+    row, differ = people.row("sub-02")
+    assert (row["Sex (M/F)"], row["Age [years]"], differ) == ("M", "70", [])
+    row, differ = people.row("sub-01")
+    assert (row["Sex (M/F)"], row["Age [years]"], differ) == ("F", "", ["age"])
+
+
+def test_a_web_page_is_no_table(tmp_path):
+    (tmp_path / "t.xls").write_text("<html><table><tr><td>participant_id</td></tr></table></html>")
+    with pytest.raises(InputError, match="not a table but a web page"):
+        read_table(tmp_path / "t.xls")

@@ -54,6 +54,9 @@ SITE_COLUMNS = ("site", "site_id", "acquisition_site", "institution", "scanner")
 SESSION_COLUMNS = ("session_id", "session", "ses", "VISCODE", "visit", "visit_id", "timepoint", "wave")
 DATE_COLUMNS = ("acq_time", "scan_date", "EXAMDATE", "examination_date", "Acq Date", "Study Date", "date", "MRI_date")
 
+# A table's header is looked for in so many lines.
+_TITLE_LINES = 5
+
 Row = dict[str, str]
 # Takes what is wrong with a table: whose row, what, what to do.
 Complain = Callable[[str, str, str], None]
@@ -137,7 +140,11 @@ def _delimited(path: Path, content: bytes) -> Lines:
     # Excel's own word for the separator.
     hint = re.match(r'"?sep=(.)"?\n', text, re.IGNORECASE)
     text = text[hint.end() :] if hint else text
-    header = re.sub(r'"[^"]*"', "", text.split("\n", 1)[0])
+    if text.startswith("<"):
+        raise InputError(f"{path}: not a table but a web page (HTML or XML); open it and save it as CSV or Excel sheet")
+    first = [line for line in text.split("\n", 20)[:20] if line.strip()][:_TITLE_LINES]
+    header = next((line for line in first if _has_ids(re.split(r'[\t;,|"]+', line))), first[0] if first else "")
+    header = re.sub(r'"[^"]*"', "", header)
     separator = hint[1] if hint else max("\t;,|", key=header.count)
     for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
         reader = csv.reader(io.StringIO(text), delimiter=separator, quoting=quoting, skipinitialspace=separator != "\t")
@@ -169,8 +176,16 @@ def _excel(path: Path) -> Lines:
     return [(number, [text(cell) for cell in cells]) for number, cells in enumerate(frame.itertuples(index=False), 1)]
 
 
+def _has_ids(cells: Iterable[str]) -> bool:
+    """Whether one of the cells is the name of a column of ids."""
+    return not {fold(cell) for cell in cells}.isdisjoint(map(fold, ID_COLUMNS))
+
+
 def _rows(path: Path, lines: Lines, complain: Complain | None) -> list[Row]:
-    """Lines of cells as rows by the names of the columns; the first line that is not empty has these."""
+    """Lines of cells as rows by the names of the columns.
+
+    The first line that is not empty has these, unless one of the next names a column of ids: a title stands above it.
+    """
 
     def tell(who: str, what: str, remedy: str) -> None:
         if complain is None:
@@ -180,6 +195,7 @@ def _rows(path: Path, lines: Lines, complain: Complain | None) -> list[Row]:
     filled = [(number, cells) for number, cells in lines if any(cells)]
     if not filled:
         return []
+    filled = filled[next((i for i, (_, cells) in enumerate(filled[:_TITLE_LINES]) if _has_ids(cells)), 0) :]
     names = list(filled[0][1])
     while names and not names[-1]:
         names.pop()
@@ -195,9 +211,9 @@ def _rows(path: Path, lines: Lines, complain: Complain | None) -> list[Row]:
         for place, name in enumerate(names):
             row.setdefault(name, cells[place] if place < len(cells) else "")
         rows.append(row)
-    folded = [name.casefold() for name in names if name]
+    folded = [fold(name) for name in names if name]
     for name in sorted({name for name in folded if folded.count(name) > 1}):
-        places = [i for i, other in enumerate(names) if other.casefold() == name]
+        places = [i for i, other in enumerate(names) if other and fold(other) == name]
         if any(len({cells[i] for i in places if i < len(cells)}) > 1 for _, cells in filled[1:]):
             tell("(all)", f"{len(places)} columns are named {name!r} and differ", "remove one; the first is used")
     return rows
@@ -211,13 +227,20 @@ def is_missing(text: str | None) -> bool:
     return text is None or text.strip().lower() in MISSING
 
 
+@functools.lru_cache(1000)
+def fold(column: str) -> str:
+    """A column's name without case, separators, and what it says of its values: ``age`` of ``Age (years)``."""
+    plain = re.sub(r"[(\[](in )?(years?|yrs?|y|[mf]\s?/\s?[mf]|(fe)?male\s?/\s?(fe)?male)[)\]]", "", column.casefold())
+    return re.sub(r"[\W_]+", "", plain) or column.casefold()
+
+
 def pick(row: Mapping[str, str], *names: str) -> str | None:
-    """The first of the named columns (case does not matter) whose cell is not missing."""
-    lower: Row = {}
+    """The first of the named columns (see ``fold``) whose cell is not missing."""
+    folded: Row = {}
     for key, cell in row.items():
-        lower.setdefault(key.lower(), cell)
+        folded.setdefault(fold(key), cell)
     for name in names:
-        value = lower.get(name.lower(), "")
+        value = folded.get(fold(name), "")
         if not is_missing(value):
             return value.strip()
     return None
@@ -345,8 +368,8 @@ class People:
         if own is not None:
             merged |= {column: cell for column, cell in own.items() if not is_missing(cell)}
             differ = [name for name in differ if name == "sex"]
-        unknown = {column.lower() for name in differ for column in _FACTS[name]}
-        return {column: "" if column.lower() in unknown else cell for column, cell in merged.items()}, differ
+        unknown = {fold(column) for name in differ for column in _FACTS[name]}
+        return {column: "" if fold(column) in unknown else cell for column, cell in merged.items()}, differ
 
 
 def _plain(name: str, row: Row) -> object:
@@ -396,8 +419,8 @@ def read_people(
     """
     rows = read_table(path, complain)
     if not rows or not any(pick(row, *ID_COLUMNS) for row in rows):
-        columns = f"no column of subject ids among {', '.join(rows[0])}" if rows else "no rows"
-        raise InputError(f"{path}: {columns}; name one of them {ID_COLUMNS[0]}, or give another table as --table")
+        columns = f"no column of subject ids among {', '.join(rows[0])}" if rows else "no rows below its header"
+        raise InputError(f"{path}: {columns}; name the column of ids {ID_COLUMNS[0]}, or give another table as --table")
     people = People(path.name)
     for row in rows:
         if text := pick(row, *ID_COLUMNS):

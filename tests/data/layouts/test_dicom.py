@@ -122,6 +122,24 @@ def test_people_who_share_all_their_uids_stay_apart(tmp_path, patient):
     assert {who for who, _, _ in found(listing)} == {"anna", "bert"}
 
 
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"PixelSpacing": ["0.8", "0.8"]}, "its slices have pixels of 2 kinds"),
+        ({"Rows": 0}, "no pixels: 0 rows"),
+    ],
+)
+def test_a_slice_of_other_pixels_is_named(tmp_path, facts, reason):
+    write(tmp_path / "P1/A", patient="P1")
+    path = sorted((tmp_path / "P1/A").iterdir())[12]
+    data = pydicom.dcmread(path)
+    for name, value in facts.items():
+        setattr(data, name, value)
+    data.save_as(path)
+    listing = listed(tmp_path)
+    assert not listing.scans and any(reason in text for _, _, text in found(listing))
+
+
 def test_damaged_and_absent_files_are_named(tmp_path):
     write(tmp_path / "P1", patient="P1")
     files = sorted((tmp_path / "P1").iterdir())

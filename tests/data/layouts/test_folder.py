@@ -249,3 +249,10 @@ def test_what_tools_make_of_a_scan_is_no_person_without_a_word(tmp_path):
     for number, names in enumerate((("p1_T1", "p1_Warped"), ("s01", "c1s01", "ms01"), ("a", "a (1)"))):
         listing = listed(tmp_path / str(number), *(f"{name}.nii.gz" for name in (*names, "other")))
         assert any("may be scans of one" in reason for _, reason in found(listing))
+
+
+def test_columns_that_may_be_meant_are_named(tmp_path):
+    table = "participant_id,Age (months),sex\np1,720,F\np2,730,M\n"
+    listing = listed(tmp_path, "p1_T1w.nii", "p2_T1w.nii", table=table)
+    assert [scan.age for scan in listing.scans] == [None, None]
+    assert found(listing, "quirk") == {("(all)", "age is not read from Age (months)")}

@@ -20,6 +20,7 @@ from volta_components.data.tables import (
     SITE_COLUMNS,
     People,
     Row,
+    fold,
     parse_age,
     parse_diagnosis,
     parse_sex,
@@ -285,7 +286,14 @@ def read_table_of_people(
     def complain(who: str, what: str, remedy: str) -> None:
         listing.note("problem", who, file, what, remedy, False, "")
 
-    return read_people(path, complain, name)
+    people = read_people(path, complain, name)
+    columns = sorted({column for rows in people.rows.values() for row in rows for column in row})
+    for fact, known in (("sex", SEX_COLUMNS), ("age", AGE_COLUMNS)):
+        words = [column for column in columns if fact in re.split(r"[\W_]+", column.casefold())]
+        if words and not {fold(column) for column in columns} & set(map(fold, known)):
+            some = ", ".join(words[:4])
+            listing.note("quirk", "(all)", file, f"{fact} is not read from {some}", f"name the column {fact} if it is")
+    return people
 
 
 def align(listing: Listing, people: People | None, patients: Iterable[str]) -> None:

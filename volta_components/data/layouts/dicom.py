@@ -254,7 +254,7 @@ def _catalogue(folder: Path, files: list[Path], options: LayoutOptions) -> Folde
             stamp.append([tidy(path.name), status.st_size, status.st_mtime_ns])
         except OSError:
             stamp.append([tidy(path.name), None, None])
-    key = hashlib.sha256(json.dumps(["4", relative(folder, options.source), stamp]).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps(["5", relative(folder, options.source), stamp]).encode()).hexdigest()[:32]
     cache = options.work / f"{key}.json" if options.work else None
     if cache and cache.exists():
         kept = read_json(cache)

@@ -57,6 +57,7 @@ class Image:
         direction: normal of the slices, rounded; empty where it is not known.
         places: where its slices lie along the normal, mm.
         size: of the file, bytes.
+        pixels: rows, columns and their distances.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class Image:
     direction: tuple[float, ...]
     places: tuple[float, ...]
     size: int
+    pixels: str = ""
 
 
 @dataclass
@@ -139,9 +141,13 @@ def _add(folder: Folder, path: Path, data: Any, start: int) -> None:
             folder.damaged[path.name] = "truncated: its header ends early"
         return  # otherwise a report, a presentation state, raw data
     frames = int(data.get("NumberOfFrames") or 1)
-    uncompressed = getattr(getattr(data, "file_meta", {}).get("TransferSyntaxUID"), "is_compressed", True) is False
+    syntax = getattr(data, "file_meta", {}).get("TransferSyntaxUID")
+    uncompressed = not getattr(syntax, "is_compressed", True) and not getattr(syntax, "is_deflated", True)
     pixels = frames * int(data.Rows) * int(data.Columns) * int(data.get("BitsAllocated") or 8) // 8
     size = path.stat().st_size
+    if not pixels:
+        folder.damaged[path.name] = f"no pixels: {data.Rows} rows, {data.get('Columns')} columns"
+        return
     if uncompressed and size - start < pixels:
         folder.damaged[path.name] = f"truncated: {max(size - start, 0):,} of {pixels:,} bytes of pixels"
         return
@@ -153,7 +159,10 @@ def _add(folder: Folder, path: Path, data: Any, start: int) -> None:
     number = data.get("InstanceNumber")
     series, uid = str(data.SeriesInstanceUID), str(data.get("SOPInstanceUID") or path)
     patient = str(data.get("PatientID") or "").strip()
-    image = Image(path, series, uid, patient, None if number is None else int(number), kind, direction, places, size)
+    number = None if number is None else int(number)
+    sides = facts.get("PixelSpacing")
+    grid = f"{data.Rows}x{data.Columns} of {sides}"
+    image = Image(path, series, uid, patient, number, kind, direction, places, size, grid)
     folder.images.append(image)
     folder.facts.setdefault(series, facts)
 
@@ -249,6 +258,8 @@ def why_not_whole(images: Sequence[Image], facts: dict[str, Any]) -> tuple[str, 
     sides = facts.get("PixelSpacing")
     if not isinstance(sides, list) or not all(isinstance(side, float | int) and side > 0 for side in sides):
         return "the size of its pixels is not known (PixelSpacing)", again
+    if len(grids := {image.pixels for image in images}) > 1:
+        return f"its slices have pixels of {len(grids)} kinds ({' and '.join(sorted(grids)[:2])} mm)", again
     if len(places) < 2:
         return None
     if not all(directions) or not np.allclose(directions, directions[0], atol=0.02):
