@@ -35,8 +35,13 @@ BASE = {
     "num_heads": 4,
     "num_local": 6,
     "teacher_momentum": [0.996, 1.0],
+    "teacher_temperature_epochs": 5,
 }
-FREE = {"target_entropy": None, "patch_target_entropy": None}
+RAMP = [0.04, 0.07]  # DINO's; it has an effect only where no control sets the temperature
+FREE = {
+    **{"target_entropy": None, "patch_target_entropy": None},
+    **{"teacher_temperature": RAMP, "patch_teacher_temperature": RAMP},
+}
 # name: overlay, ids
 ROWS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "train.json": (None, {}),

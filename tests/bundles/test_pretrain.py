@@ -183,6 +183,16 @@ def test_schedules_of_the_paper_as_built(prepared: Path, tmp_path: Path) -> None
     assert 1 - 1e-6 < momentum(3599) <= 1.0
 
 
+def test_only_dinos_temperatures_rise(prepared: Path, tmp_path: Path) -> None:
+    """Under entropy control a ramp has no effect; ``dino_gaps.json`` has neither control nor a constant."""
+    for overlay, last, control in ((None, 0.04, 0.7), ("dino_gaps", 0.07, None)):
+        parser = parsed(overlay, prepared, tmp_path)
+        trainer = parser.get_parsed_content("train#trainer")
+        for schedule in (trainer.teacher_temperature, trainer.patch_teacher_temperature):
+            assert (schedule(0), schedule(30 * 12), schedule(10**6)) == pytest.approx((0.04, last, last))
+        assert trainer.loss.global_loss.targets.target_entropy == control
+
+
 @pytest.mark.parametrize("name", ["evaluate", "inference"])
 def test_evaluation_and_inference_can_be_built(name: str, prepared: Path, encoder: Path, tmp_path: Path) -> None:
     parser = ConfigParser()
