@@ -27,7 +27,17 @@ from volta_components.method.trainer import VoltaTrainer
 from volta_components.method.weights import load_encoder, read_weights
 
 TRAIN = json.loads((PRETRAIN / "train.json").read_text())
-OVERLAYS = ["tiny", "crops_96", "resized_crops", "dino_gaps", "sinkhorn", "koleo", "token_centre", "multi_gpu_train"]
+OVERLAYS = [
+    "tiny",
+    "crops_96",
+    "resized_crops",
+    "dino_gaps",
+    "sinkhorn",
+    "koleo",
+    "token_centre",
+    "masked_tokens",
+    "multi_gpu_train",
+]
 # Ids that monai.bundle itself looks for, which a config may do without.
 WORKFLOW = {"initialize", "run", "finalize"}
 # Sizes of a crop are what these overlays are about; their own values cost a second, so they are kept.

@@ -150,6 +150,26 @@ def test_tokens_a_few_at_a_time_give_the_plain_forms_numbers(
         torch.testing.assert_close(loss.targets.state_dict()[name], buffer, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_masked_tokens_alone_count(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weighted by the masked share of each patch of 4x2x2 voxels, against PyTorch's own weighted cross-entropy."""
+    monkeypatch.setattr(cross_entropy, "TOKENS_AT_ONCE", 5)
+    masked = rng.random((2, 1, 8, 4, 6)) < 0.4
+    masked[0, 0, :4, :2, :2], masked[1, 0, 4:, 2:, 4:] = False, True
+    shares = masked.reshape(2, 2, 4, 2, 2, 3, 2).mean(axis=(2, 4, 6)).reshape(-1)
+    assert (shares == 0).any() and (shares == 1).any()
+    own, other, prototypes = (as_tensor(rng.normal(size=size)) for size in ((2, 12, 5), (2, 12, 5), (7, 5)))
+    mine = [own.clone().requires_grad_(), prototypes.clone().requires_grad_()]
+    theirs = [own.clone().requires_grad_(), prototypes.clone().requires_grad_()]
+    target = ((other @ prototypes.T) / 0.05).softmax(dim=-1).flatten(0, 1)
+    loss = PatchAlignmentLoss(CentredTargets(7), masked_patch=(4, 2, 2))
+    value = loss(TokenLogits(*mine), TokenLogits(other, prototypes), 0.05, torch.tensor(masked))
+    each = torch.nn.functional.cross_entropy((theirs[0] @ theirs[1].T / 0.1).flatten(0, 1), target, reduction="none")
+    plain = (each * as_tensor(shares)).sum() / shares.sum()
+    torch.testing.assert_close(value, plain, rtol=1e-5, atol=1e-6)
+    for actual, expected in zip(torch.autograd.grad(value, mine), torch.autograd.grad(plain, theirs), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_global_loss_by_hand() -> None:
     """Two prototypes, teacher certain: -ln of the student's share of that prototype in the other view."""
     teacher = torch.tensor([[[100.0, 0.0]], [[0.0, 100.0]]])
@@ -326,6 +346,12 @@ def test_reconstruction_is_a_mean_within_each_crop_then_over_crops(rng: np.rando
     assert abs(expected - pooled) > 1e-4  # the two readings differ here, so the test can tell them apart
     actual = ReconstructionLoss()(as_tensor(restored), as_tensor(image), torch.tensor(masked))
     assert actual.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_reconstruction_everywhere_counts_every_voxel(rng: np.random.Generator) -> None:
+    made, image = rng.uniform(size=(2, 3, 1, 2, 3, 4))
+    loss = ReconstructionLoss(everywhere=True)(as_tensor(made), as_tensor(image), torch.zeros(made.shape).bool())
+    assert loss.item() == pytest.approx(((made - image) ** 2).mean(), rel=1e-5)
 
 
 def test_reconstruction_ignores_what_is_visible(rng: np.random.Generator) -> None:

@@ -32,6 +32,7 @@ class TokenCrossEntropy(torch.autograd.Function):
         elsewhere: Tensor,
         target_of: Callable[[slice], Tensor],
         temperature: float,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The loss, and three numbers for monitoring, without gradients.
 
@@ -42,6 +43,7 @@ class TokenCrossEntropy(torch.autograd.Function):
             elsewhere: ``[N, d]``, the student's tokens of another volume.
             target_of: the targets ``[rows, K]`` of some tokens, all crops' tokens being in one row.
             temperature: tau_s.
+            weights: ``[B * N]``, how much each token counts in both losses; all alike by default.
 
         Returns:
             The loss; the mean entropy of the targets as a share of ``ln K``; their mean, ``[K]``; and the loss that
@@ -49,6 +51,7 @@ class TokenCrossEntropy(torch.autograd.Function):
         """
         count = units.shape[:-1].numel()
         rows, strangers = units.flatten(0, 1).float(), elsewhere.float().expand(units.shape).flatten(0, 1)
+        share = torch.ones_like(rows[:, 0]) if weights is None else weights * (count / weights.sum().clamp_min(1e-6))
         totals = torch.zeros(4, device=units.device)  # of logsumexp, agreement, the loss elsewhere, entropy
         mean_target = torch.zeros(len(prototypes), device=units.device)
         learns = any(ctx.needs_input_grad)
@@ -61,14 +64,18 @@ class TokenCrossEntropy(torch.autograd.Function):
                 logits = (own @ prototypes.T).div_(temperature)
                 level = logits.logsumexp(dim=-1, keepdim=True)
                 pulled = target @ prototypes / temperature
-                stranger = strangers[chosen]
-                other = (stranger @ prototypes.T).div_(temperature).logsumexp(dim=-1).sum() - (stranger * pulled).sum()
-                totals += torch.stack([level.sum(), (own * pulled).sum(), other, entropy_share(target).sum()])
+                stranger, weight = strangers[chosen], share[chosen]
+                elsewhere_level = (stranger @ prototypes.T).div_(temperature).logsumexp(dim=-1)
+                rest = [(each * pulled).sum(dim=-1) @ weight for each in (own, stranger)]
+                other = elsewhere_level @ weight - rest[1]
+                totals += torch.stack([level[:, 0] @ weight, rest[0], other, entropy_share(target).sum()])
                 mean_target += target.sum(dim=0)
                 if units_gradient is not None and prototypes_gradient is not None:
                     probabilities = logits.sub_(level).exp_()
                     torch.sub(probabilities @ prototypes / temperature, pulled, out=units_gradient[chosen])
-                    prototypes_gradient.addmm_(probabilities.sub_(target).T, own, alpha=1 / (temperature * count))
+                    units_gradient[chosen].mul_(weight[:, None])
+                    difference = probabilities.sub_(target).mul_(weight[:, None])
+                    prototypes_gradient.addmm_(difference.T, own, alpha=1 / (temperature * count))
         level_mean, agreement, other, entropy = (totals / count).unbind()
         if units_gradient is not None and prototypes_gradient is not None:
             ctx.save_for_backward(units_gradient.div_(count).view(units.shape), prototypes_gradient)
@@ -77,7 +84,7 @@ class TokenCrossEntropy(torch.autograd.Function):
         return (level_mean - agreement, *results)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """The gradients that ``forward`` has computed, times the loss's own."""
         units, prototypes = ctx.saved_tensors
-        return units * gradient, prototypes * gradient, None, None, None
+        return units * gradient, prototypes * gradient, None, None, None, None

@@ -9,9 +9,11 @@ sum (eq. 6).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool3d
 
 from volta_components.distributed import gather_rows, mean_over_processes, process_rank
 from volta_components.errors import InputError
@@ -19,6 +21,7 @@ from volta_components.method.cross_entropy import TokenCrossEntropy
 from volta_components.method.koleo import KoLeoLoss
 from volta_components.method.networks import GlobalOutput, StudentOutput
 from volta_components.method.projection import TokenLogits, full_float32
+from volta_components.method.reconstruction import ReconstructionLoss
 from volta_components.method.statistics import entropy_share, of_logits, of_targets
 
 
@@ -91,7 +94,7 @@ class DiCoMLoss(nn.Module):
         output = {
             "loss_global": self.global_loss(logits, teacher.logits.unflatten(0, (pairs, batch)), teacher_temperature),
             "loss_patch": self.patch_loss(
-                student.globals_.patch_logits, teacher.patch_logits, patch_teacher_temperature
+                student.globals_.patch_logits, teacher.patch_logits, patch_teacher_temperature, masked.flatten(0, 1)
             ),
             "loss_reconstruction": self.reconstruction_loss(
                 student.reconstruction, image.flatten(0, 1), masked.flatten(0, 1)
@@ -384,9 +387,12 @@ class PatchAlignmentLoss(nn.Module):
         token_centre_momentum: if given, the teacher's tokens are first centred at each position of the crop, by a
             running mean that keeps this share. Targets then cannot tell where a token lies, only what is there. Not in
             the paper.
+        masked_patch: if given, the size of a patch: tokens then count by how much of their patch is masked, as iBOT has
+            it (whole patches: ``mask_cell``). Not in the paper.
 
     Shapes:
         student, teacher: ``[B, N, K]`` logits of the same crops, token for token, not multiplied out.
+        masked: ``[B, 1, D, H, W]``, true where the student's crop was replaced.
 
     Attributes:
         statistics: as ``GlobalAlignmentLoss``; ``predicted`` compares the student's output with that for the same token
@@ -407,11 +413,13 @@ class PatchAlignmentLoss(nn.Module):
         targets: CentredTargets | SinkhornTargets,
         student_temperature: float = 0.1,
         token_centre_momentum: float | None = None,
+        masked_patch: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.targets = targets
         self.student_temperature = student_temperature
         self.token_centre_momentum = token_centre_momentum
+        self.masked_patch = masked_patch
         self.statistics: dict[str, Tensor] = {}
         self.register_buffer("marginal", torch.zeros(targets.out_dim))
         self.previous: Tensor | None = None
@@ -427,9 +435,14 @@ class PatchAlignmentLoss(nn.Module):
         self.previous = None if previous is None else previous.to(self.marginal.device)
         self.token_centre = None if centre is None else centre.to(self.marginal.device)
 
-    def forward(self, student: TokenLogits, teacher: TokenLogits, teacher_temperature: float) -> Tensor:
+    def forward(
+        self, student: TokenLogits, teacher: TokenLogits, teacher_temperature: float, masked: Tensor | None = None
+    ) -> Tensor:
         """Mean over tokens and crops; a scalar."""
         units = student.units
+        weights = None
+        if self.masked_patch is not None and masked is not None:
+            weights = avg_pool3d(masked.float(), tuple(self.masked_patch)).flatten()
         if units.shape[:-1] != teacher.units.shape[:-1] or len(student.prototypes) != len(teacher.prototypes):
             raise ValueError(f"student {tuple(units.shape)} and teacher {tuple(teacher.units.shape)} differ")
         if self.token_centre_momentum is not None:
@@ -446,7 +459,7 @@ class PatchAlignmentLoss(nn.Module):
         first = self.previous is None
         previous = units[-1].detach() if self.previous is None else self.previous
         loss, entropy, mean_target, other = TokenCrossEntropy.apply(
-            units, student.prototypes, previous, target_of, self.student_temperature
+            units, student.prototypes, previous, target_of, self.student_temperature, weights
         )
         with torch.no_grad(), full_float32(taught.device):
             # Mean and deviation of linear functions of the tokens follow from the tokens' own mean and covariance.
@@ -474,22 +487,3 @@ class PatchAlignmentLoss(nn.Module):
         if self.training:
             self.token_centre = centre.lerp(mean, 1.0 - momentum)
         return TokenLogits(units - centre, teacher.prototypes)
-
-
-class ReconstructionLoss(nn.Module):
-    """Mean squared error over the masked voxels only (eq. 1): a mean within each crop, then over crops.
-
-    MONAI's ``MaskedLoss`` averages over all voxels and over the batch at once, which would weigh crops by how much
-    of them is masked.
-
-    Shapes:
-        reconstruction, image, masked: ``[V, C, D, H, W]``; ``masked`` is true where the input was replaced.
-
-    Source: VolTA-3D eq. 1.
-    """
-
-    def forward(self, reconstruction: Tensor, image: Tensor, masked: Tensor) -> Tensor:
-        """A scalar in units of squared intensity."""
-        squared = (reconstruction.float() - image.float()).square() * masked
-        per_crop = squared.flatten(1).sum(dim=1) / masked.flatten(1).sum(dim=1).clamp_min(1)
-        return per_crop.mean()
