@@ -124,6 +124,7 @@ def test_heads_are_kept_for_later_epochs(items, monkeypatch):
     # Another process, or one that resumes, has the same heads.
     assert same(heads(items, fresh=2)[(2, 5)], second[5])
     assert not any(same(second[5], head) for head in first)
+    assert same(dataset[3], first[3])  # without an epoch, as pictures ask
     dataset[(9, 0)]
     assert len(dataset._kept) == 1
     with pytest.raises(InputError, match="fresh heads of an epoch: 7 is not between 1 and all of its 6"):

@@ -165,7 +165,7 @@ class EndlessHeads(KeyedDataset):
         """A head; one that the process has rendered for an epoch before is taken from there."""
         if self.fresh is None:
             return self._render(epoch, index, *repeat)
-        first = (epoch - 1) * self.fresh
+        first = max(0, epoch - 1) * self.fresh  # epoch 0 is that of pictures
         number = first + index
         if number not in self._kept:
             self._kept = {kept: item for kept, item in self._kept.items() if kept >= first}
