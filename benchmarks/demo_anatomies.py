@@ -13,7 +13,7 @@ from pathlib import Path
 from volta_components.data.phantom.labels import find_label_maps
 from volta_components.errors import InputError
 
-# Two for each of the five folds: with fewer, a training on 40 % of the others has nobody left for inner validation.
+# Two for each of the five folds: with fewer, a training on 40 % of the others could have nobody for inner validation.
 SCORED = 10
 PRETRAINED = 5  # one for each fold
 

@@ -70,7 +70,7 @@ def test_every_overlay_is_instantiated_alone(bundle, overlay, prepared, encoder,
     elif overlay != "swin_scratch":
         # Of the two blocks the second one trains, unless the overlay says otherwise.
         moving = [block.attn.qkv.weight.requires_grad for block in network.encoder.blocks]
-        assert moving == [overlay in ("full", "vit_scratch"), True]
+        assert moving == [overlay in ("full", "gentle", "vit_scratch"), True]
         assert network.encoder.patch_embedding.position_embeddings.requires_grad == moving[0]
 
 
@@ -126,7 +126,7 @@ def test_the_quick_start_serves_inference_too(bundle, overlay, tiny_data, tmp_pa
 def test_overlays_are_a_few_lines_and_change_ids_that_exist(bundle):
     train = read_json(configs(bundle, "train")[0])
     swin = read_json(configs(bundle, "swin_scratch")[0])
-    for name in ("vit_scratch", "swin_scratch", "frozen", "full", "tiny"):
+    for name in ("vit_scratch", "swin_scratch", "frozen", "full", "gentle", "tiny"):
         overlay = read_json(configs(bundle, name)[0])
         known = set(train) | (set(swin) if name in ("swin_scratch", "tiny") else set())
         assert set(overlay) <= known

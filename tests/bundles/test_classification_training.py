@@ -19,15 +19,17 @@ import pytest
 import torch
 from classification_bundle import SIZES, configs, run, workflow
 from csv_rows import read_rows
+from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from monai.transforms import LoadImage
 from prepared import ROOT
+from segmentation_bundle import Broken
 from sklearn.metrics import roc_auc_score
 
 from volta_components.downstream.metrics import sensitivity_specificity, youden_threshold
 from volta_components.errors import InputError
 from volta_components.files import read_json
-from volta_components.method.weights import save_encoder
+from volta_components.method.weights import load_encoder, save_encoder
 
 
 def test_a_run_scores_the_fold_writes_everything_and_repeats_itself(prepared, encoder, tmp_path):
@@ -45,9 +47,9 @@ def test_a_run_scores_the_fold_writes_everything_and_repeats_itself(prepared, en
     expected = sensitivity_specificity(labels, scores, 0.5)
     assert (first["metrics"]["sensitivity"], first["metrics"]["specificity"]) == expected
     assert [row["epoch"] for row in first["history"]] == [1, 2]
-    assert {"train_loss", "val_loss", "val_auroc"} <= set(first["history"][-1])
+    assert set(first["history"][-1]) == {"epoch", "train_loss", "learning_rate"}  # nobody validates
     assert first["settings"]["num_folds"] == 3
-    assert first["subjects"] == {"training": 6, "validation": 2, "scored": 4, "unused": 0}
+    assert first["subjects"] == {"training": 8, "validation": 0, "scored": 4, "unused": 0}
     assert "loaded  encoder.summariser.cls_token" in (tmp_path / "a" / "pretrained.txt").read_text()
 
     model = tmp_path / "a" / "models" / "model.pt"
@@ -60,6 +62,47 @@ def test_a_run_scores_the_fold_writes_everything_and_repeats_itself(prepared, en
     states = [torch.load(tmp_path / name / "models" / "model.pt", weights_only=True) for name in "ab"]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert (tmp_path / "a" / "predictions.csv").read_text() == (tmp_path / "b" / "predictions.csv").read_text()
+
+
+def test_a_curve_on_the_scored_part_chooses_nothing(prepared, encoder, tmp_path):
+    """Where nobody validates, a study may follow the scored part while it trains; the last model is the result."""
+    plain = run("ixi_sex", ("train",), prepared, encoder, tmp_path / "a", fold=1)
+    scored = {"validate#dataset#data": "$@parts.scored"}
+    followed = run("ixi_sex", ("train",), prepared, encoder, tmp_path / "b", fold=1, **scored)
+    assert followed["history"][-1]["val_auroc"] == pytest.approx(followed["metrics"]["auroc"])
+    assert followed["metrics"] == plain["metrics"] and followed["subjects"] == plain["subjects"]
+    records = [read_json(tmp_path / name / "models" / "model.json") for name in "ab"]
+    assert records[0]["provenance"]["patient_ids"] == records[1]["provenance"]["patient_ids"]
+    assert records[0]["sha256"] == records[1]["sha256"]
+
+
+@pytest.mark.parametrize("last", [1, 2])
+def test_a_gentle_training_resumes_from_frozen_and_from_trained_epochs(last, prepared, encoder, tmp_path):
+    changes = {"epochs": 4, "frozen_epochs": 2 if last == 1 else 1, "unfrozen_blocks": 2, "layer_decay": 0.5}
+    names = ("train", "gentle")
+    run("ixi_sex", names, prepared, encoder, tmp_path / "whole", **changes)
+    made = workflow("ixi_sex", names, prepared, encoder, tmp_path / "cut", **changes)
+    made.initialize()
+    trainer = made.parser.get_parsed_content("train#trainer")
+    loaded = load_encoder(encoder).state_dict()
+
+    def break_off(engine: Any) -> None:
+        moved = [
+            name
+            for name, value in made.parser.get_parsed_content("plain_network").encoder.state_dict().items()
+            if not torch.equal(value, loaded[name])
+        ]
+        assert bool(moved) == (engine.state.epoch > changes["frozen_epochs"])
+        if engine.state.epoch > last:
+            raise Broken
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, break_off)
+    with pytest.raises(RuntimeError) as caught:
+        made.run()
+    assert isinstance(caught.value.__cause__, Broken)
+    run("ixi_sex", names, prepared, encoder, tmp_path / "cut", **changes)
+    files = [tmp_path / name / "models" / "model.pt" for name in ("whole", "cut")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_every_volume_is_loaded_once_whatever_the_epochs_and_workers(prepared, encoder, tmp_path, monkeypatch):
@@ -151,18 +194,18 @@ def test_mlflow_holds_what_the_report_reads(prepared, encoder, tmp_path):
     assert data.tags["encoder_sha256"] == "" and data.tags["code_version"]
     assert set(data.metrics) >= {
         *("score/auroc", "score/auroc_low", "score/auroc_high", "score/sensitivity", "score/specificity"),
-        *("score/threshold", "train/loss", "train/learning_rate", "val/loss", "val/auroc"),
+        *("score/threshold", "train/loss", "train/learning_rate"),
     }
     assert 0 < data.metrics["cost/hours"] < 1 and data.metrics["cost/peak_memory_gib"] > 0.1
     parts = {given.tags[0].value: json.loads(given.dataset.profile) for given in runs[0].inputs.dataset_inputs}
-    assert set(parts) == {"training", "validation", "scored"} and parts["scored"]["scans"] > 0
+    assert set(parts) == {"training", "scored"} and parts["scored"]["scans"] > 0
+    assert not [name for name in data.metrics if name.startswith("val/")]
     pictures = {item.path for item in client.list_artifacts(runs[0].info.run_id, "pictures")}
     assert pictures == {"pictures/scored.png"}
     assert data.params["epochs"] == "2" and data.params["learning_rate"] == "0.01"
     run_id = runs[0].info.run_id
     history = client.get_metric_history(run_id, "train/loss")
     assert [metric.step for metric in history] == [1, 2]
-    assert [metric.step for metric in client.get_metric_history(run_id, "val/loss")] == [1, 2]
     path = client.download_artifacts(run_id, "predictions/predictions.csv", str(tmp_path))
     assert set(read_rows(Path(path))[0]) == {
         *("subject_id", "patient_id", "session", "site", "sex", "age"),
@@ -226,7 +269,7 @@ def test_two_processes_train_and_score_every_subject_once(prepared, encoder, tmp
 
 def test_more_processes_than_scans_of_a_part_end_before_training(prepared, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr("volta_components.distributed.process_count", lambda: 3)
-    made = workflow("ixi_sex", ("train",), prepared, encoder, tmp_path / "run")
+    made = workflow("aibl_ad", ("train",), prepared, encoder, tmp_path / "run")
     with pytest.raises(RuntimeError) as caught:
         made.parser.get_parsed_content("checks")
     assert "@checks" in made.parser["run"]
@@ -286,7 +329,6 @@ def test_a_fraction_that_is_too_small_is_an_error(prepared, encoder, tmp_path):
 
 
 def test_pretraining_on_scored_patients_is_an_error_unless_allowed_and_then_tagged(prepared, tmp_path, encoder):
-    from volta_components.method.weights import load_encoder
     from volta_components.training.people import patient_key
 
     path = tmp_path / "leaky.safetensors"

@@ -138,7 +138,7 @@ def check_training(made: ConfigWorkflow, overlay: str | None) -> None:
     if overlay != "unet_scratch":
         # The upper half trains, unless the overlay says otherwise.
         count = len(plain.vit.blocks)
-        frozen = {"frozen": count, "full": 0, "unetr_scratch": 0}.get(str(overlay), count // 2)
+        frozen = {"frozen": count, "full": 0, "gentle": 0, "unetr_scratch": 0}.get(str(overlay), count // 2)
         moving = [any(p.requires_grad for p in block.parameters()) for block in plain.vit.blocks]
         assert moving == [False] * frozen + [True] * (count - frozen)
     trainer = made.parser.get_parsed_content("train#trainer")

@@ -399,6 +399,25 @@ def test_merging_refuses_what_would_leak(tmp_path):
         merge(str(one), output=str(tmp_path / "h"))
 
 
+def test_merging_holds_out_the_first_data_set_whole(tmp_path):
+    held = write(tmp_path / "a", [item(i, fold=i, cohort="held") for i in range(3)], "held", True)
+    others = [
+        write(tmp_path / name, [item(i + 10 * place, fold=i % 2, cohort=name) for i in range(4)], name, True)
+        for place, name in ((1, "b"), (2, "c"))
+    ]
+    words = ["merge", str(held), *map(str, others), "--output", str(tmp_path / "all"), "--hold-out"]
+    assert main(words) == 0
+    made = load_datalist(tmp_path / "all")
+    assert made.n_folds == 2
+    training, scored = made.split(0)
+    assert {entry["cohort"] for entry in scored} == {"held"} and len(scored) == 3
+    assert {entry["cohort"] for entry in training} == {"b", "c"} and len(training) == 8
+    assert main([*words, "--refold"]) == 2
+    again = write(tmp_path / "d", [item(0, cohort="held"), item(9, cohort="held")], "held")
+    with pytest.raises(InputError, match=r"1 patients are in different folds(?s:.)*--exclude-patients-of"):
+        merge(held, again, output=tmp_path / "e", hold_out=True)
+
+
 def test_merging_asks_whether_the_volumes_are_there(tmp_path):
     first, second = (write(tmp_path / name, [item(i, cohort=name)], name=name) for i, name in enumerate("ab"))
     (tmp_path / "b/images/1.nii").unlink()

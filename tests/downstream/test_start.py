@@ -12,8 +12,15 @@ from ignite.engine import Engine
 from monai.networks.nets import UNETR
 from torch import nn
 
-from volta_components.downstream.networks import VoltaUNETR
-from volta_components.downstream.start import LoadPretrained, freeze_encoder, freeze_for, load_model, save_model
+from volta_components.downstream.networks import VoltaClassifier, VoltaUNETR
+from volta_components.downstream.start import (
+    LoadPretrained,
+    freeze_encoder,
+    freeze_for,
+    load_model,
+    save_model,
+    tuning_groups,
+)
 from volta_components.errors import InputError
 from volta_components.method.networks import VoltaViT
 from volta_components.method.weights import load_encoder, save_encoder
@@ -101,6 +108,61 @@ def test_a_unetr_starts_from_a_whole_encoder_of_its_depth_and_heads_or_not_at_al
     stock = UNETR(1, 3, (32, 32, 32), num_heads=4, proj_type="conv", **sizes)
     with pytest.raises(InputError, match=r"another configuration(?s:.)*num_layers +4 +12"):
         LoadPretrained(stock, "volta", path).load()
+
+
+def rates_of(groups: list[dict[str, Any]], network: nn.Module) -> dict[str, tuple[float, float, bool]]:
+    """Rate, weight decay and mark of each parameter, by name; none may be in two groups."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    found: dict[str, tuple[float, float, bool]] = {}
+    for group in groups:
+        for parameter in group["params"]:
+            assert names[id(parameter)] not in found
+            found[names[id(parameter)]] = (group["rate"], group["weight_decay"], group["pretrained"])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["classifier", "unetr"])
+def test_deeper_layers_of_the_encoder_get_smaller_rates(kind):
+    sizes = {**SIZES, "num_layers": 4}
+    network: nn.Module
+    if kind == "classifier":
+        network, prefix = VoltaClassifier(2, (32, 32, 32), in_channels=1, **sizes), "encoder."
+    else:
+        del sizes["summary_heads"]
+        network, prefix = VoltaUNETR(1, 3, (32, 32, 32), feature_size=4, **sizes), "vit."
+    groups = tuning_groups(network, "volta", 0.01, encoder_rate=0.5, layer_decay=0.8)
+    found = rates_of(groups, network)
+    # 0.5 * 0.8 ** depth, by hand: four blocks lie between the final norm and the embeddings.
+    expected = {
+        f"{prefix}norm.": 0.5,
+        f"{prefix}summariser.": 0.5,
+        f"{prefix}blocks.3.": 0.4,
+        f"{prefix}blocks.2.": 0.32,
+        f"{prefix}blocks.1.": 0.256,
+        f"{prefix}blocks.0.": 0.2048,
+        f"{prefix}patch_embedding.": 0.16384,
+    }
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert set(found) == trained
+    for name, (rate, decay, pretrained) in found.items():
+        want = next((value for start, value in expected.items() if name.startswith(start)), 1.0)
+        assert rate == pytest.approx(want), name
+        assert pretrained == name.startswith(prefix)
+        plain = dict(network.named_parameters())[name].ndim <= 1 or name.endswith(("position_embeddings", "cls_token"))
+        assert decay == (0.0 if plain else 0.01), name
+    assert groups[0]["rate"] == 1.0  # what is logged as the learning rate
+
+
+def test_only_what_trains_and_only_what_is_pretrained_has_a_rate_of_its_own():
+    network = freeze_for(Headed(), "volta", 1)
+    found = rates_of(tuning_groups(network, "volta", 0.0, 0.1), network)
+    assert set(found) == {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert {rate for name, (rate, _, _) in found.items() if name.startswith("encoder.")} == {0.1}
+    scratch = tuning_groups(Headed(), "vit_scratch", 0.01, 0.1, 0.5)
+    assert len(scratch) == 2 and not any("rate" in group or "pretrained" in group for group in scratch)
+    for wrong in ({"encoder_rate": 0.0}, {"layer_decay": 1.5}):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))} .*above 0 and at most 1"):
+            tuning_groups(network, "volta", 0.0, **wrong)
 
 
 def test_models_are_plain_tensors_with_a_record_and_load_whole_or_not_at_all(tmp_path):

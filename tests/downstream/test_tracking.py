@@ -12,6 +12,7 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from mlflow import MlflowClient
+from monai.engines import IterationEvents, SupervisedTrainer
 from monai.handlers import MLFlowHandler
 from torch import nn
 
@@ -46,6 +47,54 @@ def test_plan_sets_the_rate_of_every_step_and_the_order_of_every_epoch():
     TrainingPlan(1.0, 0.0, warmup_epochs=3).attach(engine)
     with pytest.raises(InputError, match="fewer warmup_epochs or more epochs"):
         engine.run([0.0, 0.0, 0.0], max_epochs=2)
+
+
+def test_what_is_pretrained_moves_at_its_own_rate_and_only_after_the_frozen_epochs():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
+    groups: Any = [
+        {"params": list(network[1].parameters()), "rate": 1.0, "pretrained": False},
+        {"params": list(network[0].parameters()), "rate": 0.25, "pretrained": True},
+    ]
+    batches = [{"image": torch.rand(3, 2), "label": torch.rand(3, 1)} for _ in range(2)]
+    trainer: Any = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=3,
+        train_data_loader=batches,
+        epoch_length=2,
+        network=network,
+        optimizer=torch.optim.AdamW(groups, lr=1.0, weight_decay=0.1),
+        loss_function=nn.MSELoss(),
+        decollate=False,
+    )
+    plan = TrainingPlan(0.1, 0.1, frozen_epochs=1)
+    trainer.data_loader = type("Loader", (list,), {"sampler": ResumableSampler(2, seed=0)})(batches)
+    plan.attach(trainer)
+    start = network[0].weight.detach().clone()
+    seen: list[tuple[float, float, bool, bool]] = []
+
+    def look(engine: Any) -> None:
+        rates = [group["lr"] for group in engine.optimizer.param_groups]
+        has_state = network[0].weight in engine.optimizer.state
+        seen.append((*rates, torch.equal(network[0].weight, start), has_state))
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, look)
+    head = network[1].weight.detach().clone()
+    trainer.run()
+    assert seen[:2] == [(0.1, 0.025, True, False)] * 2  # not even decayed
+    assert seen[2:] == [(0.1, 0.025, False, True)] * 4
+    assert not torch.equal(network[1].weight, head)
+    # Adam's first step is of the rate's size, whatever the gradient: the running means begin when the encoder does.
+    assert trainer.optimizer.state[network[0].weight]["step"] == 4
+
+
+@pytest.mark.parametrize("frozen", [2, -1])
+def test_frozen_epochs_must_leave_some_to_train_in(frozen):
+    engine = engine_of([], 2)
+    engine.register_events(*IterationEvents)
+    TrainingPlan(1.0, frozen_epochs=frozen).attach(engine)
+    with pytest.raises(InputError, match=f"frozen_epochs {frozen} in a run of 2 epochs.*unfrozen_blocks 0"):
+        engine.run([0.0], max_epochs=2)
 
 
 def test_record_keeps_epoch_means_and_resumes_with_them():

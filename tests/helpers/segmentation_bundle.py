@@ -16,7 +16,7 @@ from prepared import ROOT
 from volta_components.errors import InputError
 
 BUNDLE = ROOT / "bundles" / "harp_hippocampus"
-OVERLAYS = ["unetr_scratch", "unet_scratch", "frozen", "full", "tiny", "multi_gpu_train"]
+OVERLAYS = ["unetr_scratch", "unet_scratch", "frozen", "full", "gentle", "tiny", "multi_gpu_train"]
 # Sizes at which a run takes a few seconds.
 NETWORK: dict[str, Any] = {
     "volume_size": [SIDE] * 3,

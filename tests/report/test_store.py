@@ -56,12 +56,14 @@ def test_a_run_by_hand_never_takes_the_place_of_crossvals(writer, run):
 
 def test_overlays_run_by_hand_have_rows_of_their_own_beside_an_alarm(writer, run):
     run("volta", 0)
-    for blocks in ("0", "12", "6"):
-        run("volta", 0, variant=None, params={"unfrozen_blocks": blocks, "num_layers": "12"})
+    for blocks, rate in (("0", "1.0"), ("12", "1.0"), ("12", "0.1"), ("6", "1.0")):
+        params = {"unfrozen_blocks": blocks, "num_layers": "12", "encoder_rate": rate}
+        run("volta", 0, variant=None, params=params)
     study = only_study(writer)
-    assert study.variants == ["volta", "frozen", "full"]
+    assert study.variants == ["volta", "frozen", "full", "gentle"]
     assert [(item.variant, item.by_hand) for item in study.runs] == [
         ("volta", False),
+        ("gentle", True),
         ("full", True),
         ("frozen", True),
     ]

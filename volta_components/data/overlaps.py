@@ -187,6 +187,7 @@ def merge(
     refold: bool = False,
     folds: int = 5,
     seed: int = 0,
+    hold_out: bool = False,
     accept_look_alikes: bool = False,
 ) -> int:
     """Join prepared data sets into one datalist; the volumes stay where they are.
@@ -200,6 +201,8 @@ def merge(
         refold: Assign the folds again, over all patients.
         folds: Number of folds, with --refold.
         seed: Seed of the folds, with --refold.
+        hold_out: Make the first datalist fold 0 and all others fold 1: people who are only ever scored. A
+            cross-validation of fold 0 (volta3d crossval --folds 1) then trains on the others.
         accept_look_alikes: Take ids that differ only in case, separators, prefixes or zero padding for different
             people.
 
@@ -211,10 +214,12 @@ def merge(
     """
     if len(datalists) < 2:
         raise InputError("give two datalists or more: volta3d merge A B --output C/datalist.json")
+    if refold and hold_out:
+        raise InputError("--refold and --hold-out both give folds; choose one")
     loaded = [load_datalist(path) for path in datalists]
     first = loaded[0]
     for other in loaded[1:]:
-        for key in ("spacing", "shape") if refold else ("spacing", "shape", "n_folds"):
+        for key in ("spacing", "shape") if refold or hold_out else ("spacing", "shape", "n_folds"):
             if other.content[key] != first.content[key]:
                 raise InputError(
                     f"{other.path}: {key} {other.content[key]} where {first.path} has {first.content[key]}; "
@@ -260,9 +265,10 @@ def merge(
     shared = {row[1] for row in certain if row[0] == "patient"}
     items, excluded = [], []
     for datalist in loaded:
+        kept = {"fold": int(datalist is not first)} if hold_out else {}
         base = Path(os.path.relpath(datalist.path.resolve().parent, target.resolve().parent))
         for item in datalist.content["training"]:
-            entry = {**item, "cohort": item.get("cohort", datalist.name)}
+            entry = {**item, "cohort": item.get("cohort", datalist.name), **kept}
             for key in ("image", "label"):
                 if key in entry:
                     entry[key] = (base / entry[key]).as_posix()
@@ -281,9 +287,11 @@ def merge(
         raise InputError.many(
             f"{len(split)} patients are in different folds of the datalists",
             [(patient,) for patient in split],
-            "Add --refold to assign the folds again.",
+            "Prepare the others without them (volta3d prepare --exclude-patients-of), or do without --hold-out."
+            if hold_out
+            else "Add --refold to assign the folds again.",
         )
-    n_folds, used_seed = first.n_folds, int(first.content["seed"])
+    n_folds, used_seed = 2 if hold_out else first.n_folds, int(first.content["seed"])
     if refold:
         check_folds(folds)
         n_folds, used_seed = folds, seed

@@ -154,7 +154,7 @@ class ClassificationResults(FoldResults):
 
     Attributes:
         scoring: evaluator of the scored fold, with the metric ``auroc`` (MONAI's ``ROCAUC``).
-        validation: evaluator of the inner validation part. Both get a ``ScoreTable``.
+        validation: evaluator of the inner validation part, which only ``youden`` needs. Both get a ``ScoreTable``.
         threshold: a number, or ``youden``: chosen on the inner validation part, and beside it (``optimistic_*``) on the
             scored fold itself, which makes the result look too good.
     """
@@ -167,7 +167,8 @@ class ClassificationResults(FoldResults):
             raise InputError(f"threshold {self.threshold!r}: a number, or {YOUDEN!r}")
         self.scores, self.validation_scores = ScoreTable(self.parts.scored), ScoreTable(self.parts.validation)
         self.scores.attach(self.scoring)
-        self.validation_scores.attach(self.validation)
+        if self.threshold == YOUDEN:
+            self.validation_scores.attach(self.validation)
 
     def __call__(self, engine: Engine) -> Results:
         """Results of the last epoch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from volta_components.downstream.inits import is_pretrained
 from volta_components.errors import InputError
 from volta_components.files import write_text
 from volta_components.method.monai_versions import fit_cross_attention, freeze_cross_attention
+from volta_components.method.networks import parameter_groups
 from volta_components.method.weights import LoadReport, load_pretrained, read_record, read_weights, write_weights
 from volta_components.training.archive import write_archive
 
@@ -75,6 +77,53 @@ def freeze_for(network: nn.Module, init: str, unfrozen_blocks: int) -> nn.Module
     if is_pretrained(init):
         freeze_encoder(network.get_submodule(encoder_name(network)), unfrozen_blocks)
     return network
+
+
+def tuning_groups(
+    network: nn.Module, init: str, weight_decay: float, encoder_rate: float = 1.0, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups for the optimiser: of ``parameter_groups``, parted by the share (``rate``) of the learning rate they get.
+
+    In a pretrained encoder a parameter at depth ``d`` gets ``encoder_rate * layer_decay ** d``. The final norm and the
+    summariser are at depth 0, the last block at 1, the first of ``n`` blocks at ``n``, the patch and position
+    embeddings at ``n + 1``. Whatever else there is gets 1, and so does every parameter of a network from scratch.
+    ``TrainingPlan`` multiplies the learning rate by ``rate``. Groups of the encoder are marked ``pretrained``; those
+    with the whole rate come first.
+
+    MONAI's ``generate_param_groups`` parts a network by its modules, but not by what is decayed, and takes frozen
+    parameters as well.
+
+    Raises:
+        InputError: if a rate is not above 0 and at most 1.
+
+    Source: layer-wise decay as in Bao et al., "BEiT: BERT pre-training of image transformers" (2022).
+    """
+    for name, value in (("encoder_rate", encoder_rate), ("layer_decay", layer_decay)):
+        if not 0 < value <= 1:
+            raise InputError(
+                f"{name} {value}: a share above 0 and at most 1; unfrozen_blocks 0 keeps the encoder still"
+            )
+    groups: list[dict[str, Any]] = parameter_groups(network, weight_decay)
+    if not is_pretrained(init):
+        return groups
+    encoder: Any = network.get_submodule(encoder_name(network))
+    depths = dict.fromkeys(map(id, encoder.parameters()), len(encoder.blocks) + 1)
+    levels = [
+        [encoder.norm, getattr(encoder, "summariser", nn.Identity())],
+        *([block] for block in encoder.blocks[::-1]),
+    ]
+    for depth, modules in enumerate(levels):
+        depths |= {id(parameter): depth for module in modules for parameter in module.parameters()}
+    parted: dict[tuple[float, bool, float], list[nn.Parameter]] = defaultdict(list)
+    for group in groups:
+        for parameter in group["params"]:
+            depth = depths.get(id(parameter))
+            rate = 1.0 if depth is None else encoder_rate * layer_decay**depth
+            parted[-rate, depth is not None, group["weight_decay"]].append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "rate": -rate, "pretrained": pretrained}
+        for (rate, pretrained, decay), parameters in sorted(parted.items(), key=lambda item: item[0])
+    ]
 
 
 @dataclass(eq=False)

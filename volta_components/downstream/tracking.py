@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
+from monai.engines import IterationEvents
 from torch import Tensor
 
 from volta_components.data.datalist import Datalist
@@ -29,21 +30,31 @@ class TrainingPlan:
 
     The learning rate warms up from 0 and then follows a cosine over the whole run, mini-batch by mini-batch; see
     ``CosineSchedule``. MONAI's ``LrScheduleHandler`` drives PyTorch's schedulers, whose counters would have to be saved
-    with the run. The loader's sampler is told where each epoch begins.
+    with the run. The loader's sampler is told where each epoch begins. A group of the optimiser gets its ``rate``, a
+    share of the learning rate; see ``tuning_groups``.
 
     Args:
         learning_rate: after the warm-up.
         final_learning_rate: of the last mini-batch.
         warmup_epochs: length of the warm-up.
+        frozen_epochs: in so many first epochs, groups marked ``pretrained`` do not move. Their gradients are thrown
+            away: the optimiser skips a parameter that has none, and keeps no running means of it.
 
     Raises:
-        InputError: at the start of a run, if the warm-up is longer than the run.
+        InputError: at the start of a run, if the warm-up is longer than the run, or nothing pretrained ever moves.
     """
 
-    def __init__(self, learning_rate: float, final_learning_rate: float = 0.0, warmup_epochs: float = 0) -> None:
+    def __init__(
+        self,
+        learning_rate: float,
+        final_learning_rate: float = 0.0,
+        warmup_epochs: float = 0,
+        frozen_epochs: int = 0,
+    ) -> None:
         self.learning_rate = learning_rate
         self.final_learning_rate = final_learning_rate
         self.warmup_epochs = warmup_epochs
+        self.frozen_epochs = frozen_epochs
         self._schedule: CosineSchedule | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -51,10 +62,17 @@ class TrainingPlan:
         engine.add_event_handler(Events.STARTED, self._started)
         engine.add_event_handler(Events.EPOCH_STARTED, self._epoch_started)
         engine.add_event_handler(Events.ITERATION_STARTED, self._iteration_started)
+        if self.frozen_epochs:
+            engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._backward_completed)
 
     def _started(self, engine: Engine) -> None:
         length, epochs = engine.state.epoch_length, engine.state.max_epochs
         assert length is not None and epochs is not None
+        if not 0 <= self.frozen_epochs < max(1, epochs):
+            raise InputError(
+                f"frozen_epochs {self.frozen_epochs} in a run of {epochs} epochs: give fewer, so that the encoder "
+                "trains as well, or unfrozen_blocks 0 to keep it as it is"
+            )
         warmup = int(self.warmup_epochs * length)
         self._schedule = CosineSchedule(self.learning_rate, self.final_learning_rate, epochs * length, warmup)
 
@@ -65,7 +83,13 @@ class TrainingPlan:
         assert self._schedule is not None
         rate = self._schedule(engine.state.iteration - 1)
         for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate", 1.0)
+
+    def _backward_completed(self, engine: Any) -> None:
+        if engine.state.epoch <= self.frozen_epochs:
+            for group in engine.optimizer.param_groups:
+                for parameter in group["params"] if group.get("pretrained") else ():
+                    parameter.grad = None
 
 
 class RunRecord:

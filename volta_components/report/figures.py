@@ -261,7 +261,12 @@ def training_figure(study: Study, store: Store, folder: Path) -> Picture | None:
     line = "each fold and seed" if study.several_seeds else "each fold"
     caption = f"One line for {line}, on {study.fractions[-1]:.0%} of the training part."
     if any("validation" in CURVES[metric] for metric in shown):
-        caption += " Validation is on the inner part, never the scored one."
+        inner = any(float(run.params.get("validation_fraction", 1)) > 0 for run in study.runs)
+        caption += (
+            " Validation is on the inner part, never the scored one."
+            if inner
+            else " There is no inner part: validation is on the scored one, and nothing was chosen by it."
+        )
     return write(figure, folder, f"{study.bundle}_training", "Training curves", caption)
 
 

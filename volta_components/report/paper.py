@@ -85,6 +85,7 @@ NAMES = {
     "unet_scratch": "3-D U-Net, from scratch",
     "frozen": "VolTA-3D, encoder frozen",
     "full": "VolTA-3D, all blocks trained",
+    "gentle": "VolTA-3D, all blocks trained gently",
 }
 # Of Okabe and Ito: people who are colour-blind tell them apart.
 COLOURS = {

@@ -279,7 +279,8 @@ def _variant(tags: Mapping[str, str], params: Mapping[str, str]) -> str:
     init = tags["init"]
     if "variant" in tags or init != BASE_INIT:
         return tags.get("variant", init)
-    return {"0": "frozen", params.get("num_layers"): "full"}.get(params.get("unfrozen_blocks", ""), init)
+    full = "full" if float(params.get("encoder_rate", 1)) == 1 else "gentle"
+    return {"0": "frozen", params.get("num_layers"): full}.get(params.get("unfrozen_blocks", ""), init)
 
 
 def _study(store: Store, bundle: str, runs: list[FinishedRun]) -> Study:
