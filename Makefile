@@ -17,7 +17,7 @@ environment = $(1)/bin/python -m pip --version >/dev/null 2>&1 || \
     { python=$$(PATH="$(CALLER_PATH)" tools/find_python.sh "$(PYTHON)") && "$$python" -m venv --clear $(1); }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test label test-label test-gpu lint bench bench-gpu clean
+.PHONY: help setup demo study test label test-label test-gpu lint bench bench-gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,13 @@ $(READY): setup.cfg pyproject.toml constraints.txt volta_components/_version.py
 
 demo: $(READY)  ## phantoms, preparation, a tiny pretraining, what it has learnt: make demo [ANATOMIES=DIR]
 	bash benchmarks/demo.sh
+
+ANATOMIES ?=
+SIZE ?= cores
+JOBS ?= 2
+
+study: $(READY)  ## what pretraining is worth, on synthetic heads: make study ANATOMIES=DIR [SIZE=tiny|cores|paper] [JOBS=2]
+	python -m benchmarks.study $(if $(ANATOMIES),"$(ANATOMIES)") --size "$(SIZE)" --jobs "$(JOBS)"
 
 test: $(READY)  ## all tests but the MONAI Label server's and the GPU's
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile -m "not label_server"

@@ -51,6 +51,7 @@ def test_expressions_call_what_is_there_and_nothing_else_is_offered() -> None:
 def without_bundle(content: Any) -> Any:
     """A config of a classification bundle without what its task is, or its data set's reference."""
     task = ("_desc_", "bundle", "dataset_dir", "label_key", "classes", "class_names", "balanced", "threshold")
+    task += ("validation_fraction",)  # of those who would choose the threshold
     facts = ("name", "task", "description", "data_source", "label_classes", "pred_classes", "network_data_format")
     rest = {key: value for key, value in content.items() if key not in (*task, *facts)}
     if "references" in rest:

@@ -25,6 +25,7 @@ from mlflow import MlflowClient
 from prepared import ROOT
 from segmentation_bundle import SIZES, Broken, input_error, run, workflow
 
+from benchmarks.study.plan import OWN_IDS
 from volta_components.data.datalist import load_datalist, make_content
 from volta_components.data.load import LoadScand
 from volta_components.downstream.networks import VoltaUNETR
@@ -272,6 +273,16 @@ def test_of_many_scans_every_label_map_and_three_images_reach_mlflow(tmp_path: P
     assert len(names("images")) == 3
     label = nib.load(client.download_artifacts(record.info.run_id, f"predictions/labels/{sorted(shown)[0]}.nii.gz"))
     assert set(np.unique(np.asarray(label.dataobj))) == {0, 1, 2}
+
+
+def test_a_study_follows_the_scored_part_and_takes_the_last_epoch(labelled: Path, tmp_path: Path) -> None:
+    run(("train", "unet_scratch"), labelled, tmp_path / "run", **OWN_IDS["harp_hippocampus"])
+    result = read_json(tmp_path / "run" / "result.json")
+    assert (result["epoch"], result["epoch_from"]) == (3, "last")
+    assert result["history"][-1]["val_mean_dice"] == pytest.approx(result["metrics"]["mean_dice"], abs=1e-6)
+    assert result["subjects"]["validation"] == 0 and not [name for name in result["metrics"] if "optimistic" in name]
+    record = read_json(tmp_path / "run" / "models" / "model_unet_scratch.json")
+    assert record["provenance"]["volumes"] == result["subjects"]["training"]  # and nobody who is scored
 
 
 def test_an_annotation_server_gives_its_own_scans(tmp_path: Path) -> None:

@@ -117,10 +117,11 @@ class Writer:
         files: dict[str, Path] | None = None,
         params: dict[str, str] | None = None,
         seed: int | None = None,
+        experiment: str | None = None,
         **tags: Any,
     ) -> str:
         """A finished run as crossval starts it; a tag of None is left out (``variant=None``: started by hand)."""
-        experiment = f"volta3d_{bundle}"
+        experiment = experiment or f"volta3d_{bundle}"
         if experiment not in self.experiments:
             self.experiments[experiment] = self.client.create_experiment(experiment, self.artifacts)
         seed = fold if seed is None else seed

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the study is made of: sizes, who is scored, and the commands that it runs, in their order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from volta_components.data.phantom.labels import find_label_maps
+from volta_components.errors import InputError
+from volta_components.files import read_json
+
+# Every fifth anatomy is scored and never trained on: of the 20 that volta3d fetch downloads, 05, 10, 15 and 20.
+EVERY = 5
+# Bundles, and their baselines from scratch; the first is the pretrained network without its pretraining.
+TASKS = {
+    "harp_hippocampus": ("unetr_scratch", "unet_scratch"),
+    "ixi_sex": ("vit_scratch", "swin_scratch"),
+    "aibl_ad": ("vit_scratch", "swin_scratch"),
+}
+# Teacher and student see a head by two scanners, and never the same head twice.
+RECIPE = ("synthetic", "two_scanners", "koleo")
+# Nothing is chosen, so nobody is held out for it: the last model is the result. What would be the validation's curve is
+# that of the scored heads.
+NOTHING_CHOSEN = {"validation_fraction": 0.0, "validate#dataset#data": "$@parts.scored"}
+OWN_IDS: dict[str, dict[str, Any]] = {
+    # An anatomy is a patient, and its heads are that patient's sessions.
+    "classification": {**NOTHING_CHOSEN, "threshold": 0.5, "sessions": "all"},
+    "harp_hippocampus": {**NOTHING_CHOSEN, "results#best": None, "results#optimistic": None},
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """An entry of ``sizes.json``.
+
+    Attributes:
+        spacing: mm.
+        shape: of the prepared volumes, voxels.
+        training_heads: heads that the tasks are trained on.
+        scored_heads: heads that they are scored on.
+        fractions: shares of the training anatomies.
+        seeds: of fine-tuning.
+        pretrainings: seeds of pretraining.
+        pretrained: inits that start from an encoder.
+        overlays: of the bundles, before the ids below.
+        pretrain, classification, harp_hippocampus: ids.
+    """
+
+    spacing: int
+    shape: list[int]
+    training_heads: int
+    scored_heads: int
+    fractions: list[float]
+    seeds: int
+    pretrainings: int
+    pretrained: list[str]
+    overlays: list[str]
+    pretrain: dict[str, Any]
+    classification: dict[str, Any]
+    harp_hippocampus: dict[str, Any]
+
+    @classmethod
+    def named(cls, name: str) -> Size:
+        """The size of that name.
+
+        Raises:
+            InputError: if there is none.
+        """
+        sizes = read_json(Path(__file__).with_name("sizes.json"))
+        if name not in sizes:
+            raise InputError(f"SIZE={name}: choose {', '.join(sizes)}")
+        return cls(**{key: value for key, value in sizes[name].items() if key != "_desc_"})
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command and what it is for."""
+
+    title: str
+    words: tuple[str, ...]
+
+
+def split_anatomies(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the anatomies to train on, and of those to be scored on.
+
+    Raises:
+        InputError: if there is no such folder, or too few label maps in it.
+    """
+    names = list(find_label_maps(folder))
+    scored = names[EVERY - 1 :: EVERY]
+    if not scored:
+        raise InputError(f"--anatomies {folder}: holds {len(names)} label maps, and a study needs {EVERY} or more")
+    return [name for name in names if name not in scored], scored
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study in a folder of its own.
+
+    Attributes:
+        root: of all that it makes.
+        anatomies: folder of label maps.
+        size: see ``Size``.
+        jobs: fine-tunings at a time.
+    """
+
+    root: Path
+    anatomies: Path
+    size: Size
+    jobs: int = 2
+
+    @property
+    def store(self) -> str:
+        """MLflow's store."""
+        return f"sqlite:///{self.root.resolve()}/mlruns.db"
+
+    @property
+    def datalist(self) -> Path:
+        """Scored heads in fold 0, the others in fold 1."""
+        return self.root / "data" / "both" / "datalist.json"
+
+    def encoder(self, number: int) -> Path:
+        """The weights of a pretraining."""
+        return self.root / f"pretrain_{number}" / "models" / "encoder_phantom_study.safetensors"
+
+    @staticmethod
+    def experiment(task: str, number: int = 0) -> str:
+        """MLflow's experiment of a task and a pretraining; what starts from scratch is with the first."""
+        return f"study_{task}" + (f"_pretrained_{number}" if number else "")
+
+    def overlay(self, bundle: str) -> Path:
+        """The file that ``write_overlays`` makes for a bundle."""
+        kind = bundle if bundle in ("pretrain", "harp_hippocampus") else "classification"
+        return self.root / "overlays" / f"{kind}.json"
+
+    def configs(self, bundle: str, *overlays: str) -> list[str]:
+        """Config files of a bundle in the order in which they are merged."""
+        folder = Path("bundles") / bundle / "configs"
+        names = ["train", *overlays, *self.size.overlays]
+        return [*(str(folder / f"{name}.json") for name in names), str(self.overlay(bundle))]
+
+    def write_overlays(self) -> None:
+        """Write what the size and the study set, a file for each kind of bundle."""
+        for kind in ("pretrain", "classification", "harp_hippocampus"):
+            path = self.overlay(kind)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ids = {**getattr(self.size, kind), **OWN_IDS.get(kind, {})}
+            path.write_text(json.dumps(ids, indent=4) + "\n", encoding="utf-8")
+
+    def steps(self) -> list[Step]:
+        """All commands; each goes on where it stopped, and does nothing twice."""
+        training, scored = split_anatomies(self.anatomies)
+        data = self.root / "data"
+        steps = []
+        heads = (
+            ("scored", self.size.scored_heads, "1", "PS", training),
+            ("training", self.size.training_heads, "2", "PT", scored),
+        )
+        for name, count, seed, prefix, left_out in heads:
+            raw = str(data / f"raw_{name}")
+            words = ["phantom", "--output", raw, "--subjects", str(count), "--seed", seed, "--prefix", prefix]
+            words += ["--spacing", str(self.size.spacing), "--anatomies", str(self.anatomies)]
+            steps.append(_volta3d(f"Heads: {name}", *words, "--leave-out", ",".join(left_out)))
+            words = ["prepare", "--layout", "bids", "--source", raw, "--output", str(data / name)]
+            shape = ",".join(map(str, self.size.shape))
+            words += ["--name", f"phantom_{name}", "--spacing", str(self.size.spacing), "--shape", shape]
+            steps.append(_volta3d(f"Preparation: {name}", *words))
+        both = [str(data / name) for name in ("scored", "training")]
+        words = ["merge", *both, "--output", str(self.datalist), "--name", "phantom_study", "--hold-out"]
+        steps.append(_volta3d("One data set, in which the scored heads are fold 0", *words))
+        steps += [self._pretraining(number, scored) for number in range(self.size.pretrainings)]
+        for task, scratch in TASKS.items():
+            for number in range(self.size.pretrainings):
+                inits = [*self.size.pretrained, *(scratch if number == 0 else ())]
+                steps += [self._crossval(task, number, inits, seed) for seed in range(self.size.seeds)]
+        experiments = ",".join(["volta3d_pretrain", *map(self.experiment, TASKS)])
+        words = ["report", "--output", str(self.root / "report"), "--tracking-uri", self.store]
+        steps.append(_volta3d("Report, of the first pretraining", *words, "--experiments", experiments))
+        return steps
+
+    def _pretraining(self, number: int, left_out: Sequence[str]) -> Step:
+        folder = self.root / f"pretrain_{number}"
+        ids = {
+            "seed": number,
+            "run_name": folder.name,
+            "suffix": "_phantom_study",
+            "anatomies": self.anatomies,
+            "leave_out": list(left_out),
+            "output_dir": folder,
+            "ckpt_dir": folder / "models",
+            "tracking": "mlflow",
+            "tracking_uri": self.store,
+        }
+        options = [word for name, value in ids.items() for word in (f"--{name}", str(value))]
+        words = ("python", "-m", "monai.bundle", "run", "--config_file", str(self.configs("pretrain", *RECIPE)))
+        return Step(f"Pretraining, seed {number}", (*words, *options))
+
+    def _crossval(self, task: str, number: int, inits: Sequence[str], seed: int) -> Step:
+        words = ["crossval", "--bundle", f"bundles/{task}", "--datalist", str(self.datalist), "--folds", "1"]
+        words += ["--inits", ",".join(inits), "--fractions", ",".join(map(str, self.size.fractions))]
+        words += ["--overlays", ",".join([*self.size.overlays, str(self.overlay(task))]), "--seed", str(seed)]
+        words += ["--encoder", str(self.encoder(number)), "--jobs", str(self.jobs), "--output", str(self.root)]
+        words += ["--tracking-uri", self.store, "--experiment", self.experiment(task, number)]
+        return _volta3d(f"{task}, pretraining {number}, seed {seed}", *words)
+
+
+def _volta3d(title: str, *words: str) -> Step:
+    return Step(title, ("volta3d", *words))

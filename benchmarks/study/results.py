@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of the study: scores of the held-out anatomies with intervals, differences from scratch, learning curves.
+
+Anatomies, their renderings, the seeds of fine-tuning and those of pretraining are all drawn with replacement, again and
+again, and the same draws serve every init: differences are paired. With four anatomies such intervals are rather too
+narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from benchmarks.study.plan import TASKS, Study
+from volta_components.downstream.metrics import BOOTSTRAP, Array, auroc, interval, weighted_mean
+from volta_components.errors import InputError
+from volta_components.files import atomic_path, write_text
+from volta_components.report.figures import STYLE
+from volta_components.report.paper import METRICS, colours_of, name_of
+from volta_components.report.store import FinishedRun, Store, read_studies
+
+HEAD = ["subject_id", "session"]
+CURVE = {"dice": "val/mean_dice", "auroc": "val/auroc"}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How often each bootstrap sample holds each head, fine-tuning seed and pretraining: ``[samples, ...]``."""
+
+    heads: Array
+    seeds: Array
+    pretrainings: Array
+
+
+def draw(anatomies: Sequence[str], seeds: int, pretrainings: int, samples: int = BOOTSTRAP, seed: int = 0) -> Draws:
+    """Draw anatomies; of each one drawn, as many of its renderings as it has; seeds; pretrainings.
+
+    Args:
+        anatomies: of each head.
+        seeds: number of fine-tuning seeds.
+        pretrainings: number of pretrainings.
+        samples: bootstrap samples.
+        seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+
+    def some(count: int) -> NDArray[np.int64]:
+        return rng.multinomial(count, np.full(count, 1 / count), samples)
+
+    names, owner = np.unique(np.asarray(anatomies), return_inverse=True)
+    times = some(len(names))
+    heads = np.zeros((samples, len(owner)))
+    for number in range(len(names)):
+        own = np.flatnonzero(owner == number)
+        # An anatomy that is drawn twice has two independent draws of its renderings, which add up.
+        heads[:, own] = rng.multinomial(times[:, number] * len(own), np.full(len(own), 1 / len(own)))
+    return Draws(heads, some(seeds).astype(float), some(pretrainings).astype(float))
+
+
+def replicates(metric: str, label: Array, scores: Array, draws: Draws) -> tuple[float, Array]:
+    """The mean of a metric over pretrainings and seeds, and its bootstrap replicates.
+
+    Args:
+        metric: ``auroc``, or ``dice``: the mean over heads.
+        label: of each head, ``[heads]``: 0 or 1. Only ``auroc`` looks at it.
+        scores: ``[pretrainings, seeds, heads]``; one pretraining for what starts from scratch.
+        draws: see ``draw``.
+    """
+
+    def measured(values: Array, weights: Array) -> Array:
+        return auroc(label, values, weights) if metric == "auroc" else weighted_mean(values, weights)
+
+    ones = np.ones(scores.shape[-1])
+    value = float(np.mean([[measured(values, ones) for values in row] for row in scores]))
+    found = np.array([[measured(values, draws.heads) for values in row] for row in scores])
+    which = draws.pretrainings if len(scores) > 1 else np.ones((len(draws.heads), 1))
+    weights = which.T[:, None] * draws.seeds.T[None]
+    return value, (found * weights).sum((0, 1)) / weights.sum((0, 1))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs of one init and fraction, by pretraining and seed, and what they are scored by: ``auroc``, ``dice``."""
+
+    runs: dict[tuple[int, int], FinishedRun]
+    metric: str
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """Of any of the runs, which all score the same heads."""
+        return next(iter(self.runs.values())).table
+
+    def scores(self, seeds: Sequence[int], heads: pd.DataFrame) -> Array:
+        """``[pretrainings, seeds, heads]``.
+
+        Args:
+            seeds: of fine-tuning.
+            heads: subjects and sessions that must have been scored, in this order.
+
+        Raises:
+            InputError: if a run is missing, or has scored other heads.
+        """
+        column = "score" if self.metric == "auroc" else "dice"
+        rows = []
+        for number in sorted({number for number, _ in self.runs}):
+            rows.append([])
+            for seed in seeds:
+                run = self.runs.get((number, seed))
+                if run is None:
+                    raise InputError(f"pretraining {number}, seed {seed}: no finished run; start the study again")
+                if not run.table[HEAD].equals(heads):
+                    raise InputError(f"{run.name} has scored other heads than the runs beside it")
+                rows[-1].append(run.table[column].to_numpy(float))
+        return np.array(rows)
+
+
+def read_cells(study: Study, store: Store, task: str) -> dict[tuple[str, float], Cell]:
+    """The finished runs of a task by init and fraction.
+
+    Raises:
+        InputError: if there are none.
+    """
+    runs: dict[tuple[str, float], dict[tuple[int, int], FinishedRun]] = {}
+    kind = "classification"
+    known = dict(store.experiments)
+    for number in range(study.size.pretrainings):
+        store.experiments = dict(known)  # which read_studies narrows
+        (found,) = read_studies(store, [study.experiment(task, number)])
+        kind = found.kind
+        for run in found.runs:
+            runs.setdefault((run.variant, run.fraction), {})[number, run.seed] = run
+    store.experiments = known
+    return {key: Cell(of, "auroc" if kind == "classification" else "dice") for key, of in runs.items()}
+
+
+def score_rows(task: str, cells: Mapping[tuple[str, float], Cell], samples: int = BOOTSTRAP) -> list[dict[str, Any]]:
+    """A row for each fraction and init: value, interval, and the difference from the same network from scratch."""
+    rows = []
+    scratch = TASKS[task][0]
+    seeds = sorted({seed for cell in cells.values() for _, seed in cell.runs})
+    pretrainings = len({number for cell in cells.values() for number, _ in cell.runs})
+    first = next(iter(cells.values()))
+    draws = draw(first.table["patient_id"].tolist(), len(seeds), pretrainings, samples)
+    label = first.table["label" if first.metric == "auroc" else "dice"].to_numpy(float)
+    for fraction in sorted({share for _, share in cells}):
+        here = {variant: cell for (variant, share), cell in cells.items() if share == fraction}
+        arrays = {variant: cell.scores(seeds, first.table[HEAD]) for variant, cell in here.items()}
+        found = {variant: replicates(first.metric, label, array, draws) for variant, array in arrays.items()}
+        for variant, (value, values) in found.items():
+            row = {"task": task, "fraction": fraction, "init": variant, "metric": first.metric, "value": value}
+            row |= dict(zip(("low", "high"), interval(values), strict=True))
+            if scratch in found and variant != scratch:
+                row["difference"] = value - found[scratch][0]
+                ends = interval(values - found[scratch][1])
+                row |= dict(zip(("difference_low", "difference_high"), ends, strict=True))
+            row["runs"] = len(here[variant].runs)
+            rows.append(row)
+    return rows
+
+
+def curves(cells: Mapping[tuple[str, float], Cell], store: Store) -> dict[tuple[str, float], tuple[Array, Array]]:
+    """Epochs and mean score of the scored heads over all runs, by init and fraction."""
+    found = {}
+    for key, cell in cells.items():
+        points = [store.history(run.run_id, CURVE[cell.metric]) for run in cell.runs.values()]
+        if all(points) and len({len(one) for one in points}) == 1:
+            values = np.array(points)
+            found[key] = values[0, :, 0], values[:, :, 1].mean(axis=0)
+    return found
+
+
+def last_gain(epochs: Array, values: Array) -> float:
+    """What the last quarter of a curve has gained: near 0 at the plateau."""
+    return float(values[-1] - np.interp(0.75 * epochs[-1], epochs, values))
+
+
+def draw_curves(path: Path, metric: str, found: Mapping[tuple[str, float], tuple[Array, Array]]) -> None:
+    """A panel for each fraction, a line for each init."""
+    fractions = sorted({fraction for _, fraction in found})
+    colours = colours_of(sorted({variant for variant, _ in found}))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.3 * len(fractions), 2.9))
+        panels = np.atleast_1d(figure.subplots(1, len(fractions), sharey=True))
+        for axes, fraction in zip(panels, fractions, strict=True):
+            for (variant, share), (epochs, values) in found.items():
+                if share == fraction:
+                    axes.plot(
+                        epochs, values, color=colours[variant], marker="o", markersize=2.5, label=name_of(variant)
+                    )
+            axes.set(xlabel="epoch", title=f"{fraction:.0%} of the anatomies")
+        panels[0].set_ylabel(METRICS[metric])
+        panels[0].legend(loc="best")
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def write_results(study: Study) -> Path:
+    """Write ``results.md``, ``results.csv`` and a figure of learning curves for each task.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: if runs are missing.
+    """
+    store = Store(study.store)
+    rows: list[dict[str, Any]] = []
+    lines = ["# The study", "", *(__doc__ or "").split("\n\n", 1)[1].strip().splitlines()]
+    for task in TASKS:
+        cells = read_cells(study, store, task)
+        found = curves(cells, store)
+        metric = next(iter(cells.values())).metric
+        draw_curves(study.root / f"curves_{task}.png", metric, found)
+        gains = {key: last_gain(*points) for key, points in found.items()}
+        lines += [
+            "",
+            f"## {task}",
+            "",
+            f"| anatomies | init | {METRICS[metric]} (95 %) | beside scratch | last quarter |",
+        ]
+        lines.append("|---|---|---|---|---|")
+        for row in score_rows(task, cells):
+            gain = gains.get((row["init"], row["fraction"]), float("nan"))
+            rows.append({**row, "last_quarter": gain})
+            beside = "–"
+            if "difference" in row:
+                beside = "{difference:+.3f} ({difference_low:+.3f} to {difference_high:+.3f})".format(**row)
+            scored = "{value:.3f} ({low:.3f} to {high:.3f})".format(**row)
+            lines.append(f"| {row['fraction']:.0%} | {name_of(row['init'])} | {scored} | {beside} | {gain:+.3f} |")
+        lines += ["", f"![Score of the held-out heads by epoch](curves_{task}.png)"]
+    lines += [
+        "",
+        "`last quarter`: what the curve has gained over the last quarter of the epochs; near 0 at the plateau.",
+    ]
+    with atomic_path(study.root / "results.csv") as temporary:
+        pd.DataFrame(rows).to_csv(temporary, index=False)
+    write_text(study.root / "results.md", "\n".join(lines) + "\n")
+    return study.root / "results.md"
