@@ -68,10 +68,12 @@ STRONG: dict[str, Any] = {
 }
 NO_GLOBAL: dict[str, Any] = {"loss#global_weight": 0}
 NO_PATCH: dict[str, Any] = {"loss#patch_weight": 0}
+# configs/recommended.json
+RECOMMENDED = "two scanners, a standard picture, token centre, still"
 # name: overlays after synthetic.json, ids
 ROWS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "two scanners": (TWO, {}),
-    "two scanners, a standard picture, token centre, still": ((*TWO, "standard_picture", "token_centre"), STILL),
+    RECOMMENDED: ((*TWO, "standard_picture", "token_centre"), STILL),
     "two scanners, a standard picture": ((*TWO, "standard_picture"), {}),
     "two scanners, token centre": ((*TWO, "token_centre"), {}),
     "two scanners, reconstruction alone": (TWO, NO_GLOBAL | NO_PATCH),

@@ -30,6 +30,20 @@ def test_every_row_changes_ids_that_the_configs_have(name: str) -> None:
         parser[key] = 1  # a path that does not exist raises
 
 
+def test_the_recommended_recipe_is_the_row_of_that_name() -> None:
+    """``recommended.json`` says at once what the row puts together from overlays and ids."""
+    (overlays, ids), names = learning.ROWS[learning.RECOMMENDED], ("train", "tiny", "synthetic")
+    row, recipe = ConfigParser(), ConfigParser()
+    row.read_config([str(learning.CONFIGS / f"{each}.json") for each in (*names, *overlays)])
+    recipe.read_config([str(learning.CONFIGS / f"{each}.json") for each in (*names, "recommended")])
+    for key, value in ids.items():
+        row[key] = value
+    own = {"_desc_", "run_name", "suffix"}
+    assert {k: v for k, v in row.config.items() if k not in own} == {
+        k: v for k, v in recipe.config.items() if k not in own
+    }
+
+
 def test_a_finished_run_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 

@@ -71,7 +71,7 @@ def test_there_are_no_other_configs() -> None:
     """A new config belongs into these tests."""
     found = {path.stem for path in PRETRAIN.glob("*.json")}
     # These are tested with the data set that they render, in tests/training/test_endless.py.
-    rendered = {"synthetic", "two_scanners", "other_picture", "standard_picture"}
+    rendered = {"synthetic", "two_scanners", "other_picture", "standard_picture", "recommended"}
     assert found == {"train", "evaluate", "inference", "metadata", *rendered, *OVERLAYS}
 
 

@@ -146,7 +146,8 @@ def test_anatomies_as_a_datalist(folder, items):
 @pytest.mark.parametrize(
     ("bundle", "further"),
     [("pretrain", []), ("pretrain", ["two_scanners"]), ("harp_hippocampus", [])]
-    + [("pretrain", ["two_scanners", f"{what}_picture"]) for what in ("other", "standard")],
+    + [("pretrain", ["two_scanners", f"{what}_picture"]) for what in ("other", "standard")]
+    + [("pretrain", ["two_scanners", "recommended"])],
 )
 def test_the_overlay_of_a_bundle_renders_its_batches(bundle, further, folder, tmp_path):
     configs = ROOT / "bundles" / bundle / "configs"
