@@ -168,9 +168,10 @@ def curves(log: str) -> list[dict[str, float]]:
 # column: what it is of, embedding, probe
 ASKED = {
     "same head, summary": ("same subject", "summary", "nearest"),
-    "whitened": ("same subject", "summary", "whitened"),
     "same head, mean token": ("same subject", "mean", "nearest"),
-    "whitened ": ("same subject", "mean", "whitened"),
+    "the same, whitened": ("same subject", "mean", "whitened"),
+    "same person, summary": ("same patient", "summary", "nearest"),
+    "same person, mean token": ("same patient", "mean", "nearest"),
     "hippocampal volume": ("hippocampal volume", "mean", "ridge"),
     "hippocampus in the patch": ("hippocampus in the patch", "tokens", "ridge"),
     "contrast": ("contrast", "mean", "ridge"),
@@ -186,7 +187,7 @@ def cell(runs: Sequence[dict[str, Any]], encoder: str, label: str, embedding: st
         if row["encoder"] == encoder
         and row["label"] == label
         and (encoder == "voxels" or row["embedding"] == embedding)
-        and row["probe"] == ("nearest" if encoder == "voxels" and label == "same subject" else probe)
+        and row["probe"] == probe
     ]
     if not rows:
         return "-"
@@ -254,7 +255,8 @@ anatomies are scored, each by two scanners. Values are means over seeds, in brac
 their 95 % intervals over anatomies.
 
 - same head: share of scans whose nearest neighbour is the same head by another scanner (chance 0.01); whitened: among
-  standardised principal components, as plain voxels are always compared;
+  standardised principal components;
+- same person: share of scans whose nearest neighbour of another head grew from the same anatomy (chance 0.24);
 - hippocampal volume: Pearson's r across anatomies; hippocampus in the patch: share of variance beyond position;
 - contrast: Pearson's r of the scanner's brightness of grey over white matter; lower is better.
 """

@@ -78,14 +78,14 @@ def test_the_table_has_means_over_seeds_and_the_widest_interval() -> None:
             "rows": [
                 probe("same subject", "volta", "mean", "whitened", value),
                 probe("same subject", "random", "mean", "whitened", 0.3),
-                probe("same subject", "voxels", "voxels", "nearest", 0.85),
+                probe("same subject", "voxels", "voxels", "whitened", 0.85),
             ],
         }
         for value in (0.4, 0.6)
     ]
     lines = learning.table(runs)
     assert "0.30 (0.20 to 0.40)" in lines[2] and lines[2].startswith("| random weights")
-    assert lines[3].count("0.85 (0.75 to 0.95)") == 4  # voxels have one embedding, compared in one way
+    assert lines[3].count("0.85 (0.75 to 0.95)") == 1
     assert lines[4].startswith("| two scanners | 2 | 0.040 | 0.100 | 0.200 |")
     assert "0.50 (0.30 to 0.70)" in lines[4]
 

@@ -225,7 +225,8 @@ def test_a_report_without_any_label_is_refused(
     change: Callable[[int], dict[str, Any]],
 ) -> None:
     tables, items = cohort
-    items = [{**item, **change(i), "subject_id": f"sub-{i}"} for i, item in enumerate(items)]
+    alone = [f"sub-{i}" for i in range(len(items))]
+    items = [{**item, **change(i), "subject_id": alone[i], "patient_id": alone[i]} for i, item in enumerate(items)]
     with pytest.raises(InputError, match="no label of sex has both classes in the datalist; give --targets"):
         probe_report(tables, items, {"sex": ["M", "F"]}, tmp_path / "probes.json")
     assert not (tmp_path / "probes.json").exists()

@@ -109,6 +109,17 @@ def test_the_same_subject_is_looked_for_among_scans_of_its_cohort() -> None:
         expected.append(patients[max(others, key=lambda j: float(unit[i] @ unit[j]))] == patients[i])
     np.testing.assert_array_equal(found[:4], expected)
 
+    # The third and the fourth are one head: of others, none is of the same patient.
+    other_heads, _ = finds_same_subject(
+        features, np.array(["a", "a", "a", "b", "b"]), np.array(["x"] * 5), apart=np.array([1, 2, 2, 3, 3])
+    )
+    asked = []
+    for i, (who, heads) in enumerate([("a", (1, 2, 3, 4)), ("a", (0, 3, 4)), ("a", (0, 3, 4))]):
+        best = max(heads, key=lambda j: float(unit[i] @ unit[j]))
+        asked.append(float("aaabb"[best] == who))
+    np.testing.assert_array_equal(other_heads[:3], asked)
+    assert np.isnan(other_heads[3:]).all()
+
     apart, by_chance = finds_same_subject(features, patients, np.array(["x", "x", "y", "y", "x"]))
     np.testing.assert_array_equal(apart[2:4], [1, 1])  # nobody else is in their cohort
     np.testing.assert_allclose(by_chance[:4], [1 / 2, 1 / 2, 1, 1])

@@ -7,6 +7,7 @@ is at chance in each measure here but that of the cohort, which should be low.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -106,7 +107,11 @@ def out_of_fold_scores(
 
 
 def finds_same_subject(
-    features: np.ndarray, subjects: np.ndarray, cohorts: np.ndarray, components: int | None = None
+    features: np.ndarray,
+    subjects: np.ndarray,
+    cohorts: np.ndarray,
+    components: int | None = None,
+    apart: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether the nearest neighbour of a scan, in its cohort, is another scan of the same subject.
 
@@ -118,6 +123,7 @@ def finds_same_subject(
         subjects: ``[n]``, who each scan is of.
         cohorts: ``[n]``; only scans of the same cohort are compared.
         components: as for ``out_of_fold_scores``.
+        apart: ``[n]``; scans that have the same value here are not compared.
 
     Returns:
         ``[n]`` 1 where it is, 0 where not; and ``[n]`` the share that chance would give. Both are NaN for
@@ -128,6 +134,8 @@ def finds_same_subject(
         columns = PCA(min(components, *(side - 1 for side in features.shape)), svd_solver="full").fit_transform(columns)
     unit = Normalizer().fit_transform(StandardScaler().fit_transform(columns))
     same_cohort = cohorts[:, None] == cohorts
+    if apart is not None:
+        same_cohort &= apart[:, None] != apart
     same_subject = (subjects[:, None] == subjects) & same_cohort
     np.fill_diagonal(same_cohort, False)
     np.fill_diagonal(same_subject, False)
@@ -238,20 +246,21 @@ class _Probes:
     def same_subject(self) -> Iterator[dict[str, Any]]:
         """Share of scans whose nearest neighbour is another scan of the same subject: the same head, seen again.
 
-        Of voxels, it is looked for among standardised principal components; of encoders both so (``whitened``: what
-        varies most, such as contrast, counts no more than the rest) and among their standardised numbers (``nearest``).
+        Nearest by standardised features (``nearest``), and by standardised principal components (``whitened``): what
+        varies most, such as contrast, then counts no more than the rest. Where several subjects are one patient, as
+        heads of one anatomy are, also the share whose nearest scan of another subject is of the same patient.
         """
         subjects = np.array([str(item["subject_id"]) for item in self.items])
-        ways = [(each, "nearest", each.components) for each in self.features]
-        ways += [(each, "whitened", _COMPONENTS) for each in self.features if each.components is None]
-        for each, way, components in ways:
-            found, by_chance = finds_same_subject(each.matrix, subjects, self.cohorts, components)
-            asked = np.isfinite(found)
-            if not asked.any():
-                return
-            weights = self._weights(asked)
-            figures = (found[asked].mean(), *interval(weights @ found[asked] / weights.sum(axis=1)))
-            yield self._row("same subject", each, way, "share", asked, figures, by_chance[asked].mean())
+        for name, who, apart in (("same subject", subjects, None), ("same patient", self.patients, subjects)):
+            for each, way in itertools.product(self.features, ("nearest", "whitened")):
+                components = _COMPONENTS if way == "whitened" else None
+                found, by_chance = finds_same_subject(each.matrix, who, self.cohorts, components, apart)
+                asked = np.isfinite(found)
+                if not asked.any():
+                    break
+                weights = self._weights(asked)
+                figures = (found[asked].mean(), *interval(weights @ found[asked] / weights.sum(axis=1)))
+                yield self._row(name, each, way, "share", asked, figures, by_chance[asked].mean())
 
     def tokens(self, tables: Mapping[str, TokenTable]) -> Iterator[dict[str, Any]]:
         """Share of variance of what fills a patch that its token explains and its position does not."""
