@@ -8,7 +8,7 @@ none of them has seen, each head by two scanners.
     python benchmarks/learning.py --anatomies DIR --output runs/learning [--rows "two scanners" --seeds 0,1]
 
 takes about five minutes a run on one core. A run that is finished is not done again, and one that was interrupted
-resumes; ``--rows ""`` only writes the table of what there is.
+resumes. The table has all finished runs of the folder that had as many epochs; ``--only-table`` makes no others.
 """
 
 from __future__ import annotations
@@ -157,6 +157,17 @@ def pretrain(name: str, seed: int, epochs: int, anatomies: Path, scored: Path, f
     return result
 
 
+def finished(folder: Path, epochs: int) -> list[dict[str, Any]]:
+    """What is known of all finished runs of so many epochs, in order of the rows and seeds."""
+    homes = [path.parent for path in folder.glob("*/found.json")]
+    runs = [read_json(home / "found.json") for home in homes if _epochs(home) == epochs]
+    return sorted(runs, key=lambda each: (list(ROWS).index(each["name"]), each["seed"]))
+
+
+def _epochs(home: Path) -> int:
+    return int(read_json(home / "settings.json")["ids"]["epochs"])
+
+
 def curves(log: str) -> list[dict[str, float]]:
     """The numbers of each epoch, as the training printed them."""
     epochs: dict[int, dict[str, float]] = {}
@@ -220,6 +231,7 @@ def main(
     epochs: int = 12,
     heads: int = 80,
     results: Path | None = None,
+    only_table: bool = False,
 ) -> None:
     """Pretrain, ask, and print a table.
 
@@ -231,20 +243,22 @@ def main(
         epochs: of each, of 160 heads.
         heads: that the encoders are asked about, of four anatomies.
         results: file for the table.
+        only_table: pretrain nothing.
 
     Raises:
         InputError: if a run fails.
     """
     output.mkdir(parents=True, exist_ok=True)
-    anatomies = anatomies.resolve()
-    scored = scored_heads(anatomies, output.resolve(), heads)
-    runs: list[dict[str, Any]] = []
-    for seed in seeds:
-        for name in rows:
-            runs.append(pretrain(name, seed, epochs, anatomies, scored, output.resolve()))
-            print("\n".join(table(runs)), flush=True)
+    if not only_table:
+        scored = scored_heads(anatomies.resolve(), output.resolve(), heads)
+        for seed in seeds:
+            for name in rows:
+                pretrain(name, seed, epochs, anatomies.resolve(), scored, output.resolve())
+                print("\n".join(table(finished(output, epochs))), flush=True)
+    lines = table(finished(output, epochs))
+    print("\n".join(lines))
     if results is not None:
-        write_text(results, "\n".join([HEADER.format(epochs=epochs, heads=heads), *table(runs)]) + "\n")
+        write_text(results, "\n".join([HEADER.format(epochs=epochs, heads=heads), *lines]) + "\n")
 
 
 HEADER = """# What an encoder learns, by setting

@@ -67,6 +67,8 @@ def test_a_finished_run_is_not_made_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(made) == 2
     learning.pretrain("two scanners", 1, *arguments[2:])
     assert len(made) == 4
+    assert [run["seed"] for run in learning.finished(tmp_path, 2)] == [0, 1]
+    assert learning.finished(tmp_path, 3) == []
 
 
 def test_the_table_has_means_over_seeds_and_the_widest_interval() -> None:
