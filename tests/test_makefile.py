@@ -173,3 +173,31 @@ def test_the_oldest_python_is_the_one_of_the_package():
     script = (ROOT / "tools" / "find_python.sh").read_text()
     assert f"candidates=(python{oldest} " in script
     assert f"({oldest.replace('.', ', ')})" in script
+
+
+@pytest.mark.parametrize("has_torchvision", [True, False])
+def test_the_label_servers_needs_go_into_the_environment_that_is_named(tmp_path: Path, has_torchvision: bool):
+    """As ``volta3d init`` leaves the folder: no Makefile, the package from a wheel."""
+    shutil.copytree(ROOT / "label", tmp_path / "my lab" / "label")
+    library, python = tmp_path / "library", tmp_path / "python"
+    library.mkdir()
+    python.write_text(f"""#!/bin/sh
+case "$*" in
+    *torchvision*) exit {int(not has_torchvision)} ;;
+    *purelib*) echo '{library}' ;;
+    *) echo "$*" >> '{tmp_path}/log' ;;
+esac
+""")
+    python.chmod(0o755)
+    words = ["bash", "label/install.sh", str(python), "my wheel.whl"]
+    subprocess.run(words, cwd=tmp_path / "my lab", check=True)
+    place = tmp_path / "my lab" / "label"
+    torch = re.findall("^torch==.*", (place / "requirements.txt").read_text(), re.MULTILINE)
+    assert [line.removeprefix("-m pip install --quiet ") for line in (tmp_path / "log").read_text().splitlines()] == [
+        f"--upgrade -c {place}/constraints.txt pip setuptools wheel",
+        *torch,
+        f"-r {place}/requirements.txt",
+        f"--no-deps -r {place}/requirements-nodeps.txt",
+        "--no-deps my wheel.whl",
+    ]
+    assert (library / "torchvision" / "utils.py").is_file() is not has_torchvision

@@ -15,13 +15,13 @@ from ignite.engine import Engine
 from volta_components.training.tracking import hardware
 
 
-def start_clock(engine: Engine, before: Mapping[str, float]) -> None:
+def start_clock(engine: Any, before: Mapping[str, float]) -> None:
     """Begin to count at the start of a run; ``before`` is what a resumed run has taken already, or empty."""
     engine.state.cost_before = dict(before)
     engine.state.started_at = time.monotonic()
 
 
-def time_and_memory(engine: Engine) -> dict[str, float]:
+def time_and_memory(engine: Any) -> dict[str, float]:
     """What a run has taken so far; empty if its clock was not started.
 
     Returns:
@@ -50,7 +50,7 @@ def cost_metrics(cost: Mapping[str, Any]) -> dict[str, float]:
     return {f"cost/{name}": value for name, value in cost.items() if isinstance(value, float)}
 
 
-def _peak_memory_gib(engine: Engine) -> float:
+def _peak_memory_gib(engine: Any) -> float:
     if torch.device(getattr(engine.state, "device", "cpu")).type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 2**30 if sys.platform == "darwin" else 2**20

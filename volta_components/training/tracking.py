@@ -45,6 +45,7 @@ DESCRIPTION = """Runs of the VolTA-3D bundle `{bundle}`.
 - `step/`: pretraining, means of a few mini-batches, by mini-batch.
 - `score/`: the scored fold, once, at the end; `_low` and `_high` are 95 % limits.
 - `optimistic/`: choices made on the scored fold itself. These numbers are too good.
+- `cost/`: hours of training, and memory at its peak in GiB.
 """
 
 
