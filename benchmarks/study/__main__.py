@@ -70,7 +70,11 @@ def main(
             return done.returncode
     from benchmarks.study.results import write_results
 
-    page = write_results(study)
+    try:
+        page = write_results(study)
+    except InputError as error:
+        print(f"make study: {error}", file=sys.stderr)
+        return 2
     print(f"\n{page.read_text(encoding='utf-8')}\n{page.resolve()}\n{(study.root / 'report' / 'index.html').resolve()}")
     return 0
 

@@ -40,22 +40,26 @@ def _parser(files: list[str], **ids: Any) -> ConfigParser:
 
 
 def pretraining(study: Study) -> float:
-    """Seconds of a pretraining: heads are rendered and views cut as in the run itself."""
+    """Seconds of a pretraining: its steps, and the heads that are rendered for it."""
     _, scored = split_anatomies(study.anatomies)
     places = {"anatomies": str(study.anatomies), "leave_out": scored, "output_dir": str(study.root / "none")}
     parser = _parser(study.configs("pretrain", *RECIPE), num_workers=0, **places)
+    names = ("epochs", "train#epoch_length", "batch_size", "heads_per_epoch", "fresh_heads")
+    epochs, length, batch_size, heads, fresh = (parser.get_parsed_content(name) for name in names)
     set_determinism(0)
     trainer = parser.get_parsed_content("train#trainer")
     trainer.state.epoch, trainer.state.iteration = 1, 0
     batches: Iterator[Any] = iter(trainer.data_loader)
+    batch = next(batches)
 
     def step() -> None:
         trainer.state.iteration += 1
-        trainer._iteration(trainer, next(batches))
+        trainer._iteration(trainer, batch)
 
-    found = seconds(step)
+    rendered = heads + (epochs - 1) * (heads if fresh is None else fresh)
+    found = seconds(step) * epochs * length + seconds(lambda: next(batches)) * rendered / batch_size
     set_determinism(None)
-    return found * parser.get_parsed_content("epochs") * parser.get_parsed_content("train#epoch_length")
+    return found
 
 
 def windows(parser: ConfigParser, is_mask: bool) -> int:

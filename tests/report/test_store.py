@@ -12,7 +12,7 @@ from sklearn.metrics import confusion_matrix, roc_auc_score
 from volta_components.errors import InputError
 from volta_components.report.classification_tables import ClassificationTables
 from volta_components.report.command import report
-from volta_components.report.figures import confusion, confusion_figure
+from volta_components.report.figures import confusion, confusion_figure, training_figure
 from volta_components.report.segmentation_tables import SegmentationTables
 from volta_components.report.store import Store, read_studies
 
@@ -37,6 +37,16 @@ def run(writer, tmp_path):
 def only_study(writer):
     [study] = read_studies(Store(writer.uri))
     return study
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [("0.2", "inner part, never the scored one"), ("0.0", "on the scored one, and nothing was chosen by it")],
+)
+def test_curves_say_whose_they_are(share, said, writer, run, tmp_path):
+    run("volta", 0, curves={"val/auroc": [0.6, 0.7]}, params={"validation_fraction": share})
+    picture = training_figure(only_study(writer), Store(writer.uri), tmp_path)
+    assert picture is not None and said in picture.caption
 
 
 def test_a_run_by_hand_never_takes_the_place_of_crossvals(writer, run):
