@@ -214,6 +214,19 @@ def test_a_part_of_a_head_shows_what_the_whole_shows(head, settings):
     assert seen.hippocampi.sum() > 100
 
 
+def test_parts_of_a_picture_are_made_on_the_device_that_is_asked_for(head, settings):
+    device = torch.device("meta")  # nothing is computed there; tensors of two devices do not go together
+    subject = subject_of(settings, 2)
+    view = whole_view(head, 1)
+    for affine, shape in ((view.affine, view.shape), (view.affine * 3, (56, 72, 64))):
+        voxels = geometry(subject, head).voxels(affine, shape, device)
+        codes = lookup_codes(head, voxels)
+        bias = BiasField.draw(np.random.default_rng(0), 0.1).over(shape, *view.within(head), device)
+        image = slices(blur(bias, 0.8), 4.0, 2, 1.0)
+        assert voxels.device == codes.device == image.device == device
+        assert codes.shape == image.shape == shape
+
+
 def test_bias_field_has_its_deviation_and_its_parts_fit():
     field = BiasField.draw(np.random.default_rng(1), 0.1)
     whole = field.over((48, 48, 48), (-1, -1, -1), (1, 1, 1)).numpy()

@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
 from method_helpers import tiny_run
 from prepared import ROOT
+from toy_anatomies import toy_folder
 
+from volta_components.data.phantom.anatomy import geometry
+from volta_components.data.phantom.heads import load_head
+from volta_components.data.phantom.render import render_view, whole_view
+from volta_components.data.phantom.scanner import draw_scanner
+from volta_components.data.phantom.settings import Settings
+from volta_components.data.phantom.subjects import draw_subject
 from volta_components.method.weights import load_encoder
+from volta_components.training.endless import EndlessHeads, anatomies_datalist
 
 pytestmark = [
     pytest.mark.slow,
@@ -91,6 +101,36 @@ def test_the_encoder_loads_on_the_cpu(folder: Path) -> None:
 @pytest.mark.parametrize("overlay", ["koleo", "sinkhorn", "dino_gaps"])
 def test_variants_of_pretraining(folder: Path, overlay: str) -> None:
     pretrain(folder, overlay, overlay)
+
+
+def test_heads_are_rendered_on_the_gpu(folder: Path) -> None:
+    """As on the CPU, but for rounding and the noise; and a pretraining on them."""
+    items = anatomies_datalist(toy_folder(folder / "anatomies", 2), (40, 44, 40), 3.0).items
+    head = load_head(items[0]["subject_id"], items[0]["image"])
+    subject = draw_subject(Settings(anatomies=(head.name,)), 1)
+    silence = {"noise": 0.0, "texture": 0.0, "deviations": np.zeros(256, np.float32)}
+    scanner = replace(draw_scanner(np.random.default_rng(0)), **silence)
+    for spacing in (1, 3):
+        view = whole_view(head, spacing)
+        where = geometry(subject, head)
+        here = render_view(subject, head, where, scanner, view)
+        there = render_view(subject, head, where, scanner, replace(view, device=torch.device("cuda")))
+        assert there.image.device.type == there.hippocampi.device.type == "cuda"
+        assert torch.allclose(there.image.cpu(), here.image, atol=2e-3)
+        assert torch.allclose(there.hippocampi.cpu(), here.hippocampi, atol=2e-3)
+        assert there.volumes == pytest.approx(here.volumes, rel=1e-3)
+    here, there = (EndlessHeads(items, 4, (40, 44, 40), spacing=3.0, device=name)[(1, 2)] for name in ("cpu", "cuda"))
+    assert (here["label"] != there["label"].cpu()).float().mean() < 1e-3
+    assert np.corrcoef(here["image"].flatten(), there["image"].cpu().flatten())[0, 1] > 0.9
+    again = EndlessHeads(items, 4, (40, 44, 40), spacing=3.0, device="cuda")[(1, 2)]
+    assert torch.equal(again["image"], there["image"])
+
+    files = configs("pretrain", "train", "tiny", "synthetic")
+    places = ("--anatomies", str(folder / "anatomies"), "--output_dir", str(folder / "runs" / "endless"))
+    places += ("--encoder_path", str(folder / "endless.safetensors"))
+    options = ("--epochs", "1", "--heads_per_epoch", "8", "--render_device", "cuda:0", "--num_workers", "0")
+    run("-m", "monai.bundle", "run", "--config_file", files, *places, *options)
+    assert (folder / "endless.safetensors").is_file()
 
 
 def test_distributed_pretraining(folder: Path) -> None:

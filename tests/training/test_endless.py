@@ -14,7 +14,7 @@ from toy_anatomies import toy_folder
 from volta_components.data.datalist import check_volumes
 from volta_components.errors import InputError
 from volta_components.training.endless import EndlessHeads, anatomies_datalist
-from volta_components.training.sampling import ResumableSampler
+from volta_components.training.sampling import KeyedDataLoader, ResumableSampler
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,6 +129,22 @@ def test_heads_are_kept_for_later_epochs(items, monkeypatch):
     assert len(dataset._kept) == 1
     with pytest.raises(InputError, match="fresh heads of an epoch: 7 is not between 1 and all of its 6"):
         heads(items, fresh=7)
+
+
+def test_anatomies_are_loaded_before_workers_are_forked_off(items, monkeypatch):
+    filled, expected = heads(items), heads(items)[(1, 1)]
+    filled.fill()
+    monkeypatch.setattr("volta_components.training.endless.load_head", None)
+    assert same(filled[(1, 1)], expected)
+    with pytest.raises(TypeError):
+        heads(items)[(1, 1)]
+
+
+def test_workers_are_refused_where_a_device_renders(items):
+    rendered = heads(items, device="cuda:0")
+    KeyedDataLoader(rendered, shuffle=True)
+    with pytest.raises(InputError, match=r"items are made on cuda:0.*give --num_workers 0"):
+        KeyedDataLoader(rendered, shuffle=True, num_workers=2)
 
 
 def test_anatomies_as_a_datalist(folder, items):

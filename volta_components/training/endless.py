@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,8 @@ class EndlessHeads(KeyedDataset):
             hippocampus, float32.
         transform: applied to each item; random ones are seeded for each.
         seed: base seed.
+        device: where items are rendered, and stay. Another device than the CPU takes a loader without workers; its
+            heads are the same but for rounding and for the noise, which is its own generator's.
 
     Shapes:
         items: ``image`` ``[1, *shape]`` float32 in [0, 1]; ``label`` ``[1, *shape]`` uint8 with 1 left, 2 right;
@@ -131,12 +133,14 @@ class EndlessHeads(KeyedDataset):
         seed: int = 0,
         fresh: int | None = None,
         standard: bool = False,
+        device: str | torch.device = "cpu",
     ) -> None:
         if not data:
             raise InputError("no anatomies to render heads from; give a folder of label maps (--anatomies DIR)")
         if fresh is not None and not 1 <= fresh <= length:
             raise InputError(f"fresh heads of an epoch: {fresh} is not between 1 and all of its {length}")
         super().__init__(list(data), transform, seed)
+        self.device = torch.device(device)
         self.paths = {str(item["subject_id"]): str(item["image"]) for item in data}
         self.settings = Settings(
             seed=seed,
@@ -146,6 +150,7 @@ class EndlessHeads(KeyedDataset):
             mirrored_share=mirrored_share,
             variation=variation,
         )
+        self.heads: dict[str, Head] = {}
         self.length = length
         self.shape = tuple(int(side) for side in shape)
         self.window = self.shape if window is None else tuple(int(side) for side in window)
@@ -161,6 +166,16 @@ class EndlessHeads(KeyedDataset):
     def __len__(self) -> int:
         return self.length
 
+    def fill(self, indices: Iterable[int] | None = None) -> None:
+        """Load the anatomies (about 15 MB and half a second each) before workers are forked off, which share them."""
+        for name in self.paths:
+            self._head(name)
+
+    def _head(self, name: str) -> Head:
+        if name not in self.heads:
+            self.heads[name] = load_head(name, self.paths[name])
+        return self.heads[name]
+
     def item(self, epoch: int, index: int, *repeat: int) -> dict[str, Any]:
         """A head; one that the process has rendered for an epoch before is taken from there."""
         if self.fresh is None:
@@ -175,7 +190,7 @@ class EndlessHeads(KeyedDataset):
     def _render(self, epoch: int, index: int, *repeat: int) -> dict[str, Any]:
         settings = replace(self.settings, seed=derived_seed(self.seed, "heads", epoch, *repeat))
         subject = draw_subject(settings, index + 1)
-        head = load_head(subject.anatomy, self.paths[subject.anatomy])
+        head = self._head(subject.anatomy)
         where = geometry(subject, head)
         rng = random_stream(settings.seed, 9, index)
         item: dict[str, Any] = {"anatomy": subject.anatomy}
@@ -191,7 +206,7 @@ class EndlessHeads(KeyedDataset):
             seen = render_view(subject, head, where, scanner, view, stream=11 + 2 * number)
             item["image" if not number else f"image_{number + 1}"] = self._unit(rng, seen, survey)[None]
             if not number:
-                label = torch.zeros(self.shape, dtype=torch.uint8)
+                label = torch.zeros(self.shape, dtype=torch.uint8, device=self.device)
                 label[seen.hippocampi[0] > 0.5] = 1
                 label[seen.hippocampi[1] > 0.5] = 2
                 item["label"] = label[None]
@@ -204,7 +219,7 @@ class EndlessHeads(KeyedDataset):
     def _place(self, rng: np.random.Generator, head: Head, survey: Pixels) -> View:
         """The window, or a crop of it: top at the head's, centred on it left-right and back-front."""
         affine = head.image_affine(_COARSE)
-        box = ndimage.find_objects(survey.inside.view(np.uint8))[0]
+        box = ndimage.find_objects(survey.inside.numpy().view(np.uint8))[0]
         low, high = (
             np.array(corner) * _COARSE + affine[:3, 3] for corner in zip(*((s.start, s.stop - 1) for s in box))
         )
@@ -224,11 +239,11 @@ class EndlessHeads(KeyedDataset):
             start += rng.uniform(0, 1, 3) * room
         grid = np.diag([float(self.spacing)] * 3 + [1.0])
         grid[:3, 3] = start + self.spacing / 2
-        return View(grid, self.shape)
+        return View(grid, self.shape, device=self.device)
 
     def _unit(self, rng: np.random.Generator, seen: Pixels, survey: Pixels) -> torch.Tensor:
         """Intensities in [0, 1] between percentiles of the whole head, estimated from a coarse picture."""
-        low, high = np.percentile(survey.image.numpy()[survey.inside], PERCENTILES)
+        low, high = np.percentile(survey.image.numpy()[survey.inside.numpy()], PERCENTILES)
         high = low + (high - low) * rng.uniform(0.85, 1.15)
         image: torch.Tensor = seen.image.sub(float(low)).div(float(high - low)).clamp(0, 1)
         return image

@@ -26,7 +26,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         *("dataset_dir", "datalist_path", "anatomies", "encoder_path", "encoder"),
     ),
     "Where and how fast it is computed. The same samples are drawn, in the same order.": (
-        *("device", "num_workers", "cache", "compile_blocks"),
+        *("device", "render_device", "num_workers", "cache", "compile_blocks"),
     ),
     "What is looked at, and how often.": (
         *("deep_check", "checkpoint_minutes", "picture_interval", "log_interval"),

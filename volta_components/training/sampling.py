@@ -148,7 +148,12 @@ class KeyedDataset(Dataset[Any]):
         data: items, such as those of a datalist.
         transform: applied to a shallow copy of an item; random ones are reseeded for each sample.
         seed: base seed.
+
+    Attributes:
+        device: where items are.
     """
+
+    device = torch.device("cpu")
 
     def __init__(
         self, data: Sequence[Mapping[str, Any]], transform: Callable[[Any], Any] | None = None, seed: int = 0
@@ -190,6 +195,9 @@ class KeyedDataLoader(DataLoader):
             wait when they are signalled (``signals_wait``). Otherwise this process goes through its share in order.
         num_workers: processes that load.
         weights: chances of the samples, see ``ResumableSampler``.
+
+    Raises:
+        InputError: if there are workers, and items are on a device that they cannot share with this process.
     """
 
     def __init__(
@@ -200,11 +208,16 @@ class KeyedDataLoader(DataLoader):
         num_workers: int = 0,
         weights: Sequence[float] | None = None,
     ) -> None:
+        on_host = getattr(dataset, "device", KeyedDataset.device).type == "cpu"
+        if num_workers and not on_host:
+            raise InputError(
+                f"items are made on {dataset.device}, which worker processes cannot share: give --num_workers 0"
+            )
         options: dict[str, Any] = {"sampler": range(process_rank(), len(dataset), process_count())}
         if shuffle:
             options = {
                 "sampler": ResumableSampler(len(dataset), dataset.seed, batch_size, weights=weights),
-                "pin_memory": torch.cuda.is_available(),
+                "pin_memory": torch.cuda.is_available() and on_host,
                 "persistent_workers": num_workers > 0,
                 "worker_init_fn": signals_wait,
             }

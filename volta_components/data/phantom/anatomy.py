@@ -210,27 +210,32 @@ class Geometry:
     fit: float
     translation: NDArray[np.float64]
 
-    def voxels(self, affine: NDArray[np.float64], shape: tuple[int, ...]) -> torch.Tensor:
+    def voxels(
+        self, affine: NDArray[np.float64], shape: tuple[int, ...], device: torch.device | None = None
+    ) -> torch.Tensor:
         """Where each voxel of an image looks the anatomy up: ``[3, X, Y, Z]``, fractional voxels of the box's maps."""
-        places = self._straight(affine, shape)
+        places = self._straight(affine, shape, device)
+        displacement = self.displacement.to(places.device)
         # The displacement is smooth: where voxels are small, every second one is enough, and eight times faster.
         if np.linalg.norm(affine[:3, :3], axis=0).max() > self.box.grid / 2 or min(shape) < 4:
-            return places.add_(sample_field(self.displacement, self._between_edges(places), padding="border"))
-        half = self._straight(affine @ np.diag([2.0, 2.0, 2.0, 1.0]), tuple(n // 2 + 1 for n in shape))
-        coarse = sample_field(self.displacement, self._between_edges(half), padding="border")
+            return places.add_(sample_field(displacement, self._between_edges(places), padding="border"))
+        half = self._straight(affine @ np.diag([2.0, 2.0, 2.0, 1.0]), tuple(n // 2 + 1 for n in shape), device)
+        coarse = sample_field(displacement, self._between_edges(half), padding="border")
         size = [2 * (n // 2) + 1 for n in shape]
         fine = torch.nn.functional.interpolate(coarse[None], size=size, mode="trilinear", align_corners=True)[0]
         return places.add_(fine[:, : shape[0], : shape[1], : shape[2]])
 
-    def _straight(self, affine: NDArray[np.float64], shape: tuple[int, ...]) -> torch.Tensor:
+    def _straight(
+        self, affine: NDArray[np.float64], shape: tuple[int, ...], device: torch.device | None
+    ) -> torch.Tensor:
         """As ``voxels``, without the displacement."""
         matrix = self.matrix @ affine[:3, :3]
         offset = self.matrix @ affine[:3, 3] + self.offset - self.box.low
-        places = torch.empty((3, *shape))
+        places = torch.empty((3, *shape), device=device)
         for axis in range(3):
             ramps = [np.arange(n) * matrix[axis, other] for other, n in enumerate(shape)]
             ramps[0] = ramps[0] + offset[axis]
-            x, y, z = (torch.from_numpy(ramp).float() for ramp in ramps)
+            x, y, z = (torch.from_numpy(ramp).float().to(device) for ramp in ramps)
             torch.add((x[:, None] + y)[..., None], z, out=places[axis])
         return places
 

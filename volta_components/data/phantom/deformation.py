@@ -166,7 +166,8 @@ def least_jacobian(displacement: torch.Tensor, grid: int) -> float:
             row = step[(slice(None), *cut)].clone()
             row[axis] += 1
             rows.append(row)
-        least.append((rows[0] * torch.linalg.cross(rows[1], rows[2], dim=0)).sum(dim=0).min())
+        (a, b, c), (d, e, f), (g, h, i) = rows
+        least.append((a * (e * i - f * h) + b * (f * g - d * i) + c * (d * h - e * g)).min())
     return float(min(least))
 
 

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from volta_components.data.phantom.anatomy import Anatomy, Geometry, Template, geometry
 from volta_components.data.phantom.deformation import sample_field
-from volta_components.data.phantom.heads import Head, hippocampus_shares, lookup_codes, sample_tables
+from volta_components.data.phantom.heads import Head, hippocampus_shares, look_up, lookup_codes, sample_tables
 from volta_components.data.phantom.labels import CODES, TISSUE, VENTRICLES
-from volta_components.data.phantom.scanner import BiasField, Scanner, blur, slices
+from volta_components.data.phantom.scanner import BiasField, Scanner, blur, normal_numbers, slices
 from volta_components.data.phantom.subjects import Phantom, Subject, random_stream
 
 _SLAB = 1_600_000  # voxels
+_CPU = torch.device("cpu")
 STRUCTURES = ("brain", "hippocampus_left", "hippocampus_right", "ventricles")
 
 
@@ -29,11 +30,14 @@ class View:
         affine: ``[4, 4]`` voxel to world, mm; axes along the world's.
         shape: voxels.
         rough: without partial volume, for a first look.
+        device: where it is rendered. Another device than the CPU rounds in its own way and draws its own noise; the
+            head, its place and the scanner are the same.
     """
 
     affine: NDArray[np.float64]
     shape: tuple[int, ...]
     rough: bool = False
+    device: torch.device = _CPU
 
     @property
     def spacing(self) -> float:
@@ -67,7 +71,7 @@ class Pixels:
     image: torch.Tensor
     hippocampi: torch.Tensor
     volumes: tuple[float, ...]
-    inside: NDArray[np.bool_]
+    inside: torch.Tensor
 
 
 def render(subject: Subject, anatomy: Anatomy, spacing: int, scanner: Scanner, scan: int = 0) -> Phantom:
@@ -81,7 +85,7 @@ def render(subject: Subject, anatomy: Anatomy, spacing: int, scanner: Scanner, s
     seen = render_view(subject, anatomy, where, scanner, view, stream=6 + 16 * scan)
     image = np.clip(np.rint(seen.image.numpy() * subject.gain), 0, 32767).astype(np.int16)
     if scanner.mask != "head":
-        image = np.where(seen.inside, np.maximum(image, 1), 0).astype(np.int16)
+        image = np.where(seen.inside.numpy(), np.maximum(image, 1), 0).astype(np.int16)
     labels = np.zeros(view.shape, np.uint8)
     labels[seen.hippocampi[0].numpy() > 0.5] = 1
     labels[seen.hippocampi[1].numpy() > 0.5] = 2
@@ -103,70 +107,72 @@ def render_view(
     """Make what a view shows of a subject; ``stream`` is that of the random numbers of texture and noise."""
     rng = random_stream(subject.seed, stream, subject.number)
     if isinstance(anatomy, Head):
-        clean, hippocampi, brain, ventricles, inside = _head_tissues(rng, anatomy, where, scanner, view, subject)
+        clean, hippocampi, counts, inside = _head_tissues(rng, anatomy, where, scanner, view, subject)
     else:
         assert isinstance(anatomy, Template)
-        clean, hippocampi, brain, ventricles, inside = _template_tissues(anatomy, where, scanner, view)
-    bias = BiasField.draw(rng, scanner.bias).over(view.shape, *view.within(anatomy))
+        clean, hippocampi, counts, inside = _template_tissues(anatomy, where, scanner, view)
+    bias = BiasField.draw(rng, scanner.bias).over(view.shape, *view.within(anatomy), view.device)
     image = clean.clamp_(min=0).pow_(scanner.gamma).mul_(bias)
     image = blur(image, scanner.blur / view.spacing)
     image = slices(image, scanner.thickness, scanner.slice_axis, view.spacing)
     # Magnitude of a complex signal with Gaussian noise in both parts, as in MRI.
-    noise = torch.from_numpy(rng.standard_normal(view.shape, dtype=np.float32)).mul_(scanner.noise)
+    noise = normal_numbers(rng, view.shape, view.device).mul_(scanner.noise)
     # The second part's noise is the first one's of the opposite voxel: half the random numbers, and no two alike here.
     image = torch.hypot(image.add_(noise), noise.flip(0, 1, 2))
-    voxel = view.spacing**3
-    sides = [float(share.sum(dtype=torch.float64)) * voxel for share in hippocampi]
-    return Pixels(image, hippocampi, (brain * voxel, *sides, ventricles * voxel), inside)
+    return Pixels(image, hippocampi, tuple(count * view.spacing**3 for count in counts), inside)
 
 
-Tissues = tuple[torch.Tensor, torch.Tensor, float, float, NDArray[np.bool_]]
+Tissues = tuple[torch.Tensor, torch.Tensor, list[float], torch.Tensor]
 
 
 def _template_tissues(template: Template, where: Geometry, scanner: Scanner, view: View) -> Tissues:
-    """Intensities, shares of the hippocampi, voxels of brain and ventricles, and the brain."""
-    voxels = where.voxels(view.affine, view.shape)
+    """Intensities, shares of the hippocampi, voxels of ``STRUCTURES``, and the brain."""
+    voxels = where.voxels(view.affine, view.shape, view.device)
     places = torch.stack([along / half - 1 for along, half in zip(voxels, template.box.half, strict=True)], dim=-1)
-    sampled = sample_field(template.maps, places)
+    sampled = sample_field(template.maps.to(view.device), places)
     shares = sampled[3:]
     grey, fluid = (float(scanner.means[CODES[name]]) for name in ("cortex_left", "fluid"))
     clean = sampled[0] + grey * sampled[1] + fluid * sampled[2]
-    brain, ventricles = (float(shares[index].sum(dtype=torch.float64)) for index in (0, 3))
-    return clean, shares[1:3], brain, ventricles, shares[0].numpy() > 0.5
+    return clean, shares[1:3], [float(share.sum(dtype=torch.float64)) for share in shares], shares[0] > 0.5
 
 
 def _head_tissues(
     rng: np.random.Generator, head: Head, where: Geometry, scanner: Scanner, view: View, subject: Subject
 ) -> Tissues:
     """As for the template: one Gaussian a label, with partial volume."""
-    table = scanner.table
+    device = view.device
     width = 1 if view.rough else max(1, round(view.spacing))
-    clean, hippocampi = torch.empty(view.shape), torch.empty((2, *view.shape))
-    codes = np.empty(view.shape, np.uint8)
+    clean, hippocampi = torch.empty(view.shape, device=device), torch.zeros((2, *view.shape), device=device)
+    sides = torch.zeros(2, dtype=torch.float64, device=device)
+    codes = torch.empty(view.shape, dtype=torch.uint8, device=device)
     # In slabs, whose intermediate results stay in the processor's cache; each begins at an even voxel.
     thick = max(4, _SLAB // (view.shape[1] * view.shape[2]) // 4 * 4)
     for first in range(0, view.shape[0], thick):
         part = slice(first, min(first + thick, view.shape[0]))
         affine = view.affine.copy()
         affine[:3, 3] += first * affine[:3, 0]
-        voxels = where.voxels(affine, (part.stop - first, *view.shape[1:]))
+        voxels = where.voxels(affine, (part.stop - first, *view.shape[1:]), device)
         codes[part] = lookup_codes(head, voxels)
         if not view.rough:
-            clean[part] = sample_tables(head, table[None], voxels, width)[0]
-        hippocampi[:, part] = hippocampus_shares(head, voxels, width)
+            clean[part] = sample_tables(head, scanner.table[None], voxels, width)[0]
+        sides += hippocampus_shares(head, voxels, width, out=hippocampi[:, part])
+
+    def of_each_code(table: NDArray[Any]) -> torch.Tensor:
+        return look_up(torch.from_numpy(table).to(device), codes)
+
     if view.rough:
-        clean = torch.from_numpy(table.take(codes))
+        clean = of_each_code(scanner.table)
     texture = _texture(rng, view, scanner.texture)
-    clean.add_(texture.mul_(torch.from_numpy(scanner.deviations.take(codes))))
+    clean.add_(texture.mul_(of_each_code(scanner.deviations)))
     if scanner.cut:
         clean[:, :, : max(0, round((scanner.cut - _height(head, view)) / view.spacing))] = 0
     if subject.mirrored:
-        hippocampi = hippocampi.flip(0)
-    inside = (table > 0).take(codes) if scanner.mask == "head" else scanner.kept.take(codes)
+        hippocampi, sides = hippocampi.flip(0), sides.flip(0)
+    inside = of_each_code(scanner.table > 0 if scanner.mask == "head" else scanner.kept)
     if scanner.mask != "head":
-        clean.mul_(torch.from_numpy(inside))
-    brain, ventricles = (float(np.count_nonzero(structure.take(codes))) for structure in (TISSUE, VENTRICLES))
-    return clean, hippocampi, brain, ventricles, inside
+        clean.mul_(inside)
+    counts = torch.bincount(codes.reshape(-1), minlength=256).cpu().numpy()
+    return clean, hippocampi, [float(counts[TISSUE].sum()), *sides.tolist(), float(counts[VENTRICLES].sum())], inside
 
 
 def _height(head: Head, view: View) -> float:
@@ -177,10 +183,10 @@ def _height(head: Head, view: View) -> float:
 def _texture(rng: np.random.Generator, view: View, smooth: float) -> torch.Tensor:
     """``[X, Y, Z]`` of deviation 1, a part of which varies over about 5 mm."""
     coarse = tuple(max(2, round(n * view.spacing / 5)) for n in view.shape)
-    slow = torch.from_numpy(rng.standard_normal(coarse, dtype=np.float32))[None, None]
+    slow = normal_numbers(rng, coarse, view.device)[None, None]
     texture = torch.nn.functional.interpolate(slow, size=list(view.shape), mode="trilinear", align_corners=False)[0, 0]
     # Linear interpolation between nodes takes away about half of the deviation.
-    fine = torch.from_numpy(rng.standard_normal(view.shape, dtype=np.float32))
+    fine = normal_numbers(rng, view.shape, view.device)
     return texture.mul_(1.8 * smooth).add_(fine, alpha=1 - smooth)
 
 

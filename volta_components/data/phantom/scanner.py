@@ -203,11 +203,17 @@ class BiasField:
         whole = _polynomial(terms, [np.linspace(-1, 1, 24)] * 3)
         return cls(terms, float(whole.mean()), deviation / float(whole.std()))
 
-    def over(self, shape: tuple[int, ...], low: tuple[float, ...], high: tuple[float, ...]) -> torch.Tensor:
+    def over(
+        self,
+        shape: tuple[int, ...],
+        low: tuple[float, ...],
+        high: tuple[float, ...],
+        device: torch.device | None = None,
+    ) -> torch.Tensor:
         """The field ``[X, Y, Z]`` over a part of the image, from voxel to voxel; the image's edges are -1 and 1."""
         axes = [np.linspace(a, b, 24) for a, b in zip(low, high, strict=True)]
         field = np.exp((_polynomial(self.terms, axes) - self.mean) * self.scale)
-        coarse = torch.from_numpy(field.astype(np.float32))[None, None]
+        coarse = torch.from_numpy(field.astype(np.float32)).to(device)[None, None]
         return torch.nn.functional.interpolate(coarse, size=list(shape), mode="trilinear", align_corners=True)[0, 0]
 
 
@@ -219,6 +225,14 @@ def _polynomial(
     for (i, j, k), factor in terms:
         field += factor * x**i * y**j * z**k
     return field
+
+
+def normal_numbers(rng: np.random.Generator, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Normal deviates; on another device than the CPU from its own generator, as copying them takes as long."""
+    if device.type == "cpu":
+        return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+    generator = torch.Generator(device).manual_seed(int(rng.integers(2**63)))
+    return torch.randn(shape, generator=generator, device=device)
 
 
 def slices(image: torch.Tensor, thickness: float, axis: int, spacing: float) -> torch.Tensor:
