@@ -104,11 +104,11 @@ def test_variants_of_pretraining(folder: Path, overlay: str) -> None:
 
 
 def test_heads_are_rendered_on_the_gpu(folder: Path) -> None:
-    """As on the CPU, but for rounding and the noise; and a pretraining on them."""
+    """As on the CPU, but for rounding, texture, bias field and noise; and a pretraining on them."""
     items = anatomies_datalist(toy_folder(folder / "anatomies", 2), (40, 44, 40), 3.0).items
     head = load_head(items[0]["subject_id"], items[0]["image"])
     subject = draw_subject(Settings(anatomies=(head.name,)), 1)
-    silence = {"noise": 0.0, "texture": 0.0, "deviations": np.zeros(256, np.float32)}
+    silence = {"noise": 0.0, "bias": 0.0, "deviations": np.zeros(256, np.float32)}
     scanner = replace(draw_scanner(np.random.default_rng(0)), **silence)
     for spacing in (1, 3):
         view = whole_view(head, spacing)
@@ -121,7 +121,7 @@ def test_heads_are_rendered_on_the_gpu(folder: Path) -> None:
         assert there.volumes == pytest.approx(here.volumes, rel=1e-3)
     here, there = (EndlessHeads(items, 4, (40, 44, 40), spacing=3.0, device=name)[(1, 2)] for name in ("cpu", "cuda"))
     assert (here["label"] != there["label"].cpu()).float().mean() < 1e-3
-    assert np.corrcoef(here["image"].flatten(), there["image"].cpu().flatten())[0, 1] > 0.9
+    assert np.corrcoef(here["image"].flatten(), there["image"].cpu().flatten())[0, 1] > 0.8
     again = EndlessHeads(items, 4, (40, 44, 40), spacing=3.0, device="cuda")[(1, 2)]
     assert torch.equal(again["image"], there["image"])
 

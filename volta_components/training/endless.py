@@ -104,7 +104,7 @@ class EndlessHeads(KeyedDataset):
         transform: applied to each item; random ones are seeded for each.
         seed: base seed.
         device: where items are rendered, and stay. Another device than the CPU takes a loader without workers; its
-            heads are the same but for rounding and for the noise, which is its own generator's.
+            heads are the same but for rounding, texture, bias field and noise.
 
     Shapes:
         items: ``image`` ``[1, *shape]`` float32 in [0, 1]; ``label`` ``[1, *shape]`` uint8 with 1 left, 2 right;

@@ -30,8 +30,8 @@ class View:
         affine: ``[4, 4]`` voxel to world, mm; axes along the world's.
         shape: voxels.
         rough: without partial volume, for a first look.
-        device: where it is rendered. Another device than the CPU rounds in its own way and draws its own noise; the
-            head, its place and the scanner are the same.
+        device: where it is rendered. Another device than the CPU rounds in its own way, and draws another texture,
+            bias field and noise from the same scanner; the head and its place are the same.
     """
 
     affine: NDArray[np.float64]
