@@ -163,7 +163,7 @@ def _t1_means(rng: np.random.Generator) -> NDArray[np.float32]:
 @functools.lru_cache(maxsize=1)
 def standard_scanner() -> Scanner:
     """A scanner that shows anatomy and nothing else: mean contrast of many, brain tissue only, no noise and no blur."""
-    means = np.mean([_t1_means(np.random.default_rng(number)) for number in range(200)], axis=0, dtype=np.float32)
+    means = np.stack([_t1_means(np.random.default_rng(number)) for number in range(200)]).mean(axis=0)
     nothing = {"texture": 0.0, "bias": 0.0, "blur": 0.0, "noise": 0.0, "cut": 0.0}
     return Scanner(means, np.zeros(256, np.float32), gamma=1.0, thickness=1.0, slice_axis=0, mask="tissue", **nothing)
 
