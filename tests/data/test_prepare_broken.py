@@ -187,11 +187,13 @@ def test_a_scan_of_another_name_is_named(tmp_path, capsys):
     assert f"; name it {row['subject_id']}_T1w.nii.gz if it is one" in capsys.readouterr().out
 
 
-def test_ids_that_garble_tables_or_run_are_refused_together(tmp_path):
+def test_ids_that_garble_tables_or_run_are_left_out_and_named(tmp_path, capsys):
     root = tmp_path / "source"
     tiny.save_head(root / "good.nii.gz")
     for number in (1, 2):
         tiny.save_head(root / f"$__import__{number}.nii.gz", seed=number)
-    with pytest.raises(InputError) as caught:
-        prepare("folder", str(root), str(tmp_path / "out"), **OPTIONS)
-    assert "2 scans have ids" in str(caught.value) and "'$__import__2' has a $" in str(caught.value)
+    assert prepare("folder", str(root), str(tmp_path / "out"), **OPTIONS, skip_bad=True) == 0
+    datalist = load_datalist(tmp_path / "out")
+    assert [item["subject_id"] for item in datalist.items] == ["good"]
+    assert "id '$__import__2' has a $; rename it" in (said := capsys.readouterr().out)
+    assert "3 found = 1 prepared + 0 left out by your options + 2 left out by problems" in said

@@ -178,6 +178,13 @@ def test_otsu_maximises_the_variance_between_two_classes(rng):
     assert otsu_threshold(bright) == pytest.approx(otsu_threshold(values), abs=3)
 
 
+def test_the_foreground_does_not_depend_on_the_unit(big):
+    voxels = big[0].astype(np.float32)
+    expected = find_foreground(voxels)
+    for unit in (1e-12, 1e20):
+        assert np.array_equal(find_foreground(voxels * np.float32(unit)), expected)
+
+
 def test_foreground_is_the_head_with_its_ventricles_and_without_specks():
     shape, affine = tiny.grid("RAS")
     voxels = tiny.head(shape, affine, neck=False)

@@ -205,3 +205,10 @@ def test_a_linked_scan_is_read(tmp_path):
     (tmp_path / "root").mkdir()
     (tmp_path / "root/a.nii.gz").symlink_to(tmp_path / "far/a.nii.gz")
     assert read_volume(walk(tmp_path / "root", follow_links=True).volumes()[0].path).voxels.shape == tiny.SHAPE
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.nii")
+    (tmp_path / "link.nii").symlink_to("pipe.nii")
+    (tmp_path / "scan.nii").touch()
+    assert walk(tmp_path).files == [tmp_path / "scan.nii"]

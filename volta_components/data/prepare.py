@@ -13,7 +13,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -143,7 +143,7 @@ def prepare(
             )
         )
         cohort = name or listing.cohort
-        _check_ids(root, listing.scans)
+        _leave_out_unfit(listing)
         check_phantom_name(cohort, "phantom" in listing.cohort.lower())
         scans = _select(listing, wanted_labels, needed, diagnoses, excluded_patients)
         if masks is not None:
@@ -305,11 +305,12 @@ def _spellings(patient: str, cohort: str) -> tuple[str, str]:
     return loose(patient), loose_person(patient, cohort)
 
 
-def _check_ids(root: Path, scans: Iterable[Scan]) -> None:
-    """Refuse ids that would garble tables, or that MONAI would run."""
-    found = [(scan.source, unfit_id((scan.subject_id, scan.session, scan.patient_id, scan.site))) for scan in scans]
-    if rows := [(repr(source), unfit) for source, unfit in found if unfit]:
-        raise InputError.many(f"{root}: {len(rows)} scans have ids that cannot be taken", rows, "Rename the files.")
+def _leave_out_unfit(listing: Listing) -> None:
+    """Leave out scans with ids that would garble tables, or that MONAI would run; each is a problem."""
+    for scan in list(listing.scans):
+        if unfit := unfit_id((scan.subject_id, scan.session, scan.patient_id, scan.site)):
+            listing.note_scan("problem", scan, unfit, "rename it")
+            listing.scans.remove(scan)
 
 
 def _select(

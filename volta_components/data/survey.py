@@ -21,7 +21,8 @@ from volta_components.data.unusable import UnusableVoxels
 from volta_components.data.volumes import Volume, canonical
 
 _COARSE_MM = 2.0
-_MOST = 1e18  # beyond it, squares do not fit in float32
+_MOST = 1e30  # beyond it, sums do not fit in float32
+_LARGE = 1e12  # beyond it, squares times counts of voxels do not
 _REPLACE = "convert it again, or replace them (fslmaths IN -nan OUT sets NaN to 0)"
 # Padding is one value, of at least this share of the voxels, this far (in ranges of the other voxels) from them.
 _PADDING_SHARE, _PADDING_GAP = 0.002, 0.25
@@ -281,6 +282,8 @@ def _padding(sample: np.ndarray, value: float, zero: float, fills_slices: bool) 
 def otsu_threshold(values: np.ndarray) -> float:
     """Otsu's threshold of values clipped at their 99.8th percentile (a few bright vessels must not move it)."""
     values = values.ravel()  # threshold_otsu takes a short last axis for colours
+    if (largest := float(np.abs(values).max())) > _LARGE:
+        return largest * otsu_threshold(values / largest)
     top = float(np.percentile(values, 99.8))
     return float(threshold_otsu(np.minimum(values, top) if top > values.min() else values))
 

@@ -90,9 +90,9 @@ def tidy(name: str) -> str:
 def walk(root: Path, follow_links: bool = False) -> Tree:
     """Look through a folder.
 
-    Hidden files and folders below it are left alone. Links to folders and files are followed, each folder and file
-    once: where a link leads to what is there under its own name too, that name counts. Links that lead to a folder
-    above are not followed.
+    Hidden files and folders below it are left alone, as are pipes, sockets and devices. Links to folders and files
+    are followed, each folder and file once: where a link leads to what is there under its own name too, that name
+    counts. Links that lead to a folder above are not followed.
 
     Args:
         root: the folder.
@@ -160,11 +160,11 @@ def _visit(folder: Path, tree: Tree, seen: dict[tuple[int, int], Path], links: l
             path = Path(entry.path)
             if entry.is_symlink() and home is not None and leaves(path, home):
                 tree.outside.append(path)
-            elif entry.is_symlink():
+            elif entry.is_symlink() and (path.is_dir() or path.is_file() or not path.exists()):
                 (links if path.is_dir() else tree.files).append(path)
-            elif not entry.is_dir():
+            elif entry.is_file():
                 tree.files.append(path)
-            else:
+            elif entry.is_dir():
                 status = path.stat()
                 if other := seen.get((status.st_dev, status.st_ino)):
                     tree.again.append((path, other))
