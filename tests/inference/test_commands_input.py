@@ -216,7 +216,7 @@ def test_scans_that_cannot_be_used_are_named_together(
     (scans / "a_cut.nii.gz").write_bytes(good.read_bytes()[:5000])
     (scans / "b_empty.nii").touch()
     nib.save(nib.Nifti1Image(np.full(image.shape, np.nan, np.float32), image.affine), scans / "c_nan.nii")
-    nib.save(nib.Nifti1Image(np.zeros((8, 8, 8, 4), np.int16), np.eye(4)), scans / "d_bold.nii")
+    nib.save(nib.Nifti1Image(np.zeros((8, 8, 8, 4), np.int16), np.eye(4)), scans / "d_series.nii")
     output = tmp_path / "out"
     with pytest.raises(InputError) as caught:
         segment([scans], output, bundle=sides_bundle)
@@ -224,7 +224,7 @@ def test_scans_that_cannot_be_used_are_named_together(
     assert lines[0] == "4 of 6 scans cannot be used:"
     for line, words in zip(
         lines[1:5],
-        (("a_cut.nii.gz", "truncated"), ("b_empty.nii", "empty file"), ("c_nan.nii", "NaN"), ("d_bold.nii", "4-D")),
+        (("a_cut.nii.gz", "truncated"), ("b_empty.nii", "empty file"), ("c_nan.nii", "NaN"), ("d_series.nii", "4-D")),
         strict=True,
     ):
         assert all(word in line for word in words)

@@ -229,6 +229,8 @@ def test_of_freesurfers_volumes_the_t1_is_taken(tmp_path):
     listing = listed(tmp_path, *(f"{who}/mri/{name}.mgz" for who in ("anna", "bert") for name in names))
     assert scans(listing) == [(who, None, f"{who}/mri/T1.mgz") for who in ("anna", "bert")]
     assert not found(listing) and set(listing.people) == {"anna", "bert"}
+    listing = listed(tmp_path / "visits", *(f"p1_visit{number}/mri/T1.mgz" for number in (1, 2)))
+    assert [scan.patient_id for scan in listing.scans] == ["p1"] and found(listing)
     # Of one person alone, and without T1.mgz.
     listing = listed(tmp_path / "one", "carl/mri/orig.mgz", "carl/mri/aseg.mgz")
     assert scans(listing) == [("carl", None, "carl/mri/orig.mgz")] and not found(listing)

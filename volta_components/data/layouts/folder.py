@@ -205,21 +205,21 @@ def identified(listing: Listing, root: Path, images: Sequence[VolumeFile], peopl
             name = replace(name, subject=whole) if people.knows(whole) else name
         by_table = people is not None and people.knows(name.subject)
         above = next((part for part in folders if _is_person(part, people)), None)
-        if above is None and (home := _freesurfer_home(volume)):
-            above = tidy(home.name)
+        home = _freesurfer_home(volume)
         if name.is_bids:
             found.append(Found(volume, name, name.subject, session, canonical_patient_id(name.subject), date))
         elif is_worldwide(own):
             visit = date or split_visit(name.subject)[1]
             found.append(Found(volume, name, name.subject, session or _session(visit), own, date))
-        elif not by_table and (above or folders in alike):
+        elif not by_table and (above or home or folders in alike):
             differ = [part for part, level in zip(folders, levels, strict=False) if level - {(part,)}]
-            who = above or _who(differ, folders, name.subject) or tidy(root.resolve().name)
-            rest = [part for part in differ if part != who and (not above or _is_time(part))]
+            who = above or (tidy(home.name) if home else _who(differ, folders, name.subject))
+            who = who or tidy(root.resolve().name)
+            rest = [part for part in differ if part != who and (not (above or home) or _is_time(part))]
             rest += [volume.stem] * (crowd[folders] > 1 and who != name.subject)
             session = session or _session(date or "".join(rest))
             (found if above else plain).append(Found(volume, name, who, session, canonical_patient_id(who), date))
-            if not above:
+            if not (above or home):
                 _note_folder(listing, relative(volume.path, root), who, session if rest else None, name.subject)
         else:
             plain.append(Found(volume, name, name.subject, session, canonical_patient_id(name.subject), date))
