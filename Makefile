@@ -24,12 +24,11 @@ help:  ## list the targets
 
 setup: $(READY)  ## the environment, in .venv
 
-# torch first: a wheel that pip finds at hand (a CPU build, say) is kept, and nothing after it asks for another.
-$(READY): setup.cfg pyproject.toml constraints.txt volta_components/_version.py
+$(READY): setup.cfg pyproject.toml tools/install.sh $(wildcard locks/*.txt) volta_components/_version.py
 	@$(call environment,$(VENV))
-	"$(BIN)/python" -m pip install --quiet --upgrade -c constraints.txt pip setuptools wheel
-	"$(BIN)/python" -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	"$(BIN)/python" -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
+	bash tools/install.sh "$(BIN)/python" setup
+	"$(BIN)/python" -m pip install --quiet --no-deps --no-build-isolation -e .
+	"$(BIN)/python" -m pip check
 	touch $@
 
 demo: $(READY)  ## phantoms, preparation, a tiny pretraining, what it has learnt: make demo [ANATOMIES=DIR]
@@ -46,7 +45,7 @@ test: $(READY)  ## all tests but the MONAI Label server's and the GPU's
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile -m "not label_server"
 
 # MONAI Label needs releases that do not go with .venv's; see label/requirements.txt.
-$(LABEL_READY): $(wildcard label/*.txt label/install.sh label/standin/*/*) setup.cfg pyproject.toml volta_components/_version.py
+$(LABEL_READY): tools/install.sh $(wildcard locks/*.txt label/install.sh label/standin/*/*) setup.cfg pyproject.toml volta_components/_version.py
 	@$(call environment,$(LABEL_VENV))
 	bash label/install.sh "$(LABEL_PYTHON)" --no-build-isolation -e .
 	touch $@

@@ -16,38 +16,49 @@ What has been done is kept in ``--folder``: the same command goes on there. The 
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import json
 import os
 import random
+import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
+import threading
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import cyclopts
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "helpers"), str(ROOT)]
 
+from labelled_scans import make_labelled  # noqa: E402
 from packed import random_weights  # noqa: E402
 from prepared import TINY_SIZES, make_prepared  # noqa: E402
-from torture_faults import FAULTS, Place, judge  # noqa: E402
+from torture_faults import FAULTS, FORKS, PATIENCE, Place, judge, kill, start  # noqa: E402
 
-from volta_components.files import sha256_file, write_json, write_text  # noqa: E402
+from volta_components.data.datalist import make_content  # noqa: E402
+from volta_components.files import read_json, sha256_file, write_json, write_text  # noqa: E402
 from volta_components.training.record import code_version  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "torture.md"
 BUNDLES = ROOT / "bundles"
 NETWORK = {name: TINY_SIZES[name] for name in ("hidden_size", "mlp_dim", "num_layers", "num_heads", "summary_heads")}
-PATIENCE = 900  # seconds
+STORE = "whole/crossval/runs/mlruns.db"  # which two commands use
+BUSY: dict[str, threading.Lock] = defaultdict(threading.Lock)
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,13 @@ def set_up(folder: Path) -> None:
     words = ["volta_components.cli", "phantom", "--output", str(folder / "raw"), "--subjects", "4", "--spacing", "3"]
     subprocess.run([sys.executable, "-m", *words], env=environment(), check=True, capture_output=True)
     make_prepared(folder / "data")
+    make_labelled(folder / "labelled", count=6, folds=3)
+    whole = read_json(folder / "data" / "datalist.json")
+    for name, part in (("first", slice(6)), ("second", slice(6, None))):
+        items = whole["training"][part]
+        content = make_content("fake", whole["spacing"], whole["shape"], 0, whole["n_folds"], items, [])
+        write_json(folder / "data" / f"{name}.json", content)
+    shutil.copytree(folder / "raw", folder / "served")
     from volta_components.method.networks import VoltaViT
     from volta_components.method.weights import save_encoder
 
@@ -98,13 +116,19 @@ def set_up(folder: Path) -> None:
     task = {"image_size": side, "volume_size": side, "input_extent_mm": side, "spacing": 1.0, "unfrozen_blocks": 1}
     task |= {"batch_size": 2, "warmup_epochs": 1, "checkpoint_minutes": 0, **NETWORK}
     write_json(folder / "task.json", {**shared, **task})
+    write_json(folder / "sizes.json", {**task, "dataset_dir": "data"})
     write_json(folder / "finetune.json", {**places, "encoder_path": str(folder / "encoder.safetensors")})
+    segmentation = {"volume_size": side, "image_size": [32, 32, 16], "feature_size": 4, "unet_channels": [4, 8, 16]}
+    segmentation |= {"unet_strides": [2, 2], "unet_res_units": 0, "val_interval": 1, "crops_per_volume": 1}
+    segmentation |= {"batch_size": 2, "warmup_epochs": 1, "checkpoint_minutes": 0, **places}
+    write_json(folder / "segmentation.json", {**shared, **segmentation, "dataset_dir": str(folder / "labelled")})
     (folder / "ready").touch()
 
 
-def bundle_run(bundle: str, *overlays: Path) -> str:
-    """``python -m monai.bundle run`` with tracking."""
-    files = [str(BUNDLES / bundle / "configs" / "train.json"), *map(str, overlays)]
+def bundle_run(bundle: str, *overlays: Path | str) -> str:
+    """``python -m monai.bundle run`` with tracking; overlays lie in the bundle, or where a path says."""
+    configs = BUNDLES / bundle / "configs"
+    files = [str(configs / overlay) for overlay in ("train.json", *overlays)]
     return shlex.join(["monai.bundle", "run", "--config_file", str(files), "--tracking", "mlflow"])
 
 
@@ -113,11 +137,19 @@ def cases(folder: Path) -> dict[str, Case]:
     cli, weights = "volta_components.cli", folder / "weights"
     scans = f"--device cpu --overlays tiny --output out --source {folder}/raw"
     encoder, model = "encoder_phantom_tiny.safetensors", "model_phantom_tiny.pt"
+    # What the unkilled cross-validation leaves, which it does before these two commands are tried.
+    store = f"sqlite:///{folder}/{STORE}"
+    trained = next(folder.glob("whole/crossval/runs/ixi_sex/*volta*/models/model.pt"), "none")
     return {
+        "init": Case(f"{cli} init study", ["study/**/*"]),
+        "fetch": Case(f"{cli} fetch {folder}/served.json --output out", ["out/*/**/*.nii.gz"]),
         "phantom": Case(f"{cli} phantom --output raw --subjects 6 --spacing 3 --seed 1 --workers 1", ["raw/**/*"]),
         "prepare": Case(
             f"{cli} prepare --layout bids --source {folder}/raw --output data --spacing 3 --shape 48,64,64 --workers 1",
             ["data/**/*.nii*", "data/datalist.json"],
+        ),
+        "merge": Case(
+            f"{cli} merge {folder}/data/first.json {folder}/data/second.json --output both.json", ["both.json"]
         ),
         "pretrain": Case(
             bundle_run("pretrain", folder / "pretrain.json"), ["models/*", "run/pictures/*"], "run/mlruns.db"
@@ -125,6 +157,11 @@ def cases(folder: Path) -> dict[str, Case]:
         "fine-tune": Case(
             bundle_run("ixi_sex", folder / "task.json", folder / "finetune.json"),
             ["models/model.pt", "run/predictions.csv"],
+            "run/mlruns.db",
+        ),
+        "segmentation": Case(
+            bundle_run("harp_hippocampus", "unet_scratch.json", folder / "segmentation.json"),
+            ["models/*.pt", "run/predictions/scores.csv", "run/predictions/masks/*"],
             "run/mlruns.db",
         ),
         "crossval": Case(
@@ -136,8 +173,7 @@ def cases(folder: Path) -> dict[str, Case]:
             2,
         ),
         "report": Case(
-            f"{cli} report --output report --bootstrap 100 "
-            f"--tracking-uri sqlite:///{folder}/whole/crossval/runs/mlruns.db",
+            f"{cli} report --output report --bootstrap 100 --tracking-uri {store}",
             ["report/tables/*.csv", "report/figures/*.png"],
         ),
         "embed": Case(
@@ -152,29 +188,69 @@ def cases(folder: Path) -> dict[str, Case]:
             f"{cli} pack --bundle {BUNDLES}/ixi_sex --overlays tiny --output out --model {weights}/ixi_sex/{model}",
             ["out/*.zip"],
         ),
+        "register": Case(
+            f"{cli} register --bundle {BUNDLES}/ixi_sex --overlays {folder}/sizes.json --model {trained} "
+            f"--tracking-uri {store}",
+            ["../../whole/crossval/runs/mlruns/*/artifacts/model/artifacts/**/*"],
+            f"../../{STORE}",
+            2,
+        ),
     }
 
 
-def start(case: Case, place: Path) -> subprocess.Popen[bytes]:
-    """Start a command in a folder, as a process group of its own."""
-    place.mkdir(parents=True, exist_ok=True)
-    with (place / "log.txt").open("ab") as log:
-        command = [sys.executable, "-m", *shlex.split(case.words)]
-        return subprocess.Popen(
-            command,
-            cwd=place,
-            env=environment(),
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[None]:
+    """Serve scans on loopback for ``fetch``, a quarter of a second each, and write the manifest that names them."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *words: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            time.sleep(0.25)
+            super().do_GET()
+
+    handler = functools.partial(Handler, directory=str(folder / "served"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        scans = sorted((folder / "served").rglob("*.nii.gz"))
+        address = f"http://127.0.0.1:{server.server_port}"
+        names = [path.relative_to(folder / "served").as_posix() for path in scans]
+        facts = {"name": "toys", "title": "Toys", "homepage": address, "licence": "CC0 1.0", "citation": "None"}
+        files = [
+            {"path": name, "url": f"{address}/{name}", "sha256": sha256_file(path)}
+            for name, path in zip(names, scans, strict=True)
+        ]
+        write_json(folder / "served.json", {**facts, "files": files})
+        yield
+        server.shutdown()
+
+
+def work(process: BaseProcess, most: float = float("inf")) -> float:
+    """Let a command run to its end, or until it and its children have worked for so long; seconds of CPU time.
+
+    Not the clock's time, which follows what else the machine does. One that hangs is killed.
+    """
+    began, used = time.monotonic(), 0.0
+    while process.exitcode is None and used < most:
+        process.join(0.05)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            own = psutil.Process(process.pid)
+            times = [each.cpu_times() for each in (own, *own.children(recursive=True))]
+            used = max(used, sum(t.user + t.system + t.children_user + t.children_system for t in times))
+        if time.monotonic() - began > PATIENCE:
+            kill(process)
+    return used
 
 
 def hashes(case: Case, place: Path) -> dict[str, str]:
-    """SHA-256 of what must be the same, by path."""
+    """SHA-256 of what must be the same, by path; the version of the code may change between two runs."""
     files = {path for pattern in case.outputs for path in place.glob(pattern) if path.is_file()}
-    return {str(path.relative_to(place)): sha256_file(path) for path in sorted(files)}
+    contents = {str(path.relative_to(place)): path.read_bytes() for path in sorted(files)}
+    return {
+        name: hashlib.sha256(re.sub(rb'"code_version": "[^"]*"', b"", content)).hexdigest()
+        for name, content in contents.items()
+    }
 
 
 def run_problems(case: Case, place: Path) -> list[str]:
@@ -197,9 +273,8 @@ def whole(name: str, case: Case, folder: Path) -> dict[str, Any]:
     place, record = folder / "whole" / name, folder / f"whole-{name}.json"
     if not record.exists():
         shutil.rmtree(place, ignore_errors=True)
-        began = time.monotonic()
-        status = start(case, place).wait(PATIENCE)
-        seconds = time.monotonic() - began
+        process = start(shlex.split(case.words), place)
+        seconds, status = work(process), process.exitcode
         found = hashes(case, place)
         problems = run_problems(case, place)
         if status or not found or problems:
@@ -208,18 +283,27 @@ def whole(name: str, case: Case, folder: Path) -> dict[str, Any]:
     return dict(json.loads(record.read_text()))
 
 
-def kill_once(name: str, case: Case, folder: Path, expected: Mapping[str, Any], dice: random.Random) -> dict[str, Any]:
+def kill_once(name: str, case: Case, folder: Path, seed: str) -> dict[str, Any]:
     """Start, kill, start again; what came of it."""
-    place = folder / "trial"
+    with BUSY["whole"]:
+        expected = whole(name, case, folder)
+    with BUSY[STORE if STORE in case.words else seed]:
+        return _kill_once(name, case, folder, expected, seed)
+
+
+def _kill_once(name: str, case: Case, folder: Path, expected: Mapping[str, Any], seed: str) -> dict[str, Any]:
+    dice = random.Random(seed)
+    place = folder / "trial" / seed.replace(" ", "-")  # as deep as the unkilled one: some files hold relative paths
     shutil.rmtree(place, ignore_errors=True)
     moment = dice.uniform(0.05, 0.98) * expected["seconds"]
-    process = start(case, place)
-    time.sleep(moment)
-    was_alive = process.poll() is None
+    process = start(shlex.split(case.words), place)
+    work(process, moment)
+    was_alive = process.exitcode is None
     if was_alive:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    status = start(case, place).wait(PATIENCE)
+        kill(process)
+    process = start(shlex.split(case.words), place)
+    work(process)
+    status = process.exitcode
     now = hashes(case, place)
     other = sorted(
         path for path in expected["hashes"].keys() | now.keys() if expected["hashes"].get(path) != now.get(path)
@@ -237,6 +321,7 @@ def kill_once(name: str, case: Case, folder: Path, expected: Mapping[str, Any], 
         kept = folder / "failed" / f"{name}-{time.time():.0f}"
         shutil.copytree(place, kept)
         row["kept"] = str(kept)
+    shutil.rmtree(place)
     return row
 
 
@@ -272,9 +357,10 @@ def write_report(folder: Path) -> None:
     if kills:
         late = sum(not row["alive"] for row in kills)
         lines += [
-            f"`python benchmarks/torture.py --kills {len(kills)}`: SIGKILL to the whole process group at a random "
-            "moment of a run; then the same command again. Expected: status 0, the bytes of a run that was never "
-            f"killed, one finished run of a name in MLflow. {late} of the {len(kills)} had ended before the kill.",
+            f"`python benchmarks/torture.py --kills {len(kills)}`: SIGKILL to the whole process group after a random "
+            "share of the CPU time that a run takes; then the same command again. Expected: status 0, the bytes of a "
+            "run that was never killed, one finished run of a name in MLflow. "
+            f"{late} of the {len(kills)} had ended before the kill.",
             "",
             *kill_table(kills),
             "",
@@ -306,6 +392,7 @@ def torture(
     only: Sequence[str] = (),
     folder: Path = ROOT / "runs" / "torture",
     seed: int = 0,
+    workers: int = 1,
 ) -> None:
     """Kill, spoil, and report.
 
@@ -315,28 +402,39 @@ def torture(
         only: Names of commands or faults.
         folder: Where inputs, trials and what came of them are kept.
         seed: Of the moments.
+        workers: Kills or faults at a time.
     """
     folder = folder.resolve()
+    os.environ.update(environment())
+    FORKS.set_forkserver_preload(["__main__", "torch", "monai.bundle", "mlflow", "volta_components.bundle"])
     set_up(folder)
     known = cases(folder)
-    chosen = {name: case for name, case in known.items() if not only or name in only}
     done = read_rows(folder / "kills.jsonl")
-    if kills and "report" in chosen:
+    if kills:
         whole("crossval", known["crossval"], folder)
-    for number in range(len(done), kills):
-        name = list(chosen)[number % len(chosen)]
-        expected = whole(name, chosen[name], folder)
-        row = kill_once(name, chosen[name], folder, expected, random.Random(f"{seed} {number}"))
-        add_row(folder / "kills.jsonl", row)
-        print(json.dumps(row), flush=True)
+        known = cases(folder)
+    chosen = {name: case for name, case in known.items() if not only or name in only}
+    with served(folder) if kills else contextlib.nullcontext():
+
+        def once(number: int) -> None:
+            name = list(chosen)[number % len(chosen)]
+            row = kill_once(name, chosen[name], folder, f"{seed} {number}")
+            add_row(folder / "kills.jsonl", row)
+            print(json.dumps(row), flush=True)
+
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(once, range(len(done), kills)))
     if faults:
         tried = {row["name"] for row in read_rows(folder / "faults.jsonl")}
-        for name, fault in FAULTS.items():
-            if name not in tried and (not only or name in only):
-                place = Place(folder, folder / "fault", environment())
-                row = judge(name, fault, place)
-                add_row(folder / "faults.jsonl", asdict(row))
-                print(json.dumps(asdict(row)), flush=True)
+
+        def one(name: str) -> None:
+            place = Place(folder, folder / "fault" / re.sub(r"\W+", "-", name))
+            row = judge(name, FAULTS[name], place)
+            add_row(folder / "faults.jsonl", asdict(row))
+            print(json.dumps(asdict(row)), flush=True)
+
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(one, [name for name in FAULTS if name not in tried and (not only or name in only)]))
     write_report(folder)
 
 

@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import nibabel as nib
@@ -29,7 +33,10 @@ from volta_components.training.stores import prepare_store
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLES = ROOT / "bundles"
-PATIENCE = 600  # seconds
+PATIENCE = 1800  # seconds
+# Commands are forked from a process that has imported PyTorch, MONAI and MLflow: imports take most of the time of
+# commands as small as these, and nothing can go wrong in them.
+FORKS = multiprocessing.get_context("forkserver")
 Words = Sequence[str]
 
 
@@ -39,7 +46,6 @@ class Place:
 
     inputs: Path
     folder: Path
-    environment: Mapping[str, str]
 
     def copy(self, name: str) -> Path:
         """A copy of an input, to be spoilt."""
@@ -63,31 +69,55 @@ class Place:
             during: called with its process id while it runs.
         """
         log = self.folder / "log.txt"
+        log.unlink(missing_ok=True)
+        process = start(words, self.folder, most_bytes)
+        if during is not None:
+            threading.Thread(target=during, args=(process.pid,), daemon=True).start()
+        process.join(PATIENCE)
+        ended = process.exitcode is not None
+        if not ended:
+            kill(process)
+        output = log.read_text(errors="replace") + "\n(it did not end)" * (not ended)
+        assert process.exitcode is not None
+        return process.exitcode, output
 
-        def limit() -> None:
-            if most_bytes is not None:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
 
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                [sys.executable, "-m", *words],
-                cwd=self.folder,
-                env=dict(self.environment),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                preexec_fn=limit,
-            )
-            if during is not None:
-                threading.Thread(target=during, args=(process.pid,), daemon=True).start()
-            try:
-                output = process.communicate(timeout=PATIENCE)[0]
-            except subprocess.TimeoutExpired:
-                process.kill()
-                output = process.communicate()[0] + b"\n(it did not end)"
-            stream.write(output)
-        return process.returncode, output.decode(errors="replace")
+def start(words: Words, folder: Path, most_bytes: int | None = None) -> BaseProcess:
+    """Start ``python -m`` with these words in a folder, as a process group of its own that writes ``log.txt`` there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    process = FORKS.Process(target=become, args=(list(words), folder, most_bytes))
+    process.start()
+    return process
+
+
+def become(words: Words, folder: Path, most_bytes: int | None) -> None:
+    """Go on as ``python -m`` with these words would."""
+    os.setsid()
+    os.chdir(folder)
+    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for descriptor, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
+        os.dup2(source, descriptor)
+    if most_bytes is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    sys.argv = list(words)
+    try:
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # which forked processes leave out, like atexit's functions
+        raise SystemExit(1) from None
+    finally:
+        atexit._run_exitfuncs()
+
+
+def kill(process: BaseProcess) -> None:
+    """SIGKILL to the whole process group."""
+    assert process.pid is not None
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has no group of its own yet
+        process.kill()
+    process.join()
 
 
 @dataclass(frozen=True)
@@ -103,8 +133,12 @@ Fault = Callable[[Place], tuple[int, str, str]]  # status, what was printed, wha
 
 
 def last_words(output: str) -> str:
-    """What stands after the last ``error: `` or ``volta3d COMMAND: `` that begins a line, to the end."""
-    found = list(re.finditer(r"^(?:error|volta3d \w+): ", output.replace("\r", "\n"), re.MULTILINE))
+    """What stands after the last ``error: `` or ``volta3d COMMAND: `` that begins a line, to the end.
+
+    ``prepare`` goes on without a scan that cannot be used, lists it under ``problems`` at the end, and exits with 1.
+    """
+    begin = r"^(?:error: |volta3d \w+: |\d+ problems:\n)"
+    found = list(re.finditer(begin, output.replace("\r", "\n"), re.MULTILINE))
     return output.replace("\r", "\n")[found[-1].end() :].strip() if found else ""
 
 
@@ -167,6 +201,14 @@ def set_voxel(path: Path, value: float) -> None:
     image = nib.load(path)
     voxels = np.array(image.get_fdata(dtype=np.float32))
     voxels[3, 4, 5] = value
+    nib.save(nib.Nifti1Image(voxels, image.affine), path)
+
+
+def nan_within(path: Path) -> None:
+    """Give a scan NaN in the middle of the head; outside of it, NaN counts as air."""
+    image = nib.load(path)
+    voxels = np.array(image.get_fdata(dtype=np.float32))
+    voxels[tuple(slice(side // 2 - 4, side // 2 + 4) for side in voxels.shape)] = np.nan
     nib.save(nib.Nifti1Image(voxels, image.affine), path)
 
 
@@ -482,7 +524,7 @@ FAULTS: dict[str, Fault] = {
     "prepare: cut scan": lambda p: raw_scan(p, cut),
     "prepare: flipped bit in a scan": lambda p: raw_scan(p, flip),
     "prepare: text instead of a scan": lambda p: raw_scan(p, lambda path: path.write_text("hello")),
-    "prepare: scan with NaN": lambda p: raw_scan(p, lambda path: set_voxel(path, np.nan)),
+    "prepare: scan with NaN": lambda p: raw_scan(p, nan_within),
     "prepare: 4-D scan": lambda p: raw_scan(p, four_d),
     "prepare: unknown layout": lambda p: cli(p, "prepare --layout bidz --source {i}/raw --output out", "--layout"),
     "check: no datalist": lambda p: cli(p, "check none.json {i}/data/datalist.json", "none.json"),

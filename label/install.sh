@@ -7,10 +7,14 @@ python=$1
 shift
 here=$(cd "$(dirname "$0")" && pwd)
 install=("$python" -m pip install --quiet)
-"${install[@]}" --upgrade -c "$here/constraints.txt" pip setuptools wheel
-"${install[@]}" "$(grep '^torch==' "$here/requirements.txt")"
-"${install[@]}" -r "$here/requirements.txt"
-"${install[@]}" --no-deps -r "$here/requirements-nodeps.txt"
+if [ -d "$here/../locks" ]; then  # a checkout
+    bash "$here/../tools/install.sh" "$python" label
+else
+    "${install[@]}" --upgrade -c "$here/constraints.txt" pip setuptools wheel
+    "${install[@]}" "$(grep '^torch==' "$here/requirements.txt")"
+    "${install[@]}" -r "$here/requirements.txt"
+    "${install[@]}" --no-deps -r "$here/requirements-nodeps.txt"
+fi
 "${install[@]}" --no-deps "$@"
 # No release of torchvision may fit the installed PyTorch; MONAI Label needs two names of it.
 "$python" -c "import torchvision.utils" 2>/dev/null ||

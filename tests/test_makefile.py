@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOOLS = ("bash", "cat", "chmod", "grep", "make", "mkdir", "touch")
+TOOLS = ("bash", "cat", "chmod", "dirname", "grep", "make", "mkdir", "touch")
 PYENV_SHIM = "#!/bin/sh\necho 'pyenv: python: command not found' >&2\necho 'It exists in: 3.12.1' >&2\nexit 127\n"
 
 
@@ -26,7 +26,15 @@ PYENV_SHIM = "#!/bin/sh\necho 'pyenv: python: command not found' >&2\necho 'It e
 def project(tmp_path: Path) -> Path:
     """A folder with the Makefile and what it reads, and ``bin`` with the shell's tools but no Python."""
     folder = tmp_path / "my project"
-    read = ("tools/find_python.sh", "setup.cfg", "pyproject.toml", "constraints.txt", "volta_components/_version.py")
+    locks = [f"locks/{name}.txt" for name in ("build", "torch", "cuda", "setup", "label")]
+    read = (
+        "tools/find_python.sh",
+        "tools/install.sh",
+        "setup.cfg",
+        "pyproject.toml",
+        *locks,
+        "volta_components/_version.py",
+    )
     for name in ("Makefile", *read):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
@@ -96,7 +104,10 @@ def test_the_first_python_that_can_be_used_makes_the_environment(
     assert makers(project) == [str(binaries / expected)]
     assert f"Found Python {pythons[expected]}: {binaries / expected}" in result.stderr
     installed = (project / "log").read_text()
-    assert "-m pip install" in installed and "-e .[dev]" in installed, "the new environment's pip does the rest"
+    words = [line.partition("pip install ")[2] for line in installed.splitlines() if "pip install" in line]
+    assert all(("--require-hashes" in line) == ("/locks/" in line) for line in words)
+    lists = [f"{project}/locks/{name}.txt" for name in ("build", "torch", "cuda", "setup")]
+    assert [line.partition("-r ")[2] or line.rsplit(maxsplit=1)[1] for line in words] == [*lists, "."]
     assert (project / ".venv" / ".ready").exists()
 
 
@@ -146,8 +157,8 @@ def test_a_python_that_is_named_but_cannot_be_used_is_not_replaced(project: Path
 def test_the_environment_stays_unless_it_is_broken(project: Path):
     python = fake_python(project.parent / "bin" / "python3.11", "3.11.7")
     assert make(project, "setup").returncode == 0
-    constraints = project / "constraints.txt"
-    constraints.write_text(constraints.read_text() + "# a change\n")
+    locked = project / "locks" / "setup.txt"
+    locked.write_text(locked.read_text() + "# a change\n")
     (project / ".venv" / ".ready").unlink()
     assert make(project, "setup").returncode == 0
     assert makers(project) == [str(python)], "new requirements go into the environment that is there"

@@ -6,11 +6,13 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 from mlflow import MlflowClient
 from planned_runs import planned
 
 from volta_components.crossval.execute import execute
-from volta_components.crossval.store import claim, run_lock
+from volta_components.crossval.store import claim, finished_runs, run_lock
+from volta_components.errors import InputError
 
 
 def test_a_run_is_taken_as_long_as_its_child_lives(place):
@@ -37,3 +39,11 @@ def test_a_claim_leaves_one_open_run_of_a_name(place):
     assert client.get_run(one).info.status == "FINISHED" and client.get_run(two).info.status == "RUNNING"
     client.set_tag(one, "finished", "true")
     assert claim(first) is None
+
+
+def test_a_file_that_is_no_store_is_named_before_mlflow_opens_it(tmp_path):
+    path = tmp_path / "mlruns.db"
+    path.write_text("my notes")
+    with pytest.raises(InputError, match=r"mlruns\.db"):
+        finished_runs(f"sqlite:///{path}", "volta3d_ixi_sex")
+    assert path.read_text() == "my notes"

@@ -82,6 +82,7 @@ def test_the_start_is_frozen_at_once_and_loaded_when_the_training_starts(tmp_pat
     text = (tmp_path / "run" / "pretrained.txt").read_text()
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     assert f"{trained:,} of {sum(p.numel() for p in network.parameters()):,} parameters train" in text
+    assert str(tmp_path) not in text
     assert "left  head.weight" in text and "loaded  encoder.summariser.cls_token" in text
 
 

@@ -30,6 +30,9 @@ def test_a_registered_model_takes_a_scan_and_gives_its_class(
     assert "models:/ixi_sex_phantom_tiny/1: the model of volta_fold0_frac1_seed0" in capsys.readouterr().out
     version = writer.client.get_model_version("ixi_sex_phantom_tiny", "1")
     assert version.run_id == run_id
+    logged = Path(writer.client.download_artifacts(run_id, "model", str(tmp_path)))
+    texts = [path.read_text() for path in logged.rglob("*") if path.suffix in ("", ".json", ".yaml") and path.is_file()]
+    assert len(texts) > 5 and not [text for text in texts if str(ROOT) in text or str(tmp_path) in text]
 
     scan = tmp_path / "scan.nii.gz"
     grid = np.indices((60, 64, 60)).transpose(1, 2, 3, 0)
@@ -45,6 +48,13 @@ def test_a_registered_model_takes_a_scan_and_gives_its_class(
     [row] = table.to_dict("records")
     assert row["prediction"] in ("male", "female") and row["male"] + row["female"] == pytest.approx(1, abs=1e-3)
     assert row["file"] == str(scan)
+
+
+def test_a_model_whose_settings_name_a_folder_is_refused(weights: dict[str, Path], tmp_path: Path) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"dataset_dir": "/home/anna/study"}')
+    with pytest.raises(InputError, match="places have an absolute path"):
+        register(ROOT / "bundles/ixi_sex", overlays=["tiny", str(mine)], model=weights["ixi_sex"], tracking_uri="none")
 
 
 def test_a_model_without_its_run_is_refused(weights: dict[str, Path], tmp_path: Path) -> None:

@@ -44,7 +44,8 @@ def test_a_command_reads_as_it_was_typed_and_names_no_folders() -> None:
 
 
 def test_the_record_averages_over_mini_batches_and_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "pytest"])
+    monkeypatch.setattr(sys, "orig_argv", ["/home/anna/study/env/python", "-m", "pytest"])
+    monkeypatch.setattr(sys, "argv", ["/home/anna/study/env/pytest.py"])
     fake = FakeMLFlow({"seed": "3"})
     monkeypatch.setattr(tracking, "find_mlflow_handler", lambda engine: fake)
     engine = Engine(lambda e, b: [{"loss": float(b**2), **({"learning_rate": float(b)} if b % 2 == 0 else {})}])
@@ -65,6 +66,7 @@ def test_the_record_averages_over_mini_batches_and_epochs(monkeypatch: pytest.Mo
     assert fake.client.tags.items() >= expected.items()
     assert fake.client.tags["mlflow.user"] and fake.client.tags["mlflow.source.name"]
     assert "pytest" in fake.client.tags["command"] and "cores" in fake.client.tags["hardware"]
+    assert not [value for value in fake.client.tags.values() if "anna" in value]
     assert "`train/`, `val/`: means by epoch" in fake.client.experiment_tags["mlflow.note.content"]
 
 

@@ -66,9 +66,8 @@ def search_runs(client: Any, experiment_ids: Iterable[str], query: str) -> Itera
 
 def finished_runs(tracking_uri: str, experiment: str) -> set[tuple[str, str]]:
     """Names and settings of the finished runs."""
-    runs = search_runs(
-        mlflow_client(tracking_uri), [_experiment_id(tracking_uri, experiment)], "tags.finished = 'true'"
-    )
+    place = _experiment_id(tracking_uri, experiment)  # first: it looks at the store, which MLflow's client may not bear
+    runs = search_runs(mlflow_client(tracking_uri), [place], "tags.finished = 'true'")
     return {(run.info.run_name, run.data.tags.get(SETTINGS_TAG, "")) for run in runs}
 
 

@@ -23,6 +23,7 @@ from volta_components.method.monai_versions import fit_cross_attention, freeze_c
 from volta_components.method.networks import parameter_groups
 from volta_components.method.weights import LoadReport, load_pretrained, read_record, read_weights, write_weights
 from volta_components.training.archive import write_archive
+from volta_components.training.tracking import hide_folders
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ class LoadPretrained:
         if self.report_path is not None and process_rank() == 0:
             names = [("loaded", report.loaded), ("resampled", report.resampled), ("left", report.missing)]
             rows = [f"{what}  {name}" for what, keys in [*names, ("unused", report.unused)] for name in keys]
-            write_text(self.report_path, "\n".join([str(report), line, *rows]) + "\n")
+            write_text(self.report_path, hide_folders("\n".join([str(report), line, *rows]) + "\n"))
         return report
 
 

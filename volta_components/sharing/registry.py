@@ -42,21 +42,25 @@ def register(
 
     from volta_components.crossval.store import mlflow_client, tracking_address
     from volta_components.files import read_json
-    from volta_components.sharing.pack import assemble, default_name
+    from volta_components.sharing.pack import assemble, check_paths, default_name
 
     uri = tracking_address(tracking_uri, Path("runs"))
     with tempfile.TemporaryDirectory() as temporary:
         top = Path(temporary) / (name or default_name(Path(bundle), overlays, model))
         assemble(Path(bundle), top, overlays, model)
+        check_paths(top)
         client = mlflow_client(uri)
         run = _find_run(client, uri, read_json(top / "models" / "model.json"))
-        folder = Path(temporary) / "logged"
+        folder, code = Path(temporary) / "logged", Path(__file__).with_name("scan_model.py")
         mlflow.pyfunc.save_model(
             path=str(folder),
-            python_model=str(Path(__file__).with_name("scan_model.py")),
+            python_model=str(code),
             artifacts={"bundle": str(top)},
             pip_requirements=["volta-components"],
         )
+        # MLflow looks for the name alone when it loads the model, and writes where this package lies.
+        facts = folder / "MLmodel"
+        facts.write_text(facts.read_text(encoding="utf-8").replace(str(code), code.name), encoding="utf-8")
         client.log_artifacts(run.info.run_id, str(folder), "model")
         mlflow.set_tracking_uri(uri)
         version = mlflow.register_model(f"runs:/{run.info.run_id}/model", top.name)

@@ -125,7 +125,7 @@ def describe_run(
         handler._log_params(dict(params[start : start + MLFLOW_BATCH]))
     made = {"command": command_line(sys.orig_argv), "hardware": hardware()}
     for name, value in {**resolve_tags(), **made, **tags}.items():
-        client.set_tag(run_id, name, str(value))
+        client.set_tag(run_id, name, hide_folders(str(value)))
     # The merged config, which MONAI uploads at the end.
     for path in (Path(str(artifact)) for artifact in handler.artifacts or () if artifact):
         if path.suffix == ".json" and path.is_file() and process_rank() == 0:
