@@ -191,7 +191,8 @@ def identified(listing: Listing, root: Path, images: Sequence[VolumeFile], peopl
     alike = sorted({place for several in holders.values() if len(several) > 1 for place in several})
     deepest = max(map(len, places.values()), default=0)
     levels = [{place[level : level + 1] for place in alike} for level in range(deepest)]
-    found, plain = [], []
+    found: list[Found] = []
+    plain: list[Found] = []
     for volume in images:
         name, folders = parse_name(volume.stem), places[volume.path]
         date = date_of_folders(folders)
