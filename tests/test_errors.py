@@ -68,6 +68,14 @@ def test_bad_input_deep_down_is_told_alone(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err == "\nerror: a.nii: truncated; fetch it again\n"
     assert not seen
     assert find_input_error(ValueError("a fault of ours")) is None
+    # What PyTorch says of an error in a loading process, here of one that a transform of MONAI's has wrapped.
+    traceback = (
+        "Caught RuntimeError in DataLoader worker process 1.\nOriginal Traceback (most recent call last):\n  File ...\n"
+        "volta_components.data.unusable.UnusableVolume: /data/a.nii: truncated; fetch it again\n\nThe above exception "
+        "was the direct cause of the following exception:\n\nTraceback (most recent call last):\nRuntimeError: applying"
+    )
+    assert str(find_input_error(RuntimeError(traceback))) == "/data/a.nii: truncated; fetch it again"
+    assert find_input_error(RuntimeError(traceback.replace("volta_components.data.unusable.", ""))) is None
     other = ValueError("a fault of ours")
     sys.excepthook(ValueError, other, None)
     assert seen == [other]

@@ -18,11 +18,12 @@ explain_input_errors()
 keep_private()
 
 _MODULES = {
+    "functools": ("partial",),
     "volta_components.errors": ("check_counts",),
     "volta_components.files": ("bundle_root",),
     "volta_components.distributed": ("join_processes", "local_device", "process_count", "process_rank"),
-    "volta_components.data.datalist": ("check_volumes", "cohort_weights", "load_datalist"),
-    "volta_components.training.checkpoint": ("has_checkpoint",),
+    "volta_components.data.checks": ("check_volumes",),
+    "volta_components.data.datalist": ("cohort_weights", "load_datalist"),
     "volta_components.training.endless": ("anatomies_datalist",),
     "volta_components.training.record": ("provenance", "run_settings"),
     "volta_components.training.stores": ("prepare_tracking",),

@@ -4,11 +4,18 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
+
+_IN_A_LOADER = re.compile(
+    r"Caught \w+ in DataLoader worker process \d+\.\n.*\n[\w.]+\.(?:InputError|UnusableVolume): "
+    r"(.*?)(?:\n\nThe above exception was the direct cause|\Z)",
+    re.DOTALL,
+)
 
 
 class InputError(ValueError):
@@ -54,11 +61,16 @@ def check_counts(**counts: object) -> None:
 def find_input_error(error: BaseException | None) -> InputError | None:
     """The bad input behind an error, or None.
 
-    ``monai.bundle`` and Ignite wrap what goes wrong in a configuration into errors of their own.
+    ``monai.bundle`` and Ignite wrap what goes wrong in a configuration into errors of their own. PyTorch makes an error
+    out of the traceback of one in a loading process, whose last lines are its words.
     """
-    while error is not None and not isinstance(error, InputError):
+    while error is not None:
+        if found := _IN_A_LOADER.match(str(error)):
+            return InputError(found[1].rstrip())
+        if isinstance(error, InputError):
+            return error
         error = error.__cause__ or error.__context__
-    return error
+    return None
 
 
 def find_missing_id(error: BaseException | None) -> str | None:

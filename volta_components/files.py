@@ -14,7 +14,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -248,14 +248,18 @@ def write_csv(
         writer.writerows(["" if value != value else safe_cell(value) for value in row] for row in rows)
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str], object_hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Read JSON.
+
+    Args:
+        path: the file.
+        object_hook: what to make of each object, from the inside out.
 
     Raises:
         InputError: if the file is missing or is not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_hook=object_hook)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -273,7 +277,27 @@ def hash_file(path: str | os.PathLike[str], kind: str) -> str:
         return hashlib.file_digest(stream, kind).hexdigest()
 
 
-def sha256_json(content: Any) -> str:
-    """SHA-256 of ``content`` as canonical JSON (sorted keys, no white space)."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+def sha256_json(content: Any, long: str = "") -> str:
+    """SHA-256 of ``content`` as canonical JSON (sorted keys, no white space).
+
+    Args:
+        content: anything that JSON can hold.
+        long: a key of it with a long list, of which one element after the other is looked at.
+    """
+
+    def canonical(value: Any) -> bytes:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+
+    if not isinstance(content, Mapping) or long not in content:
+        return hashlib.sha256(canonical(content)).hexdigest()
+    digest = hashlib.sha256()
+    for place, key in enumerate(sorted(content)):
+        digest.update((b"," if place else b"{") + canonical(key) + b":")
+        if key != long:
+            digest.update(canonical(content[key]))
+            continue
+        for number, element in enumerate(content[key]):
+            digest.update((b"," if number else b"[") + canonical(element))
+        digest.update(b"]" if len(content[key]) else b"[]")
+    digest.update(b"}")
+    return digest.hexdigest()

@@ -11,9 +11,9 @@ import pytest
 from prepared import make_prepared
 
 from volta_components.cli import main
+from volta_components.data.checks import check_volumes
 from volta_components.data.datalist import (
     assign_folds,
-    check_volumes,
     cohort_weights,
     datalist_hash,
     load_datalist,
@@ -206,51 +206,6 @@ def test_another_shape_or_spacing_than_wanted(tmp_path):
             load_datalist(path, spacing=spacing)
     with pytest.raises(InputError, match="three positive numbers"):
         load_datalist(write(tmp_path, [item(0)], shape=[8, 9]))
-
-
-# --- volumes ---------------------------------------------------------------------------------------------------------
-
-
-def test_check_volumes_lists_every_bad_file_together(tmp_path):
-    path = write(tmp_path, [item(i) for i in range(8)], volumes=True)
-    datalist = load_datalist(path)
-    check_volumes(datalist)
-    check_volumes(datalist, deep=True)
-    files = [tmp_path / f"images/{i}.nii" for i in range(8)]
-    files[0].unlink()
-    files[1].write_bytes(files[1].read_bytes()[:1000])
-    nib.Nifti1Image(np.ones((8, 9, 9), np.float32), np.eye(4)).to_filename(files[2])
-    nib.Nifti1Image(np.ones(SHAPE, np.float32), np.diag([2, 2, 2, 1])).to_filename(files[3])
-    nib.Nifti1Image(np.ones((*SHAPE, 2), np.float32), np.eye(4)).to_filename(files[4])
-    nan = np.random.default_rng(0).random(SHAPE).astype(np.float32)
-    nan[0, 0, 0] = np.nan
-    nib.Nifti1Image(nan, np.eye(4)).to_filename(files[5])
-    nib.Nifti1Image(np.full(SHAPE, 0.5, np.float32), np.eye(4)).to_filename(files[6])
-    with pytest.raises(InputError) as caught:
-        check_volumes(datalist)
-    text = str(caught.value)
-    assert "5 files of 8 items cannot be used" in text
-    for reason in ("no such file", "truncated", "shape 8x9x9", "spacing 2x2x2 mm", "4-D (8x9x10x2)"):
-        assert reason in text
-    with pytest.raises(InputError) as caught:
-        check_volumes(datalist, deep=True)
-    text = str(caught.value)
-    assert (
-        "7 files of 8" in text and "contains NaN or Inf (1 voxels)" in text and "constant: every voxel is 0.5" in text
-    )
-
-
-def test_deep_check_compares_range_and_hash(tmp_path):
-    datalist = load_datalist(write(tmp_path, [item(0), item(1)], volumes=True))
-    image = nib.load(datalist.items[0]["image"])
-    nib.Nifti1Image(image.get_fdata(dtype=np.float32) * 3, image.affine).to_filename(tmp_path / "images/0.nii")
-    voxels = np.array(nib.load(datalist.items[1]["image"]).dataobj)
-    nib.Nifti1Image(voxels[::-1], np.eye(4)).to_filename(tmp_path / "images/1.nii")
-    check_volumes(datalist)
-    with pytest.raises(
-        InputError, match=r"(?s)intensities from .* instead of 0 to 1.*not what was prepared \(another hash\)"
-    ):
-        check_volumes(datalist, deep=True)
 
 
 # --- overlap ---------------------------------------------------------------------------------------------------------

@@ -208,7 +208,7 @@ def test_uneven_mixtures_are_told_by_merge_and_check(tmp_path, capsys):
     assert told in capsys.readouterr().out
     check(tmp_path / "a", tmp_path / "b")
     assert told in capsys.readouterr().out
-    from volta_components.data.datalist import check_volumes
+    from volta_components.data.checks import check_volumes
 
     with pytest.warns(UserWarning, match="scans without skull: adni 0 %, brats 100 %"):
         check_volumes(load_datalist(tmp_path / "c"))

@@ -370,16 +370,32 @@ def test_bad_volumes_are_all_named_before_training(workplace: Workplace, tmp_pat
     paths = [Path(item["image"]) for item in load_datalist(data).items]
     for path, (damage, _) in zip(paths, BAD_VOLUMES.values()):
         damage(nib.load(path).get_fdata(dtype=np.float32), path)
-    error = fails(workplace.start("--run_name", "bad", "--dataset_dir", str(data)))
-    headline, *rows, remedy = error.splitlines()
-    assert headline == f"{data}/datalist.json: 10 files of 12 items cannot be used:"
-    assert "volta3d prepare" in remedy
-    assert len(rows) == 10
-    for number, (row, (_, reason)) in enumerate(zip(rows, BAD_VOLUMES.values())):
-        assert f"sub-{number:04d}" in row
-        assert paths[number].name in row
-        assert reason in row
-    assert not (workplace.folder / "runs" / "bad").exists()
+    for options, named in ((["--deep_check", "True"], list(range(10))), ([], [0, 1, 4, 7, 8])):
+        error = fails(workplace.start("--run_name", "bad", "--dataset_dir", str(data), *options))
+        headline, *rows, remedy = error.splitlines()
+        assert headline == f"{data}/datalist.json: {len(named)} files of 12 items cannot be used:"
+        assert "volta3d prepare" in remedy
+        assert len(rows) == len(named)
+        for number, row in zip(named, rows):
+            assert f"sub-{number:04d}" in row
+            assert paths[number].name in row
+            assert list(BAD_VOLUMES.values())[number][1] in row
+        assert not (workplace.folder / "runs" / "bad").exists()
+
+
+def test_a_changed_volume_ends_the_run_when_it_is_first_read(workplace: Workplace, tmp_path: Path) -> None:
+    """With what was done before saved; put back, the run goes on."""
+    data = make_prepared(tmp_path / "data", 4, 2)
+    path = Path(load_datalist(data).items[1]["image"])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4] + bytes(4))
+    options = ("--run_name", "changed", "--dataset_dir", str(data), "--epochs", "1", "--num_workers", "1")
+    process = workplace.start(*options)
+    assert process.wait() not in (0, -9), process.output[-3000:]
+    assert f"sub-0001: {path}: its content is not what was prepared (another hash). Run" in process.error
+    path.write_bytes(whole)
+    process = workplace.start(*options)
+    assert process.wait() == 0, process.output[-3000:]
 
 
 def test_evaluation_and_inference_refuse_bad_volumes_too(workplace: Workplace, unbroken: str, tmp_path: Path) -> None:

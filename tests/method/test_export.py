@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +46,9 @@ def test_the_export_at_the_end_of_a_run(tmp_path: Path) -> None:
     parts = tiny_run(count=2, epochs=2)
     path = tmp_path / "models" / "encoder.safetensors"
     networks = {"teacher": parts.teacher.network, "student": parts.plain_student.network}
-    EncoderExport(path, networks, "teacher", provenance({"seed": 0}, "abc", [])).attach(parts.trainer)
+    EncoderExport(path, networks, "teacher", partial(provenance, {"seed": 0}, "abc", [])).attach(parts.trainer)
     with pytest.raises(InputError, match="export 'Teacher': choose teacher or student"):
-        EncoderExport(path, networks, "Teacher", {})
+        EncoderExport(path, networks, "Teacher", dict)
     parts.trainer.run()
     network = load_encoder(path)
     mine, theirs = flat(network), flat(parts.teacher.network)

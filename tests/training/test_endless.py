@@ -11,7 +11,7 @@ from monai.data import DataLoader
 from monai.transforms import Compose, RandGaussianNoised
 from toy_anatomies import toy_folder
 
-from volta_components.data.datalist import check_volumes
+from volta_components.data.checks import check_volumes
 from volta_components.errors import InputError
 from volta_components.training.endless import EndlessHeads, anatomies_datalist
 from volta_components.training.sampling import KeyedDataLoader, ResumableSampler

@@ -6,14 +6,19 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import weakref
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from monai.transforms import Compose, Lambdad, RandGaussianNoised, RandScaleIntensityd
+from monai.transforms import Compose, Lambdad, LoadImaged, RandGaussianNoised, RandScaleIntensityd
+from prepared import make_prepared
 from torch.utils.data import DataLoader
 
-from volta_components.errors import InputError
+from volta_components.data.datalist import load_datalist
+from volta_components.errors import InputError, describe
 from volta_components.training import sampling
 from volta_components.training.cache import KeyedCacheDataset
 from volta_components.training.sampling import KeyedDataLoader, KeyedDataset, ResumableSampler, derived_seed
@@ -202,3 +207,54 @@ def test_workers_do_not_delay_the_end_of_a_run() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.splitlines()[-2:] == ["[[1]]", "[]"]
+
+
+def test_how_often_a_sample_was_drawn_before() -> None:
+    rng = np.random.default_rng(0)
+    for order in (rng.integers(0, 5, 40), np.array([3]), np.empty(0, int)):
+        seen: list[int] = []
+        expected = []
+        for index in order.tolist():
+            expected.append(seen.count(index))
+            seen.append(index)
+        assert sampling._repeats(order).tolist() == expected
+
+
+@pytest.fixture
+def prepared_items(tmp_path: Path) -> list[dict[str, Any]]:
+    return list(load_datalist(make_prepared(tmp_path / "data", 6, 2, (8, 8, 8))).items)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_each_image_is_compared_with_its_hash_once(
+    prepared_items: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    checked: list[str] = []
+    monkeypatch.setattr(sampling, "check_contents", lambda item: checked.append(item["subject_id"]))
+    transform = Compose([Lambdad("image", lambda path: len(path))])
+    kind = KeyedCacheDataset if cached else KeyedDataset
+    data = kind([*prepared_items, {"image": "raw.nii", "subject_id": "no hash"}], transform)
+    for epoch in (1, 2):
+        assert len([data[epoch, index] for index in range(7)]) == 7
+    assert checked == [item["subject_id"] for item in prepared_items]
+
+
+def test_a_changed_image_ends_a_run_with_one_error_also_from_a_worker(prepared_items: list[dict[str, Any]]) -> None:
+    """Every worker knows what another has checked: what is changed after that is not read again in this run."""
+    transform = Compose([LoadImaged("image", ensure_channel_first=True)])
+    loader = KeyedDataLoader(KeyedDataset(prepared_items, transform), shuffle=True, num_workers=2)
+    loader.sampler.set_position(1)
+    assert sum(1 for _ in loader) == 6
+    path = Path(prepared_items[2]["image"])
+    path.write_bytes(path.read_bytes()[:-4] + bytes(4))
+    loader.sampler.set_position(2)
+    assert sum(1 for _ in loader) == 6
+    again = KeyedDataLoader(KeyedDataset(prepared_items, transform), shuffle=True, num_workers=2)
+    again.sampler.set_position(1)
+    with pytest.raises(InputError) as caught:
+        list(again)
+    for each in (loader, again):
+        sampling._end_workers(weakref.ref(each))
+    message, known = describe(caught.value)
+    assert known and message.startswith(f"sub-0002: {path}: its content is not what was prepared (another hash). Run")
+    assert message.endswith("a training resumes from its last checkpoint")

@@ -12,19 +12,16 @@ import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import joblib
 import numpy as np
-from tqdm import tqdm
 
 from volta_components.data.identity import same_people, unfit_id
-from volta_components.data.volumes import UnusableVolume, read_header, read_volume
+from volta_components.data.items import PackedItems, packed_if_item
 from volta_components.errors import InputError
-from volta_components.files import read_json, sha256_file, sha256_json
+from volta_components.files import read_json, sha256_json
 
 FORMAT = 1
 # Shares of scans without skull in two cohorts that differ by more than this are uneven.
@@ -68,34 +65,33 @@ class Datalist:
     @property
     def excluded(self) -> list[dict[str, Any]]:
         """What was left out, and why."""
-        return list(self.content.get("excluded", []))
+        return list(PackedItems(self.content.get("excluded", [])))
 
     @property
-    def items(self) -> list[dict[str, Any]]:
+    def items(self) -> PackedItems:
         """All items with absolute paths, ready for ``monai.data.Dataset``; sorted by subject and session."""
-        root = self.path.resolve().parent
-        return [
-            {key: str(root / value) if key in ("image", "label") else value for key, value in item.items()}
-            for item in self.content["training"]
-        ]
+        items = self.content["training"]
+        packed = items if isinstance(items, PackedItems) else PackedItems(items)
+        return packed.below(self.path.resolve().parent)
 
     @property
     def patients(self) -> set[str]:
         """Canonical ids."""
         return {item["patient_id"] for item in self.content["training"]}
 
-    def split(self, fold: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def split(self, fold: int) -> tuple[PackedItems, PackedItems]:
         """Items of all other folds, and items of ``fold``; none of a datalist that is not there.
 
         Raises:
             InputError: if there is no such fold, or it has no items, or all of them.
         """
         if not len(self):
-            return [], []
+            return PackedItems(), PackedItems()
         if not 0 <= fold < self.n_folds:
             raise InputError(f"{self.path}: no fold {fold}; it has folds 0 to {self.n_folds - 1}")
         items = self.items
-        others, held_out = ([item for item in items if (item["fold"] == fold) is side] for side in (False, True))
+        is_held_out = np.array([item["fold"] == fold for item in items])
+        others, held_out = (items.take(np.flatnonzero(is_held_out == side)) for side in (False, True))
         if not others or not held_out:
             raise InputError(
                 f"{self.path}: fold {fold} has {len(held_out)} of {len(items)} items, so one side has no scan; "
@@ -109,7 +105,7 @@ class Datalist:
 
 def datalist_hash(content: Mapping[str, Any]) -> str:
     """SHA-256 over canonical JSON of the items, their folds and grid: what was left out changes no result."""
-    return sha256_json({key: value for key, value in content.items() if key not in {"hash", "excluded"}})
+    return sha256_json({key: value for key, value in content.items() if key not in {"hash", "excluded"}}, "training")
 
 
 def load_datalist(
@@ -118,7 +114,7 @@ def load_datalist(
     spacing: float | Sequence[float] | None = None,
     required: bool = True,
 ) -> Datalist:
-    """Read a datalist and check its form; the volumes are checked by :func:`check_volumes`.
+    """Read a datalist and check its form; the volumes are checked by ``volta_components.data.checks``.
 
     Args:
         path: of ``datalist.json``, or of the folder that holds it.
@@ -136,10 +132,10 @@ def load_datalist(
         path = path / "datalist.json"
     if not path.exists():
         if required:
-            raise _no_datalist(path)
+            raise no_datalist(path)
         empty = make_content("none", [], [], 0, 1, [], [])
         return Datalist(path, empty, empty["hash"])
-    content = read_json(path)
+    content = read_json(path, packed_if_item)
     if not isinstance(content, dict) or not isinstance(content.get("training"), list):
         raise InputError(f"{path}: not a datalist (no list named 'training'); make one with volta3d prepare")
     if content.get("format") != FORMAT:
@@ -148,6 +144,7 @@ def load_datalist(
         )
     if not content["training"]:
         raise InputError(f"{path}: the datalist is empty; see its 'excluded' for the reasons, and prepare it again")
+    content = {**content, "training": PackedItems(content["training"])}
     check_content(path, content)
     for name, wanted in (("shape", shape), ("spacing", spacing)):
         if wanted is None:
@@ -165,7 +162,8 @@ def load_datalist(
     return Datalist(path, content, actual)
 
 
-def _no_datalist(path: Path) -> InputError:
+def no_datalist(path: Path) -> InputError:
+    """The error of a datalist that is not there."""
     return InputError(
         f"{path}: no such datalist; make one with: volta3d prepare --layout LAYOUT --source FOLDER "
         f"--output {path.parent}"
@@ -294,103 +292,6 @@ def assign_folds(items: Iterable[Mapping[str, Any]], n_folds: int, seed: int) ->
         counts[fold].update(keys)
         counts[fold][("scans", "")] += scans[patient]
     return {patient: folds[first] for patient, first in person.items()}
-
-
-def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = None) -> None:
-    """Check that every volume of a datalist is there and is what the datalist says, before a training starts.
-
-    By default the headers and file sizes are read (about a millisecond a volume), since the content was checked when it
-    was prepared. ``deep`` also reads every voxel and compares hashes, with a progress bar; threads suffice, as reading,
-    NumPy and hashing all release the interpreter's lock. Processes that train together share the work, and each raises
-    what any of them found.
-
-    Raises:
-        InputError: listing every bad file with its reason; or if there is no datalist.
-    """
-    if datalist.content.get("rendered"):
-        return  # anatomies, which were read whole for their hash; their volumes are made while training
-    # Here, since it imports torch, which the workers of ``volta3d prepare`` do without.
-    from volta_components.distributed import gather_objects, process_count, process_rank
-
-    items = datalist.items
-    if not items:
-        raise _no_datalist(datalist.path)
-    if process_rank() == 0 and (note := uneven_skulls(items, datalist.name)):
-        warnings.warn(f"{datalist.path}: {note}", stacklevel=2)
-    share = items[process_rank() :: process_count()]
-    is_shown = deep and process_rank() == 0
-    rows = sorted(gather_objects(unusable_volumes(datalist, share, deep, workers, is_shown)))
-    if rows:
-        raise InputError.many(
-            f"{datalist.path}: {len(rows)} files of {len(items)} items cannot be used",
-            rows,
-            "Run the same volta3d prepare again (what is whole is kept), or remove the items from the datalist.",
-        )
-
-
-def unusable_volumes(
-    datalist: Datalist,
-    items: Sequence[Mapping[str, Any]],
-    deep: bool = False,
-    workers: int | None = None,
-    is_shown: bool = False,
-) -> list[tuple[str, str, str]]:
-    """Subject, file and reason of each volume of a datalist that is not what the datalist says.
-
-    Args:
-        datalist: the datalist.
-        items: those of it to look at.
-        deep: read every voxel too.
-        workers: threads.
-        is_shown: show a progress bar.
-    """
-
-    def examine(item: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-        found = []
-        for kind in ("image", "label"):
-            if kind in item:
-                try:
-                    _check_volume(Path(item[kind]), kind, item, datalist, deep)
-                except UnusableVolume as error:
-                    found.append((str(item["subject_id"]), str(item[kind]), error.reason))
-        return found
-
-    with ThreadPoolExecutor(workers or joblib.cpu_count()) as pool:
-        checked = tqdm(
-            pool.map(examine, items),
-            total=len(items),
-            desc="checking volumes",
-            unit="volume",
-            leave=False,
-            disable=not is_shown,
-        )
-        return [row for found in checked for row in found]
-
-
-def _check_volume(path: Path, kind: str, item: Mapping[str, Any], datalist: Datalist, deep: bool) -> None:
-    remedy = "prepare it again"
-    header = read_header(path)
-    if header.shape != datalist.shape:
-        sizes = ["x".join(map(str, shape)) for shape in (header.shape, datalist.shape)]
-        raise UnusableVolume(path, f"shape {sizes[0]} where the datalist says {sizes[1]}", remedy)
-    if not np.allclose(header.spacing, datalist.spacing, rtol=0, atol=1e-3):
-        sizes = ["x".join(f"{s:.4g}" for s in spacing) for spacing in (header.spacing, datalist.spacing)]
-        raise UnusableVolume(path, f"spacing {sizes[0]} mm where the datalist says {sizes[1]}", remedy)
-    if not deep:
-        return
-    volume = read_volume(path)
-    if volume.voxels.dtype.kind == "f" and not np.isfinite(volume.voxels).all():
-        bad = volume.voxels.size - int(np.isfinite(volume.voxels).sum())
-        raise UnusableVolume(path, f"contains NaN or Inf ({bad:,} voxels)", remedy)
-    low, high = (float(v) * volume.slope + volume.intercept for v in (volume.voxels.min(), volume.voxels.max()))
-    if kind == "image" and low == high:
-        raise UnusableVolume(path, f"constant: every voxel is {low:g}", remedy)
-    if kind == "image" and (low < -1e-3 or high > 1 + 1e-3):
-        raise UnusableVolume(path, f"intensities from {low:g} to {high:g} instead of 0 to 1", remedy)
-    if kind == "label" and volume.voxels.dtype.kind == "f" and not (volume.voxels == np.round(volume.voxels)).all():
-        raise UnusableVolume(path, "label values that are no integers", remedy)
-    if kind == "image" and item.get("sha256") and sha256_file(path) != item["sha256"]:
-        raise UnusableVolume(path, "its content is not what was prepared (another hash)", remedy)
 
 
 def uneven_skulls(items: Iterable[Mapping[str, Any]], name: str) -> str | None:

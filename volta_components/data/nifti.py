@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import os
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +14,9 @@ import numpy as np
 from volta_components.data.headers import own_space
 from volta_components.data.volumes import Volume
 from volta_components.files import atomic_path
+
+# What the voxels of prepared volumes are stored as.
+DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float32", "uint16", "uint8")}
 
 
 def nifti_header(

@@ -10,15 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from volta_components.data.checks import check_volumes, unusable_volumes
 from volta_components.data.datalist import (
     Datalist,
     assign_folds,
     check_content,
-    check_volumes,
     load_datalist,
     make_content,
     uneven_skulls,
-    unusable_volumes,
 )
 from volta_components.data.fingerprint import near_copies_of
 from volta_components.data.identity import canonical_patient_id, is_worldwide, loose_person, voxel_hashes

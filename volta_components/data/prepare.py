@@ -26,11 +26,12 @@ from volta_components.data.finish import finish, report_nothing_left
 from volta_components.data.geometry import axis_codes
 from volta_components.data.identity import loose, loose_person, unfit_id
 from volta_components.data.layouts import Layout, LayoutOptions, Listing, Scan, reader
+from volta_components.data.nifti import DTYPES
 from volta_components.data.overlaps import check_folds, check_phantom_name
 from volta_components.data.preprocess import Settings
 from volta_components.data.skull import attach_masks
 from volta_components.data.tables import KNOWN_DIAGNOSES, parse_diagnosis
-from volta_components.data.worker import DTYPES, STATE, Task, finished, read_record, run
+from volta_components.data.worker import STATE, Task, finished, read_record, run
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
 

@@ -31,7 +31,7 @@ from volta_components.data.labels import read_labels
 from volta_components.data.layouts import Scan
 from volta_components.data.layouts.common import relative
 from volta_components.data.layouts.series import convert_series
-from volta_components.data.nifti import nifti_header
+from volta_components.data.nifti import DTYPES, nifti_header
 from volta_components.data.preprocess import Prepared, Settings, prepare_volume
 from volta_components.data.skull import apply_mask
 from volta_components.data.unusable import UnusableVolume, what_is_wrong
@@ -39,7 +39,6 @@ from volta_components.data.volumes import Volume, read_volume
 from volta_components.errors import InputError
 from volta_components.files import read_json, readable, sha256_file
 
-DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float32", "uint16", "uint8")}
 STATE = ".prepare"
 
 

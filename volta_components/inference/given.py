@@ -13,7 +13,8 @@ from pathlib import Path
 import joblib
 from tqdm import tqdm
 
-from volta_components.data.datalist import check_volumes, load_datalist
+from volta_components.data.checks import check_volumes
+from volta_components.data.datalist import load_datalist
 from volta_components.data.layouts.common import LayoutOptions
 from volta_components.data.layouts.dicom import read as read_dicom
 from volta_components.data.layouts.series import convert_series, may_be_dicom

@@ -14,7 +14,8 @@ import joblib
 import numpy as np
 from tqdm import tqdm
 
-from volta_components.data.datalist import check_volumes, load_datalist
+from volta_components.data.checks import check_volumes
+from volta_components.data.datalist import load_datalist
 from volta_components.data.identity import is_worldwide
 from volta_components.data.layouts.bids import ASIDE
 from volta_components.data.layouts.brats import time_point

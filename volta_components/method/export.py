@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ class EncoderExport:
         path: the ``.safetensors`` file; a JSON of the same name holds configuration and provenance.
         networks: what can be exported, by name: ``teacher`` and ``student``.
         export: the name of the one to export.
-        provenance: written into the JSON, see ``volta_components.training.record.provenance``.
+        provenance: gives what is written into the JSON: ``volta_components.training.record.provenance`` with its
+            arguments, called at the end, since what it says of many people takes time and memory.
         pictures: folder of the run's pictures (``ReconstructionPicture``); the last one is kept beside the encoder.
 
     Raises:
@@ -44,7 +45,7 @@ class EncoderExport:
     path: str | os.PathLike[str]
     networks: Mapping[str, nn.Module]
     export: str
-    provenance: Mapping[str, Any]
+    provenance: Callable[[], Mapping[str, Any]]
     pictures: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
@@ -64,7 +65,7 @@ class EncoderExport:
         if self.pictures is not None:
             picture = Path(self.pictures) / f"reconstruction_{engine.state.epoch:04d}.png"
             facts |= keep_picture(self.path, picture, CAPTION.format(engine.state.epoch), shows_scans=True)
-        save_encoder(self.path, self.networks[self.export], {**self.provenance, **more}, **facts)  # type: ignore[arg-type]
+        save_encoder(self.path, self.networks[self.export], {**self.provenance(), **more}, **facts)  # type: ignore[arg-type]
         logger.info("encoder written to %s", self.path)
         mlflow_handler = find_mlflow_handler(engine)
         if mlflow_handler is not None:

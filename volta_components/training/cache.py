@@ -57,7 +57,7 @@ class KeyedCacheDataset(KeyedDataset):
             self._cache.update(zip(missing, pool.map(self._deterministic, missing)))
 
     def _deterministic(self, index: int) -> Any:
-        return self._compose(dict(self.data[index]), end=self._first, threading=True)
+        return self._compose(dict(self.checked(index)), end=self._first, threading=True)
 
     def __getitem__(self, key: tuple[int, ...] | int) -> Any:
         epoch, index = (0, key) if isinstance(key, int) else key[:2]

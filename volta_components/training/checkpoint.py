@@ -33,11 +33,6 @@ CHECKPOINT = "checkpoint.pt"
 PREVIOUS = "_previous"  # added to the name of the checkpoint before the last
 
 
-def has_checkpoint(folder: str | os.PathLike[str]) -> bool:
-    """Whether a run that has been saved lies in a folder."""
-    return (Path(folder) / CHECKPOINT).exists()
-
-
 def previous_checkpoint(path: Path) -> Path:
     """Where the checkpoint before the last is kept."""
     return path.with_stem(f"{path.stem}{PREVIOUS}")

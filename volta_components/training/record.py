@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import platform
 import subprocess
@@ -147,6 +148,7 @@ def plain_settings(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
+@functools.cache
 def code_version() -> str:
     """Version of this package, with the commit where it runs from a git checkout."""
     folder = Path(__file__).resolve().parent

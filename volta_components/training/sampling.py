@@ -8,7 +8,6 @@ import hashlib
 import os
 import signal
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from monai.data import DataLoader
 from monai.transforms import Randomizable
 from torch.utils.data import Dataset, Sampler
 
+from volta_components.data.checks import check_contents
 from volta_components.distributed import process_count, process_rank
 from volta_components.errors import InputError
 
@@ -107,14 +107,21 @@ class ResumableSampler(Sampler[tuple[int, ...]]):
         step = self.batch_size * self.num_replicas
         if self.num_replicas > 1:
             order = np.resize(order, self.iterations * step)
-        before: Counter[int] = Counter()
-        keys: list[tuple[int, ...]] = []
-        for index in order.tolist():
-            keys.append((self.epoch, index) if self.weights is None else (self.epoch, index, before[index]))
-            before[index] += 1
+        repeats = None if self.weights is None else _repeats(order)
         for iteration in range(self.first_iteration, self.iterations):
             start = iteration * step + self.rank * self.batch_size
-            yield from keys[start : start + self.batch_size]
+            for place in range(start, min(start + self.batch_size, len(order))):
+                key = (self.epoch, int(order[place]))
+                yield key if repeats is None else (*key, int(repeats[place]))
+
+
+def _repeats(order: np.ndarray) -> np.ndarray:
+    """How often each element of ``[n]`` integers stands before itself."""
+    by_value = np.argsort(order, kind="stable")
+    ordered = order[by_value]
+    repeats = np.empty_like(order)
+    repeats[by_value] = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+    return repeats
 
 
 WORKER_GRACE = 30  # seconds; as long as SLURM waits between SIGTERM and SIGKILL
@@ -144,6 +151,8 @@ class KeyedDataset(Dataset[Any]):
     had before. This one takes the keys of ``ResumableSampler``: epoch, index and, with weights, how often the sample
     was drawn before in the epoch.
 
+    Before an image is first read, it is compared with its hash, if it has one. All workers know which ones were.
+
     Args:
         data: items, such as those of a datalist.
         transform: applied to a shallow copy of an item; random ones are reseeded for each sample.
@@ -151,6 +160,9 @@ class KeyedDataset(Dataset[Any]):
 
     Attributes:
         device: where items are.
+
+    Raises:
+        InputError: at an item whose image is not what was prepared; see ``check_contents``.
     """
 
     device = torch.device("cpu")
@@ -161,6 +173,7 @@ class KeyedDataset(Dataset[Any]):
         self.data = data
         self.transform = transform
         self.seed = seed
+        self._is_checked = torch.zeros(len(data), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.data)
@@ -169,8 +182,16 @@ class KeyedDataset(Dataset[Any]):
         """Prepare items before a loader's workers are forked off; there is nothing to prepare here."""
 
     def item(self, epoch: int, index: int, *repeat: int) -> Mapping[str, Any]:
-        """A sample before its transform, without its key; here it is the same in every epoch."""
-        return self.data[index]
+        """A sample before its transform, without its key; here it is the same in every epoch, and checked once."""
+        return self.checked(index)
+
+    def checked(self, index: int) -> Mapping[str, Any]:
+        """An item as it is listed, once its file has been checked."""
+        item = self.data[index]
+        if item.get("sha256") and not self._is_checked[index]:
+            check_contents(item)
+            self._is_checked[index] = True
+        return item
 
     def __getitem__(self, key: tuple[int, ...] | int) -> Any:
         epoch, index, *repeat = (0, key) if isinstance(key, int) else key

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,16 +37,15 @@ def make_stamps(items: Sequence[Any]) -> Tensor:
     Args:
         items: of a datalist, with absolute paths.
     """
-
-    def stamp(entry: tuple[Mapping[str, Any], str]) -> tuple[int, int]:
-        item, kind = entry
+    numbers = array("q")
+    for item, kind in _files(items):
         try:
-            found = Path(item[kind]).stat()
+            found = os.stat(item[kind])  # noqa: PTH116 - twice as fast
         except OSError:
-            return ABSENT
-        return found.st_size, found.st_mtime_ns
-
-    return torch.tensor([stamp(entry) for entry in _files(items)], dtype=torch.int64).reshape(-1, 2)
+            numbers.extend(ABSENT)
+        else:
+            numbers.extend((found.st_size, found.st_mtime_ns))
+    return torch.tensor(numbers, dtype=torch.int64).reshape(-1, 2)
 
 
 def check_stamps(path: Path, items: Sequence[Any], there: Tensor | None, here: Tensor) -> None:

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed items are the items, in little memory."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prepared import make_prepared
+
+from volta_components.data.datalist import datalist_hash, load_datalist, make_content
+from volta_components.data.items import PackedItems, pack, packed_if_item
+from volta_components.errors import InputError
+from volta_components.files import read_json, sha256_json, write_json
+
+ITEMS = [
+    {"image": "images/a.nii", "patient_id": "ä", "age": 61.25, "sex": None, "nested": {"x": [1, "\ud800"]}},
+    {"image": "b.nii", "label": "b_label.nii", "patient_id": "b", "stripped": True},
+    {"patient_id": "c"},
+    {"image": "/there/d.nii", "patient_id": "d"},
+]
+
+
+def test_they_are_a_list_of_what_they_were_made_from() -> None:
+    packed = PackedItems(ITEMS)
+    assert list(packed) == ITEMS and len(packed) == 4 and packed[-1] == ITEMS[3]
+    assert list(packed[1::2]) == ITEMS[1::2] and list(packed[::-1].take([0, 3])) == [ITEMS[3], ITEMS[0]]
+    assert list(PackedItems(map(pack, ITEMS))) == ITEMS == list(pickle.loads(pickle.dumps(packed)))
+    assert not PackedItems() and list(PackedItems()) == [] and not packed[:0]
+    with pytest.raises(IndexError):
+        packed[4]
+    packed[0]["age"] = 3
+    assert packed[0] == ITEMS[0], "what was unpacked is the caller's"
+
+
+def test_paths_lie_below_a_folder() -> None:
+    below = PackedItems(ITEMS).below(Path("/data"))
+    assert [item.get("image") for item in below] == ["/data/images/a.nii", "/data/b.nii", None, "/there/d.nii"]
+    assert below[1:2][0]["label"] == "/data/b_label.nii"
+    assert {**below[2]} == ITEMS[2]
+
+
+def test_whatever_is_in_a_datalist_comes_back(tmp_path: Path) -> None:
+    """An item within an item, and one among what was left out, are as they were."""
+    deep = {"image": "x", "patient_id": "p", "more": {"image": "y", "patient_id": "q", "n": [1.5]}}
+    text = json.dumps({"training": [deep, 3], "excluded": [{"image": "x", "patient_id": "p"}]})
+    read = json.loads(text, object_hook=packed_if_item)
+    assert list(PackedItems(read["training"])) == [deep, 3]
+    assert list(PackedItems(read["excluded"])) == [{"image": "x", "patient_id": "p"}]
+    folder = make_prepared(tmp_path / "data", 3, 3, (8, 8, 8))
+    content = read_json(folder / "datalist.json")
+    content["excluded"] = [{"image": "x", "patient_id": "p", "reason": "none"}]
+    content["training"][1] = 3
+    write_json(folder / "datalist.json", content)
+    with pytest.raises(InputError, match="item 1  is int, not an object"):
+        load_datalist(folder)
+    del content["training"][1]
+    write_json(folder / "datalist.json", {**content, "hash": datalist_hash(content)})
+    datalist = load_datalist(folder)
+    assert datalist.excluded == content["excluded"]
+    assert list(datalist.content["training"]) == content["training"]
+
+
+def test_the_hash_is_that_of_canonical_json() -> None:
+    content = make_content("name", (1, 1, 1), (8, 8, 8), 0, 2, [dict(item, subject_id="s") for item in ITEMS[1:]], [])
+    plain = {key: value for key, value in content.items() if key not in ("hash", "excluded")}
+    assert datalist_hash({**content, "training": PackedItems(content["training"])}) == sha256_json(plain)
+    assert content["hash"] == sha256_json(plain)
+    for empty in ({"b": [], "a": 1}, {"b": []}, {"b": [1, {"z": 1, "y": [2]}], "c": None}):
+        assert sha256_json(empty, "b") == sha256_json(empty)
+
+
+def test_a_large_datalist_takes_little_more_memory_than_its_text(tmp_path: Path) -> None:
+    folder = make_prepared(tmp_path / "data", 2, 2, (8, 8, 8))
+    content = read_json(folder / "datalist.json")
+    first = content["training"][0]
+    content["training"] = [{**first, "subject_id": f"s{n}", "patient_id": f"s{n}", "fold": 0} for n in range(4000)]
+    content["training"][0]["fold"] = 1
+    write_json(folder / "datalist.json", {**content, "hash": datalist_hash(content)})
+    size = sum(map(len, map(pack, content["training"])))
+    del content
+    tracemalloc.start()
+    datalist = load_datalist(folder)
+    others, held_out = datalist.split(1)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(others) == 3999 and [item["subject_id"] for item in held_out] == ["s0"]
+    assert kept < 1.4 * size, "items as dictionaries would be four times their text"
+    assert np.shares_memory(np.frombuffer(others._data, np.uint8), np.frombuffer(datalist.items._data, np.uint8))
