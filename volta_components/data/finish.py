@@ -14,6 +14,7 @@ from volta_components.data import quality
 from volta_components.data.books import Books, balance, note_look_alikes
 from volta_components.data.datalist import assign_folds, make_content
 from volta_components.data.layouts import Finding, Listing, Scan
+from volta_components.data.nifti import largest_error
 from volta_components.data.preprocess import Settings
 from volta_components.errors import InputError
 from volta_components.files import write_json
@@ -67,7 +68,8 @@ def finish(
     if not good:
         report_nothing_left(target, listing)
         raise InputError(f"{target}: no volume could be prepared; see the findings above")
-    items = [_item(scan, record, cohort, found) for (scan, record), found in zip(good, marks, strict=True)]
+    stored = {"dtype": settings.dtype, "max_error": largest_error(settings.dtype)}
+    items = [_item(scan, record, cohort, found) | stored for (scan, record), found in zip(good, marks, strict=True)]
     fold_of = assign_folds(items, folds, seed)
     for item in items:
         item["fold"] = fold_of[item["patient_id"]]

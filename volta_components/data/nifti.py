@@ -19,6 +19,15 @@ from volta_components.files import atomic_path
 DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float32", "uint16", "uint8")}
 
 
+def largest_error(dtype: str) -> float:
+    """Of a number in [0, 1] that is stored in such a type: half of a step; 0 for float32, which volumes are made in.
+
+    NIfTI has no 16-bit floating point numbers. They would take the space of uint16, with 32 times its error near 1.
+    """
+    kind = DTYPES[dtype]
+    return 0.0 if kind.kind == "f" else 0.5 / np.iinfo(kind).max
+
+
 def nifti_header(
     voxels: np.ndarray,
     affine: np.ndarray,
