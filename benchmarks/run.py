@@ -18,6 +18,11 @@ BENCHMARKS: dict[str, tuple[str, list[str] | None, list[str]]] = {
         ["--size", "paper", "--output", STEP],
     ),
     "The loader": ("loader.py", [], ["--size", "paper"]),
+    "The start, by the size of the data": (
+        "start.py",
+        ["--items", "100", "2000"],
+        [],
+    ),
     "Time to import": ("import_time.py", [], []),
     "Throughput of preparation": ("prepare_throughput.py", [], []),
     "Phantoms a second": ("phantom_throughput.py", ["--volumes", "5"], []),

@@ -44,7 +44,7 @@ def make_data(folder: Path, count: int) -> None:
     """A prepared data set of ``count`` volumes."""
     rng = np.random.default_rng(0)
     (folder / "images").mkdir(parents=True)
-    items = []
+    items, source, digest = [], Path(), ""
     for number in range(count):
         name = folder / "images" / f"sub-{number:06d}_ses-M000.nii"
         if number % LINKS:
@@ -128,9 +128,7 @@ def measure(count: int, workers: int) -> dict[str, float]:
         make_data(folder / "data", count)
         command = [sys.executable, "-W", "ignore", __file__, "--start", str(folder), "--workers", str(workers)]
         began = time.time()
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True, cwd=folder
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
         figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
         shutil.rmtree(folder / "data")
         return {**figures, "seconds": figures["ready"] - began}

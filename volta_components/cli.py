@@ -49,6 +49,7 @@ COMMANDS = {
     "prepare": ("volta_components.data.prepare:prepare", "Turn a data set into checked volumes and a datalist."),
     "check": ("volta_components.data.overlaps:check", "Prove that no patient is in two datalists."),
     "merge": ("volta_components.data.overlaps:merge", "Join prepared data sets into one datalist."),
+    "pack-data": ("volta_components.data.shards:pack_data", "Put prepared volumes into a few large tar files."),
     "crossval": ("volta_components.crossval.command:crossval", "Train a bundle over folds, inits and fractions."),
     "report": ("volta_components.report.command:report", "Make tables and figures of finished cross-validations."),
     "segment": ("volta_components.inference.commands:segment", "Outline both hippocampi in scans."),

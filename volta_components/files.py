@@ -284,9 +284,10 @@ def sha256_json(content: Any, long: str = "") -> str:
         content: anything that JSON can hold.
         long: a key of it with a long list, of which one element after the other is looked at.
     """
+    encoder = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
     def canonical(value: Any) -> bytes:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+        return encoder.encode(value).encode("utf-8")
 
     if not isinstance(content, Mapping) or long not in content:
         return hashlib.sha256(canonical(content)).hexdigest()

@@ -385,14 +385,14 @@ def test_bad_volumes_are_all_named_before_training(workplace: Workplace, tmp_pat
 
 def test_a_changed_volume_ends_the_run_when_it_is_first_read(workplace: Workplace, tmp_path: Path) -> None:
     """With what was done before saved; put back, the run goes on."""
-    data = make_prepared(tmp_path / "data", 4, 2)
+    data = make_prepared(tmp_path / "data")
     path = Path(load_datalist(data).items[1]["image"])
     whole = path.read_bytes()
     path.write_bytes(whole[:-4] + bytes(4))
     options = ("--run_name", "changed", "--dataset_dir", str(data), "--epochs", "1", "--num_workers", "1")
     process = workplace.start(*options)
     assert process.wait() not in (0, -9), process.output[-3000:]
-    assert f"sub-0001: {path}: its content is not what was prepared (another hash). Run" in process.error
+    assert f"sub-0001: {path}: its content is not what was prepared (another hash); run" in process.error
     path.write_bytes(whole)
     process = workplace.start(*options)
     assert process.wait() == 0, process.output[-3000:]

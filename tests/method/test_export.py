@@ -26,7 +26,7 @@ def test_the_last_picture_and_the_cost_are_kept_with_the_encoder(tmp_path: Path)
     path, pictures = tmp_path / "models" / "encoder.safetensors", tmp_path / "pictures"
     views, network = parts.views, parts.plain_student.network
     ReconstructionPicture(pictures, parts.loader.dataset, network, views, interval=1).attach(parts.trainer)
-    EncoderExport(path, {"student": network}, "student", {}, pictures).attach(parts.trainer)
+    EncoderExport(path, {"student": network}, "student", dict, pictures).attach(parts.trainer)
     ResumableCheckpoint(tmp_path / "checkpoint.pt", {}, {}).attach(parts.trainer)
     parts.trainer.run()
     record, beside = json.loads(path.with_suffix(".json").read_text()), path.with_suffix(".png")
@@ -37,7 +37,7 @@ def test_the_last_picture_and_the_cost_are_kept_with_the_encoder(tmp_path: Path)
     # An encoder without a picture does not inherit the one of another.
     again = tiny_run(count=2, epochs=1)
     networks = {"student": again.plain_student.network}
-    EncoderExport(path, networks, "student", {}, tmp_path / "none").attach(again.trainer)
+    EncoderExport(path, networks, "student", dict, tmp_path / "none").attach(again.trainer)
     again.trainer.run()
     assert not beside.exists() and "picture" not in json.loads(path.with_suffix(".json").read_text())
 

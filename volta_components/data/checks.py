@@ -17,21 +17,24 @@ from tqdm import tqdm
 from volta_components.data.datalist import Datalist, no_datalist, uneven_skulls
 from volta_components.data.items import PATHS
 from volta_components.data.nifti import DTYPES
+from volta_components.data.places import file_of, place_of, sha256_of, volume_of
+from volta_components.data.remote import forget, is_remote
 from volta_components.data.unusable import named_errors
 from volta_components.data.volumes import UnusableVolume, read_header, read_volume
 from volta_components.errors import InputError
-from volta_components.files import sha256_file
 
-_AGAIN = "prepare it again"
-_REMEDY = "Run the same volta3d prepare again (what is whole is kept), or remove the items from the datalist"
+_AGAIN = "run the same volta3d prepare again (what is whole is kept)"
+_PACK = "run the same volta3d pack-data again (what is whole is kept)"
+_FETCH = "its local copy was removed, so that it will be fetched again"
+_REMEDY = "Run the same volta3d prepare again (what is whole is kept), or remove the items from the datalist."
 # A header takes a millisecond, or several behind a network.
-_HEADERS = 10_000
+_HEADERS = 2_500
 
 
 def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = None) -> None:
     """Check that every volume of a datalist is there and is what the datalist says, before a training starts.
 
-    By default every file's size is looked at, and the headers of up to 10,000 of them, evenly chosen, and of all that
+    By default every file's size is looked at, and the headers of up to 2,500 of them, evenly chosen, and of all that
     are not plain files of the expected size. Contents are checked by ``check_contents`` when a loader first reads them;
     an image without a hash is read now. ``deep`` reads every voxel and compares hashes now, with a progress bar;
     threads suffice, as reading, NumPy and hashing all release the interpreter's lock. Processes that train together
@@ -54,9 +57,7 @@ def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = 
     is_shown = deep and process_rank() == 0
     rows = sorted(gather_objects(unusable_volumes(datalist, share, deep, workers, is_shown)))
     if rows:
-        raise InputError.many(
-            f"{datalist.path}: {len(rows)} files of {len(items)} items cannot be used", rows, f"{_REMEDY}."
-        )
+        raise InputError.many(f"{datalist.path}: {len(rows)} files of {len(items)} items cannot be used", rows, _REMEDY)
 
 
 def unusable_volumes(
@@ -79,17 +80,19 @@ def unusable_volumes(
 
     def examine(index: int) -> list[tuple[str, str, str]]:
         found, item = [], items[index]
+        if not deep and is_remote(str(item["image"])):
+            return []  # it would be fetched
         for kind in PATHS:
             if kind not in item:
                 continue
             is_sure = kind == "label" or bool(item.get("sha256"))
             if deep or not is_sure or not index % step or not _has_size(item, kind, datalist.shape):
                 try:
-                    _check_header(Path(item[kind]), datalist)
+                    _check_header(item[kind], datalist)
                     if deep or not is_sure:
-                        _check_voxels(Path(item[kind]), kind)
+                        _check_voxels(item[kind], kind)
                     if deep:
-                        _check_hash(Path(item[kind]), item.get("sha256") if kind == "image" else None)
+                        _check_hash(item[kind], item.get("sha256") if kind == "image" else None)
                 except UnusableVolume as error:
                     found.append((str(item["subject_id"]), str(item[kind]), error.reason))
         return found
@@ -118,13 +121,13 @@ def check_contents(item: Mapping[str, Any]) -> None:
     Raises:
         InputError: if it is not; names subject, file, reason and remedy.
     """
-    path = Path(item["image"])
     try:
-        _check_hash(path, item.get("sha256"))
+        _check_hash(item["image"], item.get("sha256"))
     except UnusableVolume as error:
+        forget(file_of(item["image"]))
         raise InputError(
-            f"{item.get('subject_id', path.name)}: {error.path}: {error.reason}. {_REMEDY}; then start the same "
-            "command again: a training resumes from its last checkpoint"
+            f"{item.get('subject_id', '')}: {error.path}: {error.reason}; {error.remedy}; then start the same command "
+            "again: a training resumes from its last checkpoint"
         ) from error
 
 
@@ -132,27 +135,36 @@ def _has_size(item: Mapping[str, Any], kind: str, shape: Sequence[int]) -> bool:
     """Whether a file is as long as a plain NIfTI file that ``volta3d prepare`` writes."""
     kinds = ["uint8"] if kind == "label" else [str(item["dtype"])] if "dtype" in item else list(DTYPES)
     voxels = int(np.prod(shape, dtype=np.int64))
-    sizes = [
-        352 + voxels * DTYPES[name].itemsize for name in (kinds if kind == "image" else ["uint8"]) if name in DTYPES
-    ]
+    sizes = [352 + voxels * DTYPES[name].itemsize for name in kinds if name in DTYPES]
     try:
-        return item[kind].endswith(".nii") and os.stat(item[kind]).st_size in sizes  # noqa: PTH116 - twice as fast
+        place = place_of(item[kind])
+        size = os.stat(file_of(item[kind])).st_size  # noqa: PTH116 - twice as fast
+        if place is not None:
+            return place.length in sizes and place.start + place.length <= size
+        return item[kind].endswith(".nii") and size in sizes
     except OSError:
         return False
 
 
-def _check_header(path: Path, datalist: Datalist) -> None:
-    header = read_header(path)
-    if header.shape != datalist.shape:
-        sizes = ["x".join(map(str, shape)) for shape in (header.shape, datalist.shape)]
+def _check_header(path: str, datalist: Datalist) -> None:
+    place = place_of(path)
+    if place is None:
+        header = read_header(path)
+        found, mm = header.shape, header.spacing
+    else:
+        volume = volume_of(place)
+        found, mm = volume.voxels.shape, tuple(np.linalg.norm(volume.affine[:3, :3], axis=0))
+    if found != datalist.shape:
+        sizes = ["x".join(map(str, shape)) for shape in (found, datalist.shape)]
         raise UnusableVolume(path, f"shape {sizes[0]} where the datalist says {sizes[1]}", _AGAIN)
-    if not np.allclose(header.spacing, datalist.spacing, rtol=0, atol=1e-3):
-        sizes = ["x".join(f"{s:.4g}" for s in spacing) for spacing in (header.spacing, datalist.spacing)]
+    if not np.allclose(mm, datalist.spacing, rtol=0, atol=1e-3):
+        sizes = ["x".join(f"{s:.4g}" for s in spacing) for spacing in (mm, datalist.spacing)]
         raise UnusableVolume(path, f"spacing {sizes[0]} mm where the datalist says {sizes[1]}", _AGAIN)
 
 
-def _check_voxels(path: Path, kind: str) -> None:
-    volume = read_volume(path)
+def _check_voxels(path: str, kind: str) -> None:
+    place = place_of(path)
+    volume = read_volume(path) if place is None else volume_of(place)
     if volume.voxels.dtype.kind == "f" and not np.isfinite(volume.voxels).all():
         bad = volume.voxels.size - int(np.isfinite(volume.voxels).sum())
         raise UnusableVolume(path, f"contains NaN or Inf ({bad:,} voxels)", _AGAIN)
@@ -165,7 +177,8 @@ def _check_voxels(path: Path, kind: str) -> None:
         raise UnusableVolume(path, "label values that are no integers", _AGAIN)
 
 
-def _check_hash(path: Path, digest: str | None) -> None:
-    with named_errors(path):
-        if digest and sha256_file(path) != digest:
-            raise UnusableVolume(path, "its content is not what was prepared (another hash)", _AGAIN)
+def _check_hash(path: str, digest: str | None) -> None:
+    with named_errors(Path(path)):
+        if digest and sha256_of(path) != digest:
+            remedy = _FETCH if is_remote(path) else _PACK if place_of(path) else _AGAIN
+            raise UnusableVolume(path, "its content is not what was prepared (another hash)", remedy)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from volta_components.data.identity import same_people, unfit_id
-from volta_components.data.items import PackedItems, packed_if_item
+from volta_components.data.items import PackedItems, Packer
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_json
 
@@ -65,7 +65,7 @@ class Datalist:
     @property
     def excluded(self) -> list[dict[str, Any]]:
         """What was left out, and why."""
-        return list(PackedItems(self.content.get("excluded", [])))
+        return list(self.content.get("excluded", []))
 
     @property
     def items(self) -> PackedItems:
@@ -135,7 +135,8 @@ def load_datalist(
             raise no_datalist(path)
         empty = make_content("none", [], [], 0, 1, [], [])
         return Datalist(path, empty, empty["hash"])
-    content = read_json(path, packed_if_item)
+    packer = Packer()
+    content = read_json(path, packer.hook)
     if not isinstance(content, dict) or not isinstance(content.get("training"), list):
         raise InputError(f"{path}: not a datalist (no list named 'training'); make one with volta3d prepare")
     if content.get("format") != FORMAT:
@@ -144,7 +145,9 @@ def load_datalist(
         )
     if not content["training"]:
         raise InputError(f"{path}: the datalist is empty; see its 'excluded' for the reasons, and prepare it again")
-    content = {**content, "training": PackedItems(content["training"])}
+    content["excluded"] = list(map(packer.plain, content.get("excluded", [])))
+    content["training"] = PackedItems(content["training"], packer)
+    packer.data.clear()  # it is in a circle with its encoder, so that Python would keep it for a while
     check_content(path, content)
     for name, wanted in (("shape", shape), ("spacing", spacing)):
         if wanted is None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -11,6 +12,44 @@ from typing import Any, overload
 import numpy as np
 
 PATHS = ("image", "label")
+_decode = json.JSONDecoder().decode
+
+
+class _Row:
+    """What stands for a packed item until its list is complete."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Packer:
+    """Packs items: of each its values as JSON; their keys are kept once for all items that have the same."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.ends = array("q")
+        self.kinds: dict[tuple[str, ...], int] = {}
+        self._encode = json.JSONEncoder(separators=(",", ":"), default=self.plain).encode
+
+    def add(self, item: Any) -> int:
+        """Pack an item, or whatever stands in its place; give its number."""
+        if isinstance(item, dict):
+            values = [self.kinds.setdefault(tuple(item), len(self.kinds)), *item.values()]
+        else:
+            values = [-1, item]
+        self.data += self._encode(values).encode()
+        self.ends.append(len(self.data))
+        return len(self.ends) - 1
+
+    def hook(self, found: dict[str, Any]) -> Any:
+        """For ``json.loads``: an item is packed as soon as it is read, so that never all of them are dictionaries."""
+        return _Row(self.add(found)) if "image" in found and "patient_id" in found else found
+
+    def plain(self, found: Any) -> Any:
+        """What a row stands for; anything else as it is."""
+        return PackedItems([found], self)[0] if isinstance(found, _Row) else found
 
 
 class PackedItems(Sequence[dict[str, Any]]):
@@ -20,27 +59,29 @@ class PackedItems(Sequence[dict[str, Any]]):
     of Python's gets a copy of the memory around it; bytes stay shared. PyTorch and MONAI have nothing for it.
 
     Args:
-        items: what to keep, in this order: anything that JSON can hold, or its JSON as bytes.
+        items: what to keep, in this order: anything that JSON can hold, or what ``packer`` made of it.
+        packer: has packed some of them.
     """
 
-    def __init__(self, items: Iterable[Any] = ()) -> None:
+    def __init__(self, items: Iterable[Any] = (), packer: Packer | None = None) -> None:
+        packer = packer or Packer()
+        rows = [item.number if isinstance(item, _Row) else packer.add(item) for item in items]
+        self._rows = np.array(rows, dtype=np.int64)
+        self._ends = np.array(packer.ends, dtype=np.int64)
+        self._data = bytes(packer.data)
+        self._kinds = list(packer.kinds)
         self._root: Path | None = None
-        packed = [item if isinstance(item, bytes) else pack(item) for item in items]
-        self._ends = np.cumsum([len(item) for item in packed], dtype=np.int64)
-        self._data = b"".join(packed)
-        self._rows = np.arange(len(packed), dtype=np.int64)
 
     def take(self, rows: Iterable[int] | np.ndarray) -> PackedItems:
         """The items at these places, in this order; nothing is copied."""
         other = PackedItems()
-        other._root, other._ends, other._data = self._root, self._ends, self._data
-        other._rows = self._rows[np.asarray(rows, dtype=np.int64)]
+        other.__dict__.update(self.__dict__, _rows=self._rows[np.asarray(rows, dtype=np.int64)])
         return other
 
     def below(self, root: Path) -> PackedItems:
-        """The same items, their paths below a folder."""
-        other = self.take(range(len(self)))
-        other._root = root
+        """The same items, their paths below a folder; what lies behind a URL stays there."""
+        other = PackedItems()
+        other.__dict__.update(self.__dict__, _root=root)
         return other
 
     def __len__(self) -> int:
@@ -56,20 +97,13 @@ class PackedItems(Sequence[dict[str, Any]]):
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
         row = self._rows[index]
-        item: dict[str, Any] = json.loads(self._data[self._ends[row - 1] if row else 0 : self._ends[row]])
+        kind, *values = _decode(self._data[self._ends[row - 1] if row else 0 : self._ends[row]].decode())
+        if kind < 0:
+            return values[0]  # type: ignore[no-any-return]
+        item: dict[str, Any] = dict(zip(self._kinds[kind], values))
         if self._root is not None:
-            item.update({key: str(self._root / item[key]) for key in PATHS if key in item})
+            item.update({key: str(self._root / item[key]) for key in PATHS if key in item and "://" not in item[key]})
         return item
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
-
-
-def pack(item: Any) -> bytes:
-    """JSON of an item; parts of it may be packed already."""
-    return json.dumps(item, separators=(",", ":"), default=json.loads).encode()
-
-
-def packed_if_item(found: dict[str, Any]) -> Any:
-    """For ``json.loads``: an item is packed as soon as it is read, so that never all of them are dictionaries."""
-    return pack(found) if "image" in found and "patient_id" in found else found

@@ -21,6 +21,8 @@ from volta_components.data.datalist import (
 )
 from volta_components.data.fingerprint import near_copies_of
 from volta_components.data.identity import canonical_patient_id, is_worldwide, loose_person, voxel_hashes
+from volta_components.data.places import file_of
+from volta_components.data.remote import is_remote
 from volta_components.errors import InputError
 from volta_components.files import write_json
 
@@ -241,7 +243,7 @@ def merge(
         for kind in ("image", "label")
         if kind in item
     ]
-    if missing := [row for row in files if not Path(row[1]).is_file()]:
+    if missing := [row for row in files if not is_remote(row[1]) and not Path(file_of(row[1])).is_file()]:
         raise InputError.many(
             f"{len(missing)} of {len(files)} volumes are not there", missing, "Restore them, or prepare them again."
         )
@@ -269,7 +271,7 @@ def merge(
         for item in datalist.content["training"]:
             entry = {**item, "cohort": item.get("cohort", datalist.name), **kept}
             for key in ("image", "label"):
-                if key in entry:
+                if key in entry and not is_remote(entry[key]):
                     entry[key] = (base / entry[key]).as_posix()
             if _person(item)[0] in shared:
                 entry.pop("visit", None)  # counted in each datalist on its own

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from volta_components.data.places import file_of, sha256_of
 from volta_components.errors import InputError
-from volta_components.files import sha256_file
 
 KINDS = ("image", "label")
 ABSENT = (-1, -1)
@@ -40,7 +40,7 @@ def make_stamps(items: Sequence[Any]) -> Tensor:
     numbers = array("q")
     for item, kind in _files(items):
         try:
-            found = os.stat(item[kind])  # noqa: PTH116 - twice as fast
+            found = os.stat(file_of(item[kind]))  # noqa: PTH116 - twice as fast
         except OSError:
             numbers.extend(ABSENT)
         else:
@@ -77,7 +77,7 @@ def check_stamps(path: Path, items: Sequence[Any], there: Tensor | None, here: T
         if before != now:
             return (*who, f"{now:,} bytes, {before:,} when the run began")
         known = item.get("sha256") if kind == "image" else None
-        if known and sha256_file(item[kind]) != known:
+        if known and sha256_of(item[kind]) != known:
             return (*who, "another content")
         return None
 
