@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import configparser
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,16 @@ def test_a_second_time_fills_gaps_and_leaves_the_rest(tmp_path: Path, capsys: py
     assert "1 files copied" in capsys.readouterr().out
     assert gone.read_bytes() == content
     assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_what_a_killed_copying_left_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "bundles" / "pretrain" / "configs"
+    folder.mkdir(parents=True)
+    lines = 'import sys; from volta_components.files import partial_prefix as p; open(f"{sys.argv[1]}/{p()}x", "w")'
+    subprocess.run([sys.executable, "-c", lines, str(folder)], check=True, cwd=ROOT)
+    assert len([*folder.glob(".partial-*")]) == 1
+    init(tmp_path)
+    assert [*tmp_path.rglob(".partial-*")] == []
 
 
 def test_changed_files_are_named_and_kept(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import volta_components
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, partial_prefix, sha256_file
+from volta_components.files import atomic_path, partial_prefix, remove_partials, sha256_file
 
 # What the wheel holds, by folder; setup.cfg has the same list. Weights that were trained here are not among it.
 SHIPPED = {
@@ -56,6 +56,7 @@ def init(folder: Path, /) -> int:
             "Nothing was copied. Move them away, or give another folder.",
         )
     missing = {path: copy for path, copy in wanted.items() if not copy.exists()}
+    remove_partials(*{copy.parent for copy in wanted.values()})  # of a copying that was killed
     for path, copy in missing.items():
         copy.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(copy) as temporary:
