@@ -99,7 +99,7 @@ class PackedItems(Sequence[dict[str, Any]]):
         row = self._rows[index]
         kind, *values = _decode(self._data[self._ends[row - 1] if row else 0 : self._ends[row]].decode())
         if kind < 0:
-            return values[0]  # type: ignore[no-any-return]
+            return values[0]
         item: dict[str, Any] = dict(zip(self._kinds[kind], values))
         if self._root is not None:
             item.update({key: str(self._root / item[key]) for key in PATHS if key in item and "://" not in item[key]})

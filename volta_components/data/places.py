@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -85,5 +85,5 @@ def image_of(place: Place) -> nib.Nifti1Image:
 def volume_of(place: Place) -> Volume:
     """The same as a file's volume; see ``read_volume``."""
     image = image_of(place)
-    proxy = image.dataobj
+    proxy: Any = image.dataobj
     return Volume(np.asarray(proxy.get_unscaled()), image.affine, float(proxy.slope), float(proxy.inter), 1)

@@ -71,9 +71,8 @@ def pack_data(datalist: Path | str, output: Path | str, shard_mb: int = 1000) ->
         if not _is_whole(target / name, members):
             raise InputError(f"{target / name}: is not what was written; check the disk, then start this command again")
         items += [_packed(item, name, target) for item in members]
-    content = loaded.content
-    facts = [content[key] for key in ("name", "spacing", "shape", "seed", "n_folds")]
-    write_json(target / "datalist.json", make_content(*facts, items, loaded.excluded))
+    facts = {key: loaded.content[key] for key in ("name", "spacing", "shape", "seed", "n_folds")}
+    write_json(target / "datalist.json", make_content(**facts, items=items, excluded=loaded.excluded))
     print(f"{target / 'datalist.json'}: {len(items)} volumes in {len(shards)} shards")
     return 0
 

@@ -118,9 +118,9 @@ def tuning_groups(
     parted: dict[tuple[float, bool, float], list[nn.Parameter]] = defaultdict(list)
     for group in groups:
         for parameter in group["params"]:
-            depth = depths.get(id(parameter))
-            rate = 1.0 if depth is None else encoder_rate * layer_decay**depth
-            parted[-rate, depth is not None, group["weight_decay"]].append(parameter)
+            pretrained = id(parameter) in depths
+            rate = encoder_rate * layer_decay ** depths[id(parameter)] if pretrained else 1.0
+            parted[-rate, pretrained, group["weight_decay"]].append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "rate": -rate, "pretrained": pretrained}
         for (rate, pretrained, decay), parameters in sorted(parted.items(), key=lambda item: item[0])
