@@ -16,6 +16,7 @@ import torch
 from ignite.engine import Events
 from method_helpers import (
     HIDDEN,
+    PATCH,
     PROTOTYPES,
     assert_equal_states,
     flat,
@@ -28,6 +29,7 @@ from monai.transforms import Compose, RandGaussianNoised
 from torch import nn
 
 from volta_components.errors import InputError
+from volta_components.method.air import AirTokens
 from volta_components.method.koleo import KoLeoLoss
 from volta_components.method.losses import (
     CentredTargets,
@@ -203,6 +205,16 @@ def test_nothing_waits_for_the_device_between_two_readings(targets: Any) -> None
         "koleo_loss": KoLeoLoss(HIDDEN, 8),
     }
     assert nothing_waits(**terms) == 3
+
+
+@pytest.mark.usefixtures("_meta_autocast")
+def test_nothing_waits_where_tokens_of_air_take_no_part() -> None:
+    class HalfAir:
+        def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+            return {**item, "image": item["image"] * (torch.arange(14) < 4)}
+
+    views = tiny_views(air=AirTokens(PATCH))
+    assert nothing_waits(views=views, transform=Compose([HalfAir()])) == 3
 
 
 @pytest.mark.usefixtures("_meta_autocast")

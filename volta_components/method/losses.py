@@ -391,7 +391,8 @@ class PatchAlignmentLoss(nn.Module):
             it (whole patches: ``mask_cell``). Not in the paper.
 
     Shapes:
-        student, teacher: ``[B, N, K]`` logits of the same crops, token for token, not multiplied out.
+        student, teacher: ``[B, N, K]`` logits of the same crops, token for token, not multiplied out; of fewer tokens
+            where some are left out, the mean being over the others.
         masked: ``[B, 1, D, H, W]``, true where the student's crop was replaced.
 
     Attributes:
@@ -442,7 +443,8 @@ class PatchAlignmentLoss(nn.Module):
         units = student.units
         weights = None
         if self.masked_patch is not None and masked is not None:
-            weights = avg_pool3d(masked.float(), tuple(self.masked_patch)).flatten()
+            weights = avg_pool3d(masked.float(), tuple(self.masked_patch)).flatten(1)
+            weights = (weights if student.places is None else weights[:, student.places]).flatten()
         if units.shape[:-1] != teacher.units.shape[:-1] or len(student.prototypes) != len(teacher.prototypes):
             raise ValueError(f"student {tuple(units.shape)} and teacher {tuple(teacher.units.shape)} differ")
         if self.token_centre_momentum is not None:
@@ -457,7 +459,11 @@ class PatchAlignmentLoss(nn.Module):
             return self.targets.sharpen(teacher.rows(rows), teacher_temperature)
 
         first = self.previous is None
-        previous = units[-1].detach() if self.previous is None else self.previous
+        places, previous = student.places, self.previous
+        if previous is None:
+            previous = units[-1].detach()
+        elif places is not None:
+            previous = previous[places]
         loss, entropy, mean_target, other = TokenCrossEntropy.apply(
             units, student.prototypes, previous, target_of, self.student_temperature, weights
         )
@@ -474,8 +480,13 @@ class PatchAlignmentLoss(nn.Module):
             predicted = (other - loss.detach()) / math.log(self.targets.out_dim)
             self.statistics["predicted"] = predicted * 0.0 if first else predicted
             if self.training:
+                newest = units[-1].detach()
+                if places is not None:
+                    # Where this volume has no token, that of an earlier one stays.
+                    old = newest.new_zeros(student.count, newest.shape[1]) if first else self.previous
+                    newest = old.index_copy(0, places, newest)
                 # The same in every process: a checkpoint holds that of one.
-                self.previous = gather_rows(units[-1:].detach())[-1].clone()
+                self.previous = gather_rows(newest[None])[-1].clone()
         return loss
 
     @torch.no_grad()

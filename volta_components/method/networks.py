@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from volta_components.errors import InputError
+from volta_components.method.air import packed_block
 from volta_components.method.monai_versions import settle_cross_attention
 from volta_components.method.projection import ProjectionHead, TokenLogits
 from volta_components.method.summariser import ClsSummariser, check_heads
@@ -125,6 +126,32 @@ class VoltaViT(ViTAutoEnc):
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)
+
+    def encode_some(self, image: Tensor, places: Tensor) -> Tensor:
+        """Final tokens ``[B, n, D]`` of the patches at some places ``[n]`` of the grid; the others take no part."""
+        tokens = self._embed(image)[:, places]
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+    def summaries_of_some(self, image: Tensor, kept: Tensor) -> Tensor:
+        """Summaries ``[B, D]`` of images, of each of which some patches take part: ``[B, N]``, true, on the host."""
+        lengths = kept.sum(dim=1).tolist()
+        places = kept.flatten().nonzero()[:, 0]
+        places = places.pin_memory() if image.is_cuda else places
+        tokens = self._embed(image).flatten(0, 1)[places.to(image.device, non_blocking=True)]
+        for block in self.blocks:
+            tokens = packed_block(block, tokens, lengths)
+        return torch.cat([self.summarise(own[None]) for own in self.norm(tokens).split(lengths)])
+
+    def voxels_of(self, places: Tensor, size: Sequence[int]) -> Tensor:
+        """Whether a voxel of an image of a size lies in a patch at one of some places of the grid, ``[D, H, W]``."""
+        grid = [side // patch for side, patch in zip(size, self.patch_size, strict=True)]
+        volume = torch.zeros(math.prod(grid), dtype=torch.bool, device=places.device)
+        volume = volume.index_fill(0, places, True).view(grid)
+        for axis, patch in enumerate(self.patch_size):
+            volume = volume.repeat_interleave(patch, dim=axis)
+        return volume
 
     def decode(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
         """Reconstruct an image ``[B, C, D, H, W]`` from tokens ``[B, N, D]`` on a token grid."""
@@ -270,20 +297,25 @@ class VoltaStudent(nn.Module):
         self.network = network
         self.head = head
 
-    def globals_(self, image: Tensor) -> tuple[GlobalOutput, Tensor]:
-        """Outputs of global crops ``[V, 1, D, H, W]``, and their tokens ``[V, N, D]``."""
-        tokens = self.network.encode(image)
+    def globals_(self, image: Tensor, places: Tensor | None = None) -> tuple[GlobalOutput, Tensor]:
+        """Outputs of global crops ``[V, 1, D, H, W]``, and their tokens ``[V, N, D]``, or of some places only."""
+        tokens = self.network.encode(image) if places is None else self.network.encode_some(image, places)
         summary = self.network.summarise(tokens)
-        return GlobalOutput(summary, self.head(summary), self.head.patches(tokens)), tokens
+        logits = self.head.patches(tokens)._replace(places=places, count=math.prod(self.network.token_grid(image)))
+        return GlobalOutput(summary, self.head(summary), logits), tokens
 
-    def local_logits(self, crops: Tensor) -> Tensor:
-        """Logits ``[L * B, K]`` of the summaries of clean local crops ``[L * B, 1, d, h, w]``."""
-        return self.head(self.network(crops))
+    def local_logits(self, crops: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Logits ``[L * B, K]`` of the summaries of clean local crops ``[L * B, 1, d, h, w]``, ``kept`` as in ``Kept``."""
+        return self.head(self.network(crops) if kept is None else self.network.summaries_of_some(crops, kept))
 
-    def forward(self, global_crops: Tensor) -> StudentOutput:
-        """Pass over masked global crops ``[2B, 1, D, H, W]``."""
-        output, tokens = self.globals_(global_crops)
-        return StudentOutput(output, self.network.decode(tokens, self.network.token_grid(global_crops)))
+    def forward(self, global_crops: Tensor, places: Tensor | None = None) -> StudentOutput:
+        """Pass over masked global crops ``[2B, 1, D, H, W]``; what is restored at places left out means nothing."""
+        output, tokens = self.globals_(global_crops, places)
+        grid = self.network.token_grid(global_crops)
+        if places is not None:
+            empty = tokens.new_zeros(len(tokens), math.prod(grid), tokens.shape[2])
+            tokens = empty.index_copy(1, places, tokens)
+        return StudentOutput(output, self.network.decode(tokens, grid))
 
 
 class VoltaTeacher(VoltaStudent):
@@ -294,9 +326,11 @@ class VoltaTeacher(VoltaStudent):
         self.requires_grad_(False)
 
     @torch.no_grad()
-    def forward(self, global_crops: Tensor) -> GlobalOutput:  # type: ignore[override]
-        """Outputs of unmasked global crops ``[2B, 1, D, H, W]``."""
-        return self.globals_(global_crops)[0]
+    def forward(  # type: ignore[override]
+        self, global_crops: Tensor, places: Tensor | None = None
+    ) -> GlobalOutput:
+        """Outputs of unmasked global crops ``[2B, 1, D, H, W]``, of all tokens or those at some places."""
+        return self.globals_(global_crops, places)[0]
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from volta_components.distributed import gather_rows, process_count
 from volta_components.errors import InputError
+from volta_components.method.air import Kept, kept_of
 from volta_components.method.ema import TeacherEMAHandler
 from volta_components.method.losses import DiCoMLoss
 from volta_components.method.networks import VoltaStudent, VoltaTeacher
@@ -62,7 +63,8 @@ class VoltaTrainer(Trainer):
     Args:
         device: where to compute.
         max_epochs: epochs of the run.
-        train_data_loader: gives ``image`` ``[B, 1, D, H, W]`` in [0, 1] and ``plan``, as ``DrawViewsd`` draws it. Its
+        train_data_loader: gives ``image`` ``[B, 1, D, H, W]`` in [0, 1], ``plan`` and, with the option ``views#air``,
+            ``kept``, as ``DrawViewsd`` draws them. Its
             sampler, a ``ResumableSampler``, is set to the first mini-batch of each epoch here.
         student: the student, or its ``DistributedDataParallel`` wrapper.
         teacher: gives the targets; nothing here changes it.
@@ -157,13 +159,13 @@ class VoltaTrainer(Trainer):
         self._clock = time.perf_counter()
         self._unread: list[dict[str, Any]] = []
         self._unread_summaries: list[Tensor] = []
-        self._check_sizes()
+        self._check_sizes(compile_blocks)
         if compile_blocks:
             for network in (self.plain_student.network, teacher.network):
                 network.compile_blocks()
         self.add_event_handler(Events.EPOCH_STARTED, self._epoch_started)
 
-    def _check_sizes(self) -> None:
+    def _check_sizes(self, compile_blocks: bool) -> None:
         """Crops can be cut into patches, and masked, before anything is recorded of the run."""
         network = self.plain_student.network
         for name, size in (
@@ -175,6 +177,14 @@ class VoltaTrainer(Trainer):
             except InputError as error:
                 raise InputError(f"{name}: {error}") from error
         self.views.mask.draw(self.views.global_geometry.size, np.random.default_rng(0))
+        if self.views.air is None:
+            return
+        if tuple(self.views.air.patch_size) != tuple(network.patch_size):
+            raise InputError(f"views#air: patch_size {self.views.air.patch_size} is not the network's {network.patch_size}")
+        if compile_blocks or self.loss.patch_loss.token_centre_momentum is not None:
+            raise InputError(
+                "views#air leaves out other tokens of each head: neither compile_blocks nor token_centre.json goes with it"
+            )
 
     @property
     def plain_student(self) -> VoltaStudent:
@@ -214,7 +224,8 @@ class VoltaTrainer(Trainer):
         views = self.views(image, batchdata["plan"])
         temperature = self.teacher_temperature(iteration)
         patch_temperature = self.patch_teacher_temperature(iteration)
-        output: dict[str, Any] = self._learn(views, temperature, patch_temperature, window, is_last)
+        kept = kept_of(batchdata.get("kept"), views.image.device)
+        output: dict[str, Any] = self._learn(views, kept, temperature, patch_temperature, window, is_last)
         if is_last:
             rate = self.learning_rate(step)
             for group in self.optimizer.param_groups:
@@ -265,26 +276,30 @@ class VoltaTrainer(Trainer):
         self.fire_event(ReadOut.NUMBERS_READ)
 
     def _learn(
-        self, views: Views, temperature: float, patch_temperature: float, window: int, is_last: bool
+        self, views: Views, kept: Kept, temperature: float, patch_temperature: float, window: int, is_last: bool
     ) -> dict[str, Any]:
         """Both forward and backward passes; the losses and their statistics."""
         autocast = torch.autocast(self.state.device.type, dtype=self.amp_dtype, enabled=self.mixed_precision)
         with autocast:
-            taught = self.teacher(views.teacher.flatten(0, 1))
+            taught = self.teacher(views.teacher.flatten(0, 1), kept.places)
         local_logits = taught.logits[:0]
         if len(views.local):
             # Not through the distributed wrapper: gradients are exchanged in the second backward pass.
             with autocast:
-                local_logits = self.plain_student.local_logits(views.local.flatten(0, 1))
+                local_logits = self.plain_student.local_logits(views.local.flatten(0, 1), kept.in_locals)
             (self.loss.local_crops(local_logits, taught, temperature) / window).backward()
         quiet: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if isinstance(self.student, DistributedDataParallel) and not is_last:
             quiet = self.student.no_sync()
         with quiet:
             with autocast:
-                learnt = self.student(views.student.flatten(0, 1))
+                learnt = self.student(views.student.flatten(0, 1), kept.places)
+            masked = views.masked
+            if kept.places is not None:
+                # Nothing restores what was left out.
+                masked = masked & self.plain_student.network.voxels_of(kept.places, masked.shape[3:])
             output = self.loss(
-                learnt, local_logits.detach(), taught, views.image, views.masked, temperature, patch_temperature
+                learnt, local_logits.detach(), taught, views.image, masked, temperature, patch_temperature
             )
             (output["loss"] / window).backward()
         # One view of each volume: two views of it would count twice.

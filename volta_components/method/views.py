@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.utils.data import default_collate
 
 from volta_components.errors import InputError
+from volta_components.method.air import AirTokens
 from volta_components.method.masking import VISIBLE, GroupMask
 from volta_components.training.sampling import derived_seed
 
@@ -313,6 +314,7 @@ class ViewGenerator:
         student_intensity: stronger changes.
         mask: group mask for the student's global crops.
         seed: base seed.
+        air: finds the tokens of crops that show only air, which then take no part; by default all take part.
     """
 
     num_global = 2
@@ -324,6 +326,7 @@ class ViewGenerator:
     student_intensity: IntensityAugment
     mask: GroupMask
     seed: int = 0
+    air: AirTokens | None = None
 
     def draw(self, shape: Sequence[int], key: Sequence[int]) -> ViewPlan:
         """Draw what is random about the views of one volume.
@@ -403,6 +406,8 @@ def part_of(plan: Any, i: int) -> Any:
 class DrawViewsd(MapTransform, RandomizableTrait):
     """Makes of an item what the trainer needs: ``image``, ``key``, and the views' ``plan``, all without metadata.
 
+    With the option ``air`` of the views there is ``kept`` as well: which tokens of ``globals`` and ``locals`` take part.
+
     A transform, so that the loader's workers draw. ``RandomizableTrait`` keeps it out of caches.
 
     Args:
@@ -416,4 +421,11 @@ class DrawViewsd(MapTransform, RandomizableTrait):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """An item with ``image`` ``[1, D, H, W]`` and its ``key``, (epoch, index)."""
         image = convert_to_tensor(data["image"], dtype=torch.float32, track_meta=False)
-        return {"image": image, "key": data["key"], "plan": self.views.draw(image.shape[1:], data["key"].tolist())}
+        plan = self.views.draw(image.shape[1:], data["key"].tolist())
+        item: dict[Hashable, Any] = {"image": image, "key": data["key"], "plan": plan}
+        if self.views.air is not None:
+            item["kept"] = {
+                "globals": self.views.air.kept(image, *plan.global_crops, self.views.global_geometry.size),
+                "locals": self.views.air.kept(image, *plan.local_crops, self.views.local_geometry.size),
+            }
+        return item
