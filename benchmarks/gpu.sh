@@ -1,19 +1,26 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # What only a GPU can tell, in one run of about ten minutes, written to benchmarks/results/gpu.md with the card's name:
-# tests (none of which may wait for the GPU within a mini-batch), a step at the paper's size in float32, bfloat16 and
-# compiled, with its memory, how fast the loader is, and five minutes of pretraining with their curve.
+# whether anything waits for the GPU, the tests, a step at the paper's size in float32, bfloat16 and compiled with its
+# memory, how fast the loader is, five minutes of pretraining on synthetic heads with their curve, fine-tuning and
+# inference. Each part has a time limit; one that fails says so in the report, and the others go on.
 #
-#   benchmarks/gpu.sh [--tiny] [--wheels FOLDER] [--output FILE]
+#   benchmarks/gpu.sh [--tiny] [--parts "WAITS TESTS ..."] [--wheels FOLDER] [--output FILE]
 #
-# --tiny: small sizes and a few seconds of pretraining, on a CPU where there is no GPU.
-# --wheels: for a machine with PyTorch but neither MONAI nor a network: wheels from this folder are unpacked and used.
+# --tiny: small sizes and a few seconds of pretraining, on a CPU where there is no GPU: a test of this script.
+# --parts: only some of waits, tests, step, loader, pretrain, tasks.
+# --wheels (or the variable WHEELS): for a machine with PyTorch but neither MONAI nor a network: wheels from this folder
+# are unpacked and used. They are fetched elsewhere, for the Python of that machine:
+#   grep -E '^[a-z].*==' constraints.txt | grep -vE '^(torch|nvidia|triton|cuda)' >names.txt
+#   python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --dest FOLDER -r names.txt
 set -euo pipefail
 cd "$(dirname "$0")/.."
-size=paper minutes=5 subjects=64 epochs=200 wheels="" output=benchmarks/results/gpu.md
+size=paper seconds=300 subjects=64 epochs=200 output=benchmarks/results/gpu.md
+wheels=${WHEELS:-} parts="waits tests step loader pretrain tasks"
 while [ $# -gt 0 ]; do
     case "$1" in
-        --tiny) size=tiny minutes=1 subjects=10 epochs=2 ;;
+        --tiny) size=tiny seconds=240 subjects=10 epochs=2 ;;
+        --parts) parts=$2; shift ;;
         --wheels) wheels=$2; shift ;;
         --output) output=$2; shift ;;
         *) echo "unknown option $1" >&2; exit 2 ;;
@@ -36,39 +43,57 @@ if [ "$device" = cpu ] && [ "$size" != tiny ]; then
 fi
 report=$work/report.md
 part() { printf '\n## %s\n\n' "$1" | tee -a "$report"; }
-# What fails is part of the report, and does not keep the rest from running.
-try() { "$@" 2>"$work/errors.txt" | tee -a "$report" || { echo; echo "failed:"; tail -n 5 "$work/errors.txt"; } | tee -a "$report"; }
+wanted() { case " $parts " in *" $1 "*) ;; *) return 1 ;; esac; }
+# A command with a time limit in seconds; what fails is part of the report, and does not keep the rest from running.
+try() {
+    timeout --kill-after=10 "$@" 2>"$work/errors.txt" | tee -a "$report" && return
+    { printf '\nnot finished within %s seconds, or failed:\n' "$1"; tail -n 5 "$work/errors.txt"; } | tee -a "$report"
+}
+step() { try "$1" "$python" benchmarks/step.py --size "$size" --device "$device" --turns 1 "${@:2}"; }
 
 printf '# On %s\n\n`benchmarks/gpu.sh`, sizes: %s, %s, torch %s\n' "$card" "$size" "$(date -u +%F)" \
     "$("$python" -c 'import torch; print(torch.__version__)')" >"$report"
-
-part "Tests"
-if [ "$device" = cuda ]; then
-    VOLTA_TEST_GPU=1 try "$python" -m pytest -q -p no:cacheprovider tests/integration/test_gpu.py
-else
-    echo "no GPU was to be had: the tests were not run" | tee -a "$report"
+if [ "$device" = cpu ]; then
+    printf '\n**No GPU was to be had.** These figures test the script, at small sizes on a CPU; they say nothing of a GPU.\n' >>"$report"
 fi
 
-part "A step"
-try "$python" benchmarks/step.py --size "$size" --device "$device" --turns 1 --repeats 3
-
-part "The loader"
-try "$python" benchmarks/loader.py --size "$size"
-
-part "Pretraining, $minutes minutes"
-{
-    "$python" -m volta_components.cli phantom --output "$work/raw" --subjects "$subjects" --seed 1 --spacing 3
-    "$python" -m volta_components.cli prepare --layout bids --source "$work/raw" --output "$work/data" \
-        --spacing 3 --shape 48,64,64
-} >"$work/data.txt" 2>&1 || tail -n 5 "$work/data.txt" | tee -a "$report"
-# Ends by itself after the last epoch, or by the signal after which nothing is lost.
-timeout --signal=TERM "${minutes}m" "$python" -m monai.bundle run \
-    --config_file "['bundles/pretrain/configs/train.json','bundles/pretrain/configs/tiny.json']" \
-    --dataset_dir "$work/data" --output_dir "$work/run" --encoder_path "$work/encoder.safetensors" \
-    --epochs "$epochs" --warmup_epochs 1 >"$work/run.txt" 2>&1 || true
-if ! grep -oE 'epoch [0-9]+ of [0-9]+: .*' "$work/run.txt" | awk 'NR <= 3 || NR % 10 == 0 { print "    " $0 }' |
-    tee -a "$report" | grep -q .; then
-    { echo "no epoch was finished:"; tail -n 5 "$work/run.txt"; } | tee -a "$report"
+tests() { VOLTA_TEST_GPU=1 try "$1" "$python" -m pytest -q -p no:cacheprovider tests/integration/test_gpu.py "${@:2}"; }
+if wanted waits; then
+    part "Does anything wait for the GPU within a mini-batch?"
+    tests 120 -k nothing_waits
+fi
+if wanted tests; then
+    part "Each training and each inference on the GPU (make test-gpu)"
+    tests 300 -x
+fi
+if wanted step; then
+    part "A step: float32, bfloat16, compiled; its memory; views; data from disk; a peer"
+    step 300 --repeats 3 --rows "a step" "same in float32" "peak memory" "views a second"
+fi
+if wanted loader; then
+    part "The loader"
+    try 90 "$python" benchmarks/loader.py --size "$size"
+fi
+if wanted pretrain; then
+    part "Pretraining on synthetic heads, $seconds seconds at most"
+    {
+        "$python" -m volta_components.cli phantom --output "$work/raw" --subjects "$subjects" --seed 1 --spacing 3
+        "$python" -m volta_components.cli prepare --layout bids --source "$work/raw" --output "$work/data" \
+            --spacing 3 --shape 48,64,64
+    } >"$work/data.txt" 2>&1 || tail -n 5 "$work/data.txt" | tee -a "$report"
+    # Ends by itself after the last epoch, or by the signal after which nothing is lost.
+    timeout --signal=TERM --kill-after=60 "$seconds" "$python" -m monai.bundle run \
+        --config_file "['bundles/pretrain/configs/train.json','bundles/pretrain/configs/tiny.json']" \
+        --dataset_dir "$work/data" --output_dir "$work/run" --encoder_path "$work/encoder.safetensors" \
+        --epochs "$epochs" --warmup_epochs 1 --num_workers 2 >"$work/run.txt" 2>&1 || true
+    if ! grep -oE 'epoch [0-9]+ of [0-9]+: .*' "$work/run.txt" | awk 'NR <= 3 || NR % 10 == 0 { print "    " $0 }' |
+        tee -a "$report" | grep -q .; then
+        { echo "no epoch was finished:"; tail -n 5 "$work/run.txt"; } | tee -a "$report"
+    fi
+fi
+if wanted tasks; then
+    part "Fine-tuning and inference"
+    step 180 --repeats 2 --rows hippocampus fine-tuning
 fi
 
 mkdir -p "$(dirname "$output")"

@@ -1,50 +1,111 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step of pretraining: this project beside the stock form, as ratios measured in one run.
+"""One step of pretraining, and the work around it, beside its stock forms: ratios measured side by side in one run.
 
 A step is all of it: views, teacher, student, losses, backward pass, optimiser, moving average. The stock form is as
 MONAI's tutorials write it: a chain of dictionary transforms makes each view, ``ViTAutoEnc`` sees one view a pass, its
 attention maps are kept, everything is float32, and the same losses are PyTorch's own functions on whole arrays. Every
-figure comes from a process of its own; the forms take turns, so that a busy machine is busy for both. On a CPU it is
-the time that the process computed (of all its threads together), which says more on a machine that is shared.
+figure comes from a process of its own; the forms of a row take turns, so that a busy machine is busy for both. On a CPU
+it is the time that the process computed (of all its threads together), which says more on a machine that is shared.
 
-    python benchmarks/step.py [--size tiny|small|paper] [--turns 2] [--device cpu|cuda] [--output FILE]
+    python benchmarks/step.py [--size tiny|small|paper] [--turns 2] [--device cpu|cuda] [--rows ...] [--output FILE]
 
-On one core, ``small`` takes a minute a turn; ``paper`` takes several and 10 GiB.
+On one core, ``small`` takes some minutes a turn; ``paper`` takes half an hour and 10 GiB.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from step_forms import SIZES, Size, clock_of, gemm_rate, monai_views, our_views, ours, stock, token_losses
+from less_work import PAIRS, kept_share
+from step_forms import SIZES, Size, clock_of, flops_of, gemm_rate, monai_views, our_views, ours, stock
+from step_peer import peer
+from task_forms import Starter, fine_tuning, unetr_inference
 
-FORMS = ("stock, float32", "this project, float32", "this project, bfloat16", "this project, bfloat16, compiled")
-VIEWS = ("MONAI's dictionary transforms", "this project")
+Step = Callable[[], None]
+HALF, FULL = torch.bfloat16, torch.float32
+# By name; each is made in a process of its own, with a folder for its data.
+FORMS: dict[str, Callable[[Size, torch.device, Path], Step]] = {
+    "stock MONAI, float32": lambda size, device, _: stock(size, device),
+    "this project, float32": lambda size, device, _: ours(size, device, FULL).step,
+    "this project, bfloat16": lambda size, device, _: ours(size, device, HALF).step,
+    "this project, bfloat16, compiled": lambda size, device, _: ours(size, device, HALF, compiled=True).step,
+    "this project, bfloat16, from disk": lambda size, device, folder: ours(size, device, HALF, folder=folder).step,
+    "DINOv2-style peer, bfloat16": lambda size, device, _: peer(size, device, HALF),
+    "views by MONAI's dictionary transforms": lambda size, device, _: monai_views(size, device),
+    "views by this project": lambda size, device, _: our_views(size, device),
+    "starter model by MONAI's sliding window, float32": lambda size, device, _: Starter(device).stock,
+    "starter model by the bundle's, bfloat16": lambda size, device, _: Starter(device).ours,
+    "UNETR by MONAI's sliding window, float32": lambda size, device, _: unetr_inference(size, device, True),
+    "UNETR by the bundle's, bfloat16": lambda size, device, _: unetr_inference(size, device, False),
+    "fine-tuning as MONAI's tutorial, float32": lambda size, device, folder: fine_tuning(size, device, folder, True),
+    "fine-tuning by the bundle, float32": lambda size, device, folder: fine_tuning(size, device, folder, False, False),
+    "fine-tuning by the bundle, bfloat16": lambda size, device, folder: fine_tuning(size, device, folder, False),
+}
+for _title, _forms in PAIRS.items():
+    for _place, _form in zip(("plain", "here"), _forms, strict=True):
+        FORMS[f"{_title}: {_place}"] = lambda size, device, _, make=_form: make(size, device)
 
-
-def seconds_of(step: Callable[[], None], repeats: int, device: torch.device) -> float:
-    """Median time of a step, after one that warms up: computing time on a CPU, wall time on a GPU."""
-    clock = clock_of(device)
-    times = []
-    for _ in range(repeats + 1):
-        started = clock()
-        step()
-        times.append(clock() - started)
-    return statistics.median(times[1:])
+OURS, STOCK = "this project, bfloat16", "stock MONAI, float32"
+# Figure, goal, the form above the line, the form below it, and what is compared of them.
+ROWS: list[tuple[str, str, str, str, str]] = [
+    ("a step, stock MONAI / this project", ">= 3", STOCK, OURS, "seconds"),
+    ("the same in float32", "", STOCK, "this project, float32", "seconds"),
+    ("peak memory, this project / stock MONAI", "<= 0.50", OURS, STOCK, "gib"),
+    ("the same in float32", "", "this project, float32", STOCK, "gib"),
+    ("a step, plain / compiled", "", OURS, "this project, bfloat16, compiled", "seconds"),
+    (
+        "views a second, this project / MONAI's dictionary transforms",
+        ">= 8",
+        "views by MONAI's dictionary transforms",
+        "views by this project",
+        "seconds",
+    ),
+    ("a step, read from disk / in memory", "<= 1.05", "this project, bfloat16, from disk", OURS, "seconds"),
+    ("a step, DINOv2-style peer / this project", "> 1.2", "DINOv2-style peer, bfloat16", OURS, "seconds"),
+    (
+        "hippocampus inference, starter model, stock / this project",
+        ">= 2",
+        "starter model by MONAI's sliding window, float32",
+        "starter model by the bundle's, bfloat16",
+        "seconds",
+    ),
+    (
+        "hippocampus inference, UNETR, stock / this project",
+        ">= 2",
+        "UNETR by MONAI's sliding window, float32",
+        "UNETR by the bundle's, bfloat16",
+        "seconds",
+    ),
+    (
+        "fine-tuning epoch, UNETR, stock / this project",
+        ">= 1.5",
+        "fine-tuning as MONAI's tutorial, float32",
+        "fine-tuning by the bundle, bfloat16",
+        "seconds",
+    ),
+    (
+        "the same in float32",
+        "",
+        "fine-tuning as MONAI's tutorial, float32",
+        "fine-tuning by the bundle, float32",
+        "seconds",
+    ),
+]
 
 
 def peak_gib(device: torch.device) -> float:
@@ -55,118 +116,157 @@ def peak_gib(device: torch.device) -> float:
 
 
 def turn(name: str, size: Size, device: torch.device, repeats: int) -> dict[str, float]:
-    """One form, in this process."""
+    """One form, in this process: the median time of its steps, after one that warms up and is counted."""
     result: dict[str, float] = {}
-    if name == FORMS[0]:
-        step: Callable[[], None] = stock(size, device)
-    elif name in FORMS:
-        dtype = torch.float32 if "float32" in name else torch.bfloat16
-        result["gemm"] = gemm_rate(dtype, device)
-        step, result["flops"] = ours(size, device, dtype, "compiled" in name)
-    elif name == VIEWS[0]:
-        step = monai_views(size, device)
-    elif name == VIEWS[1]:
-        step = our_views(size, device)
-    else:
-        step = token_losses(size, device, plain=name == "plain")
-    result["seconds"] = seconds_of(step, repeats, device)
+    clock = clock_of(device)
+    with tempfile.TemporaryDirectory() as folder:
+        step = FORMS[name](size, device, Path(folder))
+        if name in (OURS, "this project, float32"):
+            result["gemm"] = gemm_rate(HALF if name == OURS else FULL, device)
+            result["flops"] = flops_of(step)
+        else:
+            step()
+        times = []
+        for _ in range(repeats):
+            started = clock()
+            step()
+            times.append(clock() - started)
+    result["seconds"] = statistics.median(times)
     result["gib"] = peak_gib(device)
+    if name == "starter model by the bundle's, bfloat16":
+        result["dice"] = Starter(device).dice()
     return result
 
 
-def pair(size: Size, processes: int, rank: int, place: str) -> dict[str, float]:
-    """A window of eight mini-batches in one of some processes, on one thread."""
+def pair(size: Size, processes: int, rank: int, place: str, window: int) -> dict[str, float]:
+    """A window of mini-batches in one of some processes, on one thread: seconds by the wall, and computed."""
     torch.set_num_threads(1)
     if processes > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         torch.distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=processes)
-    step, _ = ours(size, torch.device("cpu"), torch.bfloat16, False, window=8)
+    step = ours(size, torch.device("cpu"), HALF, window=window).step
     step()
-    started = time.perf_counter()
-    for _ in range(8):
+    wall, computed = time.perf_counter(), time.process_time()
+    for _ in range(window):
         step()
-    return {"seconds": time.perf_counter() - started}
+    return {"wall": time.perf_counter() - wall, "computed": time.process_time() - computed}
+
+
+def pool_of(count: int, device: str) -> ProcessPoolExecutor:
+    """Fresh processes; forked ones need not import again, but cannot use a GPU."""
+    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn" if device == "cuda" else "fork"))
+
+
+def alone(device: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """A function's result in a process of its own, so that its memory is its own too."""
+    with pool_of(1, device) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 class Turns:
-    """Starts forms in processes of their own."""
+    """Starts forms in processes of their own, and remembers what they measured."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.names = ("--size", options.size, "--device", options.device, "--repeats", str(options.repeats))
+        self.found: dict[str, list[dict[str, float]]] = {}
 
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        """A process with words of its own."""
-        command = [sys.executable, __file__, *self.names, *words]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def result(self, process: subprocess.Popen[str]) -> dict[str, float]:
-        """What a process has printed last."""
-        out, error = process.communicate()
-        if process.returncode:
-            raise RuntimeError(error[-3000:])
-        found: dict[str, float] = json.loads(out.splitlines()[-1])
-        return found
-
-    def best(self, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
-        """The fastest of each form's turns, and its largest memory."""
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    def measure(self, names: list[str]) -> None:
+        """Forms that take turns."""
+        size, device = SIZES[self.options.size], torch.device(self.options.device)
         for _ in range(self.options.turns):
             for name in names:
-                found[name].append(self.result(self.start("--form", name)))
-        peaks = {name: max(one["gib"] for one in all_of) for name, all_of in found.items()}
-        fastest = {name: min(all_of, key=lambda one: one["seconds"]) for name, all_of in found.items()}
-        return {name: {**fastest[name], "gib": peaks[name]} for name in names}
+                found = alone(self.options.device, turn, name, size, device, self.options.repeats)
+                self.found.setdefault(name, []).append(found)
 
-    def processes(self) -> float:
-        """Mini-batches a second of two processes of one thread each, over those of one such process."""
+    def best(self, name: str) -> dict[str, float]:
+        """A form's fastest turn, and its largest memory."""
+        turns = self.found[name]
+        return {**min(turns, key=lambda one: one["seconds"]), "gib": max(one["gib"] for one in turns)}
+
+    def ratio(self, above: str, below: str, what: str) -> float:
+        """Of two forms."""
+        return self.best(above)[what] / self.best(below)[what]
+
+    def processes(self) -> tuple[float, float]:
+        """Mini-batches of two processes of one thread each over those of one: by the wall, and by time computed."""
+        size, window = SIZES[self.options.size], self.options.window
         times = []
-        for processes in (1, 2):
-            with tempfile.TemporaryDirectory() as folder:
-                words = ("--pair", f"{folder}/place", "--processes", str(processes))
-                started = [self.start(*words, "--rank", str(rank)) for rank in range(processes)]
-                times.append(max(self.result(process)["seconds"] for process in started))
-        return 2 * times[0] / times[1]
+        for count in (1, 2):
+            with tempfile.TemporaryDirectory() as folder, pool_of(count, "cpu") as pool:
+                started = [pool.submit(pair, size, count, rank, f"{folder}/place", window) for rank in range(count)]
+                ends = [process.result() for process in started]
+                times.append({name: max(one[name] for one in ends) for name in ends[0]})
+        wall, computed = (2 * times[0][name] / times[1][name] for name in ("wall", "computed"))
+        return wall, computed
+
+
+def head(options: argparse.Namespace) -> Iterator[str]:
+    """What was measured, where and how."""
+    size = SIZES[options.size]
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
+    yield f"# A step of pretraining and the work around it, beside stock forms: size {options.size}"
+    yield ""
+    rows = f" --rows {' '.join(options.rows)}" if options.rows else ""
+    words = f"--size {options.size} --turns {options.turns} --device {options.device}{rows}"
+    yield f"`python benchmarks/step.py {words}`: {machine}, {os.cpu_count()} cores, {torch.get_num_threads()} threads,"
+    yield f"load {os.getloadavg()[0]:.1f} at the start, Python {platform.python_version()}, torch {torch.__version__}."
+    yield f"Global crops 2 x {'x'.join(map(str, size.image))}, local crops {size.num_local} x {size.local}^3,"
+    yield f"{size.layers} blocks of {size.hidden}, {size.prototypes} prototypes, a volume a step."
+    yield "The fastest turn counts, in seconds of computing on a CPU; memory is the largest."
 
 
 def table(options: argparse.Namespace) -> Iterator[str]:
     """The results as lines of Markdown."""
     turns, size = Turns(options), SIZES[options.size]
-    compiled = options.device == "cuda" or options.compile
-    machine = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
-    yield "# A step of pretraining beside the stock form"
+    yield from head(options)
+
+    def wanted(title: str) -> bool:
+        return not options.rows or any(word in title for word in options.rows)
+
+    skipped = set() if options.device == "cuda" or options.compile else {"this project, bfloat16, compiled"}
+    rows = [row for row in ROWS if wanted(row[0]) and not skipped & set(row[2:4])]
+    turns.measure(list(dict.fromkeys(name for row in rows for name in row[2:4])))
     yield ""
-    words = f"--size {options.size} --turns {options.turns} --device {options.device}"
-    yield f"`python benchmarks/step.py {words}`: {machine}, {os.cpu_count()} cores, {torch.get_num_threads()} threads,"
-    yield f"load {os.getloadavg()[0]:.1f} at the start, Python {platform.python_version()}, torch {torch.__version__}."
-    yield f"Global crops 2 x {'x'.join(map(str, size.image))}, local crops {size.num_local} x {size.local}^3, "
-    yield f"{size.layers} blocks of {size.hidden}, {size.prototypes} prototypes, a volume a step."
-    yield "The fastest turn counts, in CPU time on a CPU; memory is the largest."
-    forms = turns.best(FORMS if compiled else FORMS[:-1])
+    yield "| figure | goal | ratio | turns |"
+    yield "|---|---|--:|--:|"
+    for title, goal, above, below, what in rows:
+        yield f"| {title} | {goal} | {turns.ratio(above, below, what):.2f} | {options.turns} |"
+    for name in (OURS, "this project, float32"):
+        if name in turns.found:
+            one = turns.best(name)
+            share = one["flops"] / one["seconds"] / one["gemm"]
+            goal = ">= 0.45" if options.device == "cuda" else ">= 0.70"
+            yield f"| FLOPs / time / rate of a matrix product, {name[14:]} | {goal} | {share:.2f} | {options.turns} |"
+    if options.device == "cpu" and wanted("two processes / one"):
+        wall, computed = turns.processes()
+        yield f"| two processes of one core each / one, by the wall | >= 1.8 | {wall:.2f} | 1 |"
+        yield f"| the same by time computed, as on two free cores | >= 1.8 | {computed:.2f} | 1 |"
+    if any("dice" in one for all_of in turns.found.values() for one in all_of):
+        dice = turns.best("starter model by the bundle's, bfloat16")["dice"]
+        yield f"| both masks of the starter model, Dice | > 0.999 | {dice:.4f} | 1 |"
     yield ""
-    yield "| form | s / step | stock / this | peak GiB | this / stock | FLOPs / time / GEMM rate |"
-    yield "|---|---|---|---|---|---|"
-    first = forms[FORMS[0]]
-    for name, one in forms.items():
-        share = f"{one['flops'] / one['seconds'] / one['gemm']:.2f}" if "flops" in one else ""
-        cells = f"{one['seconds']:.3g} | {first['seconds'] / one['seconds']:.2f} | {one['gib']:.2f}"
-        yield f"| {name} | {cells} | {one['gib'] / first['gib']:.2f} | {share} |"
-    views = turns.best(VIEWS)
-    yield ""
-    yield "| views (two global crops for teacher and student each, and the local crops) | views / s | ratio |"
-    yield "|---|---|---|"
-    for name, one in views.items():
-        rate = (4 + size.num_local) / one["seconds"]
-        yield f"| {name} | {rate:.3g} | {views[VIEWS[0]]['seconds'] / one['seconds']:.1f} |"
-    parts = turns.best(("plain", "a few at a time"))
-    yield ""
-    yield "| cross-entropy of patch tokens, with its gradient | s | peak GiB of the process |"
-    yield "|---|---|---|"
-    for name, one in parts.items():
+    yield "| form | s | peak GiB |"
+    yield "|---|--:|--:|"
+    for name in turns.found:
+        one = turns.best(name)
         yield f"| {name} | {one['seconds']:.3g} | {one['gib']:.2f} |"
-    if options.device == "cpu":
+    pairs = [title for title in PAIRS if wanted("less work")]
+    if pairs:
         yield ""
-        yield f"Two processes of one thread each do {turns.processes():.2f} times the mini-batches of one (bfloat16)."
+        yield "Less work for the same gradient:"
+        yield ""
+        yield "| what | s without | s with | without / with | peak GiB without | with |"
+        yield "|---|--:|--:|--:|--:|--:|"
+    for title in pairs:
+        names = [f"{title}: {place}" for place in ("plain", "here")]
+        turns.measure(names)
+        plain, here = (turns.best(name) for name in names)
+        cells = f"{plain['seconds']:.3g} | {here['seconds']:.3g} | {plain['seconds'] / here['seconds']:.2f}"
+        yield f"| {title} | {cells} | {plain['gib']:.2f} | {here['gib']:.2f} |"
+    if pairs:
+        shares = alone(options.device, kept_share, size)
+        yield ""
+        yield f"Without air, {shares[0]:.0%} of the tokens of global crops remain, and {shares[1]:.0%} of local crops'."
 
 
 def main() -> None:
@@ -177,24 +277,16 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1, help="steps of a turn that are timed")
     parser.add_argument("--compile", action="store_true", help="the compiled form on a CPU as well")
+    parser.add_argument("--window", type=int, default=8, help="mini-batches of a window of two processes")
+    parser.add_argument("--rows", nargs="*", help="only rows with one of these words")
     parser.add_argument("--output", type=Path)
-    for word in ("--form", "--pair"):
-        parser.add_argument(word, help=argparse.SUPPRESS)
-    for word in ("--processes", "--rank"):
-        parser.add_argument(word, type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    size = SIZES[options.size]
-    if options.form:
-        print(json.dumps(turn(options.form, size, torch.device(options.device), options.repeats)))
-    elif options.pair:
-        print(json.dumps(pair(size, options.processes, options.rank, options.pair)))
-    else:
-        lines = []
-        for line in table(options):
-            print(line, flush=True)
-            lines.append(line)
-        if options.output:
-            options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = []
+    for line in table(options):
+        print(line, flush=True)
+        lines.append(line)
+    if options.output:
+        options.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

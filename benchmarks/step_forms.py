@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai import transforms as t
@@ -21,6 +24,7 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from volta_components.distributed import process_count
+from volta_components.method.air import AirTokens
 from volta_components.method.ema import TeacherEMAHandler
 from volta_components.method.losses import (
     CentredTargets,
@@ -31,7 +35,7 @@ from volta_components.method.losses import (
 )
 from volta_components.method.masking import GroupMask
 from volta_components.method.networks import VoltaStudent, VoltaViT, make_teacher, parameter_groups
-from volta_components.method.projection import ProjectionHead, TokenLogits
+from volta_components.method.projection import ProjectionHead
 from volta_components.method.trainer import VoltaTrainer
 from volta_components.method.views import CropGeometry, DrawViewsd, IntensityAugment, ViewGenerator
 from volta_components.training.sampling import KeyedDataset, ResumableSampler
@@ -238,22 +242,49 @@ def stock(size: Size, device: torch.device) -> Callable[[], None]:
     return step
 
 
+class Ours(NamedTuple):
+    """This project's step, by its own trainer.
+
+    Attributes:
+        step: does a mini-batch; the last one of an accumulation window steps the optimiser.
+        trainer: whose step it is.
+    """
+
+    step: Callable[[], None]
+    trainer: VoltaTrainer
+
+
 def ours(
-    size: Size, device: torch.device, dtype: torch.dtype, compiled: bool, window: int = 1
-) -> tuple[Callable[[], None], float]:
-    """This project's step, by its own trainer, and the FLOPs that PyTorch counts in it."""
+    size: Size,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool = False,
+    window: int = 1,
+    folder: Path | None = None,
+    volume: Tensor | None = None,
+    air: AirTokens | None = None,
+) -> Ours:
+    """This project's step; with a folder, volumes are read from files there, as ``train.json`` reads them."""
     network = VoltaViT(1, size.image, PATCH, size.hidden, 4 * size.hidden, size.layers, size.heads)
     plain = VoltaStudent(network, ProjectionHead(size.hidden, size.head, 256, size.prototypes)).to(device)
     teacher = make_teacher(plain)
-    several = process_count() > 1
-    student = DistributedDataParallel(plain) if several else plain
-    views = generator_of(size)
-    data = KeyedDataset([{"image": volume_of(size)[0]}] * 64 * process_count(), DrawViewsd(views))
-    sampler = ResumableSampler(len(data))
+    student = DistributedDataParallel(plain) if process_count() > 1 else plain
+    views = dataclasses.replace(generator_of(size), air=air)
+    volume = volume_of(size) if volume is None else volume
+    items: list[dict[str, Any]] = [{"image": volume[0]}] * 64 * process_count()
+    transform: Any = DrawViewsd(views)
+    if folder is not None:
+        paths = [folder / f"{i}.nii" for i in range(4)]
+        for path in paths:
+            nib.Nifti1Image(volume[0, 0].numpy(), np.eye(4)).to_filename(path)
+        items = [{"image": str(path)} for path in paths] * 16
+        load = t.LoadImaged("image", reader="NibabelReader", ensure_channel_first=True)
+        transform = t.Compose([load, transform])
+    data = KeyedDataset(items, transform)
     trainer = VoltaTrainer(
         device,
         1,
-        DataLoader(data, sampler=sampler),
+        DataLoader(data, sampler=ResumableSampler(len(data))),
         student,
         teacher,
         torch.optim.AdamW(parameter_groups(plain, 0.04), lr=1e-4, fused=True),
@@ -279,17 +310,19 @@ def ours(
         trainer.state.iteration += 1
         trainer._iteration(trainer, next(batches))
 
-    flops = 0.0
-    if not compiled and not several:
-        aten = torch.ops.aten
-        counts: dict[Any, Any] = {
-            aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-        }
-        with FlopCounterMode(display=False, custom_mapping=counts) as counter:
-            step()
-        flops = float(counter.get_total_flops())
-    return step, flops
+    return Ours(step, trainer)
+
+
+def flops_of(step: Callable[[], None]) -> float:
+    """The FLOPs that PyTorch counts in a step."""
+    aten = torch.ops.aten
+    counts: dict[Any, Any] = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=counts) as counter:
+        step()
+    return float(counter.get_total_flops())
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -298,23 +331,3 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return sdpa_backward_flop_count(gradient, query, key, value)
-
-
-def token_losses(size: Size, device: torch.device, plain: bool) -> Callable[[], None]:
-    """The patch loss with its gradient: on whole arrays, or a few tokens at a time."""
-    tokens = int(np.prod([side // patch for side, patch in zip(size.image, PATCH, strict=True)]))
-    unit, taught = (functional.normalize(torch.randn(2, tokens, 256, device=device), dim=-1) for _ in range(2))
-    weight, fixed = (functional.normalize(torch.randn(size.prototypes, 256, device=device), dim=-1) for _ in range(2))
-    unit.requires_grad_()
-    weight.requires_grad_()
-    loss = PatchAlignmentLoss(CentredTargets(size.prototypes)).to(device)
-
-    def step() -> None:
-        unit.grad = weight.grad = None
-        if plain:
-            target = loss.targets(taught @ fixed.T, 0.04)
-            (-(target * (unit @ weight.T / 0.1).log_softmax(dim=-1)).sum(dim=-1).mean()).backward()
-        else:
-            loss(TokenLogits(unit, weight), TokenLogits(taught, fixed), 0.04).backward()
-
-    return step

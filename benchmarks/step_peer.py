@@ -2,16 +2,17 @@
 """A step in the style of DINOv2 on volumes, written from the papers' descriptions, for ``step.py`` to time.
 
 After DINOv2 (Oquab et al., 2023) and 3DINO (Xu et al., 2025): dictionary transforms make two global and some local
-crops; student and teacher are ViTs with a class token, LayerScale and biases; global and local crops pass together, each
-attending to itself; half of the global crops have 10 to 50 % of their patches replaced by a mask token; summaries are
-aligned over views (DINO), masked patches with the teacher's (iBOT), both with Sinkhorn-Knopp targets; KoLeo spreads the
-summaries; an exponential moving average moves the teacher. Sizes, number of crops, prototypes and precision are those of
-this project's step. Stochastic depth is left out: both compute every block.
+crops; student and teacher are ViTs with a class token, LayerScale and biases; global and local crops pass together,
+each attending to itself; half of the global crops have 10 to 50 % of their patches replaced by a mask token; summaries
+are aligned over views (DINO), masked patches with the teacher's (iBOT), both with Sinkhorn-Knopp targets; KoLeo spreads
+the summaries; an exponential moving average moves the teacher. Sizes, number of crops, prototypes and precision are
+those of this project's step. Stochastic depth is left out: both compute every block.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 
@@ -59,7 +60,7 @@ class PeerNetwork(nn.Module):
         self.blocks = nn.ModuleList(Block(size.hidden, size.heads) for _ in range(size.layers))
         self.norm = nn.LayerNorm(size.hidden)
         widths = [size.hidden, size.head, size.head, 256]
-        pairs = zip(widths[:-1], widths[1:], strict=True)
+        pairs = itertools.pairwise(widths)
         self.mlp = nn.Sequential(*[layer for a, b in pairs for layer in (nn.Linear(a, b), nn.GELU())][:-1])
         self.last = nn.utils.parametrizations.weight_norm(nn.Linear(256, size.prototypes, bias=False))
 

@@ -89,7 +89,8 @@ def loss_of(
     return torch.stack(pairs).mean(), patch, rec, means
 
 
-def test_gradients_and_losses_equal_those_computed_by_hand() -> None:
+@pytest.mark.parametrize("views_together", [True, False])
+def test_gradients_and_losses_equal_those_computed_by_hand(views_together: bool) -> None:
     """Five volumes, windows of three: the last window is averaged over the two that it holds."""
     parts = tiny_run(
         count=5,
@@ -102,6 +103,7 @@ def test_gradients_and_losses_equal_those_computed_by_hand() -> None:
         reconstruction_weight=10.0,
         clip_norm=0.0,
         frozen_last_layer_epochs=0,
+        views_together=views_together,
     )
     student, teacher = copy.deepcopy(parts.plain_student), copy.deepcopy(parts.teacher)
     gradients = record_gradients(parts.optimizer, parts.plain_student)
@@ -131,6 +133,38 @@ def test_gradients_and_losses_equal_those_computed_by_hand() -> None:
         for name, value in window.items():
             expected = sum(single[i][name] for i in members) / len(members)
             torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("targets", [CentredTargets, SinkhornTargets])
+@pytest.mark.parametrize("token_centre", [None, 0.9])
+def test_one_view_after_the_other_gives_the_same_run(targets: Any, token_centre: float | None) -> None:
+    """Gradients, losses and statistics, of mini-batches of two volumes, whatever makes the targets."""
+    found: dict[bool, list[dict[str, float]]] = {True: [], False: []}
+    gradients_of = []
+    for together, outputs in found.items():
+        parts = tiny_run(
+            count=6,
+            epochs=1,
+            batch_size=2,
+            views_together=together,
+            global_loss=GlobalAlignmentLoss(targets(PROTOTYPES)),
+            patch_loss=PatchAlignmentLoss(targets(PROTOTYPES), token_centre_momentum=token_centre),
+            reconstruction_weight=1.0,
+            frozen_last_layer_epochs=0,
+        )
+        parts.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e, o=outputs: o.extend(e.state.output))
+        gradients = record_gradients(parts.optimizer, parts.plain_student)
+        parts.trainer.run()
+        gradients_of.append(gradients[0])
+    for mine, theirs in zip(found[True], found[False], strict=True):
+        for name in mine.keys() - {"volumes_per_second"}:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+    for name, value in gradients_of[0].items():
+        torch.testing.assert_close(gradients_of[1][name], value, atol=2e-6, rtol=1e-3, msg=name)
+
+
+def test_koleo_sees_both_views_together() -> None:
+    assert tiny_run(koleo_loss=KoLeoLoss(HIDDEN, 8), views_together=False).trainer.views_together
 
 
 def test_learning_rate_is_set_at_every_optimiser_step() -> None:
@@ -205,6 +239,7 @@ def test_nothing_waits_for_the_device_between_two_readings(targets: Any) -> None
         "koleo_loss": KoLeoLoss(HIDDEN, 8),
     }
     assert nothing_waits(**terms) == 3
+    assert nothing_waits(**{**terms, "koleo_loss": None}, views_together=False) == 3
 
 
 @pytest.mark.usefixtures("_meta_autocast")
@@ -351,7 +386,7 @@ def test_summaries_are_of_one_view_of_each_volume() -> None:
     parts = tiny_run(count=4, epochs=1, batch_size=2, accumulation_steps=1)
     seen: list[torch.Tensor] = []
     inner = parts.teacher.forward
-    parts.teacher.forward = lambda crops: (seen.append(inner(crops).summary), inner(crops))[1]
+    parts.teacher.forward = lambda crops, *places: (seen.append(inner(crops).summary), inner(crops, *places))[1]
     summaries: list[torch.Tensor] = []
     parts.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda e: summaries.extend(e.state.summaries))
     parts.trainer.run()

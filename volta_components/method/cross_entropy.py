@@ -54,12 +54,12 @@ class TokenCrossEntropy(torch.autograd.Function):
         share = torch.ones_like(rows[:, 0]) if weights is None else weights * (count / weights.sum().clamp_min(1e-6))
         totals = torch.zeros(4, device=units.device)  # of logsumexp, agreement, the loss elsewhere, entropy
         mean_target = torch.zeros(len(prototypes), device=units.device)
-        learns = any(ctx.needs_input_grad)
-        units_gradient = torch.empty_like(rows) if learns else None
-        prototypes_gradient = torch.zeros_like(prototypes) if learns else None
+        learns, fits = ctx.needs_input_grad[:2]
+        units_gradient = torch.empty_like(rows) if learns or fits else None
+        prototypes_gradient = torch.zeros_like(prototypes) if fits else None
         with full_float32(units.device):
             for start in range(0, count, TOKENS_AT_ONCE):
-                chosen = slice(start, start + TOKENS_AT_ONCE)
+                chosen = slice(start, min(start + TOKENS_AT_ONCE, count))
                 own, target = rows[chosen], target_of(chosen)
                 logits = (own @ prototypes.T).div_(temperature)
                 level = logits.logsumexp(dim=-1, keepdim=True)
@@ -70,14 +70,15 @@ class TokenCrossEntropy(torch.autograd.Function):
                 other = elsewhere_level @ weight - rest[1]
                 totals += torch.stack([level[:, 0] @ weight, rest[0], other, entropy_share(target).sum()])
                 mean_target += target.sum(dim=0)
-                if units_gradient is not None and prototypes_gradient is not None:
+                if units_gradient is not None:
                     probabilities = logits.sub_(level).exp_()
                     torch.sub(probabilities @ prototypes / temperature, pulled, out=units_gradient[chosen])
                     units_gradient[chosen].mul_(weight[:, None])
+                if prototypes_gradient is not None:
                     difference = probabilities.sub_(target).mul_(weight[:, None])
                     prototypes_gradient.addmm_(difference.T, own, alpha=1 / (temperature * count))
         level_mean, agreement, other, entropy = (totals / count).unbind()
-        if units_gradient is not None and prototypes_gradient is not None:
+        if units_gradient is not None:
             ctx.save_for_backward(units_gradient.div_(count).view(units.shape), prototypes_gradient)
         results = (entropy, mean_target / count, other)
         ctx.mark_non_differentiable(*results)
@@ -87,4 +88,4 @@ class TokenCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """The gradients that ``forward`` has computed, times the loss's own."""
         units, prototypes = ctx.saved_tensors
-        return units * gradient, prototypes * gradient, None, None, None, None
+        return units * gradient, None if prototypes is None else prototypes * gradient, None, None, None, None

@@ -448,7 +448,7 @@ class PatchAlignmentLoss(nn.Module):
         if units.shape[:-1] != teacher.units.shape[:-1] or len(student.prototypes) != len(teacher.prototypes):
             raise ValueError(f"student {tuple(units.shape)} and teacher {tuple(teacher.units.shape)} differ")
         if self.token_centre_momentum is not None:
-            teacher = self._centred(teacher, self.token_centre_momentum)
+            teacher = self.centred(teacher, self.token_centre_momentum, moves=self.training)
         taught = teacher.units.flatten(0, -2).float()
         centred = isinstance(self.targets, CentredTargets)
         everything = None if centred else self.targets(teacher.rows(), teacher_temperature)
@@ -490,11 +490,11 @@ class PatchAlignmentLoss(nn.Module):
         return loss
 
     @torch.no_grad()
-    def _centred(self, teacher: TokenLogits, momentum: float) -> TokenLogits:
-        """The teacher's tokens without their mean at each position; the mean moves in training mode."""
+    def centred(self, teacher: TokenLogits, momentum: float, moves: bool) -> TokenLogits:
+        """The teacher's tokens without their mean at each position, which may move."""
         units = teacher.units.float()
         mean = mean_over_processes(units.mean(dim=0))
         centre = mean if self.token_centre is None else self.token_centre
-        if self.training:
+        if moves:
             self.token_centre = centre.lerp(mean, 1.0 - momentum)
         return TokenLogits(units - centre, teacher.prototypes)

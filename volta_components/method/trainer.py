@@ -23,7 +23,8 @@ from volta_components.errors import InputError
 from volta_components.method.air import Kept, kept_of
 from volta_components.method.ema import TeacherEMAHandler
 from volta_components.method.losses import DiCoMLoss
-from volta_components.method.networks import VoltaStudent, VoltaTeacher
+from volta_components.method.networks import StudentOutput, VoltaStudent, VoltaTeacher
+from volta_components.method.one_view import both_views, share_of_first_view
 from volta_components.method.views import ViewGenerator, Views
 from volta_components.training.sampling import ResumableSampler
 
@@ -43,8 +44,8 @@ class VoltaTrainer(Trainer):
     1. views are made on the device, from what the loader's workers have drawn;
     2. the teacher sees the unmasked global crops;
     3. the student sees the local crops, whose share of eq. 2-3 is propagated back at once, so that they need not be
-       remembered; then the masked global crops, for the rest of the sum of the DiCoM losses (eq. 6). Both are scaled by
-       the length of their accumulation window; centres move;
+       remembered; then the masked global crops, together or one view after the other, for the rest of the sum of the
+       DiCoM losses (eq. 6). All are scaled by the length of their accumulation window; centres move;
     4. at the end of a window: gradients are clipped, the last layers' are dropped while those are frozen, and the
        optimiser steps with the learning rate of that step;
     5. ``IterationEvents.MODEL_COMPLETED`` is fired: ``TeacherEMAHandler``, one of the ``train_handlers``, lets the
@@ -83,6 +84,8 @@ class VoltaTrainer(Trainer):
         amp_dtype: type of autocast.
         log_interval: mini-batches between two readings of their numbers.
         compile_blocks: whether the transformer blocks are compiled.
+        views_together: whether the student's two global views pass together. One after the other gives the same
+            gradient with less memory; KoLeo, which compares them, needs both.
         train_handlers: attached to the engine; a ``TeacherEMAHandler`` has to be among them.
 
     Raises:
@@ -110,6 +113,7 @@ class VoltaTrainer(Trainer):
         amp_dtype: torch.dtype = torch.bfloat16,
         log_interval: int = 1,
         compile_blocks: bool = False,
+        views_together: bool = True,
         train_handlers: Sequence[Any] | None = None,
     ) -> None:
         if accumulation_steps < 1:
@@ -145,6 +149,7 @@ class VoltaTrainer(Trainer):
         self.frozen_last_layer_epochs = frozen_last_layer_epochs
         self.amp_dtype = amp_dtype
         self.log_interval = log_interval
+        self.views_together = views_together or loss.koleo_loss is not None
         super().__init__(
             device=device,
             max_epochs=max_epochs,
@@ -180,10 +185,13 @@ class VoltaTrainer(Trainer):
         if self.views.air is None:
             return
         if tuple(self.views.air.patch_size) != tuple(network.patch_size):
-            raise InputError(f"views#air: patch_size {self.views.air.patch_size} is not the network's {network.patch_size}")
+            raise InputError(
+                f"views#air: patch_size {self.views.air.patch_size} is not the network's {network.patch_size}"
+            )
         if compile_blocks or self.loss.patch_loss.token_centre_momentum is not None:
             raise InputError(
-                "views#air leaves out other tokens of each head: neither compile_blocks nor token_centre.json goes with it"
+                "views#air leaves out other tokens of each head: neither compile_blocks nor token_centre.json goes "
+                "with it"
             )
 
     @property
@@ -288,19 +296,28 @@ class VoltaTrainer(Trainer):
             with autocast:
                 local_logits = self.plain_student.local_logits(views.local.flatten(0, 1), kept.in_locals)
             (self.loss.local_crops(local_logits, taught, temperature) / window).backward()
+        crops, masked = views.student.flatten(0, 1), views.masked
+        if kept.places is not None:
+            # Nothing restores what was left out.
+            masked = masked & self.plain_student.network.voxels_of(kept.places, masked.shape[3:])
+        temperatures = temperature, patch_temperature
+        first: StudentOutput | None = None
+        if not self.views_together:
+            one, crops = views.student
+            with autocast:
+                first = self.plain_student(one, kept.places)
+            count = 2 + len(views.local)
+            share = share_of_first_view(self.loss, first, taught, views.image, masked, *temperatures, count)
+            (share / window).backward()
         quiet: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if isinstance(self.student, DistributedDataParallel) and not is_last:
             quiet = self.student.no_sync()
         with quiet:
             with autocast:
-                learnt = self.student(views.student.flatten(0, 1), kept.places)
-            masked = views.masked
-            if kept.places is not None:
-                # Nothing restores what was left out.
-                masked = masked & self.plain_student.network.voxels_of(kept.places, masked.shape[3:])
-            output = self.loss(
-                learnt, local_logits.detach(), taught, views.image, masked, temperature, patch_temperature
-            )
+                learnt = self.student(crops, kept.places)
+            if first is not None:
+                learnt = both_views(first, learnt)
+            output = self.loss(learnt, local_logits.detach(), taught, views.image, masked, *temperatures)
             (output["loss"] / window).backward()
         # One view of each volume: two views of it would count twice.
         self._unread_summaries.append(gather_rows(taught.summary[: views.image.shape[1]].detach().float()))

@@ -406,7 +406,7 @@ def part_of(plan: Any, i: int) -> Any:
 class DrawViewsd(MapTransform, RandomizableTrait):
     """Makes of an item what the trainer needs: ``image``, ``key``, and the views' ``plan``, all without metadata.
 
-    With the option ``air`` of the views there is ``kept`` as well: which tokens of ``globals`` and ``locals`` take part.
+    With the option ``air`` of the views there is ``kept`` as well: which tokens of global and local crops take part.
 
     A transform, so that the loader's workers draw. ``RandomizableTrait`` keeps it out of caches.
 

@@ -27,7 +27,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         *("dataset_dir", "datalist_path", "anatomies", "encoder_path", "encoder"),
     ),
     "Where and how fast it is computed. The same samples are drawn, in the same order.": (
-        *("device", "render_device", "num_workers", "cache", "compile_blocks"),
+        *("device", "render_device", "num_workers", "cache", "compile_blocks", "views_together"),
     ),
     "What is looked at, and how often.": (
         *("deep_check", "checkpoint_minutes", "picture_interval", "log_interval"),

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The DiCoM losses' share of one of the student's two global views, so that only one has to be remembered at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from volta_components.method.cross_entropy import TokenCrossEntropy
+from volta_components.method.losses import CentredTargets, DiCoMLoss, PatchAlignmentLoss
+from volta_components.method.networks import GlobalOutput, StudentOutput
+from volta_components.method.projection import TokenLogits
+
+
+def share_of_first_view(
+    loss: DiCoMLoss,
+    student: StudentOutput,
+    teacher: GlobalOutput,
+    image: Tensor,
+    masked: Tensor,
+    teacher_temperature: float,
+    patch_teacher_temperature: float,
+    views: int,
+) -> Tensor:
+    """What depends on the first view in ``loss``, but for the last layer of the patch branch; nothing moves.
+
+    The rest follows when ``loss`` is computed with ``both_views``, in which the first view is a constant. The gradient
+    of the patch branch's last layer comes from there, for both views.
+
+    Args:
+        loss: without KoLeo, which compares views with each other.
+        student: outputs for the first view of B volumes.
+        teacher: outputs for both views.
+        image: as ``loss`` has them.
+        masked: likewise.
+        teacher_temperature: tau_t of eq. 2.
+        patch_teacher_temperature: tau_t of eq. 4.
+        views: of the student, with local crops, ``V``.
+    """
+    batch = image.shape[1]
+    # The first view is compared with the teacher's second.
+    target = loss.global_loss.targets.sharpen(teacher.logits.unflatten(0, (2, batch)), teacher_temperature)[1]
+    logits = student.globals_.logits.float() / loss.global_loss.student_temperature
+    pairs = -(target * logits.log_softmax(dim=-1)).sum() / (2 * (views - 1) * batch)
+    patch = _patch_loss(loss.patch_loss, student.globals_.patch_logits, teacher.patch_logits, patch_teacher_temperature)
+    restored = loss.reconstruction_loss(student.reconstruction, image[0], masked[0])
+    return pairs + (patch + loss.reconstruction_weight * restored) / 2
+
+
+def _patch_loss(loss: PatchAlignmentLoss, student: TokenLogits, teacher: TokenLogits, temperature: float) -> Tensor:
+    """The patch loss of the first half of the crops, with a gradient for their tokens alone."""
+    if loss.token_centre_momentum is not None:
+        teacher = loss.centred(teacher, loss.token_centre_momentum, moves=False)
+    targets = loss.targets
+    everything = None if isinstance(targets, CentredTargets) else targets.sharpen(teacher.rows(), temperature)
+
+    def target_of(rows: slice) -> Tensor:
+        return targets.sharpen(teacher.rows(rows), temperature) if everything is None else everything[rows]
+
+    elsewhere = student.units[-1].detach()
+    found: Tensor = TokenCrossEntropy.apply(
+        student.units, student.prototypes.detach(), elsewhere, target_of, loss.student_temperature
+    )[0]
+    return found
+
+
+def both_views(first: StudentOutput, second: StudentOutput) -> StudentOutput:
+    """Outputs of both views; the first is a constant."""
+    one, two = first.globals_, second.globals_
+    units = torch.cat([one.patch_logits.units.detach(), two.patch_logits.units])
+    return StudentOutput(
+        GlobalOutput(
+            torch.cat([one.summary.detach(), two.summary]),
+            torch.cat([one.logits.detach(), two.logits]),
+            two.patch_logits._replace(units=units),
+        ),
+        torch.cat([first.reconstruction.detach(), second.reconstruction]),
+    )
