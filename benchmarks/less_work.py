@@ -121,6 +121,11 @@ def air(size: Size, device: torch.device, plain: bool) -> Callable[[], None]:
     return ours(size, device, torch.bfloat16, volume=head_in_air(size), air=tokens).step
 
 
+def views(size: Size, device: torch.device, together: bool) -> Callable[[], None]:
+    """A whole step, the student's global views together or one after the other."""
+    return ours(size, device, torch.bfloat16, together=together).step
+
+
 def kept_share(size: Size) -> tuple[float, float]:
     """Shares of the tokens of global and of local crops that remain without those of air."""
     made = ours(size, torch.device("cpu"), torch.bfloat16, volume=head_in_air(size), air=AirTokens(PATCH))
@@ -142,6 +147,10 @@ PAIRS: dict[str, tuple[Form, Form]] = {
     "cross-entropy of patch tokens a few at a time": (
         lambda size, device: token_losses(size, device, True),
         lambda size, device: token_losses(size, device, False),
+    ),
+    "a whole step, one global view after the other (less memory)": (
+        lambda size, device: views(size, device, True),
+        lambda size, device: views(size, device, False),
     ),
     "a whole step without tokens of air (`drop_air.json`)": (
         lambda size, device: air(size, device, True),
