@@ -36,6 +36,7 @@ OVERLAYS = [
     "koleo",
     "token_centre",
     "masked_tokens",
+    "drop_air",
     "multi_gpu_train",
 ]
 # Ids that monai.bundle itself looks for, which a config may do without.
@@ -110,6 +111,8 @@ def test_objects_of_every_overlay_can_be_built(
     trainer = parser.get_parsed_content("train#trainer")
     assert isinstance(trainer, VoltaTrainer)
     assert trainer.loss is loss
+    assert (trainer.views.air is not None) == (overlay == "drop_air")
+    assert trainer.views_together == (overlay == "koleo")  # on a CPU
     assert trainer.state.max_epochs == parser.get_parsed_content("epochs")
     # tiny.json keeps fold 0, four of the twelve volumes, for the reconstruction check.
     volumes, batch = 8 if overlay == "tiny" else 12, parser.get_parsed_content("batch_size")

@@ -28,7 +28,7 @@ def share_of_first_view(
     of the patch branch's last layer comes from there, for both views.
 
     Args:
-        loss: without KoLeo, which compares views with each other.
+        loss: without KoLeo and a patch loss of masked tokens, which compare the views with each other.
         student: outputs for the first view of B volumes.
         teacher: outputs for both views.
         image: as ``loss`` has them.
@@ -44,7 +44,8 @@ def share_of_first_view(
     pairs = -(target * logits.log_softmax(dim=-1)).sum() / (2 * (views - 1) * batch)
     patch = _patch_loss(loss.patch_loss, student.globals_.patch_logits, teacher.patch_logits, patch_teacher_temperature)
     restored = loss.reconstruction_loss(student.reconstruction, image[0], masked[0])
-    return pairs + (patch + loss.reconstruction_weight * restored) / 2
+    both = loss.patch_weight * patch + loss.reconstruction_weight * restored
+    return loss.global_weight * pairs + both / 2
 
 
 def _patch_loss(loss: PatchAlignmentLoss, student: TokenLogits, teacher: TokenLogits, temperature: float) -> Tensor:

@@ -85,7 +85,7 @@ class VoltaTrainer(Trainer):
         log_interval: mini-batches between two readings of their numbers.
         compile_blocks: whether the transformer blocks are compiled.
         views_together: whether the student's two global views pass together. One after the other gives the same
-            gradient with less memory; KoLeo, which compares them, needs both.
+            gradient with less memory; KoLeo and a patch loss of masked tokens need both.
         train_handlers: attached to the engine; a ``TeacherEMAHandler`` has to be among them.
 
     Raises:
@@ -149,7 +149,8 @@ class VoltaTrainer(Trainer):
         self.frozen_last_layer_epochs = frozen_last_layer_epochs
         self.amp_dtype = amp_dtype
         self.log_interval = log_interval
-        self.views_together = views_together or loss.koleo_loss is not None
+        # KoLeo compares the views, and masked tokens are weighed against those of both.
+        self.views_together = views_together or loss.koleo_loss is not None or loss.patch_loss.masked_patch is not None
         super().__init__(
             device=device,
             max_epochs=max_epochs,
@@ -188,10 +189,11 @@ class VoltaTrainer(Trainer):
             raise InputError(
                 f"views#air: patch_size {self.views.air.patch_size} is not the network's {network.patch_size}"
             )
-        if compile_blocks or self.loss.patch_loss.token_centre_momentum is not None:
+        everywhere = getattr(self.loss.reconstruction_loss, "everywhere", False)
+        if compile_blocks or everywhere or self.loss.patch_loss.token_centre_momentum is not None:
             raise InputError(
                 "views#air leaves out other tokens of each head: neither compile_blocks nor token_centre.json goes "
-                "with it"
+                "with it, nor a reconstruction everywhere"
             )
 
     @property
