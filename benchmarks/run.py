@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-STEP = str(HERE / "results" / "step.md")
+RESULTS = HERE / "results"
 # script, arguments for a quick look (None: only with --full), arguments with --full
 BENCHMARKS: dict[str, tuple[str, list[str] | None, list[str]]] = {
     "A step of pretraining": (
         "step.py",
-        ["--turns", "1"],
-        ["--size", "paper", "--output", STEP],
+        ["--output", str(RESULTS / "step.md")],
+        ["--size", "paper", "--output", str(RESULTS / "step_paper.md")],
     ),
     "The loader": ("loader.py", [], ["--size", "paper"]),
     "The start, by the size of the data": (

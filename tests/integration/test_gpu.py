@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from ignite.engine import Events
-from method_helpers import tiny_run
+from method_helpers import PATCH, tiny_run, tiny_views
 from prepared import ROOT
 from toy_anatomies import toy_folder
 
@@ -25,6 +25,7 @@ from volta_components.data.phantom.render import render_view, whole_view
 from volta_components.data.phantom.scanner import draw_scanner
 from volta_components.data.phantom.settings import Settings
 from volta_components.data.phantom.subjects import draw_subject
+from volta_components.method.air import AirTokens
 from volta_components.method.weights import load_encoder
 from volta_components.training.endless import EndlessHeads, anatomies_datalist
 
@@ -76,9 +77,12 @@ def pretrain(folder: Path, name: str, *overlays: str, launcher: tuple[str, ...] 
     run("-m", *launcher, "monai.bundle", "run", "--config_file", files, *places, *options)
 
 
-def test_nothing_waits_for_the_gpu() -> None:
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("air", [None, AirTokens(PATCH, 0.3)])
+def test_nothing_waits_for_the_gpu(together: bool, air: AirTokens | None) -> None:
     """Six whole mini-batches, two optimiser steps among them, between two readings: every wait is an error."""
-    parts = tiny_run(count=12, epochs=1, accumulation_steps=3, log_interval=99, run_on="cuda", amp=True)
+    options = {"views_together": together, "views": tiny_views(air=air), "amp": True}
+    parts = tiny_run(count=12, epochs=1, accumulation_steps=3, log_interval=99, run_on="cuda", **options)
 
     def mode(name: str) -> None:
         torch.cuda.set_sync_debug_mode(name)

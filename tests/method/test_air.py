@@ -187,7 +187,7 @@ def test_what_is_compared_with_the_volume_before_stays_at_its_place(rng: np.rand
 
 
 def test_bad_settings_are_refused() -> None:
-    with pytest.raises(InputError, match="air below 1.5: give a mean intensity"):
+    with pytest.raises(InputError, match=r"air below 1\.5: give a mean intensity"):
         AirTokens(PATCH, 1.5)
     with pytest.raises(InputError, match=r"views#air: patch_size \(8, 8, 8\) is not the network's, \(4, 4, 4\)"):
         tiny_run(views=tiny_views(air=AirTokens((8, 8, 8))))

@@ -305,7 +305,7 @@ class VoltaStudent(nn.Module):
         return GlobalOutput(summary, self.head(summary), logits), tokens
 
     def local_logits(self, crops: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Logits ``[L * B, K]`` of the summaries of clean local crops ``[L * B, 1, d, h, w]``; ``kept``: ``in_locals``."""
+        """Logits ``[L * B, K]`` of summaries of local crops ``[L * B, 1, d, h, w]``, or of some tokens of each."""
         return self.head(self.network(crops) if kept is None else self.network.summaries_of_some(crops, kept))
 
     def forward(self, global_crops: Tensor, places: Tensor | None = None) -> StudentOutput:
