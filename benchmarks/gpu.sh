@@ -35,8 +35,10 @@ if [ -n "$wheels" ]; then
     for wheel in "$wheels"/*.whl; do "$python" -m zipfile -e "$wheel" "$work/packages"; done
     export PYTHONPATH=$PWD:$work/packages
 fi
-device=$("$python" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
-card=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: a CPU")')
+{ read -r device; read -r card; read -r torch; } < <("$python" -c '
+import torch
+found = torch.cuda.is_available()
+print("cuda" if found else "cpu", torch.cuda.get_device_name() if found else "no GPU: a CPU", torch.__version__, sep="\n")')
 [ "$device" = cuda ] || slack=20
 if [ "$device" = cpu ] && [ "$size" != tiny ]; then
     echo "there is no GPU; benchmarks/gpu.sh --tiny runs the same on a CPU at small sizes" >&2
@@ -52,13 +54,18 @@ try() {
 }
 step() { try "$1" "$python" benchmarks/step.py --size "$size" --device "$device" --turns 1 "${@:2}"; }
 
-printf '# On %s\n\n`benchmarks/gpu.sh`, sizes: %s, %s, torch %s\n' "$card" "$size" "$(date -u +%F)" \
-    "$("$python" -c 'import torch; print(torch.__version__)')" >"$report"
+printf '# On %s\n\n`benchmarks/gpu.sh`, sizes: %s, %s, torch %s\n' "$card" "$size" "$(date -u +%F)" "$torch" >"$report"
 if [ "$device" = cpu ]; then
     printf '\n**No GPU was to be had.** These figures test the script, at small sizes on a CPU; they say nothing of a GPU.\n' >>"$report"
 fi
 
-tests() { VOLTA_TEST_GPU=1 try "$1" "$python" -m pytest -q -p no:cacheprovider tests/integration/test_gpu.py "${@:2}"; }
+tests() {
+    if [ "$device" = cpu ]; then
+        echo "not run: they need a GPU" | tee -a "$report"
+        return
+    fi
+    VOLTA_TEST_GPU=1 try "$1" "$python" -m pytest -q -p no:cacheprovider tests/integration/test_gpu.py "${@:2}"
+}
 if wanted waits; then
     part "Does anything wait for the GPU within a mini-batch?"
     tests 120 -k nothing_waits

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from method_helpers import IMAGE, PATCH, make_views, record_gradients, tiny_network, tiny_run, tiny_views
+from monai.data import list_data_collate
 from monai.transforms import Compose
 from torch import nn
 
@@ -18,7 +19,7 @@ from volta_components.errors import InputError
 from volta_components.method.air import AirTokens, kept_of, packed_block
 from volta_components.method.losses import CentredTargets, PatchAlignmentLoss
 from volta_components.method.projection import TokenLogits
-from volta_components.method.views import CropGeometry, plan_crops, sample_crops
+from volta_components.method.views import CropGeometry, DrawViewsd, plan_crops, sample_crops
 
 AIR = AirTokens(PATCH, 0.05)
 
@@ -81,6 +82,16 @@ def test_what_a_mini_batch_keeps() -> None:
     assert kept.in_locals.tolist() == [[True, False, False, False], [True] * 4]  # a crop of air keeps all
     for masks in (None, {"globals": everything, "locals": everything}, {"globals": nothing, "locals": nothing}):
         assert kept_of(masks, cpu) == (None, None)
+
+
+def test_the_loader_hands_it_on() -> None:
+    views = tiny_views(num_local=3, air=AIR)
+    items = [{"image": torch.rand(1, 10, 14, 14), "key": torch.tensor([1, i])} for i in range(2)]
+    batch = list_data_collate([DrawViewsd(views)(item) for item in items])
+    assert {name: tuple(mask.shape) for name, mask in batch["kept"].items()} == {
+        "globals": (2, 2, 18),
+        "locals": (2, 3, 8),
+    }
 
 
 def test_packed_crops_equal_one_at_a_time(rng: np.random.Generator) -> None:
@@ -189,7 +200,7 @@ def test_what_is_compared_with_the_volume_before_stays_at_its_place(rng: np.rand
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(InputError, match=r"air below 1\.5: give a mean intensity"):
         AirTokens(PATCH, 1.5)
-    with pytest.raises(InputError, match=r"views#air: patch_size \(8, 8, 8\) is not the network's, \(4, 4, 4\)"):
+    with pytest.raises(InputError, match=r"views#air: patch_size \(8, 8, 8\) is not the network's \(4, 4, 4\)"):
         tiny_run(views=tiny_views(air=AirTokens((8, 8, 8))))
     with pytest.raises(InputError, match="neither compile_blocks nor token_centre"):
         tiny_run(views=tiny_views(air=AIR), compile_blocks=True)
