@@ -189,7 +189,7 @@ class VoltaTrainer(Trainer):
             raise InputError(
                 f"views#air: patch_size {self.views.air.patch_size} is not the network's {network.patch_size}"
             )
-        everywhere = getattr(self.loss.reconstruction_loss, "everywhere", False)
+        everywhere = self.loss.reconstruction_loss.everywhere
         if compile_blocks or everywhere or self.loss.patch_loss.token_centre_momentum is not None:
             raise InputError(
                 "views#air leaves out other tokens of each head: neither compile_blocks nor token_centre.json goes "
