@@ -483,7 +483,7 @@ class PatchAlignmentLoss(nn.Module):
                 newest = units[-1].detach()
                 if places is not None:
                     # Where this volume has no token, that of an earlier one stays.
-                    old = newest.new_zeros(student.count, newest.shape[1]) if first else self.previous
+                    old = newest.new_zeros(student.total, newest.shape[1]) if self.previous is None else self.previous
                     newest = old.index_copy(0, places, newest)
                 # The same in every process: a checkpoint holds that of one.
                 self.previous = gather_rows(newest[None])[-1].clone()

@@ -141,7 +141,7 @@ class VoltaViT(ViTAutoEnc):
         places = places.pin_memory() if image.is_cuda else places
         tokens = self._embed(image).flatten(0, 1)[places.to(image.device, non_blocking=True)]
         for block in self.blocks:
-            tokens = packed_block(block, tokens, lengths)
+            tokens = packed_block(block, tokens, lengths)  # type: ignore[arg-type]
         return torch.cat([self.summarise(own[None]) for own in self.norm(tokens).split(lengths)])
 
     def voxels_of(self, places: Tensor, size: Sequence[int]) -> Tensor:
@@ -301,7 +301,7 @@ class VoltaStudent(nn.Module):
         """Outputs of global crops ``[V, 1, D, H, W]``, and their tokens ``[V, N, D]``, or of some places only."""
         tokens = self.network.encode(image) if places is None else self.network.encode_some(image, places)
         summary = self.network.summarise(tokens)
-        logits = self.head.patches(tokens)._replace(places=places, count=math.prod(self.network.token_grid(image)))
+        logits = self.head.patches(tokens)._replace(places=places, total=math.prod(self.network.token_grid(image)))
         return GlobalOutput(summary, self.head(summary), logits), tokens
 
     def local_logits(self, crops: Tensor, kept: Tensor | None = None) -> Tensor:

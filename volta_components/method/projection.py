@@ -33,13 +33,13 @@ class TokenLogits(NamedTuple):
         units: ``[..., d]``, a unit vector for each token.
         prototypes: ``[K, d]``, the last layer's weight; logits are ``units @ prototypes.T``.
         places: ``[n]``, which of the crops' tokens these are, where some are left out.
-        count: tokens of a crop, with those left out.
+        total: tokens of a crop, with those left out.
     """
 
     units: Tensor
     prototypes: Tensor
     places: Tensor | None = None
-    count: int = 0
+    total: int = 0
 
     def rows(self, chosen: slice = slice(None)) -> Tensor:
         """Logits ``[rows, K]`` of some tokens, all crops' tokens being in one row."""
