@@ -263,12 +263,9 @@ def ours(
     folder: Path | None = None,
     volume: Tensor | None = None,
     air: AirTokens | None = None,
-    together: bool | None = None,
+    together: bool = True,
 ) -> Ours:
-    """This project's step; with a folder, volumes are read from files there, as ``train.json`` reads them.
-
-    The student's global views pass together on a GPU only, as in ``train.json``, where ``together`` does not say it.
-    """
+    """This project's step; with a folder, volumes are read from files there, as ``train.json`` reads them."""
     network = VoltaViT(1, size.image, PATCH, size.hidden, 4 * size.hidden, size.layers, size.heads)
     plain = VoltaStudent(network, ProjectionHead(size.hidden, size.head, 256, size.prototypes)).to(device)
     teacher = make_teacher(plain)
@@ -305,7 +302,7 @@ def ours(
         amp=dtype != torch.float32,
         log_interval=8,
         compile_blocks=compiled,
-        views_together=device.type == "cuda" if together is None else together,
+        views_together=together,
         train_handlers=[TeacherEMAHandler(teacher, plain, lambda _: 0.996)],
     )
     trainer.state.epoch, trainer.state.iteration = 1, 0
