@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-TOOLS = ("bash", "cat", "chmod", "dirname", "grep", "make", "mkdir", "touch")
+TOOLS = ("basename", "bash", "cat", "chmod", "dirname", "grep", "make", "mkdir", "mktemp", "rm", "touch")
 PYENV_SHIM = "#!/bin/sh\necho 'pyenv: python: command not found' >&2\necho 'It exists in: 3.12.1' >&2\nexit 127\n"
 
 

@@ -42,7 +42,7 @@ from volta_components.files import keep_private
 COMMANDS = {
     "init": (
         "volta_components.sharing.shipped:init",
-        "Copy the bundles and the label server into a folder, ready to use.",
+        "Copy the bundles and the label server into a folder.",
     ),
     "fetch": ("volta_components.data.fetch.command:fetch", "Download open data, checked, with its licence."),
     "phantom": ("volta_components.data.phantom.command:phantom", "Make a BIDS data set of synthetic heads."),

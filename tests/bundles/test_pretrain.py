@@ -133,7 +133,7 @@ def test_held_out_volumes_are_not_trained_on(prepared: Path, tmp_path: Path) -> 
     items = load_datalist(prepared).items
     data, held_out = parser.get_parsed_content("parts")
     assert [item["fold"] for item in held_out] == [1] * 4
-    assert sorted(item["subject_id"] for item in data + held_out) == [item["subject_id"] for item in items]
+    assert sorted(item["subject_id"] for item in [*data, *held_out]) == [item["subject_id"] for item in items]
     assert parser.get_parsed_content("train#trainer").sampler.num_samples == 8
 
 

@@ -129,5 +129,5 @@ BROKEN = {
     "inverted scale": (lambda d: edit(good(d / "a.nii"), scl_slope=-1.0, scl_inter=0.0), "negative scale factor"),
     "broken MINC": (lambda d: write(d / "a.mnc", b"CDF\x01 nothing more"), "damaged header|not a volume file"),
     "empty MINC": (lambda d: write(d / "a.mnc", b""), "empty file"),
-    "no MGH": (lambda d: write(d / "a.mgz", gzip.compress(b"no")), "damaged header|not a volume file"),
+    "no MGH": (lambda d: write(d / "a.mgz", gzip.compress(b"no")), "damaged header|less than an MGH header"),
 }

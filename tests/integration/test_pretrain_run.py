@@ -297,7 +297,7 @@ def test_evaluation_probes_the_encoder(workplace: Workplace, unbroken: str) -> N
         (label, "voxels", probe) for label in ("sex", "diagnosis") for probe in ("knn", "linear")
     }
     for row in rows:
-        assert row["subjects"] == 12 and row["low"] <= row["value"] <= row["high"]
+        assert row["scans"] == 12 and row["low"] <= row["value"] <= row["high"]
         assert row["label"] == "age" or (row["positive"] == 6 and row["low"] >= 0 and row["high"] <= 1)
     assert "value (95 % interval, out of fold), chance" in process.output
     table = read_rows(folder / "embeddings.csv")

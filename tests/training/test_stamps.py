@@ -70,7 +70,7 @@ def test_only_changed_files_are_read(
     os.utime(items[2]["image"], ns=(1, 1))
     read: list[str] = []
     monkeypatch.setattr(
-        "volta_components.training.stamps.sha256_file", lambda path: read.append(str(path)) or items[2]["sha256"]
+        "volta_components.training.stamps.sha256_of", lambda path: read.append(str(path)) or items[2]["sha256"]
     )
     check_stamps(tmp_path / "checkpoint.pt", items, before, make_stamps(items))
     assert read == [items[2]["image"]]
