@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from step_forms import PATCH, Size, ours, volume_of
@@ -121,9 +122,9 @@ def air(size: Size, device: torch.device, plain: bool) -> Callable[[], None]:
     return ours(size, device, torch.bfloat16, volume=head_in_air(size), air=tokens).step
 
 
-def views(size: Size, device: torch.device, together: bool) -> Callable[[], None]:
-    """A whole step, the student's global views together or one after the other."""
-    return ours(size, device, torch.bfloat16, together=together).step
+def views(size: Size, device: torch.device, plain: bool) -> Callable[[], None]:
+    """A whole step: plain with the student's global views together, or one after the other."""
+    return ours(size, device, torch.bfloat16, together=plain).step
 
 
 def kept_share(size: Size) -> tuple[float, float]:
@@ -133,27 +134,17 @@ def kept_share(size: Size) -> tuple[float, float]:
     return float(kept["globals"].any(dim=1).float().mean()), float(kept["locals"].float().mean())
 
 
+def both(form: Callable[..., Callable[[], None]]) -> tuple[Form, Form]:
+    """The plain form of a saving, and the one that does less."""
+    return partial(form, plain=True), partial(form, plain=False)
+
+
 # By name: the plain form, and the one that does less.
 PAIRS: dict[str, tuple[Form, Form]] = {
     "local and global crops in one pass, each attending to itself": (two_passes, one_pass),
-    "teacher in bfloat16 without a graph": (
-        lambda size, device: teacher(size, device, True),
-        lambda size, device: teacher(size, device, False),
-    ),
-    "of local crops, logits of the summaries only": (
-        lambda size, device: local_logits(size, device, True),
-        lambda size, device: local_logits(size, device, False),
-    ),
-    "cross-entropy of patch tokens a few at a time": (
-        lambda size, device: token_losses(size, device, True),
-        lambda size, device: token_losses(size, device, False),
-    ),
-    "a whole step, one global view after the other (less memory)": (
-        lambda size, device: views(size, device, True),
-        lambda size, device: views(size, device, False),
-    ),
-    "a whole step without tokens of air (`drop_air.json`)": (
-        lambda size, device: air(size, device, True),
-        lambda size, device: air(size, device, False),
-    ),
+    "teacher in bfloat16 without a graph": both(teacher),
+    "of local crops, logits of the summaries only": both(local_logits),
+    "cross-entropy of patch tokens a few at a time": both(token_losses),
+    "a whole step, one global view after the other (less memory)": both(views),
+    "a whole step without tokens of air (`drop_air.json`)": both(air),
 }

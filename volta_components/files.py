@@ -128,14 +128,19 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def copy_file(path: Path, copy: Path) -> None:
+    """Copy a file's content; the copy is whole or absent."""
+    with atomic_path(copy) as temporary:
+        shutil.copyfile(path, temporary)
+
+
 def keep_copy(path: Path, copy: Path) -> None:
     """Keep a file under a second name, so that another one can take its place; without copying where links exist."""
     copy.unlink(missing_ok=True)
     try:
         os.link(path, copy)
     except OSError:  # such as exFAT
-        with atomic_path(copy) as temporary:
-            shutil.copyfile(path, temporary)
+        copy_file(path, copy)
 
 
 class FolderLock:

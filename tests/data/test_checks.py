@@ -84,8 +84,8 @@ def test_of_many_volumes_all_sizes_and_some_headers_are_looked_at(data: Path, mo
     datalist = load_datalist(data)
     files = files_of(datalist)
     read: list[Path] = []
-    header_of = checks.read_header
-    monkeypatch.setattr(checks, "read_header", lambda path: read.append(path) or header_of(path))
+    header_of = checks.header_of
+    monkeypatch.setattr(checks, "header_of", lambda path: read.append(path) or header_of(path))
     check_volumes(datalist, workers=1)
     assert list(map(Path, read)) == files[::2]
     # Of the right length, so that only its header tells; it is read before the network sees the volume.
@@ -109,8 +109,8 @@ def test_a_file_of_another_type_than_the_datalist_says_shows_by_its_size(
     """Its header is looked at, whatever its turn: it may be a whole file all the same."""
     monkeypatch.setattr(checks, "_HEADERS", 1)
     read: list[Path] = []
-    header_of = checks.read_header
-    monkeypatch.setattr(checks, "read_header", lambda path: read.append(path) or header_of(path))
+    header_of = checks.header_of
+    monkeypatch.setattr(checks, "header_of", lambda path: read.append(path) or header_of(path))
     for dtype, expected in (("float32", 1), ("uint8", 8), ("float128", 8)):
         read.clear()
         check_volumes(change_items(data, dtype=dtype))

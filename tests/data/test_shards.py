@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from pathlib import Path
 
@@ -118,6 +119,16 @@ def test_damage_within_a_shard_is_named(data: Path, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(InputError, match=r"sub-0000 .*no such file"):
         check_volumes(load_datalist(out))
+
+
+def test_a_start_reads_headers_and_no_volumes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack_data(data, tmp_path / "packed")
+    packed = load_datalist(tmp_path / "packed")
+    read: list[int] = []
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, length, start: read.append(length) or real(file, length, start))
+    check_volumes(packed)
+    assert len(read) == len(packed) and sum(read) < 9 * 1000
 
 
 def test_what_cannot_be_packed_is_refused(data: Path, tmp_path: Path) -> None:

@@ -9,14 +9,13 @@ beside the run's log. MLflow is the only memory: a run counts as done when MLflo
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from volta_components.downstream.inits import BASE_INIT
 from volta_components.errors import InputError
-from volta_components.files import atomic_path
+from volta_components.files import copy_file
 
 if TYPE_CHECKING:
     from volta_components.crossval.plan import Run
@@ -164,6 +163,5 @@ def _adopt(run: Run, bundle: Path) -> None:
     is_there = (bundle / "models" / models[0].name).exists()
     beside = [models[0].with_suffix(suffix) for suffix in (".json", ".png")]
     for path in (models[0], *(path for path in beside if path.exists())):
-        with atomic_path(bundle / "models" / path.name) as temporary:
-            shutil.copyfile(path, temporary)
+        copy_file(path, bundle / "models" / path.name)
     print(f"{bundle / 'models' / models[0].name}: the model of {run.name}{', in place of another' * is_there}")

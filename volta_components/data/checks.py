@@ -17,10 +17,10 @@ from tqdm import tqdm
 from volta_components.data.datalist import Datalist, no_datalist, uneven_skulls
 from volta_components.data.items import PATHS
 from volta_components.data.nifti import DTYPES
-from volta_components.data.places import file_of, place_of, sha256_of, volume_of
+from volta_components.data.places import file_of, header_of, place_of, sha256_of, volume_of
 from volta_components.data.remote import forget, is_remote
 from volta_components.data.unusable import named_errors
-from volta_components.data.volumes import UnusableVolume, read_header, read_volume
+from volta_components.data.volumes import UnusableVolume
 from volta_components.errors import InputError
 
 _AGAIN = "run the same volta3d prepare again (what is whole is kept)"
@@ -147,13 +147,7 @@ def _has_size(item: Mapping[str, Any], kind: str, shape: Sequence[int]) -> bool:
 
 
 def _check_header(path: str, datalist: Datalist) -> None:
-    place = place_of(path)
-    if place is None:
-        header = read_header(path)
-        found, mm = header.shape, header.spacing
-    else:
-        volume = volume_of(place)
-        found, mm = volume.voxels.shape, tuple(np.linalg.norm(volume.affine[:3, :3], axis=0))
+    found, mm = header_of(path)
     if found != datalist.shape:
         sizes = ["x".join(map(str, shape)) for shape in (found, datalist.shape)]
         raise UnusableVolume(path, f"shape {sizes[0]} where the datalist says {sizes[1]}", _AGAIN)
@@ -163,8 +157,7 @@ def _check_header(path: str, datalist: Datalist) -> None:
 
 
 def _check_voxels(path: str, kind: str) -> None:
-    place = place_of(path)
-    volume = read_volume(path) if place is None else volume_of(place)
+    volume = volume_of(path)
     if volume.voxels.dtype.kind == "f" and not np.isfinite(volume.voxels).all():
         bad = volume.voxels.size - int(np.isfinite(volume.voxels).sum())
         raise UnusableVolume(path, f"contains NaN or Inf ({bad:,} voxels)", _AGAIN)

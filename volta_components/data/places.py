@@ -20,9 +20,11 @@ import numpy as np
 
 from volta_components.data.remote import forget, is_remote, local_copy
 from volta_components.data.unusable import UnusableVolume, named_errors
-from volta_components.data.volumes import Volume
+from volta_components.data.volumes import Volume, read_header, read_volume
 from volta_components.files import sha256_file
 
+_GZIP = b"\x1f\x8b"
+_HEADER = 348  # bytes
 _PLACE = re.compile(r"(.+\.tar)@(\d+):(\d+)")
 
 
@@ -48,8 +50,8 @@ def file_of(image: str) -> str:
     return image if place is None else place.shard
 
 
-def read_place(place: Place) -> bytes:
-    """The bytes of a volume.
+def read_place(place: Place, most: int | None = None) -> bytes:
+    """The bytes of a volume, or the first of them.
 
     Raises:
         UnusableVolume: if the shard is not there, cannot be fetched, or ends before them.
@@ -58,12 +60,13 @@ def read_place(place: Place) -> bytes:
         for is_last in (False, True):
             try:
                 with local_copy(place.shard).open("rb") as stream:
-                    found = os.pread(stream.fileno(), place.length, place.start)
+                    size = os.fstat(stream.fileno()).st_size
+                    found = os.pread(stream.fileno(), min(place.length, most or place.length), place.start)
                 break
             except FileNotFoundError:  # another process has made room in between
                 if is_last or not is_remote(place.shard):
                     raise
-        if len(found) != place.length:
+        if size < place.start + place.length:
             forget(place.shard)
             raise UnusableVolume(place.shard, f"ends before byte {place.start + place.length:,}", "pack the data again")
     return found
@@ -79,11 +82,27 @@ def image_of(place: Place) -> nib.Nifti1Image:
     """A volume of a shard, its bytes in memory."""
     found = read_place(place)
     with named_errors(Path(place.shard)):
-        return nib.Nifti1Image.from_bytes(gzip.decompress(found) if found.startswith(b"\x1f\x8b") else found)
+        return nib.Nifti1Image.from_bytes(gzip.decompress(found) if found.startswith(_GZIP) else found)
 
 
-def volume_of(place: Place) -> Volume:
-    """The same as a file's volume; see ``read_volume``."""
-    image = image_of(place)
-    proxy: Any = image.dataobj
-    return Volume(np.asarray(proxy.get_unscaled()), image.affine, float(proxy.slope), float(proxy.inter), 1)
+def header_of(image: str | os.PathLike[str]) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Voxels, and mm between them, by the header of an image in a file of its own or in a shard; it reads no more."""
+    place = place_of(image)
+    if place is None:
+        header = read_header(image)
+        return header.shape, header.spacing
+    start = read_place(place, _HEADER)
+    with named_errors(Path(place.shard)):
+        found = image_of(place).header if start.startswith(_GZIP) else nib.Nifti1Header(start)
+        affine = found.get_best_affine()
+    return tuple(map(int, found.get_data_shape())), tuple(map(float, np.linalg.norm(affine[:3, :3], axis=0)))
+
+
+def volume_of(image: str | os.PathLike[str]) -> Volume:
+    """An image's voxels, in a file of its own or in a shard."""
+    place = place_of(image)
+    if place is None:
+        return read_volume(image)
+    found = image_of(place)
+    proxy: Any = found.dataobj
+    return Volume(np.asarray(proxy.get_unscaled()), found.affine, float(proxy.slope), float(proxy.inter), 1)

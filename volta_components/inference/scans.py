@@ -130,6 +130,11 @@ def check_outside(folder: Path, output: PathLike | None, option: str) -> None:
         )
 
 
+def _set_aside(tree: Tree) -> frozenset[str]:
+    """Names of folders at the top of a BIDS data set that hold no scans; none elsewhere."""
+    return ASIDE if any(tree.root.glob("sub-*/")) else frozenset()
+
+
 def scans_below(tree: Tree) -> tuple[list[Path], list[Path]]:
     """Volumes below a folder, and apart from them those that are no T1 scans by the rules of BIDS; in order of paths.
 
@@ -139,7 +144,7 @@ def scans_below(tree: Tree) -> tuple[list[Path], list[Path]]:
     """
     scans: list[Path] = []
     others: list[Path] = []
-    aside = ASIDE if any(tree.root.glob("sub-*/")) else frozenset()
+    aside = _set_aside(tree)
     made = made_by_freesurfer(tree.volumes())
     for volume in tree.volumes():
         name, top = parse_name(volume.stem), volume.path.relative_to(tree.root).parts[0]
@@ -149,7 +154,7 @@ def scans_below(tree: Tree) -> tuple[list[Path], list[Path]]:
 
 def without_t1(tree: Tree, scans: Sequence[Path], others: Sequence[Path]) -> list[Row]:
     """A volume of everybody below a folder who has no T1 scan by the names, with reason and remedy."""
-    aside = ASIDE if any(tree.root.glob("sub-*/")) else frozenset()
+    aside = _set_aside(tree)
     images = [
         path
         for path in others

@@ -9,7 +9,7 @@ sum (eq. 6).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -90,15 +90,12 @@ class DiCoMLoss(nn.Module):
             processes.
         """
         pairs, batch = image.shape[:2]
-        logits = torch.cat([student.globals_.logits, local_logits]).unflatten(0, (-1, batch))
+        own, crops, hidden = student.globals_, image.flatten(0, 1), masked.flatten(0, 1)
+        logits = torch.cat([own.logits, local_logits]).unflatten(0, (-1, batch))
         output = {
             "loss_global": self.global_loss(logits, teacher.logits.unflatten(0, (pairs, batch)), teacher_temperature),
-            "loss_patch": self.patch_loss(
-                student.globals_.patch_logits, teacher.patch_logits, patch_teacher_temperature, masked.flatten(0, 1)
-            ),
-            "loss_reconstruction": self.reconstruction_loss(
-                student.reconstruction, image.flatten(0, 1), masked.flatten(0, 1)
-            ),
+            "loss_patch": self.patch_loss(own.patch_logits, teacher.patch_logits, patch_teacher_temperature, hidden),
+            "loss_reconstruction": self.reconstruction_loss(student.reconstruction, crops, hidden),
         }
         loss = (
             self.global_weight * output["loss_global"]
@@ -106,7 +103,7 @@ class DiCoMLoss(nn.Module):
             + self.reconstruction_weight * output["loss_reconstruction"]
         )
         if self.koleo_loss is not None:
-            output["loss_koleo"] = self.koleo_loss(student.globals_.summary.unflatten(0, (pairs, batch)))
+            output["loss_koleo"] = self.koleo_loss(own.summary.unflatten(0, (pairs, batch)))
             loss = loss + self.koleo_weight * output["loss_koleo"]
         statistics = {
             f"{branch}_{name}": value
@@ -371,10 +368,12 @@ class GlobalAlignmentLoss(nn.Module):
 
     def local_crops(self, local: Tensor, teacher: Tensor, teacher_temperature: float) -> Tensor:
         """What local crops ``[L, B, K]`` add to the loss when they are the student's views after the first two."""
-        targets = self.targets.sharpen(teacher, teacher_temperature)
-        log_probabilities = (local.float() / self.student_temperature).log_softmax(dim=-1)
-        pairs = len(teacher) * (len(teacher) + len(local) - 1)
-        return -torch.einsum("ibk,vbk->", targets, log_probabilities) / (pairs * local.shape[1])
+        return self.share(local, self.targets.sharpen(teacher, teacher_temperature), len(teacher) + len(local))
+
+    def share(self, student: Tensor, targets: Tensor, views: int) -> Tensor:
+        """What pairs of some of the student's ``views`` ``[v, B, K]`` and some of the two targets add to the loss."""
+        log_probabilities = (student.float() / self.student_temperature).log_softmax(dim=-1)
+        return -torch.einsum("ibk,vbk->", targets, log_probabilities) / (2 * (views - 1) * student.shape[1])
 
 
 class PatchAlignmentLoss(nn.Module):
@@ -447,18 +446,9 @@ class PatchAlignmentLoss(nn.Module):
             weights = (weights if student.places is None else weights[:, student.places]).flatten()
         if units.shape[:-1] != teacher.units.shape[:-1] or len(student.prototypes) != len(teacher.prototypes):
             raise ValueError(f"student {tuple(units.shape)} and teacher {tuple(teacher.units.shape)} differ")
-        if self.token_centre_momentum is not None:
-            teacher = self.centred(teacher, self.token_centre_momentum, moves=self.training)
+        teacher = self.centred(teacher, moves=self.training)
         taught = teacher.units.flatten(0, -2).float()
-        centred = isinstance(self.targets, CentredTargets)
-        everything = None if centred else self.targets(teacher.rows(), teacher_temperature)
-
-        def target_of(rows: slice) -> Tensor:
-            if everything is not None:
-                return everything[rows]
-            return self.targets.sharpen(teacher.rows(rows), teacher_temperature)
-
-        first = self.previous is None
+        target_of = self.targets_of(teacher, teacher_temperature, moves=True)
         places, previous = student.places, self.previous
         if previous is None:
             previous = units[-1].detach()
@@ -478,7 +468,7 @@ class PatchAlignmentLoss(nn.Module):
             self.statistics = of_targets(entropy, mean_target, loss, self.marginal)
             self.statistics |= of_logits(mean, deviation, getattr(self.targets, "centre", None))
             predicted = (other - loss.detach()) / math.log(self.targets.out_dim)
-            self.statistics["predicted"] = predicted * 0.0 if first else predicted
+            self.statistics["predicted"] = predicted * 0.0 if self.previous is None else predicted
             if self.training:
                 newest = units[-1].detach()
                 if places is not None:
@@ -489,12 +479,21 @@ class PatchAlignmentLoss(nn.Module):
                 self.previous = gather_rows(newest[None])[-1].clone()
         return loss
 
+    def targets_of(self, teacher: TokenLogits, temperature: float, moves: bool) -> Callable[[slice], Tensor]:
+        """What gives the targets of some of the teacher's tokens; a queue, which takes them all at once, may move."""
+        if isinstance(self.targets, CentredTargets):
+            return lambda rows: self.targets.sharpen(teacher.rows(rows), temperature)
+        everything = (self.targets if moves else self.targets.sharpen)(teacher.rows(), temperature)
+        return lambda rows: everything[rows]
+
     @torch.no_grad()
-    def centred(self, teacher: TokenLogits, momentum: float, moves: bool) -> TokenLogits:
-        """The teacher's tokens without their mean at each position, which may move."""
+    def centred(self, teacher: TokenLogits, moves: bool) -> TokenLogits:
+        """The teacher's tokens, with the option without their mean at each position, which may move."""
+        if self.token_centre_momentum is None:
+            return teacher
         units = teacher.units.float()
         mean = mean_over_processes(units.mean(dim=0))
         centre = mean if self.token_centre is None else self.token_centre
         if moves:
-            self.token_centre = centre.lerp(mean, 1.0 - momentum)
+            self.token_centre = centre.lerp(mean, 1.0 - self.token_centre_momentum)
         return TokenLogits(units - centre, teacher.prototypes)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from volta_components.method.cross_entropy import TokenCrossEntropy
-from volta_components.method.losses import CentredTargets, DiCoMLoss, PatchAlignmentLoss
+from volta_components.method.losses import DiCoMLoss, PatchAlignmentLoss
 from volta_components.method.networks import GlobalOutput, StudentOutput
 from volta_components.method.projection import TokenLogits
 
@@ -37,11 +37,10 @@ def share_of_first_view(
         patch_teacher_temperature: tau_t of eq. 4.
         views: of the student, with local crops, ``V``.
     """
-    batch = image.shape[1]
+    taught = teacher.logits.unflatten(0, (2, image.shape[1]))
+    targets = loss.global_loss.targets.sharpen(taught, teacher_temperature)
     # The first view is compared with the teacher's second.
-    target = loss.global_loss.targets.sharpen(teacher.logits.unflatten(0, (2, batch)), teacher_temperature)[1]
-    logits = student.globals_.logits.float() / loss.global_loss.student_temperature
-    pairs = -(target * logits.log_softmax(dim=-1)).sum() / (2 * (views - 1) * batch)
+    pairs = loss.global_loss.share(student.globals_.logits[None], targets[1:], views)
     patch = _patch_loss(loss.patch_loss, student.globals_.patch_logits, teacher.patch_logits, patch_teacher_temperature)
     restored = loss.reconstruction_loss(student.reconstruction, image[0], masked[0])
     both = loss.patch_weight * patch + loss.reconstruction_weight * restored
@@ -50,14 +49,7 @@ def share_of_first_view(
 
 def _patch_loss(loss: PatchAlignmentLoss, student: TokenLogits, teacher: TokenLogits, temperature: float) -> Tensor:
     """The patch loss of the first half of the crops, with a gradient for their tokens alone."""
-    if loss.token_centre_momentum is not None:
-        teacher = loss.centred(teacher, loss.token_centre_momentum, moves=False)
-    targets = loss.targets
-    everything = None if isinstance(targets, CentredTargets) else targets.sharpen(teacher.rows(), temperature)
-
-    def target_of(rows: slice) -> Tensor:
-        return targets.sharpen(teacher.rows(rows), temperature) if everything is None else everything[rows]
-
+    target_of = loss.targets_of(loss.centred(teacher, moves=False), temperature, moves=False)
     elsewhere = student.units[-1].detach()
     found: Tensor = TokenCrossEntropy.apply(
         student.units, student.prototypes.detach(), elsewhere, target_of, loss.student_temperature

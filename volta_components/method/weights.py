@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, read_json, remove_partials, sha256_file, write_json
+from volta_components.files import atomic_path, copy_file, read_json, remove_partials, sha256_file, write_json
 from volta_components.method.monai_versions import fit_cross_attention
 from volta_components.method.networks import VoltaViT, resample_position_embedding
 from volta_components.training.archive import DamagedArchiveError, read_archive
@@ -109,8 +108,7 @@ def keep_picture(weights: str | os.PathLike[str], picture: Path, caption: str, s
     if not picture.is_file():
         beside.unlink(missing_ok=True)
         return {}
-    with atomic_path(beside) as temporary:
-        shutil.copyfile(picture, temporary)
+    copy_file(picture, beside)
     return {"picture": {"sha256": sha256_file(beside), "caption": caption, "shows_scans": shows_scans}}
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, read_json
+from volta_components.files import copy_file, read_json
 from volta_components.report.figures import STYLE, Picture, write
 from volta_components.report.statistics import Estimate
 from volta_components.report.store import Store
@@ -145,8 +144,7 @@ def _curves(curves: Mapping[str, Mapping[str, list[tuple[int, float]]]], figures
 
 
 def _copied(source: Path, figures: Path, name: str, title: str, caption: str) -> Picture:
-    with atomic_path(figures / f"{name}.png") as temporary:
-        shutil.copyfile(source, temporary)
+    copy_file(source, figures / f"{name}.png")
     with Image.open(source) as picture:
         inches = min(10.4, picture.width / 110)
     return Picture(figures / f"{name}.png", None, title, caption, inches)

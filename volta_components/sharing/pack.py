@@ -23,6 +23,7 @@ from volta_components.downstream.inits import BASE_INIT, find_overlay
 from volta_components.errors import InputError
 from volta_components.files import (
     atomic_path,
+    copy_file,
     hash_file,
     partial_prefix,
     read_json,
@@ -432,8 +433,7 @@ def _set_aside(top: Path, output: Path, stem: str, address: str) -> tuple[Path, 
     """Move the weights out of the folder; ``large_files.yml`` says where they will be."""
     path = top / "models" / "model.pt"
     hosted = output / f"{stem}_model.pt"
-    with atomic_path(hosted) as temporary:
-        shutil.copyfile(path, temporary)
+    copy_file(path, hosted)
     lines = [
         "large_files:",
         '- path: "models/model.pt"',

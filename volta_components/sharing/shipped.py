@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import volta_components
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, partial_prefix, remove_partials, sha256_file
+from volta_components.files import copy_file, partial_prefix, remove_partials, sha256_file
 
 # What the wheel holds, by folder; setup.cfg has the same list. Weights that were trained here are not among it.
 SHIPPED = {
@@ -59,8 +58,7 @@ def init(folder: Path, /) -> int:
     remove_partials(*{copy.parent for copy in wanted.values()})  # of a copying that was killed
     for path, copy in missing.items():
         copy.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(copy) as temporary:
-            shutil.copyfile(path, temporary)
+        copy_file(path, copy)
     names = sorted({path.parent.name for path in (source / "bundles").glob("*/LICENSE")})
     counts = f"{len(missing)} files copied, {len(wanted) - len(missing)} were there already"
     print(f"{folder}: bundles {', '.join(names)}, and label; {counts}")
