@@ -135,7 +135,9 @@ def add_contrast(raw: Path, datalist: Path) -> None:
     write_json(datalist, content | {"hash": datalist_hash(content)})
 
 
-def pretrain(name: str, seed: int, epochs: int, anatomies: Path, scored: Path, folder: Path) -> dict[str, Any]:
+def pretrain(
+    name: str, seed: int, epochs: int, anatomies: Path, scored: Path, folder: Path, device: str, workers: int
+) -> dict[str, Any]:
     """One row with one seed, pretrained and probed unless that was done before; what is known of it."""
     overlays, changes = ROWS[name]
     ids = {**BASE, "epochs": epochs, "collapse_grace_epochs": epochs, **changes, "seed": seed}
@@ -147,7 +149,12 @@ def pretrain(name: str, seed: int, epochs: int, anatomies: Path, scored: Path, f
     home.mkdir(parents=True, exist_ok=True)
     write_json(home / "settings.json", {"name": name, **settings})
     encoder = home / "encoder.safetensors"
-    data = {"anatomies": anatomies, "leave_out": list(SCORED), "num_workers": 0, "device": "$torch.device('cpu')"}
+    data = {
+        "anatomies": anatomies,
+        "leave_out": list(SCORED),
+        "num_workers": workers,
+        "device": f"$torch.device('{device}')",
+    }
     places = {"output_dir": home, "ckpt_dir": home, "encoder_path": encoder, "run_name": home.name}
     text = run(["train", "tiny", "synthetic", *overlays], {**data, **ids, **places}, home / "log")
     places = {"output_dir": home / "probes", "encoder_path": encoder, "run_name": home.name, "dataset_dir": scored}
@@ -232,6 +239,8 @@ def main(
     heads: int = 80,
     results: Path | None = None,
     only_table: bool = False,
+    device: str = "cpu",
+    workers: int = 0,
 ) -> None:
     """Pretrain, ask, and print a table.
 
@@ -244,6 +253,8 @@ def main(
         heads: that the encoders are asked about, of four anatomies.
         results: file for the table.
         only_table: pretrain nothing.
+        device: where the encoders are trained, such as cuda:0.
+        workers: processes that render heads.
 
     Raises:
         InputError: if a run fails.
@@ -253,7 +264,7 @@ def main(
         scored = scored_heads(anatomies.resolve(), output.resolve(), heads)
         for seed in seeds:
             for name in rows:
-                pretrain(name, seed, epochs, anatomies.resolve(), scored, output.resolve())
+                pretrain(name, seed, epochs, anatomies.resolve(), scored, output.resolve(), device, workers)
                 print("\n".join(table(finished(output, epochs))), flush=True)
     lines = table(finished(output, epochs))
     print("\n".join(lines))

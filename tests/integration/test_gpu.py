@@ -6,16 +6,20 @@ Everywhere else the tests compute on the CPU, where tensors on two devices, NCCL
 
 from __future__ import annotations
 
+import copy
+import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from ignite.engine import Events
-from method_helpers import PATCH, tiny_run, tiny_views
+from method_helpers import HIDDEN, PATCH, tiny_run, tiny_views
 from prepared import ROOT
 from toy_anatomies import toy_folder
 
@@ -26,6 +30,7 @@ from volta_components.data.phantom.scanner import draw_scanner
 from volta_components.data.phantom.settings import Settings
 from volta_components.data.phantom.subjects import draw_subject
 from volta_components.method.air import AirTokens
+from volta_components.method.koleo import KoLeoLoss
 from volta_components.method.weights import load_encoder
 from volta_components.training.endless import EndlessHeads, anatomies_datalist
 
@@ -55,17 +60,25 @@ def configs(bundle: str, *names: str) -> str:
     return str([f"bundles/{bundle}/configs/{name}.json" for name in names])
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two prepared cohorts of phantoms, and an encoder that was pretrained on one of them, on the GPU."""
-    folder = tmp_path_factory.mktemp("gpu")
-    for name, prefix, subjects, seed in (("pretrain", "PT", "12", "1"), ("labelled", "PL", "20", "2")):
-        cohort = ("--subjects", subjects, "--seed", seed, "--prefix", prefix, "--spacing", "3")
-        run("-m", "volta_components.cli", "phantom", "--output", str(folder / "raw" / name), *cohort)
-        source = ("--layout", "bids", "--source", str(folder / "raw" / name))
-        size = ("--spacing", "3", "--shape", "48,64,64")
-        run("-m", "volta_components.cli", "prepare", *source, "--output", str(folder / name), *size)
-    pretrain(folder, "one")
+    """Two prepared cohorts of phantoms, and an encoder that was pretrained on one of them, on the GPU.
+
+    The processes of pytest-xdist share them: their temporary folders have one parent.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "gpu"
+    folder.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if (folder / "one.safetensors").is_file():
+            return folder
+        for name, prefix, subjects, seed in (("pretrain", "PT", "12", "1"), ("labelled", "PL", "20", "2")):
+            cohort = ("--subjects", subjects, "--seed", seed, "--prefix", prefix, "--spacing", "3")
+            run("-m", "volta_components.cli", "phantom", "--output", str(folder / "raw" / name), *cohort)
+            source = ("--layout", "bids", "--source", str(folder / "raw" / name))
+            size = ("--spacing", "3", "--shape", "48,64,64")
+            run("-m", "volta_components.cli", "prepare", *source, "--output", str(folder / name), *size)
+        pretrain(folder, "one")
     return folder
 
 
@@ -77,24 +90,50 @@ def pretrain(folder: Path, name: str, *overlays: str, launcher: tuple[str, ...] 
     run("-m", *launcher, "monai.bundle", "run", "--config_file", files, *places, *options)
 
 
-@pytest.mark.parametrize("together", [True, False])
-@pytest.mark.parametrize("air", [None, AirTokens(PATCH, 0.3)])
-def test_nothing_waits_for_the_gpu(together: bool, air: AirTokens | None) -> None:
+@pytest.mark.parametrize(
+    ("together", "air", "graph"),
+    [(together, air, False) for together in (True, False) for air in (None, AirTokens(PATCH, 0.3))]
+    + [(together, None, True) for together in (True, False)],
+)
+def test_nothing_waits_for_the_gpu(together: bool, air: AirTokens | None, graph: bool) -> None:
     """Six whole mini-batches, two optimiser steps among them, between two readings: every wait is an error."""
-    options = {"views_together": together, "views": tiny_views(air=air), "amp": True}
+    options = {"views_together": together, "views": tiny_views(air=air), "amp": True, "cuda_graph": graph}
     parts = tiny_run(count=12, epochs=1, accumulation_steps=3, log_interval=99, run_on="cuda", **options)
 
     def mode(name: str) -> None:
         torch.cuda.set_sync_debug_mode(name)
 
-    # The first mini-batches fill caches, such as that of the position embedding's weights.
-    parts.trainer.add_event_handler(Events.ITERATION_STARTED(once=4), lambda: mode("error"))
-    parts.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=9), lambda: mode("default"))
+    # The first mini-batches fill caches, such as that of the position embedding's weights; the fourth records a graph.
+    parts.trainer.add_event_handler(Events.ITERATION_STARTED(once=5), lambda: mode("error"))
+    parts.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=10), lambda: mode("default"))
     try:
         parts.trainer.run()
     finally:
         mode("default")
     assert parts.trainer.state.iteration == 12
+
+
+@pytest.mark.parametrize("options", [{}, {"koleo_loss": KoLeoLoss(HIDDEN)}, {"views_together": False}])
+def test_a_graph_gives_the_same_run(options: dict[str, Any]) -> None:
+    """Five windows, of which the last of each epoch is shorter; the last layers are frozen in the first epoch."""
+
+    def run_of(graph: bool) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+        run_on = {"run_on": "cuda", "cuda_graph": graph}
+        parts = tiny_run(count=8, epochs=2, accumulation_steps=3, **run_on, **copy.deepcopy(options))
+        outputs: list[dict[str, float]] = []
+        parts.trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda each: outputs.extend(each.state.output))
+        parts.trainer.run()
+        return outputs, parts.teacher.state_dict() | parts.loss.state_dict()
+
+    (outputs, weights), (others, other_weights) = run_of(False), run_of(True)
+    assert len(outputs) == len(others) == 16
+    for one, other in zip(outputs, others, strict=True):
+        assert set(one) == set(other)
+        for name in set(one) - {"volumes_per_second"}:
+            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
+    for name, value in weights.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(other_weights[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_the_encoder_loads_on_the_cpu(folder: Path) -> None:

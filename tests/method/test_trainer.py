@@ -132,7 +132,35 @@ def test_gradients_and_losses_equal_those_computed_by_hand(views_together: bool)
         assert set(window) == set(single[0])
         for name, value in window.items():
             expected = sum(single[i][name] for i in members) / len(members)
-            torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4, msg=name)
+            # Large terms of a sum may cancel: float32 rounds by their size, in another order in each version of torch.
+            size = 2e-6 * float(expected.abs().max())
+            torch.testing.assert_close(value, expected, atol=max(1e-5, size), rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("options", [{}, {"views_together": False}, {"koleo_loss": KoLeoLoss(HIDDEN)}])
+def test_what_a_graph_records_is_the_same_step(options: dict[str, Any]) -> None:
+    """Its numbers are tensors, and gradients stay where they are; test_gpu.py records and starts it on a GPU."""
+
+    def run_of(recorded: bool) -> tuple[list[dict[str, float]], dict[str, Any]]:
+        parts = tiny_run(count=8, epochs=2, accumulation_steps=3, **copy.deepcopy(options))
+        trainer, outputs = parts.trainer, []
+        if recorded:
+            trainer._graphed = lambda views, numbers: trainer._graphed_learn(*views, *map(torch.tensor, numbers))
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: outputs.extend(engine.state.output))
+        trainer.run()
+        return outputs, parts.teacher.state_dict()
+
+    (outputs, weights), (others, other_weights) = run_of(False), run_of(True)
+    assert len(outputs) == 16
+    for one, other in zip(outputs, others, strict=True):
+        assert {**other, "volumes_per_second": 0} == pytest.approx({**one, "volumes_per_second": 0}, rel=1e-5)
+    for name, value in weights.items():
+        torch.testing.assert_close(other_weights[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_graph_is_refused_where_there_is_no_gpu() -> None:
+    with pytest.raises(InputError, match="cuda_graph: it needs a single process with a GPU"):
+        tiny_run(count=2, epochs=1, cuda_graph=True)
 
 
 @pytest.mark.parametrize("targets", [CentredTargets, SinkhornTargets])

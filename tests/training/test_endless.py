@@ -126,9 +126,24 @@ def test_heads_are_kept_for_later_epochs(items, monkeypatch):
     assert not any(same(second[5], head) for head in first)
     assert same(dataset[3], first[3])  # without an epoch, as pictures ask
     dataset[(9, 0)]
-    assert len(dataset._kept) == 1
+    assert len(rendered) == 9
     with pytest.raises(InputError, match="fresh heads of an epoch: 7 is not between 1 and all of its 6"):
         heads(items, fresh=7)
+
+
+def test_workers_share_the_heads_that_are_kept(items, monkeypatch):
+    """What two workers rendered for the first epoch, this process has, and so has each of them for the second."""
+    dataset = heads(items, fresh=2)
+    loader = KeyedDataLoader(dataset, 2, shuffle=True, num_workers=2)
+    sampler = loader.sampler
+    sampler.set_position(1)
+    assert sum(len(batch["key"]) for batch in loader) == 6
+    expected = heads(items)
+    monkeypatch.setattr(dataset, "_render", None)
+    for index in range(6):
+        assert same(dataset[(1, index)], expected[(0, index)] | {"key": torch.tensor([1, index])})
+    with pytest.raises(TypeError):
+        dataset[(2, 5)]
 
 
 def test_anatomies_are_loaded_before_workers_are_forked_off(items, monkeypatch):

@@ -69,8 +69,8 @@ class DiCoMLoss(nn.Module):
         teacher: GlobalOutput,
         image: Tensor,
         masked: Tensor,
-        teacher_temperature: float,
-        patch_teacher_temperature: float,
+        teacher_temperature: float | Tensor,
+        patch_teacher_temperature: float | Tensor,
     ) -> dict[str, Tensor]:
         """The sum and its terms.
 
@@ -114,14 +114,8 @@ class DiCoMLoss(nn.Module):
         means = mean_over_processes(torch.stack(list(statistics.values())))
         return {"loss": loss, **output, **dict(zip(statistics, means, strict=True))}
 
-    def local_crops(self, local_logits: Tensor, teacher: GlobalOutput, teacher_temperature: float) -> Tensor:
-        """The local crops' share of the sum, which depends on nothing else of the student; nothing moves.
-
-        Args:
-            local_logits: ``[L * B, K]``.
-            teacher: outputs for the unmasked global crops of B volumes.
-            teacher_temperature: tau_t of eq. 2.
-        """
+    def local_crops(self, local_logits: Tensor, teacher: GlobalOutput, teacher_temperature: float | Tensor) -> Tensor:
+        """The share of the local crops' logits ``[L * B, K]``, which depends on nothing else of the student."""
         taught = teacher.logits.unflatten(0, (2, -1))
         return self.global_weight * self.global_loss.local_crops(
             local_logits.unflatten(0, (-1, taught.shape[1])), taught, teacher_temperature
@@ -179,7 +173,7 @@ class CentredTargets(nn.Module):
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
-    def forward(self, logits: Tensor, temperature: float) -> Tensor:
+    def forward(self, logits: Tensor, temperature: float | Tensor) -> Tensor:
         """Targets ``[..., K]`` of teacher logits; updates the centre in training mode."""
         targets = self.sharpen(logits, temperature)
         if self.training:
@@ -187,7 +181,7 @@ class CentredTargets(nn.Module):
         return targets
 
     @torch.no_grad()
-    def sharpen(self, logits: Tensor, temperature: float) -> Tensor:
+    def sharpen(self, logits: Tensor, temperature: float | Tensor) -> Tensor:
         """Targets ``[..., K]`` of teacher logits; nothing moves."""
         return ((logits.float() - self.centre) / (temperature * self.log_scale.exp())).softmax(dim=-1)
 
@@ -253,7 +247,7 @@ class SinkhornTargets(nn.Module):
         self.register_buffer("filled", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
-    def forward(self, logits: Tensor, temperature: float) -> Tensor:
+    def forward(self, logits: Tensor, temperature: float | Tensor) -> Tensor:
         """Targets ``[..., K]`` of teacher logits; the queue grows in training mode; ``epsilon`` is the temperature."""
         targets, current, mean = self._assign(logits)
         if self.training:
@@ -262,7 +256,7 @@ class SinkhornTargets(nn.Module):
             self.filled.add_(len(current)).clamp_(max=len(self.queue))
         return targets
 
-    def sharpen(self, logits: Tensor, temperature: float) -> Tensor:
+    def sharpen(self, logits: Tensor, temperature: float | Tensor) -> Tensor:
         """Targets ``[..., K]`` of teacher logits; the queue stands still."""
         return self._assign(logits)[0]
 
@@ -339,7 +333,7 @@ class GlobalAlignmentLoss(nn.Module):
         self.register_buffer("marginal", torch.zeros(targets.out_dim))
         self.register_buffer("previous", torch.zeros(self.BACK, 2, targets.out_dim))
 
-    def forward(self, student: Tensor, teacher: Tensor, teacher_temperature: float) -> Tensor:
+    def forward(self, student: Tensor, teacher: Tensor, teacher_temperature: float | Tensor) -> Tensor:
         """Mean over the ``2 (V - 1)`` pairs and the batch; a scalar."""
         if student.ndim != 3 or teacher.ndim != 3 or student.shape[1:] != teacher.shape[1:] or len(student) < 2:
             raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} do not fit")
@@ -366,7 +360,7 @@ class GlobalAlignmentLoss(nn.Module):
             self.previous.copy_(torch.cat([mean_over_processes(mean)[None], self.previous[:-1]]))
         return loss
 
-    def local_crops(self, local: Tensor, teacher: Tensor, teacher_temperature: float) -> Tensor:
+    def local_crops(self, local: Tensor, teacher: Tensor, teacher_temperature: float | Tensor) -> Tensor:
         """What local crops ``[L, B, K]`` add to the loss when they are the student's views after the first two."""
         return self.share(local, self.targets.sharpen(teacher, teacher_temperature), len(teacher) + len(local))
 
@@ -431,12 +425,15 @@ class PatchAlignmentLoss(nn.Module):
 
     def set_extra_state(self, state: dict[str, Tensor | None]) -> None:
         """Restore what ``get_extra_state`` gave."""
-        previous, centre = state["previous"], state["token_centre"]
-        self.previous = None if previous is None else previous.to(self.marginal.device)
-        self.token_centre = None if centre is None else centre.to(self.marginal.device)
+        for name, value in state.items():
+            setattr(self, name, None if value is None else value.to(self.marginal.device))
 
     def forward(
-        self, student: TokenLogits, teacher: TokenLogits, teacher_temperature: float, masked: Tensor | None = None
+        self,
+        student: TokenLogits,
+        teacher: TokenLogits,
+        teacher_temperature: float | Tensor,
+        masked: Tensor | None = None,
     ) -> Tensor:
         """Mean over tokens and crops; a scalar."""
         units = student.units
@@ -476,10 +473,11 @@ class PatchAlignmentLoss(nn.Module):
                     old = newest.new_zeros(student.total, newest.shape[1]) if self.previous is None else self.previous
                     newest = old.index_copy(0, places, newest)
                 # The same in every process: a checkpoint holds that of one.
-                self.previous = gather_rows(newest[None])[-1].clone()
+                newest = gather_rows(newest[None])[-1]
+                self.previous = newest.clone() if self.previous is None else self.previous.copy_(newest)
         return loss
 
-    def targets_of(self, teacher: TokenLogits, temperature: float, moves: bool) -> Callable[[slice], Tensor]:
+    def targets_of(self, teacher: TokenLogits, temperature: float | Tensor, moves: bool) -> Callable[[slice], Tensor]:
         """What gives the targets of some of the teacher's tokens; a queue, which takes them all at once, may move."""
         if isinstance(self.targets, CentredTargets):
             return lambda rows: self.targets.sharpen(teacher.rows(rows), temperature)
@@ -494,6 +492,9 @@ class PatchAlignmentLoss(nn.Module):
         units = teacher.units.float()
         mean = mean_over_processes(units.mean(dim=0))
         centre = mean if self.token_centre is None else self.token_centre
-        if moves:
-            self.token_centre = centre.lerp(mean, 1.0 - self.token_centre_momentum)
-        return TokenLogits(units - centre, teacher.prototypes)
+        centred = TokenLogits(units - centre, teacher.prototypes)
+        if moves and self.token_centre is None:
+            self.token_centre = mean.clone()
+        elif moves:
+            centre.lerp_(mean, 1.0 - self.token_centre_momentum)
+        return centred

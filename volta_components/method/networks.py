@@ -154,9 +154,22 @@ class VoltaViT(ViTAutoEnc):
         return volume
 
     def decode(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
-        """Reconstruct an image ``[B, C, D, H, W]`` from tokens ``[B, N, D]`` on a token grid."""
-        volume = tokens.transpose(1, 2).unflatten(2, tuple(grid))
-        return self.conv3d_transpose_1(self.conv3d_transpose(volume))
+        """Reconstruct an image ``[B, C, D, H, W]`` from tokens ``[B, N, D]`` on a token grid.
+
+        Both transposed convolutions are matrix products, as no two of their outputs overlap: the same numbers, and a
+        GPU has no fast kernel for the gradient of the last one's weight.
+        """
+        first, second = self.conv3d_transpose, self.conv3d_transpose_1
+        sides = [math.isqrt(patch) for patch in self.patch_size]
+        count = math.prod(sides)
+        weight = first.weight.permute(2, 3, 4, 1, 0).flatten(0, 3)
+        hidden = functional.linear(tokens, weight, first.bias.repeat(count)).unflatten(2, (count, -1))
+        weight = second.weight.flatten(1).T
+        volume = functional.linear(hidden, weight, second.bias.repeat_interleave(count))
+        volume = volume.unflatten(3, (-1, *sides)).unflatten(2, sides).unflatten(1, tuple(grid))
+        # The grid's axes, the first convolution's, channels, the second one's.
+        volume = volume.permute(0, 7, 1, 4, 8, 2, 5, 9, 3, 6, 10)
+        return volume.reshape(*volume.shape[:2], *[side * patch for side, patch in zip(grid, self.patch_size)])
 
     def summarise(self, tokens: Tensor) -> Tensor:
         """Summary ``[B, D]`` of patch tokens ``[B, N, D]``."""

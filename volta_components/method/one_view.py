@@ -18,8 +18,8 @@ def share_of_first_view(
     teacher: GlobalOutput,
     image: Tensor,
     masked: Tensor,
-    teacher_temperature: float,
-    patch_teacher_temperature: float,
+    teacher_temperature: float | Tensor,
+    patch_teacher_temperature: float | Tensor,
     views: int,
 ) -> Tensor:
     """What depends on the first view in ``loss``, but for the last layer of the patch branch; nothing moves.
@@ -47,7 +47,9 @@ def share_of_first_view(
     return loss.global_weight * pairs + both / 2
 
 
-def _patch_loss(loss: PatchAlignmentLoss, student: TokenLogits, teacher: TokenLogits, temperature: float) -> Tensor:
+def _patch_loss(
+    loss: PatchAlignmentLoss, student: TokenLogits, teacher: TokenLogits, temperature: float | Tensor
+) -> Tensor:
     """The patch loss of the first half of the crops, with a gradient for their tokens alone."""
     target_of = loss.targets_of(loss.centred(teacher, moves=False), temperature, moves=False)
     elsewhere = student.units[-1].detach()

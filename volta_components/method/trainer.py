@@ -22,6 +22,7 @@ from volta_components.distributed import gather_rows, process_count
 from volta_components.errors import InputError
 from volta_components.method.air import Kept, kept_of
 from volta_components.method.ema import TeacherEMAHandler
+from volta_components.method.graphs import GraphedFunction
 from volta_components.method.losses import DiCoMLoss
 from volta_components.method.networks import StudentOutput, VoltaStudent, VoltaTeacher
 from volta_components.method.one_view import both_views, share_of_first_view
@@ -84,6 +85,8 @@ class VoltaTrainer(Trainer):
         amp_dtype: type of autocast.
         log_interval: mini-batches between two readings of their numbers.
         compile_blocks: whether the transformer blocks are compiled.
+        cuda_graph: whether the kernels of steps 2 and 3 are started all at once, on a GPU (``GraphedFunction``); by
+            default where it can be done: in a single process, and without ``views#air``.
         views_together: whether the student's two global views pass together. One after the other gives the same
             gradient with less memory; KoLeo and a patch loss of masked tokens need both.
         train_handlers: attached to the engine; a ``TeacherEMAHandler`` has to be among them.
@@ -113,6 +116,7 @@ class VoltaTrainer(Trainer):
         amp_dtype: torch.dtype = torch.bfloat16,
         log_interval: int = 1,
         compile_blocks: bool = False,
+        cuda_graph: bool | None = None,
         views_together: bool = True,
         train_handlers: Sequence[Any] | None = None,
     ) -> None:
@@ -166,6 +170,14 @@ class VoltaTrainer(Trainer):
         self._unread: list[dict[str, Any]] = []
         self._unread_summaries: list[Tensor] = []
         self._check_sizes(compile_blocks)
+        fits = device.type == "cuda" and process_count() == 1 and self.views.air is None
+        if cuda_graph and not fits:
+            raise InputError(
+                "cuda_graph: it needs a single process with a GPU, and no views#air, with which each head has other "
+                "tokens; leave it out"
+            )
+        self._graphed = GraphedFunction(self._graphed_learn) if fits and cuda_graph is not False else None
+        self._names: list[str] = []
         if compile_blocks:
             for network in (self.plain_student.network, teacher.network):
                 network.compile_blocks()
@@ -228,14 +240,23 @@ class VoltaTrainer(Trainer):
         self.student.train()
         self.teacher.train()  # no dropout anywhere; centres move in training mode only
         if position == 0:
-            self.optimizer.zero_grad(set_to_none=True)
+            # A graph adds to the gradients where they were when it was recorded.
+            self.optimizer.zero_grad(set_to_none=self._graphed is None)
         # Without MONAI's record of transforms, which summaries would carry into the checkpoint.
         image = batchdata["image"].as_subclass(Tensor).to(self.state.device, non_blocking=True)
         views = self.views(image, batchdata["plan"])
         temperature = self.teacher_temperature(iteration)
         patch_temperature = self.patch_teacher_temperature(iteration)
         kept = kept_of(batchdata.get("kept"), views.image.device)
-        output: dict[str, Any] = self._learn(views, kept, temperature, patch_temperature, window, is_last)
+        numbers = temperature, patch_temperature, 1 / window
+        if self._graphed is None:
+            found, summary = self._learn(views, kept, *numbers, is_last)
+        else:
+            *scalars, summary = self._graphed(views, numbers)
+            found = dict(zip(self._names, torch.stack(scalars).unbind(), strict=True))
+            summary = summary.clone()  # the next call writes there
+        self._unread_summaries.append(summary)
+        output: dict[str, Any] = found
         if is_last:
             rate = self.learning_rate(step)
             for group in self.optimizer.param_groups:
@@ -285,10 +306,24 @@ class VoltaTrainer(Trainer):
                 )
         self.fire_event(ReadOut.NUMBERS_READ)
 
+    def _graphed_learn(self, *arguments: Tensor) -> tuple[Tensor, ...]:
+        """What ``_learn`` gives, of the tensors of ``Views`` and its three numbers, in one row."""
+        views, (temperature, patch_temperature, share) = Views(*arguments[:-3]), arguments[-3:]
+        kept = kept_of(None, views.image.device)
+        output, summary = self._learn(views, kept, temperature, patch_temperature, share, is_last=True)
+        self._names = list(output)
+        return *output.values(), summary
+
     def _learn(
-        self, views: Views, kept: Kept, temperature: float, patch_temperature: float, window: int, is_last: bool
-    ) -> dict[str, Any]:
-        """Both forward and backward passes; the losses and their statistics."""
+        self,
+        views: Views,
+        kept: Kept,
+        temperature: float | Tensor,
+        patch_temperature: float | Tensor,
+        share: float | Tensor,
+        is_last: bool,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Both forward and backward passes; the losses and their statistics, and the teacher's summaries."""
         autocast = torch.autocast(self.state.device.type, dtype=self.amp_dtype, enabled=self.mixed_precision)
         with autocast:
             taught = self.teacher(views.teacher.flatten(0, 1), kept.places)
@@ -297,7 +332,7 @@ class VoltaTrainer(Trainer):
             # Not through the distributed wrapper: gradients are exchanged in the second backward pass.
             with autocast:
                 local_logits = self.plain_student.local_logits(views.local.flatten(0, 1), kept.in_locals)
-            (self.loss.local_crops(local_logits, taught, temperature) / window).backward()
+            (self.loss.local_crops(local_logits, taught, temperature) * share).backward()
         crops, masked = views.student.flatten(0, 1), views.masked
         if kept.places is not None:
             # Nothing restores what was left out.
@@ -309,8 +344,8 @@ class VoltaTrainer(Trainer):
             with autocast:
                 first = self.plain_student(one, kept.places)
             count = 2 + len(views.local)
-            share = share_of_first_view(self.loss, first, taught, views.image, masked, *temperatures, count)
-            (share / window).backward()
+            part = share_of_first_view(self.loss, first, taught, views.image, masked, *temperatures, count)
+            (part * share).backward()
         quiet: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if isinstance(self.student, DistributedDataParallel) and not is_last:
             quiet = self.student.no_sync()
@@ -320,22 +355,24 @@ class VoltaTrainer(Trainer):
             if first is not None:
                 learnt = both_views(first, learnt)
             output = self.loss(learnt, local_logits.detach(), taught, views.image, masked, *temperatures)
-            (output["loss"] / window).backward()
+            (output["loss"] * share).backward()
         # One view of each volume: two views of it would count twice.
-        self._unread_summaries.append(gather_rows(taught.summary[: views.image.shape[1]].detach().float()))
-        return output
+        return output, gather_rows(taught.summary[: views.image.shape[1]].detach().float())
 
     def _step(self) -> Tensor:
         """Clip, freeze, step; the norm of the gradient before clipping."""
-        student = self.plain_student
+        student, frozen = self.plain_student, []
         if self.state.epoch <= self.frozen_last_layer_epochs:
             for layer in (student.head.last_layer, student.head.patch_last_layer):
-                for parameter in layer.parameters():
-                    parameter.grad = None
+                frozen += [(parameter, parameter.grad) for parameter in layer.parameters()]
+        for parameter, _ in frozen:
+            parameter.grad = None
         limit = self.clip_norm if self.clip_norm > 0 else float("inf")
         norm = nn.utils.clip_grad_norm_([p for p in student.parameters() if p.grad is not None], limit)
         if getattr(self.optimizer, "_step_supports_amp_scaling", False):
             # As torch.amp.GradScaler does: a fused optimiser leaves the step out where this is 1.
             self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         self.optimizer.step()
+        for parameter, gradient in frozen:
+            parameter.grad = gradient  # of no use any more, but a graph's place for it
         return norm

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -90,7 +92,7 @@ class EndlessHeads(KeyedDataset):
         data: the anatomies: items of ``anatomies_datalist``.
         length: heads of one epoch.
         fresh: heads of an epoch that the epoch before did not have, where rendering is slower than training: the others
-            are kept in memory, by each process that loads. ``length`` by default: never the same head twice.
+            are kept in memory, which all workers of a loader share. ``length`` by default: never the same head twice.
         shape: voxels of an item: the whole window, or crops of it.
         window: voxels of the whole window; ``shape`` by default.
         spacing: mm.
@@ -161,7 +163,9 @@ class EndlessHeads(KeyedDataset):
         self.shares = shares
         self.fresh = fresh
         self.standard = standard
-        self._kept: dict[int, dict[str, Any]] = {}
+        # Of the heads that are kept, by ``number % length``: their tensors, and the number that lies there.
+        self._kept: dict[str, torch.Tensor] = {}
+        self._numbers = torch.full((length,), -1).share_memory_()
 
     def __len__(self) -> int:
         return self.length
@@ -170,6 +174,8 @@ class EndlessHeads(KeyedDataset):
         """Load the anatomies (about 15 MB and half a second each) before workers are forked off, which share them."""
         for name in self.paths:
             self._head(name)
+        if self.fresh is not None and not self._kept:
+            self.item(0, 0)
 
     def _head(self, name: str) -> Head:
         if name not in self.heads:
@@ -177,23 +183,38 @@ class EndlessHeads(KeyedDataset):
         return self.heads[name]
 
     def item(self, epoch: int, index: int, *repeat: int) -> dict[str, Any]:
-        """A head; one that the process has rendered for an epoch before is taken from there."""
+        """A head; one that was rendered for an epoch before, here or by another worker, is taken from memory."""
         if self.fresh is None:
             return self._render(epoch, index, *repeat)
-        first = max(0, epoch - 1) * self.fresh  # epoch 0 is that of pictures
-        number = first + index
-        if number not in self._kept:
-            self._kept = {kept: item for kept, item in self._kept.items() if kept >= first}
-            self._kept[number] = self._render(0, number)
-        return dict(self._kept[number])
+        number = max(0, epoch - 1) * self.fresh + index  # epoch 0 is that of pictures
+        slot = number % self.length
+        if self._numbers[slot] != number:
+            head = self._render(0, number)
+            if not self._kept:
+                self._kept = {name: self._memory(value) for name, value in head.items()}
+            for name, value in head.items():
+                self._kept[name][slot] = value
+            self._numbers[slot] = number  # last: a worker that finds the number finds all of the head
+        return {name: values[slot].clone() for name, values in self._kept.items()}
 
-    def _render(self, epoch: int, index: int, *repeat: int) -> dict[str, Any]:
+    def _memory(self, one: torch.Tensor) -> torch.Tensor:
+        """Room for as many tensors as an epoch has, that a forked process shares.
+
+        Not ``share_memory_``: that lies in ``/dev/shm``, which is small in containers: whoever needs more is killed.
+        """
+        shape = (self.length, *one.shape)
+        if self.device.type != "cpu":
+            return torch.empty(shape, dtype=one.dtype, device=self.device)
+        memory = mmap.mmap(-1, math.prod(shape) * one.element_size())
+        return torch.frombuffer(memory, dtype=one.dtype).view(shape)
+
+    def _render(self, epoch: int, index: int, *repeat: int) -> dict[str, torch.Tensor]:
         settings = replace(self.settings, seed=derived_seed(self.seed, "heads", epoch, *repeat))
         subject = draw_subject(settings, index + 1)
         head = self._head(subject.anatomy)
         where = geometry(subject, head)
         rng = random_stream(settings.seed, 9, index)
-        item: dict[str, Any] = {"anatomy": subject.anatomy}
+        item: dict[str, torch.Tensor] = {}
         view: View | None = None
         for number in range(self.scanners):
             drawn = settings if not number else replace(settings, seed=derived_seed(settings.seed, number))
