@@ -13,7 +13,7 @@ from toy_anatomies import toy_folder
 
 from volta_components.data.phantom.anatomy import geometry
 from volta_components.data.phantom.command import phantom
-from volta_components.data.phantom.heads import load_head, lookup_codes, sample_tables
+from volta_components.data.phantom.heads import load_head, lookup_codes, sample_tables, with_muscles
 from volta_components.data.phantom.labels import CODES, NAMES
 from volta_components.data.phantom.render import View, render, render_view, whole_view
 from volta_components.data.phantom.scanner import BiasField, blur, draw_scanner, slices
@@ -49,6 +49,23 @@ def subject_of(settings, number=1, **changes):
 
 def count(head, *names):
     return int(np.isin(head.codes, [CODES[name] for name in names]).sum())
+
+
+def test_thick_soft_tissue_has_muscles_and_a_thin_scalp_has_none():
+    """Bundles with fat between them and a few vessels; nothing else changes, and another head has others."""
+    codes = np.full((70, 60, 50), CODES["air"], np.uint8)
+    codes[5:65, 5:55, 5:30] = CODES["scalp"]  # a neck
+    codes[5:65, 5:55, 31:45] = CODES["skull"]
+    made = with_muscles(codes, "00ff" * 16)
+    names = {name: (made == CODES[name]) & (codes == CODES["scalp"]) for name in ("scalp", "other_tissue", "sinus")}
+    inner = names["other_tissue"][12:58, 12:48, 12:22]
+    assert 0.5 < inner.mean() < 0.8
+    assert 0.15 < names["scalp"][12:58, 12:48, 12:22].mean() < 0.45
+    assert 0.002 < names["sinus"][12:58, 12:48, 12:22].mean() < 0.05
+    assert names["scalp"][:8].sum() == (codes[:8] == CODES["scalp"]).sum()
+    assert np.array_equal(made[codes != CODES["scalp"]], codes[codes != CODES["scalp"]])
+    assert np.array_equal(made, with_muscles(codes, "00ff" * 16))
+    assert not np.array_equal(made, with_muscles(codes, "01ff" * 16))
 
 
 # --- geometry ---------------------------------------------------------------------------------------------------------

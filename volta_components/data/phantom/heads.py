@@ -61,7 +61,7 @@ def make_head(label_map: LabelMap) -> Head:
     shape = np.array(label_map.codes.shape)
     box = box_around(low, low + shape + 2 * _MARGIN - 1, _GRID, squarings=4)
     codes = np.zeros(box.voxels, np.uint8)
-    codes[tuple(slice(_MARGIN, _MARGIN + n) for n in shape)] = label_map.codes
+    codes[tuple(slice(_MARGIN, _MARGIN + n) for n in shape)] = with_muscles(label_map.codes, label_map.digest)
     coarse = codes[::2, ::2, ::2]
 
     def share(*wanted: int) -> NDArray[np.float32]:
@@ -83,6 +83,32 @@ def make_head(label_map: LabelMap) -> Head:
         has_outside=label_map.has_outside,
         hippocampi=_part_of(is_code(CODES["hippocampus_left"], CODES["hippocampus_right"])[codes]),
     )
+
+
+def with_muscles(codes: NDArray[np.uint8], digest: str) -> NDArray[np.uint8]:
+    """Codes whose thick soft tissue has muscles with fat between them, and vessels: the same ones for an anatomy.
+
+    A label map has one number for all of face and neck; rendered as one tissue, they look like a block of plaster.
+
+    Args:
+        codes: ``[X, Y, Z]``.
+        digest: hexadecimal, of the label map; draws the muscles.
+    """
+    soft = is_code(CODES["scalp"])[codes[::2, ::2, ::2]]
+    deep = ndimage.minimum_filter(soft, size=5)
+    # Longer from top to bottom than they are thick, which is about 8 mm.
+    rng = np.random.default_rng(int(digest[:16], 16))
+    bundles, vessels = (
+        ndimage.gaussian_filter(rng.standard_normal(deep.shape, dtype=np.float32), width, mode="wrap")
+        for width in ((2.0, 2.0, 6.0), (1.0, 1.0, 4.0))
+    )
+    muscle = deep & (np.abs(bundles) > 0.4 * bundles.std())
+    vessel = deep & (vessels > 2.2 * vessels.std())
+    result = codes.copy()
+    for found, name in ((muscle, "other_tissue"), (vessel, "sinus")):  # a brain's vessel would count as brain
+        fine = functools.reduce(lambda each, axis: each.repeat(2, axis=axis), range(3), found)
+        result[fine[tuple(slice(side) for side in codes.shape)]] = CODES[name]
+    return result
 
 
 def _part_of(mask: NDArray[np.bool_]) -> tuple[slice, slice, slice]:
