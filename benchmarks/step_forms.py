@@ -264,7 +264,7 @@ def ours(
     folder: Path | None = None,
     volume: Tensor | None = None,
     air: AirTokens | None = None,
-    together: bool = True,
+    together: bool | None = None,
     graph: bool = True,
     batch: int = 1,
 ) -> Ours:
@@ -306,7 +306,7 @@ def ours(
         amp=dtype != torch.float32,
         log_interval=8,
         compile_blocks=compiled,
-        views_together=together,
+        views_together=device.type == "cuda" if together is None else together,
         cuda_graph=graph and device.type == "cuda" and air is None,
         train_handlers=[TeacherEMAHandler(teacher, plain, lambda _: 0.996)],
     )

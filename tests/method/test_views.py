@@ -18,7 +18,15 @@ from torch.utils.data import default_collate
 
 from volta_components.errors import InputError
 from volta_components.method.masking import GroupMask
-from volta_components.method.views import CropGeometry, DrawViewsd, IntensityAugment, Views, plan_crops, sample_crops
+from volta_components.method.views import (
+    CropGeometry,
+    DrawViewsd,
+    IntensityAugment,
+    Views,
+    filtered,
+    plan_crops,
+    sample_crops,
+)
 
 
 def random_volume(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -381,3 +389,14 @@ def test_bad_settings_are_refused() -> None:
         IntensityAugment(contrast=1)
     with pytest.raises(InputError, match="coverage"):
         GroupMask(coverage=1.2)
+
+
+@pytest.mark.parametrize("width", [3, 5, 9])
+def test_filtering_is_scipys_with_zeros_outside(rng: np.random.Generator, width: int) -> None:
+    image = torch.from_numpy(rng.random((2, 1, 7, 9, 3), dtype=np.float32))
+    half = rng.random(width // 2 + 1)
+    weights = np.concatenate([half[:0:-1], half])
+    expected = image.numpy()
+    for axis in (2, 3, 4):
+        expected = ndimage.correlate1d(expected, weights, axis=axis, mode="constant")
+    np.testing.assert_allclose(filtered(image, weights.tolist()).numpy(), expected, rtol=1e-4)
