@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, overload
 import numpy as np
 
 PATHS = ("image", "label")
+_BLOCK = 64  # items that are compressed together: most of what they say is the same
 _decode = json.JSONDecoder().decode
 
 
@@ -25,11 +27,15 @@ class _Row:
 
 
 class Packer:
-    """Packs items: of each its values as JSON; their keys are kept once for all items that have the same."""
+    """Packs items: of each its values as JSON, compressed in blocks; keys are kept once for all that have the same."""
 
     def __init__(self) -> None:
         self.data = bytearray()
-        self.ends = array("q")
+        self.block_ends = array("q")
+        # Of each item: its block, and where it ends there.
+        self.blocks = array("i")
+        self.ends = array("i")
+        self._open = bytearray()
         self.kinds: dict[tuple[str, ...], int] = {}
         self._encode = json.JSONEncoder(separators=(",", ":"), default=self.plain).encode
 
@@ -39,9 +45,20 @@ class Packer:
             values = [self.kinds.setdefault(tuple(item), len(self.kinds)), *item.values()]
         else:
             values = [-1, item]
-        self.data += self._encode(values).encode()
-        self.ends.append(len(self.data))
+        text = self._encode(values).encode()  # first: it may close a block
+        self._open += text
+        self.blocks.append(len(self.block_ends))
+        self.ends.append(len(self._open))
+        if len(self.ends) % _BLOCK == 0:
+            self.close()
         return len(self.ends) - 1
+
+    def close(self) -> None:
+        """Compress the block that was begun, if one was."""
+        if self._open:
+            self.data += zlib.compress(self._open)
+            self.block_ends.append(len(self.data))
+            self._open = bytearray()
 
     def hook(self, found: dict[str, Any]) -> Any:
         """For ``json.loads``: an item is packed as soon as it is read, so that never all of them are dictionaries."""
@@ -53,7 +70,7 @@ class Packer:
 
 
 class PackedItems(Sequence[dict[str, Any]]):
-    """A read-only list of items, each kept as JSON; one is unpacked when it is asked for.
+    """A read-only list of items, kept as compressed JSON; one is unpacked when it is asked for.
 
     As dictionaries, the items of 100,000 volumes take 0.3 GB. What is worse, a loader's worker that looks at an object
     of Python's gets a copy of the memory around it; bytes stay shared. PyTorch and MONAI have nothing for it.
@@ -66,9 +83,12 @@ class PackedItems(Sequence[dict[str, Any]]):
     def __init__(self, items: Iterable[Any] = (), packer: Packer | None = None) -> None:
         packer = packer or Packer()
         rows = [item.number if isinstance(item, _Row) else packer.add(item) for item in items]
+        packer.close()
         self._rows = np.array(rows, dtype=np.int64)
-        self._ends = np.array(packer.ends, dtype=np.int64)
+        self._blocks, self._ends = np.array(packer.blocks), np.array(packer.ends)
+        self._block_ends = np.array(packer.block_ends)
         self._data = bytes(packer.data)
+        self._unpacked = -1, b""  # the block that was looked at last
         self._kinds = list(packer.kinds)
         self._root: Path | None = None
 
@@ -97,13 +117,23 @@ class PackedItems(Sequence[dict[str, Any]]):
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
         row = self._rows[index]
-        kind, *values = _decode(self._data[self._ends[row - 1] if row else 0 : self._ends[row]].decode())
+        block = self._block(int(self._blocks[row]))
+        start = self._ends[row - 1] if row and self._blocks[row - 1] == self._blocks[row] else 0
+        kind, *values = _decode(block[start : self._ends[row]].decode())
         if kind < 0:
             return values[0]
         item: dict[str, Any] = dict(zip(self._kinds[kind], values))
         if self._root is not None:
             item.update({key: str(self._root / item[key]) for key in PATHS if key in item and "://" not in item[key]})
         return item
+
+    def _block(self, number: int) -> bytes:
+        unpacked = self._unpacked
+        if unpacked[0] != number:
+            start = self._block_ends[number - 1] if number else 0
+            unpacked = number, zlib.decompress(self._data[start : self._block_ends[number]])
+            self._unpacked = unpacked
+        return unpacked[1]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(len(self)))
