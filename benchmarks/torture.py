@@ -244,11 +244,11 @@ def work(process: BaseProcess, most: float = float("inf")) -> float:
 
 
 def hashes(case: Case, place: Path) -> dict[str, str]:
-    """SHA-256 of what must be the same, by path; the version of the code may change between two runs."""
+    """SHA-256 of what must be the same, by path; code versions, hours and memory may differ between two runs."""
     files = {path for pattern in case.outputs for path in place.glob(pattern) if path.is_file()}
     contents = {str(path.relative_to(place)): path.read_bytes() for path in sorted(files)}
     return {
-        name: hashlib.sha256(re.sub(rb'"code_version": "[^"]*"', b"", content)).hexdigest()
+        name: hashlib.sha256(re.sub(rb'"code_version": "[^"]*"|"cost": \{[^}]*\}', b"", content)).hexdigest()
         for name, content in contents.items()
     }
 
