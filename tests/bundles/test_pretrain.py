@@ -112,7 +112,9 @@ def test_objects_of_every_overlay_can_be_built(
     assert isinstance(trainer, VoltaTrainer)
     assert trainer.loss is loss
     assert (trainer.views.air is not None) == (overlay == "drop_air")
-    assert trainer.views_together
+    # On a CPU one after the other, but for the quick start's size and for losses that compare the views.
+    together = torch.cuda.is_available() or overlay in ("tiny", "koleo", "masked_tokens")
+    assert trainer.views_together == together
     assert trainer.state.max_epochs == parser.get_parsed_content("epochs")
     # tiny.json keeps fold 0, four of the twelve volumes, for the reconstruction check.
     volumes, batch = 8 if overlay == "tiny" else 12, parser.get_parsed_content("batch_size")

@@ -159,7 +159,10 @@ def delong(pairs: Sequence[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]) -> 
         counts = np.bincount(np.asarray(labels).astype(int), minlength=2)
         if counts.min() < 2:
             return math.nan
-        *_, auc_first, auc_second, info = Delong_test(labels, first, second, n_boot=1)
+        try:
+            *_, auc_first, auc_second, info = Delong_test(labels, first, second, n_boot=1)
+        except FloatingPointError:  # a zero variance, and its one bootstrap sample has a single class
+            return math.nan
         if info["var_diff"] is None:
             return math.nan
         difference += auc_first - auc_second
