@@ -82,7 +82,7 @@ def test_two_inits_that_separate_all_have_no_delong_p():
     """Their variance is zero; these labels made MLstatkit's single bootstrap sample fail."""
     labels = np.array([0, 0, 0, 0, 0, 1, 1, 0])
     scores = np.array([0.71, 0.43, 0.57, 0.14, 0.29, 1.0, 0.86, 0.0])
-    assert math.isnan(delong([(labels, scores, scores / 2)]))
+    assert math.isnan(statistics.delong([(labels, scores, scores / 2)]))
 
 
 def test_delong_is_the_test_of_the_paper_and_adds_folds(rng):
