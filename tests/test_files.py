@@ -69,10 +69,12 @@ def test_what_a_killed_process_left_is_removed_and_what_is_being_written_stays(t
         assert writer.stdout is not None and writer.stdout.readline() == "writing\n"
         (at_work,) = tmp_path.glob(".partial-*")
         assert subprocess.run([*command, "die"]).returncode == -9
-        (left,) = {*tmp_path.glob(".partial-*")} - {at_work}
-        with atomic_path(tmp_path / "own.json") as own:
-            assert remove_partials(tmp_path, tmp_path / "not there") == [left]
+        assert len({*tmp_path.glob(".partial-*")}) == 2
+        with atomic_path(tmp_path / "own.json") as own:  # this process's first file there
             assert {*tmp_path.iterdir()} == {at_work, own}
+        assert subprocess.run([*command, "die"]).returncode == -9
+        (left,) = {*tmp_path.glob(".partial-*")} - {at_work}
+        assert remove_partials(tmp_path, tmp_path / "not there") == [left]
     finally:
         writer.communicate("")
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "own.json"}

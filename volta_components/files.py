@@ -23,6 +23,7 @@ from volta_components.errors import InputError
 
 PARTIAL = ".partial-"
 FOREIGN_SECONDS = 24 * 3600.0
+_swept: set[Path] = set()  # folders that this process has written to
 # What spreadsheets take for the beginning of a formula; behind quotes, so that what is written can be read back.
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 
@@ -104,11 +105,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside ``path`` to write to; move it into place when the block ends well.
 
     The temporary name keeps the suffixes of ``path``, since writers such as nibabel choose a format by them.
-    When the block raises, nothing is left behind and an older ``path`` stays as it was. ``remove_partials``
-    removes what a killed process leaves behind.
+    When the block raises, nothing is left behind and an older ``path`` stays as it was. What a killed process has left
+    in a folder is removed when another one first writes there.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.parent not in _swept:
+        _swept.add(target.parent)
+        remove_partials(target.parent)
     handle, name = tempfile.mkstemp(prefix=partial_prefix(), suffix="".join(target.suffixes[-2:]), dir=target.parent)
     os.close(handle)
     temporary = Path(name)

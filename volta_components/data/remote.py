@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from volta_components.data.unusable import UnusableVolume
-from volta_components.files import atomic_path, remove_partials
+from volta_components.files import atomic_path
 
 _REMEDY = "look at the address and the network"
 
@@ -52,7 +52,6 @@ def local_copy(name: str) -> Path:
 def _fetch(url: str, path: Path) -> None:
     import fsspec  # few need it
 
-    remove_partials(path.parent)
     try:
         system, place = fsspec.url_to_fs(url)
         size = system.size(place)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, copy_file, read_json, remove_partials, sha256_file, write_json
+from volta_components.files import atomic_path, copy_file, read_json, sha256_file, write_json
 from volta_components.method.monai_versions import fit_cross_attention
 from volta_components.method.networks import VoltaViT, resample_position_embedding
 from volta_components.training.archive import DamagedArchiveError, read_archive
@@ -81,7 +81,6 @@ def write_weights(
     dies between the two renames, the hash check rejects the pair.
     """
     path = Path(path)
-    remove_partials(path.parent)
     with _signals_wait(), atomic_path(path) as weights, atomic_path(path.with_suffix(".json")) as beside:
         save(weights)
         content = {

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, remove_partials, safe_cell, write_text
+from volta_components.files import atomic_path, safe_cell, write_text
 
 
 def report(
@@ -65,7 +65,6 @@ def report(
         raise InputError(f"--masks: {uri} has no finished segmentation runs to compare them with")
     root = Path(output)
     before = describe_pretraining(store, [Path(folder) for folder in pretraining], root / "figures")
-    remove_partials(root, root / "tables", root / "figures")
     sections = make_sections(studies, store, root, tools, bootstrap, seed)
     runs, made = run_table(studies), made_table(studies)
     for table in [

@@ -15,7 +15,7 @@ from pathlib import Path
 from monai.bundle import ConfigParser
 
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, remove_partials
+from volta_components.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,6 @@ def _make(path: Path) -> None:
     from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    remove_partials(path.parent)
     with atomic_path(path) as temporary:
         SqlAlchemyStore(f"{SQLITE}{temporary}", DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH).engine.dispose()
         # A journal of the old file would be played back into the new one.
