@@ -16,8 +16,8 @@ class GraphedFunction:
 
     With one volume a mini-batch, a GPU computes faster than Python can start some 2,500 kernels one by one. PyTorch's
     ``make_graphed_callables`` records a module's passes; here forward and backward passes, losses and what they move
-    are recorded as one. The function has to do the same in every call: shapes, settings and the tensors that it changes
-    must not differ, and nothing may wait for the GPU.
+    are recorded as one. The function has to do the same in every call: settings and the tensors that it changes must not
+    differ, and nothing may wait for the GPU. Arguments of other shapes than the first ones are computed without a record.
 
     Args:
         function: of tensors of fixed shapes and of numbers, which are tensors ``[]`` there too; gives tensors.
@@ -44,10 +44,14 @@ class GraphedFunction:
             self._arguments = [torch.empty_like(one) for one in tensors]
             self._arguments += [torch.zeros((), device=device) for _ in numbers]
             self._stream = torch.cuda.Stream(device)
+        count = len(tensors)
+        for place, number in zip(self._arguments[count:], numbers, strict=True):
+            place.fill_(number)
+        if any(place.shape != one.shape for place, one in zip(self._arguments, tensors)):
+            # Such as the last mini-batch of an epoch, which may be smaller.
+            return self.function(*tensors, *self._arguments[count:])
         for place, one in zip(self._arguments, tensors):
             place.copy_(one)
-        for place, number in zip(self._arguments[len(tensors) :], numbers, strict=True):
-            place.fill_(number)
         self._calls += 1
         if self._calls <= self.warm_up:
             self._stream.wait_stream(torch.cuda.current_stream())
