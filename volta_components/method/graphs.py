@@ -16,8 +16,9 @@ class GraphedFunction:
 
     With one volume a mini-batch, a GPU computes faster than Python can start some 2,500 kernels one by one. PyTorch's
     ``make_graphed_callables`` records a module's passes; here forward and backward passes, losses and what they move
-    are recorded as one. The function has to do the same in every call: settings and the tensors that it changes must not
-    differ, and nothing may wait for the GPU. Arguments of other shapes than the first ones are computed without a record.
+    are recorded as one. The function has to do the same in every call: settings and the tensors that it changes must
+    not differ, and nothing may wait for the GPU. Arguments of other shapes than the first ones are computed without a
+    record.
 
     Args:
         function: of tensors of fixed shapes and of numbers, which are tensors ``[]`` there too; gives tensors.
