@@ -8,6 +8,7 @@ from pathlib import Path
 import mlflow
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 from fake_runs import Writer
 from packed import ROOT
@@ -43,11 +44,13 @@ def test_a_registered_model_takes_a_scan_and_gives_its_class(
     try:
         model = mlflow.pyfunc.load_model("models:/ixi_sex_phantom_tiny/1")
         table = model.predict([str(scan)])
+        kept = model.predict([str(scan)], params={"output": str(tmp_path / "kept")})
     finally:
         mlflow.set_tracking_uri(before)
     [row] = table.to_dict("records")
     assert row["prediction"] in ("male", "female") and row["male"] + row["female"] == pytest.approx(1, abs=1e-3)
     assert row["file"] == str(scan)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "kept" / "predictions.csv"), kept)
 
 
 def test_a_model_whose_settings_name_a_folder_is_refused(weights: dict[str, Path], tmp_path: Path) -> None:

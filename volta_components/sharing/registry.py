@@ -39,6 +39,8 @@ def register(
     """
     # Here, since they import torch: help and mistakes should not wait for it.
     import mlflow
+    from mlflow.models import Model
+    from mlflow.types.schema import DataType, ParamSchema, ParamSpec
 
     from volta_components.crossval.store import mlflow_client, tracking_address
     from volta_components.files import read_json
@@ -58,8 +60,12 @@ def register(
             artifacts={"bundle": str(top)},
             pip_requirements=["volta-components"],
         )
-        # MLflow looks for the name alone when it loads the model, and writes where this package lies.
         facts = folder / "MLmodel"
+        # MLflow takes the inputs from the types of predict, and hands on only the parameters that the signature names.
+        saved = Model.load(str(facts))
+        saved.signature.params = ParamSchema([ParamSpec("output", DataType.string, "")])
+        saved.save(str(facts))
+        # It looks for the name alone when it loads the model, and writes where this package lies.
         facts.write_text(facts.read_text(encoding="utf-8").replace(str(code), code.name), encoding="utf-8")
         client.log_artifacts(run.info.run_id, str(folder), "model")
         mlflow.set_tracking_uri(uri)
