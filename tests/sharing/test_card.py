@@ -63,6 +63,12 @@ def test_the_packed_card_speaks_of_the_packed_folder(packed: Path, tmp_path: Pat
     assert "1. Makawana" in references and "https://" in references and metadata["authors"] in references
     assert "voxels of 3 mm" in metadata["image_classes"] and "Phantoms" in metadata["data_source"]
     assert metadata["eval_metrics"] == ({} if bundle == "pretrain" else {"auroc": 0.75})
+    assert words_in_tables(card) == []
+
+
+def words_in_tables(card: str) -> list[str]:
+    """Lines right after a table's row, which Markdown takes as rows of it."""
+    return re.findall(r"^\|.*\n([^|\n].*)$", card, flags=re.MULTILINE)
 
 
 def clinical(weights: Path, folder: Path) -> Path:
@@ -115,7 +121,9 @@ def test_picture_time_and_memory_are_the_trainings(
     folder = assemble(bundle, tmp_path / "a" / name, ["tiny"], model=model)
     card = (folder / "docs" / "README.md").read_text()
     assert "trained on NVIDIA H100 in 1.25 hours, with 6.5 GiB of memory at the peak" in card
-    assert "| time | 1.25 h of training |" in card and "| hardware | NVIDIA H100 |" in card
+    assert (
+        "| time | 1.25 h of training |" in card and "| hardware | NVIDIA H100 |" in card and words_in_tables(card) == []
+    )
     copies = list(folder.rglob("*.png"))
     shown = "![What was drawn.](weights.png)" in card
     if phantom or not shows_scans:
