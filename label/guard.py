@@ -24,6 +24,8 @@ from fastapi import HTTPException
 from monailabel.app import app as monailabel_app
 from monailabel.config import settings
 from monailabel.endpoints import infer as infer_endpoint
+from monailabel.endpoints import train as train_endpoint
+from monailabel.interfaces.utils.app import app_instance
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -181,6 +183,23 @@ def only_settings(run: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def only_trainers(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse the training of a model that is only served, which otherwise the task's log alone would do."""
+
+    @functools.wraps(run)
+    def checked(model: str, *rest: Any) -> Any:
+        info = app_instance().info()
+        if model in info["models"] and model not in info["trainers"]:
+            trained = ", ".join(info["trainers"]) or "none"
+            raise HTTPException(
+                422,
+                f"{model!r} is not trained here, since viewers cannot give a scan's class; those that are: {trained}",
+            )
+        return run(model, *rest)
+
+    return checked
+
+
 def own_names(host: str, given: str) -> set[str]:
     """What a server that listens on ``host`` may be called.
 
@@ -198,6 +217,7 @@ def own_names(host: str, given: str) -> set[str]:
 # MONAI Label's own lets every page in, and its setting for others stops the server (0.8.5).
 monailabel_app.user_middleware.clear()
 infer_endpoint.run_inference = only_settings(infer_endpoint.run_inference)
+train_endpoint.run_model = only_trainers(train_endpoint.run_model)
 app = Guard(
     monailabel_app,
     own_names(os.environ.get("LABEL_HOST", "127.0.0.1"), os.environ.get("LABEL_NAMES", "")),

@@ -93,6 +93,9 @@ def test_what_is_wrong_with_a_request_is_said(server: Server, studies: Path) -> 
         server.request("DELETE", "/datastore/image?id=empty")
     for path in (f"/infer/{HARP}?image=absent", "/infer/absent?image=sub-IXI001_T1w", "/batch/infer/absent"):
         assert "404" in (said := server.refused("POST", path)) and "no such" in said, path
+    assert "404" in server.refused("POST", "/train/absent", b"{}", "application/json")
+    said = server.refused("POST", "/train/ixi_sex_phantom_tiny", b"{}", "application/json")
+    assert "422" in said and "is not trained here" in said and HARP in said
     # Texts that MONAI would run.
     ran = studies.parent / "ran"
     code = f"$__import__('os').mkdir({str(ran)!r})"
