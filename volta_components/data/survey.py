@@ -254,11 +254,13 @@ def _padding(sample: np.ndarray, value: float, zero: float, fills_slices: bool) 
     ``fills_slices`` says that whole slices have the value.
     """
     at = sample == value
-    # One piece of some thickness, unlike the white half of salt and pepper.
-    is_thick = ndimage.binary_erosion(at, iterations=2, border_value=1).any()
-    is_around = at[np.ix_((0, -1), (0, -1), (0, -1))].sum() >= 4 and is_thick
+    is_around = at[np.ix_((0, -1), (0, -1), (0, -1))].sum() >= 4
+    if is_around:  # and one piece of some thickness, unlike the white half of salt and pepper
+        is_around = ndimage.binary_erosion(at, iterations=2, border_value=1).any()
+    if not (is_around or fills_slices):
+        return None  # as nearly all values of a noisy background, before the slow dilation
     rest = ~ndimage.binary_dilation(at, iterations=2)
-    if rest.mean() < 0.02 or not (is_around or fills_slices):
+    if rest.mean() < 0.02:
         return None
     low, high = np.percentile(sample[rest].astype(np.float64), [1, 99.9])
     gap = _PADDING_GAP * (high - low)
