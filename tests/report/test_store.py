@@ -188,6 +188,15 @@ def test_seeds_of_a_scan_are_averaged_in_table_iii(writer):
     assert compared.patients == 6
 
 
+def test_a_handful_of_patients_has_no_p_value(writer):
+    """Every bootstrap sample of theirs may show the same sign, and a difference by chance would look certain."""
+    writer.classification("ixi_sex", (1.0,), 6)
+    compared = ClassificationTables(only_study(writer), samples=200).comparisons()
+    assert len(compared.frame) and (compared.frame.patients < 20).all()
+    assert compared.frame.p.isna().all() and compared.frame.p_holm.isna().all()
+    assert "none for fewer than 20 patients" in compared.note
+
+
 def test_a_store_without_seeds_says_nothing_of_them(writer, run):
     for init in QUALITY:
         run(init, 0)

@@ -123,11 +123,12 @@ class ClassificationTables:
         found = self.compared
         note = (
             "Bootstrap of the difference, the same patients for both inits. Holm: p of the bootstrap, corrected for "
-            f"{compare_by(found)}. "
+            f"{compare_by(found)}; none for fewer than {statistics.FEWEST} patients. "
         )
         note += (
             "DeLong: fold differences and variances added up (MLstatkit); not corrected"
-            + ("; not run where folds have several seeds." if self.study.several_seeds else ".")
+            + ("; not run where folds have several seeds" if self.study.several_seeds else "")
+            + "; not run where a patient has several scans."
             if statistics.has_delong()
             else "DeLong's test was not run: it needs MLstatkit, which is not installed (pip install "
             "volta-components[delong]); SciPy and scikit-learn do not have it."
@@ -139,6 +140,7 @@ class ClassificationTables:
         replicates: dict[int, list[Any]] = {}
         arrays = []
         patients: set[str] = set()
+        is_repeated = False
         # Every seed of the one with every seed of the other: the difference of their means.
         for ours, theirs in itertools.product(self.study.select(first, fraction), self.study.select(second, fraction)):
             if ours.fold != theirs.fold:
@@ -155,6 +157,7 @@ class ClassificationTables:
             replicates.setdefault(ours.fold, []).append(difference)
             arrays.append((label, *scores))
             patients.update(one["patient_id"])
+            is_repeated |= bool(one["patient_id"].duplicated().any())
         if not values:
             return None
         means = np.mean([np.mean(items, axis=0) for items in replicates.values()], axis=0)
@@ -165,10 +168,11 @@ class ClassificationTables:
             float(np.mean([np.mean(items) for items in values.values()])),
             low,
             high,
-            statistics.bootstrap_p(means),
+            # A handful of patients are drawn alike too often: any difference would look certain.
+            statistics.bootstrap_p(means) if len(patients) >= statistics.FEWEST else math.nan,
             len(patients),
-            # Several runs of one fold share their subjects and are no independent samples.
-            statistics.delong(arrays) if len(arrays) == len(values) else math.nan,
+            # Several runs of one fold share their subjects, and several scans a patient: no independent samples.
+            math.nan if is_repeated or len(arrays) != len(values) else statistics.delong(arrays),
         )
 
     def fractions(self) -> Table | None:
