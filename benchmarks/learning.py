@@ -136,7 +136,14 @@ def add_contrast(raw: Path, datalist: Path) -> None:
 
 
 def pretrain(
-    name: str, seed: int, epochs: int, anatomies: Path, scored: Path, folder: Path, device: str, workers: int
+    name: str,
+    seed: int,
+    epochs: int,
+    anatomies: Path,
+    scored: Path,
+    folder: Path,
+    device: str = "cpu",
+    workers: int = 0,
 ) -> dict[str, Any]:
     """One row with one seed, pretrained and probed unless that was done before; what is known of it."""
     overlays, changes = ROWS[name]
