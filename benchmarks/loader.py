@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=3)
     options = parser.parse_args()
     size = SIZES[options.size]
-    load = LoadImaged("image", reader="NibabelReader", ensure_channel_first=True)
+    load = LoadImaged("image", reader="volta_components.data.load.ShardReader", ensure_channel_first=True)
     transform = Compose([load, DrawViewsd(generator_of(size))])
     print("| workers | volumes / s |\n|---|---|")
     with tempfile.TemporaryDirectory() as folder:

@@ -282,7 +282,7 @@ def ours(
         for path in paths:
             nib.Nifti1Image(volume[0, 0].numpy(), np.eye(4)).to_filename(path)
         items = [{"image": str(path)} for path in paths] * 256
-        load = t.LoadImaged("image", reader="NibabelReader", ensure_channel_first=True)
+        load = t.LoadImaged("image", reader="volta_components.data.load.ShardReader", ensure_channel_first=True)
         transform = t.Compose([load, transform])
     data = KeyedDataset(items, transform)
     trainer = VoltaTrainer(
