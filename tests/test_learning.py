@@ -58,14 +58,14 @@ def test_a_finished_run_is_not_made_again(tmp_path: Path, monkeypatch: pytest.Mo
         )
 
     monkeypatch.setattr(learning, "run", run)
-    arguments = ("two scanners", 0, 2, tmp_path / "maps", tmp_path / "scored", tmp_path)
+    arguments = ("two scanners alone", 0, 2, tmp_path / "maps", tmp_path / "scored", tmp_path)
     first = learning.pretrain(*arguments)
     assert first["curves"] == [{"loss": 9.1, "global_predicted": 0.01}, {"loss": 0.85, "global_predicted": -0.2}]
     assert [configs for configs, _ in made] == [["train", "tiny", "synthetic", "two_scanners"], ["evaluate"]]
     assert made[0][1]["leave_out"] == list(learning.SCORED)
     assert learning.pretrain(*arguments) == first
     assert len(made) == 2
-    learning.pretrain("two scanners", 1, *arguments[2:])
+    learning.pretrain("two scanners alone", 1, *arguments[2:])
     assert len(made) == 4
     assert [run["seed"] for run in learning.finished(tmp_path, 2)] == [0, 1]
     assert learning.finished(tmp_path, 3) == []

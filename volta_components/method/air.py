@@ -52,7 +52,7 @@ class AirTokens:
             size: voxels of a crop along each axis.
         """
         means = functional.avg_pool3d(volume[None].float(), CELL, ceil_mode=True)[0].amax(dim=0)
-        tissue = means.numpy() > self.below
+        tissue = means.cpu().numpy() > self.below  # a volume may have been rendered on a GPU
         # Cells with tissue before each corner: a box's number follows from its eight corners.
         before = np.pad(tissue.cumsum(0).cumsum(1).cumsum(2), ((1, 0),) * 3)
         patch = np.asarray(self.patch_size)

@@ -82,10 +82,9 @@ class GroupMask:
         # Boxes may overlap. Counting covered voxels is slow, so it waits until the boxes' volumes could be enough.
         at_most = 0
         while True:
-            for sides, starts, is_noise in self._draw_boxes(smallest, largest, counts, rng):
-                box = tuple(slice(start, start + side) for start, side in zip(starts, sides))
-                labels[box] = NOISE if is_noise else ZEROS
-                at_most += sides[0] * sides[1] * sides[2] * largest_cell
+            for (a, b, c), (x, y, z), is_noise in self._draw_boxes(smallest, largest, counts, rng):
+                labels[x : x + a, y : y + b, z : z + c] = NOISE if is_noise else ZEROS
+                at_most += a * b * c * largest_cell
                 if at_most >= enough:
                     at_most = int(weights[labels != VISIBLE].sum())
                     if at_most >= enough:
