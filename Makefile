@@ -38,7 +38,7 @@ ANATOMIES ?=
 SIZE ?= cores
 JOBS ?= 2
 
-study: $(READY)  ## what pretraining is worth, on synthetic heads: make study ANATOMIES=DIR [SIZE=tiny|cores|paper] [JOBS=2]
+study: $(READY)  ## what pretraining is worth, on synthetic heads: make study ANATOMIES=DIR [SIZE=tiny|small|cores|paper] [JOBS=2]
 	python -m benchmarks.study $(if $(ANATOMIES),"$(ANATOMIES)") --size "$(SIZE)" --jobs "$(JOBS)"
 
 test: $(READY)  ## all tests but the MONAI Label server's and the GPU's

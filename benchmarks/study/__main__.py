@@ -33,7 +33,7 @@ def main(
 
     Args:
         anatomies: Folder of label maps (volta3d fetch anatomies).
-        size: tiny, cores or paper: see sizes.json.
+        size: tiny, small, cores or paper: see sizes.json.
         output: Folder of all that is made; runs/study/SIZE by default.
         jobs: Fine-tunings at a time.
         plan: Only print the plan and what it will take.

@@ -81,9 +81,8 @@ def fine_tuning(study: Study, task: str, init: str) -> float:
         study.configs(task, *overlays), bundle_root=f"bundles/{task}", dataset_dir=str(study.root / "none")
     )
     is_mask = task == "harp_hippocampus"
-    network, loss, optimizer, device = (
-        parser.get_parsed_content(name) for name in ("network", "loss", "optimizer", "device")
-    )
+    names = ("network", "loss", "optimizer", "device", "amp", "amp_dtype")
+    network, loss, optimizer, device, amp, amp_dtype = (parser.get_parsed_content(name) for name in names)
     batch = parser.get_parsed_content("batch_size")
     crops = batch * parser.get_parsed_content("crops_per_volume") if is_mask else batch
     image = torch.rand(crops, 1, *parser.get_parsed_content("image_size"), device=device)
@@ -91,11 +90,13 @@ def fine_tuning(study: Study, task: str, init: str) -> float:
 
     def step() -> None:
         optimizer.zero_grad()
-        loss(network(image), label).backward()
+        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp):
+            found = loss(network(image), label)
+        found.backward()
         optimizer.step()
 
     def score() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device.type, dtype=amp_dtype, enabled=amp):
             network(image[:1])
 
     one_step, one_pass = seconds(step), seconds(score)
