@@ -51,7 +51,7 @@ def test_every_fifth_anatomy_is_scored_and_never_trained_on(tmp_path):
     assert len(training) == 16 and not set(training) & set(scored)
     with pytest.raises(InputError, match="holds 4 label maps, and a study needs 5"):
         split_anatomies(folder_of(tmp_path / "few", 4))
-    with pytest.raises(InputError, match="SIZE=huge: choose tiny, cores, paper"):
+    with pytest.raises(InputError, match="SIZE=huge: choose tiny, small, cores, paper"):
         Size.named("huge")
 
 
@@ -265,7 +265,8 @@ def test_mistakes_are_named_before_anything_is_made(tmp_path, capsys):
     for folder, size, message in (
         (tmp_path / "none", "tiny", f"ANATOMIES={tmp_path / 'none'}: no such folder"),
         (folder_of(tmp_path / "few", 3), "tiny", "holds 3 label maps"),
-        (folder_of(tmp_path / "maps", 5), "small", "SIZE=small: choose tiny, cores, paper"),
+        (folder_of(tmp_path / "maps", 5), "huge", "SIZE=huge: choose tiny, small, cores, paper"),
+        (folder_of(tmp_path / "empty", 5), "tiny", "empty cannot be used"),
     ):
         assert main(folder, size=size, output=tmp_path / "study") == 2
         assert message in capsys.readouterr().err
@@ -280,6 +281,7 @@ def test_steps_run_in_order_and_the_first_that_fails_ends_the_study(tmp_path, mo
         return SimpleNamespace(returncode=3 * (words[1] == "merge"))
 
     monkeypatch.setattr("benchmarks.study.__main__.subprocess.run", pretend)
+    monkeypatch.setattr("benchmarks.study.__main__.read_label_maps", lambda folder: [])
     monkeypatch.setattr("benchmarks.study.cost.table", lambda study: [("pretraining", 2, 1.5)])
     folder = folder_of(tmp_path / "maps", 5)
     assert main(folder, size="tiny", output=tmp_path / "study", plan=True) == 0 and not done

@@ -18,6 +18,7 @@ from pathlib import Path
 import cyclopts
 
 from benchmarks.study.plan import Size, Study, split_anatomies
+from volta_components.data.phantom.labels import read_label_maps
 from volta_components.errors import InputError
 
 
@@ -44,6 +45,7 @@ def main(
         study = Study(output or Path("runs") / "study" / size, anatomies, Size.named(size), jobs)
         training, scored = split_anatomies(anatomies)
         steps = study.steps()
+        read_label_maps(anatomies)  # all of them can be used
     except InputError as error:
         print(f"make study: {str(error).replace('--anatomies ', 'ANATOMIES=', 1)}", file=sys.stderr)
         return 2
