@@ -35,6 +35,12 @@ def scaled(image: nib.Nifti1Image) -> np.ndarray:
     return voxels
 
 
+def in_memory(image: nib.Nifti1Image) -> np.ndarray:
+    """As NiBabel reads a file; one that it would only map is read as well."""
+    voxels = image.get_fdata(dtype=np.float32)
+    return voxels.copy(order="K") if isinstance(voxels, np.memmap) else voxels
+
+
 def ways(folder: Path, volumes: list[np.ndarray]) -> dict[str, tuple[list[Path], Read]]:
     """By name: the files, and what reads volume number ``i``."""
     found: dict[str, tuple[list[Path], Read]] = {}
@@ -53,7 +59,7 @@ def ways(folder: Path, volumes: list[np.ndarray]) -> dict[str, tuple[list[Path],
     full, two = files("f", volumes, 1.0), files("w", fine, 1 / 65535)
     one, packed = files("b", steps, 1 / 255), files("z", steps, 1 / 255, ".nii.gz")
     for kind, paths in (("float32", full), ("uint16", two), ("uint8", one), ("uint8, gzip level 1", packed)):
-        add(f"NIfTI {kind}, NiBabel", paths, lambda i, paths=paths: nib.load(paths[i]).get_fdata(dtype=np.float32))
+        add(f"NIfTI {kind}, NiBabel", paths, lambda i, paths=paths: in_memory(nib.load(paths[i])))
     shard = folder / "shard.tar"
     places = []
     with tarfile.open(shard, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -71,7 +77,7 @@ def ways(folder: Path, volumes: list[np.ndarray]) -> dict[str, tuple[list[Path],
         for i, step in enumerate(steps):
             paths.append(folder / f"{i}.b2")
             options = {"codec": blosc2.Codec.ZSTD, "clevel": 5, "filter": blosc2.Filter.NOFILTER, "typesize": 1}
-            paths[-1].write_bytes(blosc2.compress2(step, **options))
+            paths[-1].write_bytes(blosc2.compress2(np.ascontiguousarray(step), **options))
         frames = list(paths)
         shape = steps[0].shape
 
