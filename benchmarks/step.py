@@ -267,7 +267,7 @@ def table(options: argparse.Namespace) -> Iterator[str]:
     for name in turns.found:
         one = turns.best(name)
         yield f"| {name} | {one['seconds']:.3g} | {one['gib']:.2f} |"
-    pairs = [title for title in PAIRS if wanted("less work")]
+    pairs = [title for title in PAIRS if wanted(f"less work: {title}")]
     if pairs:
         yield ""
         yield "Less work for the same gradient:"

@@ -190,7 +190,7 @@ def test_probes(folder: Path) -> None:
     arguments = ("--encoder_path", str(folder / "one.safetensors"), "--neighbours", "3")
     config = "bundles/pretrain/configs/evaluate.json"
     output = run("-m", "monai.bundle", "run", "--config_file", config, *places, *arguments)
-    assert "AUROC (95 % interval), out of fold" in output
+    assert "value (95 % interval, out of fold), chance" in output
 
 
 @pytest.mark.parametrize(("bundle", "overlay"), [(b, o) for b, names in TASKS.items() for o in ("", *names)])
