@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from memory import in_fresh_process, kept_by_datalist
 from prepared import make_prepared
 
 from volta_components.data.datalist import datalist_hash, load_datalist, make_content
@@ -76,23 +75,7 @@ def test_the_hash_is_that_of_canonical_json() -> None:
         assert sha256_json(empty, "b") == sha256_json(empty)
 
 
-MEASURE = """
-import sys, tracemalloc
-import numpy as np
-from volta_components.data.datalist import load_datalist
-
-tracemalloc.start()
-datalist = load_datalist(sys.argv[1])
-others, held_out = datalist.split(1)
-kept, _ = tracemalloc.get_traced_memory()
-assert len(others) == 3999 and [item["subject_id"] for item in held_out] == ["s0"]
-assert np.shares_memory(np.frombuffer(others._data, np.uint8), np.frombuffer(datalist.items._data, np.uint8))
-print(kept)
-"""
-
-
 def test_a_large_datalist_takes_little_more_memory_than_its_text(tmp_path: Path) -> None:
-    """In a process of its own: here, a thread that another test left behind would be measured too."""
     folder = make_prepared(tmp_path / "data", 2, 2, (8, 8, 8))
     content = read_json(folder / "datalist.json")
     first = content["training"][0]
@@ -100,5 +83,6 @@ def test_a_large_datalist_takes_little_more_memory_than_its_text(tmp_path: Path)
     content["training"][0]["fold"] = 1
     write_json(folder / "datalist.json", {**content, "hash": datalist_hash(content)})
     size = sum(len(json.dumps(item)) for item in content["training"])
-    kept = subprocess.run([sys.executable, "-c", MEASURE, folder], check=True, stdout=subprocess.PIPE, text=True).stdout
-    assert int(kept) < 1.1 * size, "items as dictionaries would be four times their text"
+    assert in_fresh_process(kept_by_datalist, folder) < 1.1 * size, (
+        "dictionaries would take four times as much"
+    )
