@@ -83,6 +83,4 @@ def test_a_large_datalist_takes_little_more_memory_than_its_text(tmp_path: Path)
     content["training"][0]["fold"] = 1
     write_json(folder / "datalist.json", {**content, "hash": datalist_hash(content)})
     size = sum(len(json.dumps(item)) for item in content["training"])
-    assert in_fresh_process(kept_by_datalist, folder) < 1.1 * size, (
-        "dictionaries would take four times as much"
-    )
+    assert in_fresh_process(kept_by_datalist, folder) < 1.1 * size, "dictionaries would take four times as much"
