@@ -92,6 +92,7 @@ ROWS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "batches of 16, rate 0.002": (ALL, STILL | {"batch_size": 16, "learning_rate": 0.002}),
     "eight accumulated": (ALL, STILL | {"batch_size": 1, "accumulation_steps": 8}),
     "masked tokens alone": ((*ALL, "masked_tokens"), STILL | {"mask_cell": [9, 9, 9]}),
+    "stochastic depth": ((*ALL, "stochastic_depth"), STILL),
     "64 prototypes": (ALL, STILL | {"head_out_dim": 64}),
     "1024 prototypes": (ALL, STILL | {"head_out_dim": 1024}),
     "learning rate 0.003": (ALL, STILL | {"learning_rate": 0.003}),

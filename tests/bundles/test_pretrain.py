@@ -36,6 +36,7 @@ OVERLAYS = [
     "koleo",
     "token_centre",
     "masked_tokens",
+    "stochastic_depth",
     "drop_air",
     "multi_gpu_train",
 ]

@@ -255,6 +255,25 @@ def test_sizes_that_cannot_be_shared_are_refused() -> None:
         VoltaViT(img_size=(32, 32, 32), patch_size=5)  # type: ignore[arg-type]
 
 
+def test_dropped_paths() -> None:
+    """At rate 1 the last of two blocks is left out, the first never; while scoring, and by name, nothing changes."""
+    network, image = tiny_network(), torch.rand(3, 1, *IMAGE)
+    names, whole = list(network.state_dict()), network.eval().encode(image)
+    first = network.norm(network.blocks[0](network._embed(image)))
+    network.drop_paths(1.0)
+    torch.testing.assert_close(network.train().encode(image), first)
+    torch.testing.assert_close(network.eval().encode(image), whole)
+    assert list(network.state_dict()) == names
+    # Of many images, half keep each branch of the last block, and those are twice as strong.
+    network.drop_paths(0.5)
+    tokens = torch.rand(1, 5, HIDDEN).expand(400, -1, -1)
+    block = network.train().blocks[1]
+    added = block.attn.drop_output(tokens).flatten(1)  # type: ignore[union-attr]
+    is_kept = added.any(dim=1)
+    assert 160 < int(is_kept.sum()) < 240
+    torch.testing.assert_close(added[is_kept], 2 * tokens.flatten(1)[is_kept])
+
+
 def test_decoder_can_be_left_out() -> None:
     small, whole = tiny_network(decoder=False), tiny_network()
     assert set(whole.state_dict()) - set(small.state_dict()) == {

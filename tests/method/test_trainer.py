@@ -160,6 +160,27 @@ def test_a_graph_is_refused_where_there_is_no_gpu() -> None:
         tiny_run(count=2, epochs=1, cuda_graph=True)
 
 
+def test_dropped_paths_follow_from_seed_and_mini_batch_alone() -> None:
+    """What else drew random numbers in the process, before it was killed or since, changes nothing."""
+
+    def student_of(noise: int, rate: float) -> dict[str, torch.Tensor]:
+        parts = tiny_run(count=3, drop_path_rate=rate)
+        torch.manual_seed(noise)
+        parts.trainer.run()
+        return parts.student.state_dict()
+
+    one, other = student_of(1, 0.5), student_of(2, 0.5)
+    assert_equal_states(one, other)
+    assert any(not torch.equal(value, one[name]) for name, value in student_of(1, 0.0).items())
+
+
+def test_dropped_paths_do_not_go_with_air() -> None:
+    with pytest.raises(InputError, match="drop_path_rate does not go with views#air"):
+        tiny_run(drop_path_rate=0.1, views=tiny_views(air=AirTokens(PATCH, 0.3)))
+    with pytest.raises(InputError, match=r"drop_path_rate 1.5 is not within \[0, 1\)"):
+        tiny_run(drop_path_rate=1.5)
+
+
 @pytest.mark.parametrize("targets", [CentredTargets, SinkhornTargets])
 @pytest.mark.parametrize("token_centre", [None, 0.9])
 def test_one_view_after_the_other_gives_the_same_run(targets: Any, token_centre: float | None) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from monai.networks.layers import DropPath
 from monai.networks.nets import ViTAutoEnc
 from torch import Tensor, nn
 from torch.nn import functional
@@ -88,6 +89,17 @@ class VoltaViT(ViTAutoEnc):
         """Compile the transformer blocks, once for each size of input; names and numbers of weights do not change."""
         for block in self.blocks:
             block.compile(dynamic=False)
+
+    def drop_paths(self, rate: float) -> None:
+        """Stochastic depth (Huang et al., 2016): in training, a block's branches are left out for some images.
+
+        Where MONAI's blocks have dropout; weights keep their names.
+
+        Args:
+            rate: of the last block, in [0, 1]; it rises evenly from 0 at the first one.
+        """
+        for block, share in zip(self.blocks, torch.linspace(0, rate, len(self.blocks)).tolist(), strict=True):
+            block.attn.drop_output, block.mlp.drop2 = DropPath(share), DropPath(share)  # type: ignore[union-attr]
 
     def drop_decoder(self) -> None:
         """Remove the decoder, if there is one; ``decode`` cannot be called any more."""

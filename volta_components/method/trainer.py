@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from volta_components.distributed import gather_rows, process_count
+from volta_components.distributed import gather_rows, process_count, process_rank
 from volta_components.errors import InputError
 from volta_components.method.air import Kept, kept_of
 from volta_components.method.ema import TeacherEMAHandler
@@ -27,7 +27,7 @@ from volta_components.method.losses import DiCoMLoss
 from volta_components.method.networks import StudentOutput, VoltaStudent, VoltaTeacher
 from volta_components.method.one_view import both_views, share_of_first_view
 from volta_components.method.views import ViewGenerator, Views
-from volta_components.training.sampling import ResumableSampler
+from volta_components.training.sampling import ResumableSampler, derived_seed
 
 
 class ReadOut(EventEnum):
@@ -89,6 +89,8 @@ class VoltaTrainer(Trainer):
             default where it can be done: in a single process, and without ``views#air``.
         views_together: whether the student's two global views pass together. One after the other gives the same
             gradient with less memory; KoLeo and a patch loss of masked tokens need both.
+        drop_path_rate: of the student, see ``VoltaViT.drop_paths``; not with ``views#air``, whose crops are packed in
+            one row, nor in a recorded step.
         train_handlers: attached to the engine; a ``TeacherEMAHandler`` has to be among them.
 
     Raises:
@@ -118,12 +120,17 @@ class VoltaTrainer(Trainer):
         compile_blocks: bool = False,
         cuda_graph: bool | None = None,
         views_together: bool = True,
+        drop_path_rate: float = 0.0,
         train_handlers: Sequence[Any] | None = None,
     ) -> None:
         if accumulation_steps < 1:
             raise InputError(f"accumulation_steps {accumulation_steps} is not a positive number")
         if log_interval < 1:
             raise InputError(f"log_interval {log_interval} is not a positive number")
+        if not 0 <= drop_path_rate < 1:
+            raise InputError(f"drop_path_rate {drop_path_rate} is not within [0, 1)")
+        if drop_path_rate and views.air is not None:
+            raise InputError("drop_path_rate does not go with views#air: its crops are packed in one row")
         if not any(isinstance(handler, TeacherEMAHandler) for handler in train_handlers or ()):
             raise InputError(
                 "no TeacherEMAHandler among the trainer's handlers: the teacher would never follow the student; add it "
@@ -153,6 +160,9 @@ class VoltaTrainer(Trainer):
         self.frozen_last_layer_epochs = frozen_last_layer_epochs
         self.amp_dtype = amp_dtype
         self.log_interval = log_interval
+        self.drop_path_rate = drop_path_rate
+        if drop_path_rate:
+            self.plain_student.network.drop_paths(drop_path_rate)
         # KoLeo compares the views, and masked tokens are weighed against those of both.
         self.views_together = views_together or loss.koleo_loss is not None or loss.patch_loss.masked_patch is not None
         super().__init__(
@@ -170,11 +180,11 @@ class VoltaTrainer(Trainer):
         self._unread: list[dict[str, Any]] = []
         self._unread_summaries: list[Tensor] = []
         self._check_sizes(compile_blocks)
-        fits = device.type == "cuda" and process_count() == 1 and self.views.air is None
+        fits = device.type == "cuda" and process_count() == 1 and self.views.air is None and not drop_path_rate
         if cuda_graph and not fits:
             raise InputError(
-                "cuda_graph: it needs a single process with a GPU, and no views#air, with which each head has other "
-                "tokens; leave it out"
+                "cuda_graph: it needs a single process with a GPU, no drop_path_rate, and no views#air, with which "
+                "each head has other tokens; leave it out"
             )
         self._graphed = GraphedFunction(self._graphed_learn) if fits and cuda_graph is not False else None
         self._names: list[str] = []
@@ -238,7 +248,9 @@ class VoltaTrainer(Trainer):
         position, window, step = self.window(iteration)
         is_last = position == window - 1
         self.student.train()
-        self.teacher.train()  # no dropout anywhere; centres move in training mode only
+        self.teacher.train()  # it has no dropout; centres move in training mode only
+        if self.drop_path_rate:
+            torch.manual_seed(derived_seed(self.sampler.seed, "drop paths", process_rank(), iteration))
         if position == 0:
             # A graph adds to the gradients where they were when it was recorded.
             self.optimizer.zero_grad(set_to_none=self._graphed is None)
