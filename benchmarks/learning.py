@@ -119,14 +119,13 @@ def run(configs: Sequence[str], ids: dict[str, Any], log: Path) -> str:
 
 
 def scored_heads(anatomies: Path, folder: Path, count: int) -> Path:
-    """The prepared heads that every encoder is asked about, two scans each; made once."""
+    """The prepared heads that every encoder is asked about, two scans each, in two poses; made once."""
     names = list(find_label_maps(anatomies))
     if missing := set(SCORED) - set(names):
         raise InputError(f"--anatomies {anatomies}: lacks {', '.join(sorted(missing))}, which are scored")
-    prepared = folder / f"scored_{SPACING}mm"
+    prepared, raw = folder / "heads", folder / "raw_heads"
     if not (prepared / "datalist.json").is_file():
         others = [name for name in names if name not in SCORED]
-        raw = folder / "scored_raw"
         phantom(raw, count, seed=7, spacing=3, anatomies=anatomies, leave_out=others, scans=2, workers=1)
         prepare("bids", raw, prepared, spacing=SPACING, shape=SHAPE, sessions=["all"], folds=len(SCORED), workers=1)
         add_contrast(raw, prepared / "datalist.json")
@@ -159,35 +158,39 @@ def pretrain(
     ids = {**BASE, "epochs": epochs, "collapse_grace_epochs": epochs, **changes, "seed": seed}
     settings = {"overlays": list(overlays), "ids": ids}
     home = folder / f"{sha256_json(settings)[:12]}"
-    found = home / "found.json"
-    if found.is_file():
+    found, trained = home / "found.json", home / "curves.json"
+    heads = read_json(scored / "datalist.json")["hash"]
+    if found.is_file() and read_json(found)["heads"] == heads:
         return read_json(found)
     home.mkdir(parents=True, exist_ok=True)
-    write_json(home / "settings.json", {"name": name, **settings})
     encoder = home / "encoder.safetensors"
-    data = {
-        "anatomies": anatomies,
-        "leave_out": list(SCORED),
-        "num_workers": workers,
-        "device": f"$torch.device('{device}')",
-    }
-    places = {"output_dir": home, "ckpt_dir": home, "encoder_path": encoder, "run_name": home.name}
-    configs = ["train", "tiny", "synthetic", *overlays]
-    if name == BOUND:
-        curve = train_bound([str(CONFIGS / f"{each}.json") for each in configs], {**data, **ids, **places})
-    else:
-        curve = curves(run(configs, {**data, **ids, **places}, home / "log"))
+    if not trained.is_file():
+        write_json(home / "settings.json", {"name": name, **settings})
+        data = {
+            "anatomies": anatomies,
+            "leave_out": list(SCORED),
+            "num_workers": workers,
+            "device": f"$torch.device('{device}')",
+        }
+        places = {"output_dir": home, "ckpt_dir": home, "encoder_path": encoder, "run_name": home.name}
+        configs = ["train", "tiny", "synthetic", *overlays]
+        if name == BOUND:
+            curve = train_bound([str(CONFIGS / f"{each}.json") for each in configs], {**data, **ids, **places})
+        else:
+            curve = curves(run(configs, {**data, **ids, **places}, home / "log"))
+        write_json(trained, curve)
     places = {"output_dir": home / "probes", "encoder_path": encoder, "run_name": home.name, "dataset_dir": scored}
     run(["evaluate"], {**places, "num_workers": 0, "targets": {}, "numbers": ["contrast"]}, home / "probes.log")
-    result = {"name": name, "seed": seed, "rows": read_json(home / "probes" / "probes.json"), "curves": curve}
+    rows = read_json(home / "probes" / "probes.json")
+    result = {"name": name, "seed": seed, "heads": heads, "rows": rows, "curves": read_json(trained)}
     write_json(found, result)
     return result
 
 
 def finished(folder: Path, epochs: int) -> list[dict[str, Any]]:
     """What is known of all finished runs of so many epochs, in order of the rows and seeds."""
-    homes = [path.parent for path in folder.glob("*/found.json")]
-    runs = [read_json(home / "found.json") for home in homes if _epochs(home) == epochs]
+    homes = [path.parent for path in folder.glob("*/found.json") if _epochs(path.parent) == epochs]
+    runs = [read_json(home / "found.json") for home in homes]
     return sorted(runs, key=lambda each: (list(ROWS).index(each["name"]), each["seed"]))
 
 
@@ -302,8 +305,8 @@ their 95 % intervals over anatomies. A row is `recommended.json`, changed as it 
 scanner* have none of its other parts. *Told which scans are one head* is supervised, on the same network and heads, by
 a contrastive loss, for four times as many heads: what this network could know.
 
-- same head: share of scans whose nearest neighbour is the same head by another scanner (chance 0.01); whitened: among
-  standardised principal components. In 0.32 of the pairs one scan is stripped of its skull and the other is not;
+- same head: share of scans whose nearest neighbour is the same head, lying otherwise, by another scanner (chance 0.01);
+  whitened: among standardised principal components. In a third of the pairs, one scan is stripped of its skull;
 - same person: share of scans whose nearest neighbour of another head grew from the same anatomy (chance 0.24);
 - hippocampal volume: Pearson's r across anatomies; hippocampus in the patch: share of variance beyond position;
 - contrast: Pearson's r of the scanner's brightness of grey over white matter; lower is better.

@@ -51,13 +51,15 @@ def test_a_finished_run_is_not_made_again(tmp_path: Path, monkeypatch: pytest.Mo
         made.append((configs, ids))
         if configs == ["evaluate"]:
             folder = Path(ids["output_dir"])
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             (folder / "probes.json").write_text(json.dumps([probe("same subject", "volta", "mean", "nearest", 0.5)]))
         return (
             "INFO epoch 1 of 2: loss 9.1, global_predicted 0.01\nINFO epoch 2 of 2: loss 8.5e-1, global_predicted -0.2"
         )
 
     monkeypatch.setattr(learning, "run", run)
+    (tmp_path / "scored").mkdir()
+    (tmp_path / "scored" / "datalist.json").write_text('{"hash": "a"}')
     arguments = ("two scanners alone", 0, 2, tmp_path / "maps", tmp_path / "scored", tmp_path)
     first = learning.pretrain(*arguments)
     assert first["curves"] == [{"loss": 9.1, "global_predicted": 0.01}, {"loss": 0.85, "global_predicted": -0.2}]
@@ -65,6 +67,10 @@ def test_a_finished_run_is_not_made_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert made[0][1]["leave_out"] == list(learning.SCORED)
     assert learning.pretrain(*arguments) == first
     assert len(made) == 2
+    (tmp_path / "scored" / "datalist.json").write_text('{"hash": "b"}')
+    assert learning.pretrain(*arguments) == {**first, "heads": "b"}
+    assert [configs for configs, _ in made[2:]] == [["evaluate"]], "other heads: asked again, not trained again"
+    del made[2:]
     learning.pretrain("two scanners alone", 1, *arguments[2:])
     assert len(made) == 4
     assert [run["seed"] for run in learning.finished(tmp_path, 2)] == [0, 1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several scans of one phantom: the same head by other scanners."""
+"""Several scans of one phantom: the same head, lying otherwise, by other scanners."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
 
 from volta_components.data.datalist import load_datalist
 from volta_components.data.phantom.command import phantom
@@ -26,9 +27,11 @@ def test_each_scan_shows_the_same_head_by_another_scanner(tmp_path: Path) -> Non
             truths.append(json.loads(Path(f"{stem}_T1w.json").read_text())["Phantom"])
             masks = source / "derivatives" / "hippocampus" / name / session / "anat"
             labels.append(np.asarray(nib.load(next(masks.glob("*.nii.gz"))).dataobj))
-        np.testing.assert_array_equal(*labels)
-        same = ("sex", "age", "diagnosis", "scale", "rotation", "volume_hippocampus_left", "volume_brain")
+        assert (labels[0] != labels[1]).any() and truths[0]["rotation"] != truths[1]["rotation"]
+        same = ("sex", "age", "diagnosis", "scale")
         assert [truths[0][key] for key in same] == [truths[1][key] for key in same]
+        for key in ("volume_hippocampus_left", "volume_hippocampus_right", "volume_brain"):
+            assert truths[0][key] == pytest.approx(truths[1][key], rel=0.03)
         assert truths[0]["gain"] != truths[1]["gain"] and truths[0]["gamma"] != truths[1]["gamma"]
         scaled = [image / np.percentile(image, 99) for image in images]
         assert 0.02 < np.abs(scaled[0] - scaled[1])[scaled[0] > 0.1].mean() < 0.3

@@ -59,7 +59,8 @@ def phantom(
         contrast: "any" draws every tissue's brightness on its own; with --anatomies.
         skull_share: Share of subjects with a skull, 0 to 1. It is taken off the others; with --anatomies.
         variation: How far heads differ from their anatomy, 0 to 5: 1 as in one study; with --anatomies.
-        scans: Scans of each subject, 1 to 9: the same head by another scanner, in a session of its own.
+        scans: Scans of each subject, 1 to 9: the same head, lying otherwise, by another scanner, in a session
+            of its own.
         workers: Number of processes; one for each core by default.
 
     Raises:

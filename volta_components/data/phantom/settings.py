@@ -37,7 +37,7 @@ class Settings:
         contrast: ``t1`` or ``any``; with anatomies.
         skull_share: share of subjects whose skull is not taken off, in [0, 1]; with anatomies.
         mirrored_share: share of subjects that are their anatomy's mirror image, in [0, 1]; with anatomies.
-        scans: of each subject, by scanners of their own, each a session.
+        scans: of each subject, by scanners and in poses of their own, each a session.
         variation: how far a head's pose, size and shape differ from its anatomy's, and its scanner from the mean one:
             1 as in one study, 2 and more for training; with anatomies.
 

@@ -163,13 +163,13 @@ def _anatomy(settings: Settings, number: int) -> str:
 
 
 def scanned_again(settings: Settings, subject: Subject, scan: int) -> tuple[Subject, Settings]:
-    """The same head under another scanner, and the settings that its scanner is drawn with; scan 0 is the subject."""
+    """The same head, lying otherwise, in another scanner; and the settings for that scanner. Scan 0 is the subject."""
     if not scan:
         return subject, settings
     drawn = replace(settings, seed=int(random_stream(settings.seed, 11, scan).integers(2**31)))
     other = draw_subject(drawn, subject.number)
-    of_scanner = ("site", "grey", "fluid", "gamma", "bias", "blur", "noise", "gain")
-    return replace(subject, **{name: getattr(other, name) for name in of_scanner}), drawn
+    of_scan = ("site", "grey", "fluid", "gamma", "bias", "blur", "noise", "gain", "rotation", "translation")
+    return replace(subject, **{name: getattr(other, name) for name in of_scan}), drawn
 
 
 def scanner_of(settings: Settings, subject: Subject, has_outside: bool = True) -> Scanner:
