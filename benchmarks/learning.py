@@ -83,6 +83,7 @@ ROWS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "reconstruction alone": (ALL, STILL | NO_GLOBAL | NO_PATCH),
     "reconstruction and patches": (ALL, STILL | NO_GLOBAL),
     "reconstruction and summaries": (ALL, STILL | NO_PATCH),
+    "alignment at a tenth": (ALL, STILL | {"loss#global_weight": 0.1, "loss#patch_weight": 0.1}),
     BOUND: ((TWO,), {"batch_size": 32}),
     "without a standard picture": ((TWO, CENTRE), STILL),
     "without token centre": ((TWO, STANDARD), STILL),
