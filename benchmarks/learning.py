@@ -9,7 +9,7 @@ anatomies that none of them has seen, each head by two scanners.
     python -m benchmarks.learning --anatomies DIR --output runs/learning [--rows "one scanner" --seeds 0 --seeds 1]
 
 takes about six minutes a run on one core. A run that is finished is not done again, and one that was interrupted
-resumes. The table has all finished runs of the folder that had as many epochs; ``--only-table`` makes no others.
+resumes. The table has all finished runs of the folder; ``--only-table`` makes no others.
 """
 
 from __future__ import annotations
@@ -188,15 +188,13 @@ def pretrain(
     return result
 
 
-def finished(folder: Path, epochs: int) -> list[dict[str, Any]]:
-    """What is known of all finished runs of so many epochs, in order of the rows and seeds."""
-    homes = [path.parent for path in folder.glob("*/found.json") if _epochs(path.parent) == epochs]
-    runs = [read_json(home / "found.json") for home in homes]
-    return sorted(runs, key=lambda each: (list(ROWS).index(each["name"]), each["seed"]))
-
-
-def _epochs(home: Path) -> int:
-    return int(read_json(home / "settings.json")["ids"]["epochs"])
+def finished(folder: Path) -> list[dict[str, Any]]:
+    """What is known of all finished runs, in order of their epochs, rows and seeds."""
+    runs = []
+    for found in folder.glob("*/found.json"):
+        epochs = int(read_json(found.with_name("settings.json"))["ids"]["epochs"])
+        runs.append({**read_json(found), "epochs": epochs})
+    return sorted(runs, key=lambda each: (each["epochs"], list(ROWS).index(each["name"]), each["seed"]))
 
 
 def curves(log: str) -> list[dict[str, float]]:
@@ -240,18 +238,18 @@ def cell(runs: Sequence[dict[str, Any]], encoder: str, label: str, embedding: st
 def table(runs: Sequence[dict[str, Any]]) -> list[str]:
     """Lines of the table, a row for each setting; random weights and plain voxels first."""
     health = ("loss_reconstruction", "global_predicted", "patch_predicted")
-    lines = [f"| setting | seeds | masked error | global | patch | {' | '.join(ASKED)} |"]
-    lines.append("|---" * (5 + len(ASKED)) + "|")
+    lines = [f"| setting | epochs | seeds | masked error | global | patch | {' | '.join(ASKED)} |"]
+    lines.append("|---" * (6 + len(ASKED)) + "|")
     for encoder, name in (("random", "random weights"), ("voxels", "plain voxels")):
         cells = [cell(runs[:1], encoder, *asked) for asked in ASKED.values()]
-        lines.append(f"| {name} | - | - | - | - | {' | '.join(cells)} |")
-    for name in dict.fromkeys(each["name"] for each in runs):
-        own = [each for each in runs if each["name"] == name]
+        lines.append(f"| {name} | - | - | - | - | - | {' | '.join(cells)} |")
+    for name, epochs in dict.fromkeys((each["name"], each["epochs"]) for each in runs):
+        own = [each for each in runs if (each["name"], each["epochs"]) == (name, epochs)]
         last = [each["curves"][-1] for each in own]
         means = [[each[key] for each in last if key in each] for key in health]
         cells = [f"{sum(each) / len(each):.3f}" if each else "-" for each in means]
         cells += [cell(own, "volta", *asked) for asked in ASKED.values()]
-        lines.append(f"| {name} | {len(own)} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {epochs} | {len(own)} | {' | '.join(cells)} |")
     return lines
 
 
@@ -290,17 +288,17 @@ def main(
         for seed in seeds:
             for name in rows:
                 pretrain(name, seed, epochs, anatomies.resolve(), scored, output.resolve(), device, workers)
-                print("\n".join(table(finished(output, epochs))), flush=True)
-    lines = table(finished(output, epochs))
+                print("\n".join(table(finished(output))), flush=True)
+    lines = table(finished(output))
     print("\n".join(lines))
     if results is not None:
-        write_text(results, "\n".join([HEADER.format(epochs=epochs, heads=heads), *lines]) + "\n")
+        write_text(results, "\n".join([HEADER.format(heads=heads), *lines]) + "\n")
 
 
 HEADER = """# What an encoder learns, by setting
 
-`python -m benchmarks.learning --anatomies DIR --output DIR --epochs {epochs}`: synthetic heads at 5 mm, a ViT of 4
-blocks of 128 on 48 patches, {epochs} epochs of 40 mini-batches of 4 heads of 16 anatomies; {heads} heads of four other
+`python -m benchmarks.learning --anatomies DIR --output DIR [--epochs 200]`: synthetic heads at 5 mm, a ViT of 4
+blocks of 128 on 48 patches, epochs of 40 mini-batches of 4 heads of 16 anatomies; {heads} heads of four other
 anatomies are scored, each by two scanners. Values are means over seeds, in brackets the lowest and highest limit of
 their 95 % intervals over anatomies. A row is `recommended.json`, changed as it says; *two scanners alone* and *one
 scanner* have none of its other parts. *Told which scans are one head* is supervised, on the same network and heads, by

@@ -73,8 +73,7 @@ def test_a_finished_run_is_not_made_again(tmp_path: Path, monkeypatch: pytest.Mo
     del made[2:]
     learning.pretrain("two scanners alone", 1, *arguments[2:])
     assert len(made) == 4
-    assert [run["seed"] for run in learning.finished(tmp_path, 2)] == [0, 1]
-    assert learning.finished(tmp_path, 3) == []
+    assert [(run["seed"], run["epochs"]) for run in learning.finished(tmp_path)] == [(0, 2), (1, 2)]
 
 
 def test_the_table_has_means_over_seeds_and_the_widest_interval() -> None:
@@ -82,6 +81,7 @@ def test_the_table_has_means_over_seeds_and_the_widest_interval() -> None:
     runs = [
         {
             "name": "two scanners",
+            "epochs": 50,
             "curves": [{}, last],
             "rows": [
                 probe("same subject", "volta", "mean", "whitened", value),
@@ -94,7 +94,7 @@ def test_the_table_has_means_over_seeds_and_the_widest_interval() -> None:
     lines = learning.table(runs)
     assert "0.30 (0.20 to 0.40)" in lines[2] and lines[2].startswith("| random weights")
     assert lines[3].count("0.85 (0.75 to 0.95)") == 1
-    assert lines[4].startswith("| two scanners | 2 | 0.040 | 0.100 | 0.200 |")
+    assert lines[4].startswith("| two scanners | 50 | 2 | 0.040 | 0.100 | 0.200 |")
     assert "0.50 (0.30 to 0.70)" in lines[4]
 
 
