@@ -21,7 +21,7 @@ TASKS = {
     "ixi_sex": ("vit_scratch", "swin_scratch"),
     "aibl_ad": ("vit_scratch", "swin_scratch"),
 }
-# What benchmarks/learning.py found to know most of the anatomy.
+# The whole recipe; benchmarks/learning.py says what each part of it is worth.
 RECIPE = ("synthetic", "recommended")
 # Nothing is chosen, so nobody is held out for it: the last model is the result. What would be the validation's curve is
 # that of the scored heads.
