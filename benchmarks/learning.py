@@ -2,9 +2,9 @@
 """What each lever of pretraining does for what the encoder knows: short pretrainings that differ in one thing each.
 
 Every row is the bundle's own ``train.json`` on endless heads of label maps with ``recommended.json``, changed in the
-one thing that its name says, for the same number of heads. Four rows are other recipes as a whole, and one is no
-pretraining: it is told which scans are one head. ``evaluate.json`` then asks each frozen encoder about heads of
-anatomies that none of them has seen, each head by two scanners.
+one thing that its name says, for the same number of heads. Three rows are other recipes as a whole, and one is no
+pretraining: it is told which scans are one head, and begins again where it was interrupted. ``evaluate.json`` then asks
+each frozen encoder about heads of anatomies that none of them has seen, each head by two scanners.
 
     python -m benchmarks.learning --anatomies DIR --output runs/learning [--rows "one scanner" --seeds 0 --seeds 1]
 

@@ -129,8 +129,6 @@ class VoltaTrainer(Trainer):
             raise InputError(f"log_interval {log_interval} is not a positive number")
         if not 0 <= drop_path_rate < 1:
             raise InputError(f"drop_path_rate {drop_path_rate} is not within [0, 1)")
-        if drop_path_rate and views.air is not None:
-            raise InputError("drop_path_rate does not go with views#air: its crops are packed in one row")
         if not any(isinstance(handler, TeacherEMAHandler) for handler in train_handlers or ()):
             raise InputError(
                 "no TeacherEMAHandler among the trainer's handlers: the teacher would never follow the student; add it "
@@ -211,6 +209,8 @@ class VoltaTrainer(Trainer):
             raise InputError(
                 f"views#air: patch_size {self.views.air.patch_size} is not the network's {network.patch_size}"
             )
+        if self.drop_path_rate:
+            raise InputError("drop_path_rate does not go with views#air: its crops are packed in one row")
         everywhere = self.loss.reconstruction_loss.everywhere
         if compile_blocks or everywhere or self.loss.patch_loss.token_centre_momentum is not None:
             raise InputError(
