@@ -280,8 +280,10 @@ def main(
         workers: processes that render heads.
 
     Raises:
-        InputError: if a run fails.
+        InputError: if there is no such row, or a run fails.
     """
+    if unknown := [name for name in rows if name not in ROWS]:
+        raise InputError(f"--rows {unknown[0]}: choose {', '.join(ROWS)}")
     output.mkdir(parents=True, exist_ok=True)
     if not only_table:
         scored = scored_heads(anatomies.resolve(), output.resolve(), heads)

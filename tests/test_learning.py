@@ -107,3 +107,9 @@ def test_the_scored_anatomies_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "anatomy_05.nii.gz").touch()
     with pytest.raises(InputError, match="lacks anatomy-10, anatomy-15, anatomy-20, which are scored"):
         learning.scored_heads(tmp_path, tmp_path, 4)
+
+
+def test_an_unknown_row_is_named_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--rows nonsense: choose recommended, two scanners alone"):
+        learning.main(tmp_path, tmp_path / "output", rows=("nonsense",))
+    assert not (tmp_path / "output").exists()
