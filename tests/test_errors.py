@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import sqlite3
 import sys
 from multiprocessing import Pipe
 from pathlib import Path
@@ -110,6 +111,7 @@ def wrapped(error: BaseException) -> BaseException:
         (OSError(errno.EROFS, "Read-only file system", "/runs"), "/runs: read-only file system; make it writable"),
         (PermissionError(errno.EACCES, "Permission denied", "/runs"), "/runs: permission denied; make it writable"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/gone/a.nii"), "/gone/a.nii: no such file; put it back"),
+        (sqlite3.OperationalError("database or disk is full"), "a database cannot grow, as its disk is full; free sp"),
         (MemoryError(), "the memory is full; free some"),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),

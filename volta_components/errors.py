@@ -112,6 +112,8 @@ def find_fault(error: BaseException | None) -> str | None:
             found = f"{place}{(error.strerror or text).lower()}; {REMEDIES[error.errno]}"
         elif isinstance(error, MemoryError):
             found = f"the memory is full; free some, or lower --batch_size and --num_workers, {AGAIN}"
+        elif type(error).__name__ == "OperationalError" and "disk is full" in text:  # SQLite's, or SQLAlchemy's of it
+            found = f"a database cannot grow, as its disk is full; {FULL}"
         elif type(error).__name__ == "OutOfMemoryError":  # PyTorch's; importing it here would take seconds
             found = "the GPU's memory is full; lower --batch_size, or end what else uses the GPU"
         elif _is_of_a_killed_loader(error, text):

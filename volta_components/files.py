@@ -24,6 +24,7 @@ from volta_components.errors import InputError
 PARTIAL = ".partial-"
 FOREIGN_SECONDS = 24 * 3600.0
 _swept: set[Path] = set()  # folders that this process has written to
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as Rust's libraries write it
 # What spreadsheets take for the beginning of a formula; behind quotes, so that what is written can be read back.
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
 
@@ -128,6 +129,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         if error.filename is None and error.errno is not None:  # writing and syncing do not say which file it was
             error.filename = str(target)
         raise
+    except Exception as error:  # safetensors gives the system's error as words of an error of its own
+        if (found := _OS_ERROR.search(str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(target)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

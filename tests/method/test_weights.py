@@ -7,6 +7,8 @@ import hashlib
 import json
 import pickle
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -430,6 +432,26 @@ def test_ctrl_c_while_writing_leaves_weights_and_record_that_belong_together(tmp
     assert read_weights(path)["a"].tolist() == [0, 0]
     assert read_record(path)["epoch"] == 2
     assert sorted(item.name for item in tmp_path.iterdir()) == ["encoder.json", "encoder.safetensors"]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    """safetensors raises an error of its own, in a process that may write no more than 10,000 bytes to a file."""
+    code = (
+        "import resource, signal, sys, torch\n"
+        "from safetensors.torch import save_file\n"
+        "from volta_components.method.weights import write_weights\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
+        "state = {'a': torch.zeros(10_000)}\n"
+        "try:\n"
+        "    write_weights(sys.argv[1], state, lambda target: save_file(state, target), {})\n"
+        "except OSError as error:\n"
+        "    print(error.filename, error.strerror, sep=': ')\n"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "encoder.safetensors")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout == f"{tmp_path}/encoder.safetensors: File too large\n", done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_grid_that_cannot_be_told_is_an_error(tmp_path: Path) -> None:

@@ -409,6 +409,30 @@ def test_a_second_training_is_kept_out_until_the_first_is_dead(tmp_path: Path) -
     assert not (tmp_path / ".lock").exists()
 
 
+def test_a_disk_without_room_for_a_checkpoint_is_named_before_the_first_step(
+    tmp_path: Path, whole: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a checkpoint takes is known at the start, but for the headers of so small tensors."""
+    taken = whole.checkpoint.path.stat().st_size
+
+    def disk_of(free: float) -> None:
+        usage = shutil.disk_usage(tmp_path)._replace(free=int(free))
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+
+    disk_of(0.8 * taken)
+    with pytest.raises(InputError, match=r"\d MB are free, and a checkpoint takes \d MB; free space"):
+        run_with_checkpoint(tmp_path / "a" / "checkpoint.pt")
+    disk_of(1.1 * taken)
+    run_with_checkpoint(tmp_path / "b" / "checkpoint.pt")
+    assert "while one is replaced there are three" in caplog.text
+    caplog.clear()
+    disk_of(3.0 * taken)
+    run_with_checkpoint(tmp_path / "c" / "checkpoint.pt")
+    assert "there are three" not in caplog.text
+    disk_of(0)
+    run_with_checkpoint(tmp_path / "c" / "checkpoint.pt")  # is finished, and writes no more
+
+
 def test_a_run_whose_folder_is_gone_stops(tmp_path: Path) -> None:
     parts = run_with_checkpoint(tmp_path / "run" / "c.pt", run=False)
     remove = Events.ITERATION_COMPLETED(once=3)

@@ -81,14 +81,14 @@ def write_weights(
     dies between the two renames, the hash check rejects the pair.
     """
     path = Path(path)
-    with _signals_wait(), atomic_path(path) as weights, atomic_path(path.with_suffix(".json")) as beside:
+    with _signals_wait(), atomic_path(path) as weights:
         save(weights)
         content = {
             "sha256": sha256_file(weights),
             "parameters": sum(value.numel() for value in state.values()),
             **record,
         }
-        write_json(beside, content)
+        write_json(path.with_suffix(".json"), content)
 
 
 def keep_picture(weights: str | os.PathLike[str], picture: Path, caption: str, shows_scans: bool) -> dict[str, Any]:

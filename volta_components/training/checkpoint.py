@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from volta_components.distributed import mean_over_processes, process_count, process_rank
 from volta_components.errors import InputError
@@ -76,9 +78,9 @@ class ResumableCheckpoint:
             because scoring follows it.
 
     Raises:
-        InputError: at the start of a run when another one is writing into the folder, the checkpoint belongs to other
-            settings or no longer fits the volumes, or both checkpoints are damaged; and when weights that are not
-            finite would be saved, or the folder is gone.
+        InputError: at the start of a run when another one is writing into the folder, its disk has no room for a
+            checkpoint, the checkpoint belongs to other settings or no longer fits the volumes, or both checkpoints are
+            damaged; and when weights that are not finite would be saved, or the folder is gone.
     """
 
     def __init__(
@@ -254,8 +256,13 @@ class ResumableCheckpoint:
             remove_partials(*(path for path in (self.path.parent, *self.path.parent.iterdir()) if path.is_dir()))
         items = getattr(getattr(engine.state.dataloader, "dataset", None), "data", None) or ()
         self._stamps = make_stamps(items)
-        if not self.path.exists():
-            return
+        if self.path.exists():
+            self._restore(engine, items)
+        if not process_rank() and engine.state.epoch != engine.state.max_epochs:
+            self._check_space()
+
+    def _restore(self, engine: Engine, items: Sequence[Any]) -> None:
+        assert self.path is not None
         state = self._read()
         rows = other_settings(state["settings"], self.settings)
         if rows:
@@ -272,6 +279,18 @@ class ResumableCheckpoint:
         engine.load_state_dict(state["engine"])
         start_clock(engine, state.get("cost", {}))
         logger.info("resumed %s at mini-batch %d", self.path, engine.state.iteration)
+
+    def _check_space(self) -> None:
+        """Before the long work: does a checkpoint fit, and do the three that there are while one is replaced?"""
+        assert self.path is not None
+        there = [path.stat().st_size for path in (self.path, previous_checkpoint(self.path)) if path.exists()]
+        size = max([_bytes(self.objects), *there])
+        free = shutil.disk_usage(self.path.parent).free
+        facts = f"{self.path.parent}: {free / 1e6:,.0f} MB are free, and a checkpoint takes {size / 1e6:,.0f} MB"
+        if free < size:
+            raise InputError(f"{facts}; free space, or give another place (--output_dir DIR)")
+        if free < (3 - len(there)) * size:
+            logger.warning("%s; while one is replaced there are three", facts)
 
     def _read(self) -> dict[str, Any]:
         """The last checkpoint; if it is damaged, the one before."""
@@ -307,6 +326,22 @@ def _not_finite(state: Any, name: str = "") -> str:
         return ""
     found = (_not_finite(value, f"{name}.{key}".lstrip(".")) for key, value in state.items())
     return next(filter(None, found), "")
+
+
+def _bytes(objects: Mapping[str, Any]) -> int:
+    """Of what is saved, about; an optimiser before its first step will hold two numbers a parameter, as Adam does."""
+
+    def count(state: Any) -> int:
+        if isinstance(state, Tensor):
+            return state.numel() * state.element_size()
+        parts = state.values() if isinstance(state, Mapping) else state if isinstance(state, (list, tuple)) else ()
+        return sum(map(count, parts))
+
+    total = sum(count(item.state_dict()) for item in objects.values())
+    for item in objects.values():
+        if isinstance(item, Optimizer) and not item.state:
+            total += 2 * sum(count(group["params"]) for group in item.param_groups)
+    return total
 
 
 def on_host(state: Any) -> Any:
