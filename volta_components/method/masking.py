@@ -111,5 +111,5 @@ class GroupMask:
     @staticmethod
     def fill(image: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
         """Replace what is masked in images ``[..., D, H, W]`` in [0, 1]; three deviations of the noise span [0, 1]."""
-        noise = (noise / 6.0 + 0.5).clamp_(0.0, 1.0)
-        return torch.where(labels == NOISE, noise, image.masked_fill(labels == ZEROS, 0.0))
+        filling = (noise / 6.0).add_(0.5).clamp_(0.0, 1.0).masked_fill_(labels == ZEROS, 0.0)
+        return torch.where(labels == VISIBLE, image, filling)

@@ -83,6 +83,8 @@ def sample_crops(volume: Tensor, plan: CropPlan, size: Sequence[int]) -> Tensor:
         grid = _sampling_grid(torch.stack([plan.readings[i] for i in chosen]), size).to(volume.dtype)
         sources = source.expand(len(chosen), -1, -1, -1, -1)
         found = functional.grid_sample(sources, grid, align_corners=False, padding_mode="zeros")
+        if len(found) == len(levels):
+            return found
         crops |= dict(zip(chosen, found.split(1)))
     if not crops:
         return volume.new_empty((0, volume.shape[1], *size))
@@ -92,18 +94,19 @@ def sample_crops(volume: Tensor, plan: CropPlan, size: Sequence[int]) -> Tensor:
 def _sampling_grid(readings: Tensor, size: Sequence[int]) -> Tensor:
     """Where crops read, ``[n, *size, 3]``, in ``grid_sample``'s normalised (x, y, z) order.
 
-    An affine grid is a sum of three terms, each along one axis of the crop; adding them up by broadcasting takes a
-    third of the time of ``affine_grid``, which multiplies a matrix with the coordinates of every voxel.
+    An affine grid is a sum of three terms, each along one axis of the crop. They are added up by broadcasting, each
+    coordinate as an image of its own, which takes a tenth of the time of ``affine_grid``: that multiplies a matrix with
+    the coordinates of every voxel.
     """
     terms = []
     for axis, count in enumerate(size):
-        term = readings[:, None, :, axis] * torch.arange(count, device=readings.device)[:, None]
+        term = readings[:, :, axis, None] * torch.arange(count, device=readings.device)
         if axis == 0:
-            term = term + readings[:, None, :, 3]
-        shape = [len(readings), 1, 1, 1, 3]
-        shape[axis + 1] = count
+            term = term + readings[:, :, 3, None]
+        shape = [len(readings), 3, 1, 1, 1]
+        shape[axis + 2] = count
         terms.append(term.float().view(shape))
-    return terms[0] + terms[1] + terms[2]
+    return (terms[0] + terms[1] + terms[2]).permute(0, 2, 3, 4, 1)
 
 
 @dataclass(eq=False)
@@ -182,8 +185,9 @@ class IntensityPlan(NamedTuple):
 class IntensityAugment:
     """Random contrast, brightness, gamma, smooth bias field, blur and noise; mild and strong are two settings of it.
 
-    Everything but the blur is one pass over the voxels: ``clip(field * x^gamma + brightness + noise)``, the field
-    holding contrast and bias. MONAI's transforms would take six passes and one Python call a crop each.
+    Everything but the blur is one formula for each voxel: ``clip(field * x^gamma + brightness + noise)``, the field
+    holding contrast and bias. It is computed as ``exp(gamma * log(x) + log(field))``, which takes half the passes.
+    MONAI's transforms would take one call and some passes each.
 
     Attributes:
         brightness: largest shift, in units of intensity.
@@ -231,32 +235,43 @@ class IntensityAugment:
         numbers = torch.tensor([gamma, scale, shift, deviation, width], dtype=torch.float64)
         return IntensityPlan(numbers, kernel, torch.from_numpy(field).float())
 
-    def __call__(self, crop: Tensor, plan: IntensityPlan, generator: torch.Generator | None) -> Tensor:
-        """Augment one crop.
+    def __call__(self, crop: Tensor, plan: IntensityPlan, noise: Tensor) -> Tensor:
+        """Augment one crop in place.
 
         Args:
-            crop: ``[1, C, D, H, W]`` in [0, 1]; not changed.
+            crop: ``[1, C, D, H, W]`` in [0, 1].
             plan: what ``draw`` gave.
-            generator: source of voxel noise, on the crop's device.
+            noise: normal deviates for the voxels, of the crop's shape.
 
         Returns:
-            A new tensor of the same shape, in [0, 1].
+            The crop, in [0, 1].
         """
         gamma, scale, shift, deviation, width = plan.numbers.tolist()
-        result = crop.clone()
         if width:
-            result = filtered(result, plan.kernel[: int(width)].tolist())
-        if gamma != 1.0:
-            result = result.clamp_(min=0.0).pow_(gamma)
-        if self.bias:
-            field = functional.interpolate(plan.field, size=crop.shape[2:], mode="trilinear", align_corners=True)
-            result = result.mul_(field.exp_())
-        if scale != 1.0 or shift != 0.0:
-            result = result.mul_(scale).add_(shift)
+            crop.copy_(filtered(crop, plan.kernel[: int(width)].tolist()))
+        if gamma != 1.0 or scale != 1.0 or self.bias:
+            field = _enlarged(plan.field + math.log(scale), crop.shape[2:])
+            torch.add(field, crop.clamp_(min=0.0).log_(), alpha=gamma, out=crop).exp_()
+        if shift != 0.0:
+            crop.add_(shift)
         if deviation:
-            noise = torch.randn(crop.shape, generator=generator, device=crop.device, dtype=crop.dtype)
-            result = result.add_(noise, alpha=deviation)
-        return result.clamp_(0.0, 1.0)
+            crop.add_(noise, alpha=deviation)
+        return crop.clamp_(0.0, 1.0)
+
+
+def _enlarged(field: Tensor, shape: Sequence[int]) -> Tensor:
+    """Control points ``[1, 1, d, h, w]`` interpolated linearly, the outer ones on the outer voxels.
+
+    ``functional.interpolate`` (trilinear, ``align_corners``) gives the same in five times the time: an axis at a time,
+    interpolation is a product with a small matrix.
+    """
+    for side in shape:
+        count = field.shape[2]
+        places = torch.linspace(0, count - 1, side, device=field.device)
+        weights = (1 - (places[:, None] - torch.arange(count, device=field.device)).abs()).clamp_(min=0)
+        # The axis that is done goes to the end; after three turns the axes are in order again.
+        field = torch.einsum("abxyz,sx->abyzs", field, weights)
+    return field
 
 
 def filtered(image: Tensor, weights: Sequence[float]) -> Tensor:
@@ -386,16 +401,17 @@ class ViewGenerator:
         size = self.global_geometry.size
         both = sample_crops(volume, plan.global_crops, size)
         image, own = both[:, -1:], min(1, both.shape[1] - 1)
-        teacher, student, masked = [], [], []
-        for i, crop in enumerate(both[:, own : own + 1].split(1)):
-            teacher.append(self.teacher_intensity(both[i : i + 1, :1], part_of(plan.teacher, i), generator))
-            changed = self.student_intensity(crop, part_of(plan.student, i), generator)
-            labels = self.mask.enlarge(plan.cells[i], size).expand_as(crop)
-            noise = torch.randn(crop.shape, generator=generator, device=crop.device, dtype=crop.dtype)
-            student.append(self.mask.fill(changed, labels, noise))
-            masked.append(labels != VISIBLE)
+        teacher, student = both[:, :1].clone(), both[:, own : own + 1].clone()
+        labels = torch.stack([self.mask.enlarge(plan.cells[i], size) for i in range(len(student))])[:, None]
+        # A voxel of the student is either masked or seen, so that both kinds of noise can be the same deviates.
+        hazes = [torch.randn(part.shape, generator=generator, device=part.device) for part in (teacher, student)]
+        for i in range(len(student)):
+            one = slice(i, i + 1)
+            self.teacher_intensity(teacher[one], part_of(plan.teacher, i), hazes[0][one])
+            self.student_intensity(student[one], part_of(plan.student, i), hazes[1][one])
+        student = self.mask.fill(student, labels, hazes[1])
         local = sample_crops(volume[:, own : own + 1], plan.local_crops, self.local_geometry.size)
-        return image, torch.cat(teacher), torch.cat(student), torch.cat(masked), local
+        return image, teacher, student, labels != VISIBLE, local
 
 
 def noise_generator(device: torch.device, seed: int) -> torch.Generator | None:
