@@ -209,9 +209,10 @@ def curves(log: str) -> list[dict[str, float]]:
 ASKED = {
     "same head, summary": ("same subject", "summary", "nearest"),
     "same head, mean token": ("same subject", "mean", "nearest"),
-    "the same, whitened": ("same subject", "mean", "whitened"),
-    "same person, summary": ("same patient", "summary", "nearest"),
+    "same head, places": ("same subject", "places", "nearest"),
+    "the same, whitened": ("same subject", "places", "whitened"),
     "same person, mean token": ("same patient", "mean", "nearest"),
+    "same person, places": ("same patient", "places", "nearest"),
     "hippocampal volume": ("hippocampal volume", "mean", "ridge"),
     "hippocampus in the patch": ("hippocampus in the patch", "tokens", "ridge"),
     "contrast": ("contrast", "mean", "ridge"),

@@ -134,6 +134,32 @@ def test_the_window_is_anchored_at_the_top_of_the_head_and_ignores_the_neck():
     assert points[:, 2].mean() + 16 < vertex
 
 
+def brain():
+    """A brain of true size without skull, at 4 mm."""
+    affine = nib.affines.from_matvec(4 * np.eye(3), [-100, -120, -120])
+    xyz = tiny.world((50, 60, 60), affine)
+    radius = np.linalg.norm(xyz / [65, 85, 65], axis=-1)
+    voxels = np.where(radius < 1, 500 + 200 * (radius < 0.8), 0)
+    return Volume(np.asfortranarray(voxels.astype(np.int16)), affine, 1.0, 0.0, 1)
+
+
+def test_a_brain_lies_where_it_would_lie_with_its_head():
+    """Its top 14 mm below the window's, its middle 10 mm behind, within the half voxel of the scan's own grid."""
+    settings = Settings(spacing=(4, 4, 4), shape=(36, 48, 48))
+    prepared = prepare_volume(brain(), settings)
+    assert prepared.quality["stripped"]
+    top = prepared.affine[2, 3] + 4 * 47.5
+    middle = nib.affines.apply_affine(prepared.affine, (np.array(settings.shape) - 1) / 2)
+    assert 65 + 14 <= top <= 65 + 14 + 4 + 6  # mm: the brain's top, the skull, a voxel, rounding of both grids
+    assert np.abs(middle[:2] - [0, 10]).max() <= 4
+
+
+def test_a_brain_that_fills_the_window_is_not_pushed_out_of_it():
+    """130 x 170 x 130 mm in a window of 136 x 172 x 136, one of whose 4 mm lies above the brain's top."""
+    prepared = prepare_volume(brain(), Settings(spacing=(4, 4, 4), shape=(34, 43, 34)))
+    assert prepared.quality["stripped"] and prepared.quality["cut"] < 0.005
+
+
 def test_what_is_cut_is_measured():
     seen = survey(scan(neck=False))
     _, cut = place_window(seen, Settings(shape=(12, 30, 32)))

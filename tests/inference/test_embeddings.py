@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from method_helpers import IMAGE, tiny_network
+from method_helpers import HIDDEN, IMAGE, tiny_network
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
 
@@ -65,6 +65,30 @@ def test_the_table_has_a_row_for_each_volume(tmp_path: Path) -> None:
     assert table.matrix("summary+mean").shape == (5, 64)
     assert table.matrix("summary+mean")[3, 32] == table.matrix("mean")[3, 0]
     np.testing.assert_allclose(network(data[0]["image"][None]).detach().numpy()[0], expected["summary"][0], rtol=1e-4)
+
+
+def test_tokens_come_with_means_of_places_and_of_voxels() -> None:
+    """Of 2 x 3 x 3 patches: no more places than tokens, and 4 x 4 x 4 means a patch."""
+    network = tiny_network(decoder=False).eval()
+    image = torch.stack([item["image"].as_tensor() for item in images(2)])
+    with torch.no_grad():
+        found = EmbeddingInferer(tokens=True)(image, network)
+    grid = network.token_grid(image)
+    assert found["tokens"].shape == found["places"].shape == (2, HIDDEN, *grid)
+    torch.testing.assert_close(found["places"], found["tokens"])
+    patch = [side // count for side, count in zip(IMAGE, grid, strict=True)]
+    first = image[1, 0, : patch[0], : patch[1], : patch[2]].numpy()
+    parts = first.reshape(4, patch[0] // 4, 4, patch[1] // 4, 4, patch[2] // 4).mean(axis=(1, 3, 5))
+    np.testing.assert_allclose(found["voxels"][1, :, 0, 0, 0].reshape(4, 4, 4), parts, rtol=1e-5)
+
+    wide = torch.rand(1, 1, *(6 * side for side in patch), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = EmbeddingInferer(tokens=True)(wide, network)
+    assert found["places"].shape == (1, HIDDEN, 4, 4, 4)
+    # Places of six tokens overlap: the first holds tokens 0 and 1 of each axis, the last 4 and 5.
+    np.testing.assert_allclose(
+        found["places"][0, :, 0, 0, 3], found["tokens"][0, :, :2, :2, 4:].mean(dim=(1, 2, 3)), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_a_table_in_memory_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

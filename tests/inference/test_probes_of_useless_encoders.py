@@ -48,7 +48,10 @@ def study(rng: np.random.Generator) -> tuple[dict[str, EmbeddingTable], dict[str
             "constant": np.ones((count, 8)),
             "position": positions,
             "scanner": np.repeat(np.concatenate([scanners[scan], [0, 0]])[None], count, axis=0) + positions,
-            "anatomy": positions + share[:, None] * np.ones(8) + 0.01 * rng.normal(size=(count, 8)),
+            "anatomy": positions
+            + share[:, None] * np.ones(8)
+            + np.concatenate([people[who], [0, 0]]) / 20
+            + 0.01 * rng.normal(size=(count, 8)),
         }
         for name, each in found.items():
             summary = {
@@ -62,6 +65,7 @@ def study(rng: np.random.Generator) -> tuple[dict[str, EmbeddingTable], dict[str
                 "summary": torch.from_numpy(summary.astype(np.float32)),
                 "mean": volume.mean(dim=(1, 2, 3)),
                 "tokens": volume,
+                "places": volume,
             }
             row = tables[name].result({**items[-1], "image": image}, {"pred": prediction})[0]
             tables[name].rows.append(row)
@@ -78,6 +82,7 @@ def test_every_measure_calls_useless_encoders_useless(
     asked = {
         ("same subject", "summary", "nearest"): 0.8,
         ("same subject", "summary", "whitened"): 0.8,
+        ("same subject", "places", "nearest"): 0.8,
         ("hippocampal volume", "summary", "ridge"): 0.8,
         ("age", "summary", "ridge"): 0.8,
         ("hippocampus in the patch", "tokens", "ridge"): 0.8,

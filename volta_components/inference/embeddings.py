@@ -35,7 +35,8 @@ class EmbeddingInferer(Inferer):
 
     Args:
         attention: also give ``attention`` ``[B, 1, D, H, W]``.
-        tokens: also give ``tokens`` ``[B, D, d, h, w]`` on the token grid, and, to be compared with them, ``voxels``
+        tokens: also give ``tokens`` ``[B, D, d, h, w]`` on the token grid; ``places`` ``[B, D, d', h', w']``, their
+            means in up to 4 x 4 x 4 places of the volume; and, to be compared with both, ``voxels``
             ``[B, 64, d, h, w]``: means of the 4 x 4 x 4 parts of each patch.
     """
 
@@ -54,6 +55,7 @@ class EmbeddingInferer(Inferer):
         if self.tokens:
             grid = network.token_grid(image)
             output["tokens"] = tokens.float().transpose(1, 2).unflatten(2, grid)
+            output["places"] = adaptive_avg_pool3d(output["tokens"], [min(4, side) for side in grid])
             parts = adaptive_avg_pool3d(image, (4 * grid[0], 4 * grid[1], 4 * grid[2]))
             output["voxels"] = pixelunshuffle(parts, spatial_dims=3, scale_factor=4)
         return output
@@ -99,8 +101,9 @@ class EmbeddingTable(ResultTable):
         made = []
         if self.attention_dir is not None:
             made.append(self._write_attention(self.attention_dir, row, item["image"], output["pred"]["attention"]))
-        if "voxels" in output["pred"]:
-            row["voxels"] = output["pred"]["voxels"].half().flatten().cpu().numpy()
+        for name in ("places", "voxels"):
+            if name in output["pred"]:
+                row[name] = output["pred"][name].half().flatten().cpu().numpy()
         # A float32 as JSON's decimal number comes back as it was.
         return row | {name: output["pred"][name].float().cpu().tolist() for name in FEATURES}, file, made
 
@@ -119,8 +122,8 @@ class EmbeddingTable(ResultTable):
     def matrix(self, feature: str) -> np.ndarray:
         """All embeddings of one kind, ``[volumes, D]``, in order of the rows; ``summary+mean`` has both.
 
-        With ``EmbeddingInferer(tokens=True)``, ``voxels`` are there too: the volumes themselves, four voxels a patch
-        and axis.
+        With ``EmbeddingInferer(tokens=True)`` there are two more: ``places``, and ``voxels``, the volumes themselves,
+        four voxels a patch and axis.
         """
         parts = [[row[part] for row in self.rows] for part in feature.split("+")]
         return np.concatenate([np.array(part, np.float32) for part in parts], axis=1)

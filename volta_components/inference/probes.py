@@ -29,7 +29,10 @@ _COMPONENTS = 100
 
 
 class Features(NamedTuple):
-    """Embeddings ``matrix`` ``[n, D]`` of an encoder; of plain voxels, the principal ``components`` are taken first."""
+    """Embeddings ``matrix`` ``[n, D]`` of an encoder; of those that say where, ``components`` of a PCA come first.
+
+    These are ``places``, means of tokens in parts of the volume, and plain voxels: the two that compare like with like.
+    """
 
     encoder: str
     embedding: str
@@ -122,7 +125,8 @@ def finds_same_subject(
         features: ``[n, D]``.
         subjects: ``[n]``, who each scan is of.
         cohorts: ``[n]``; only scans of the same cohort are compared.
-        components: as for ``out_of_fold_scores``.
+        components: as for ``out_of_fold_scores``, and at most half as many as scans: standardised, as many components
+            as there are scans put all of them equally far from each other.
         apart: ``[n]``; scans that have the same value here are not compared.
 
     Returns:
@@ -131,7 +135,8 @@ def finds_same_subject(
     """
     columns = features.astype(float)
     if components is not None:
-        columns = PCA(min(components, *(side - 1 for side in features.shape)), svd_solver="full").fit_transform(columns)
+        count = max(1, min(components, len(columns) // 2, columns.shape[1] - 1))
+        columns = PCA(count, svd_solver="full").fit_transform(columns)
     unit = Normalizer().fit_transform(StandardScaler().fit_transform(columns))
     same_cohort = cohorts[:, None] == cohorts
     if apart is not None:
@@ -178,11 +183,11 @@ def _questions(
 
 def _features(tables: Mapping[str, EmbeddingTable]) -> list[Features]:
     """Embeddings of each encoder, and the voxels of the volumes where one of the tables has them."""
-    found = [
-        Features(encoder, embedding, table.matrix(embedding))
-        for encoder, table in tables.items()
-        for embedding in ("summary", "mean", "summary+mean")
-    ]
+    found = []
+    for encoder, table in tables.items():
+        found += [Features(encoder, name, table.matrix(name)) for name in ("summary", "mean", "summary+mean")]
+        if table.rows and "places" in table.rows[0]:
+            found.append(Features(encoder, "places", table.matrix("places"), _COMPONENTS))
     with_voxels = [table for table in tables.values() if table.rows and "voxels" in table.rows[0]]
     return found + [Features("voxels", "voxels", table.matrix("voxels"), _COMPONENTS) for table in with_voxels[:1]]
 

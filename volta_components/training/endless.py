@@ -22,7 +22,7 @@ from volta_components.data.phantom.labels import read_label_maps
 from volta_components.data.phantom.render import Pixels, View, render_view, whole_view
 from volta_components.data.phantom.scanner import Contrast, standard_scanner
 from volta_components.data.phantom.subjects import Settings, draw_subject, random_stream, scanner_of
-from volta_components.data.preprocess import PERCENTILES
+from volta_components.data.preprocess import BRAIN_IN_HEAD, PERCENTILES
 from volta_components.errors import InputError
 from volta_components.training.sampling import KeyedDataset, derived_seed
 
@@ -223,7 +223,7 @@ class EndlessHeads(KeyedDataset):
                 subject, head, where, scanner, whole_view(head, _COARSE, rough=True), stream=10 + 2 * number
             )
             if view is None:
-                view = self._place(rng, head, survey)
+                view = self._place(rng, head, survey, scanner.mask != "head")
             seen = render_view(subject, head, where, scanner, view, stream=11 + 2 * number)
             item["image" if not number else f"image_{number + 1}"] = self._unit(rng, seen, survey)[None]
             if not number:
@@ -237,8 +237,8 @@ class EndlessHeads(KeyedDataset):
             item["standard"] = render_view(subject, head, where, standard_scanner(), view).image.clamp_(0, 1)[None]
         return item
 
-    def _place(self, rng: np.random.Generator, head: Head, survey: Pixels) -> View:
-        """The window, or a crop of it: top at the head's, centred on it left-right and back-front."""
+    def _place(self, rng: np.random.Generator, head: Head, survey: Pixels, stripped: bool) -> View:
+        """The window, or a crop of it, as ``place_window`` places it: top at the head's, centred on it."""
         affine = head.image_affine(_COARSE)
         box = ndimage.find_objects(survey.inside.numpy().view(np.uint8))[0]
         low, high = (
@@ -247,6 +247,8 @@ class EndlessHeads(KeyedDataset):
         size = np.array(self.window) * self.spacing
         start = (low + high) / 2 - size / 2
         start[2] = high[2] + _COARSE / 2 - size[2]
+        if stripped:
+            start += np.clip((size - (high - low)) / (2, 2, 1), 0, BRAIN_IN_HEAD)
         crop = np.array(self.shape) * self.spacing
         room = size - crop
         if rng.random() < self.hippocampus_share and room.any():
