@@ -55,7 +55,8 @@ class EmbeddingInferer(Inferer):
         if self.tokens:
             grid = network.token_grid(image)
             output["tokens"] = tokens.float().transpose(1, 2).unflatten(2, grid)
-            output["places"] = adaptive_avg_pool3d(output["tokens"], [min(4, side) for side in grid])
+            places = min(4, grid[0]), min(4, grid[1]), min(4, grid[2])
+            output["places"] = adaptive_avg_pool3d(output["tokens"], places)
             parts = adaptive_avg_pool3d(image, (4 * grid[0], 4 * grid[1], 4 * grid[2]))
             output["voxels"] = pixelunshuffle(parts, spatial_dims=3, scale_factor=4)
         return output
