@@ -105,7 +105,8 @@ def fine_tuning(study: Study, task: str, init: str) -> float:
         parser = _parser(study.configs(task, *overlays), fraction=fraction)
         epochs, interval = (parser.get_parsed_content(name) for name in ("epochs", "val_interval"))
         heads = max(1.0, fraction * study.size.training_heads)
-        passes = study.size.scored_heads * (epochs // interval + 1) * windows(parser, is_mask)
+        scored = study.size.scored_heads if is_mask else study.size.scored_for_labels
+        passes = scored * (epochs // interval + 1) * windows(parser, is_mask)
         total += one_step * epochs * math.ceil(heads / batch) + one_pass * passes
     return total * study.size.seeds
 

@@ -41,7 +41,8 @@ class Size:
         spacing: mm.
         shape: of the prepared volumes, voxels.
         training_heads: heads that the tasks are trained on.
-        scored_heads: heads that they are scored on.
+        scored_heads: heads that masks are scored on.
+        scored_for_labels: heads that sex and diagnosis are scored on: more, as a label says less than a mask.
         fractions: shares of the training anatomies.
         seeds: of fine-tuning.
         pretrainings: seeds of pretraining.
@@ -54,6 +55,7 @@ class Size:
     shape: list[int]
     training_heads: int
     scored_heads: int
+    scored_for_labels: int
     fractions: list[float]
     seeds: int
     pretrainings: int
@@ -118,10 +120,10 @@ class Study:
         """MLflow's store."""
         return f"sqlite:///{self.root.resolve()}/mlruns.db"
 
-    @property
-    def datalist(self) -> Path:
-        """Scored heads in fold 0, the others in fold 1."""
-        return self.root / "data" / "both" / "datalist.json"
+    def datalist(self, task: str) -> Path:
+        """A task's scored heads in fold 0, the others in fold 1."""
+        name = "with_masks" if task == "harp_hippocampus" else "with_labels"
+        return self.root / "data" / name / "datalist.json"
 
     def encoder(self, number: int) -> Path:
         """The weights of a pretraining."""
@@ -158,6 +160,7 @@ class Study:
         steps = []
         heads = (
             ("scored", self.size.scored_heads, "1", "PS", training),
+            ("scored_for_labels", self.size.scored_for_labels, "3", "PL", training),
             ("training", self.size.training_heads, "2", "PT", scored),
         )
         for name, count, seed, prefix, left_out in heads:
@@ -169,9 +172,10 @@ class Study:
             shape = ",".join(map(str, self.size.shape))
             words += ["--name", f"phantom_{name}", "--spacing", str(self.size.spacing), "--shape", shape]
             steps.append(_volta3d(f"Preparation: {name}", *words))
-        both = [str(data / name) for name in ("scored", "training")]
-        words = ["merge", *both, "--output", str(self.datalist), "--name", "phantom_study", "--hold-out"]
-        steps.append(_volta3d("One data set, in which the scored heads are fold 0", *words))
+        for task, name in (("harp_hippocampus", "scored"), ("ixi_sex", "scored_for_labels")):
+            words = ["merge", str(data / name), str(data / "training"), "--output", str(self.datalist(task))]
+            words += ["--name", "phantom_study", "--hold-out"]
+            steps.append(_volta3d(f"One data set, in which heads of {name} are fold 0", *words))
         steps += [self._pretraining(number, scored) for number in range(self.size.pretrainings)]
         for task, scratch in TASKS.items():
             for number in range(self.size.pretrainings):
@@ -200,7 +204,7 @@ class Study:
         return Step(f"Pretraining, seed {number}", (*words, *options))
 
     def _crossval(self, task: str, number: int, inits: Sequence[str], seed: int) -> Step:
-        words = ["crossval", "--bundle", f"bundles/{task}", "--datalist", str(self.datalist), "--folds", "1"]
+        words = ["crossval", "--bundle", f"bundles/{task}", "--datalist", str(self.datalist(task)), "--folds", "1"]
         words += ["--inits", ",".join(inits), "--fractions", ",".join(map(str, self.size.fractions))]
         words += ["--overlays", ",".join([*self.size.overlays, str(self.overlay(task))]), "--seed", str(seed)]
         words += ["--encoder", str(self.encoder(number)), "--jobs", str(self.jobs), "--output", str(self.root)]
