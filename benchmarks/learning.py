@@ -125,11 +125,10 @@ def scored_heads(anatomies: Path, folder: Path, count: int) -> Path:
     if missing := set(SCORED) - set(names):
         raise InputError(f"--anatomies {anatomies}: lacks {', '.join(sorted(missing))}, which are scored")
     prepared, raw = folder / "heads", folder / "raw_heads"
-    if not (prepared / "datalist.json").is_file():
-        others = [name for name in names if name not in SCORED]
-        phantom(raw, count, seed=7, spacing=3, anatomies=anatomies, leave_out=others, scans=2, workers=1)
-        prepare("bids", raw, prepared, spacing=SPACING, shape=SHAPE, sessions=["all"], folds=len(SCORED), workers=1)
-        add_contrast(raw, prepared / "datalist.json")
+    others = [name for name in names if name not in SCORED]
+    phantom(raw, count, seed=7, spacing=3, anatomies=anatomies, leave_out=others, scans=2, workers=1)
+    prepare("bids", raw, prepared, spacing=SPACING, shape=SHAPE, sessions=["all"], folds=len(SCORED), workers=1)
+    add_contrast(raw, prepared / "datalist.json")
     return prepared
 
 
@@ -160,8 +159,8 @@ def pretrain(
     settings = {"overlays": list(overlays), "ids": ids}
     home = folder / f"{sha256_json(settings)[:12]}"
     found, trained = home / "found.json", home / "curves.json"
-    heads = read_json(scored / "datalist.json")["hash"]
-    if found.is_file() and read_json(found)["heads"] == heads:
+    asked = {"heads": read_json(scored / "datalist.json")["hash"], "asked": sorted(map(list, ASKED.values()))}
+    if found.is_file() and read_json(found).items() >= asked.items():
         return read_json(found)
     home.mkdir(parents=True, exist_ok=True)
     encoder = home / "encoder.safetensors"
@@ -183,7 +182,7 @@ def pretrain(
     places = {"output_dir": home / "probes", "encoder_path": encoder, "run_name": home.name, "dataset_dir": scored}
     run(["evaluate"], {**places, "num_workers": 0, "targets": {}, "numbers": ["contrast"]}, home / "probes.log")
     rows = read_json(home / "probes" / "probes.json")
-    result = {"name": name, "seed": seed, "heads": heads, "rows": rows, "curves": read_json(trained)}
+    result = {"name": name, "seed": seed, **asked, "rows": rows, "curves": read_json(trained)}
     write_json(found, result)
     return result
 
@@ -308,7 +307,9 @@ scanner* have none of its other parts. *Told which scans are one head* is superv
 a contrastive loss, for four times as many heads: what this network could know.
 
 - same head: share of scans whose nearest neighbour is the same head, lying otherwise, by another scanner (chance 0.01);
-  whitened: among standardised principal components. In a third of the pairs, one scan is stripped of its skull;
+  by the summary, by the mean of all tokens, by the means of tokens place by place (of voxels: all of them), and by
+  standardised principal components of these places (whitened). Of a quarter of the heads, one scan is stripped of its
+  skull and the other is not;
 - same person: share of scans whose nearest neighbour of another head grew from the same anatomy (chance 0.24);
 - hippocampal volume: Pearson's r across anatomies; hippocampus in the patch: share of variance beyond position;
 - contrast: Pearson's r of the scanner's brightness of grey over white matter; lower is better.

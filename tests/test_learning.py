@@ -84,8 +84,8 @@ def test_the_table_has_means_over_seeds_and_the_widest_interval() -> None:
             "epochs": 50,
             "curves": [{}, last],
             "rows": [
-                probe("same subject", "volta", "mean", "whitened", value),
-                probe("same subject", "random", "mean", "whitened", 0.3),
+                probe("same subject", "volta", "places", "whitened", value),
+                probe("same subject", "random", "places", "whitened", 0.3),
                 probe("same subject", "voxels", "voxels", "whitened", 0.85),
             ],
         }

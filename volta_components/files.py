@@ -130,7 +130,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             error.filename = str(target)
         raise
     except Exception as error:  # safetensors gives the system's error as words of an error of its own
-        if (found := _OS_ERROR.search(str(error))) is None:
+        if isinstance(error, InputError) or (found := _OS_ERROR.search(str(error))) is None:
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(target)) from error
     finally:

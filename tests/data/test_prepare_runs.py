@@ -47,6 +47,22 @@ def test_a_second_start_does_no_work_and_a_changed_source_is_done_again(tmp_path
     assert done == ["sub-ADNI002S0296_ses-M000", "sub-ADNI002S0297_ses-M000"]
 
 
+def test_a_brain_that_was_placed_otherwise_is_done_again(tmp_path):
+    """A record from before brains without skull were placed as with their heads; those of heads stay."""
+    source, output = tiny.make_bids(tmp_path / "source", subjects=2, labels=False), tmp_path / "out"
+    prepare("bids", str(source), str(output), **OPTIONS)
+    old, other = sorted((output / ".prepare/records").glob("*.json"))
+    for path, stripped in ((old, True), (other, False)):
+        record = json.loads(path.read_text())
+        record["quality"]["stripped"] = stripped
+        del record["placing"]
+        path.write_text(json.dumps(record))
+    before = other.read_text()
+    prepare("bids", str(source), str(output), **OPTIONS)
+    assert json.loads(old.read_text())["placing"] == worker.PLACING
+    assert other.read_text() == before
+
+
 @pytest.mark.parametrize("layout", ["bids", "folder"])
 def test_an_output_among_the_scans_is_refused(tmp_path, layout):
     root = tiny.make_bids(tmp_path / "source", subjects=1, labels=False)

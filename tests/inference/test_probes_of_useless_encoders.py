@@ -142,6 +142,10 @@ def test_whitened_features_count_no_direction_more_than_another(rng: np.random.G
     )
     assert plain < 0.5 < 0.8 < whitened
 
+    # As many standardised components as scans would put all scans equally far apart, whatever they show.
+    wide = np.repeat(rng.normal(size=(30, 200)), 2, axis=0) + 0.5 * rng.normal(size=(60, 200))
+    assert finds_same_subject(wide, subjects, cohorts, 100)[0].mean() > 0.8
+
 
 def test_tokens_are_compared_without_what_their_position_says(rng: np.random.Generator) -> None:
     """Against ridge regression by scikit-learn with one strength, on residuals that are taken by hand."""

@@ -283,6 +283,19 @@ def test_an_intensity_change_is_its_formula(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(change(crop, plan, noise)[0, 0], expected, atol=1e-5)
 
 
+def test_teacher_and_student_have_noise_of_their_own(rng: np.random.Generator) -> None:
+    """And what is masked by noise has its own deviates too."""
+    noisy = IntensityAugment(noise=0.05)
+    generator = tiny_views(teacher_intensity=noisy, student_intensity=noisy)
+    views = make_views(generator, volumes(rng), [(1, 0), (1, 1), (1, 2)])
+    seen, inner = ~views.masked, (views.image > 0.3) & (views.image < 0.7)
+    teacher, student = views.teacher - views.image, views.student - views.image
+    assert teacher[seen & inner].std() > 0.005 and student[seen & inner].std() > 0.005
+    assert abs(np.corrcoef(teacher[seen & inner], student[seen & inner])[0, 1]) < 0.1
+    filled = views.masked & (views.student > 0) & inner
+    assert abs(np.corrcoef(teacher[filled], views.student[filled])[0, 1]) < 0.1
+
+
 def volumes(rng: np.random.Generator, count: int = 3) -> torch.Tensor:
     coarse = rng.random((count, 5, 7, 7))
     fine = np.stack([ndimage.zoom(item, 2, order=1) for item in coarse])

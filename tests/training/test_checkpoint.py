@@ -432,6 +432,15 @@ def test_a_disk_without_room_for_a_checkpoint_is_named_before_the_first_step(
     disk_of(0)
     run_with_checkpoint(tmp_path / "c" / "checkpoint.pt")  # is finished, and writes no more
 
+    disk_of(3.0 * taken)
+    run_with_checkpoint(tmp_path / "d" / "checkpoint.pt", kill_at=12)
+    disk_of(0.93 * taken)  # less than the checkpoints take that are there
+    with pytest.raises(InputError, match="free space"):
+        run_with_checkpoint(tmp_path / "d" / "checkpoint.pt")
+    disk_of(1.1 * taken)  # for the third one
+    run_with_checkpoint(tmp_path / "d" / "checkpoint.pt")
+    assert "there are three" not in caplog.text
+
 
 def test_a_run_whose_folder_is_gone_stops(tmp_path: Path) -> None:
     parts = run_with_checkpoint(tmp_path / "run" / "c.pt", run=False)

@@ -63,6 +63,18 @@ def test_items_are_as_prepared_volumes(items):
         assert item["key"].tolist() == [1, index]
 
 
+def test_a_brain_lies_where_it_would_lie_with_its_head(items):
+    """Its top 14 mm below the window's and its middle 10 mm behind it, as far as a window of its own size lets it."""
+    roomy = heads(items, shape=(60, 70, 60), skull_share=0.0)[(1, 0)]["image"][0] > 0.15
+    places = roomy.nonzero()
+    assert (59 - places[:, 2].max()) * 3 == pytest.approx(14, abs=4.5)
+    middle = float(places[:, 1].min() + places[:, 1].max()) / 2
+    assert (34.5 - middle) * 3 == pytest.approx(10, abs=4.5)
+    sides = (places.max(dim=0).values - places.min(dim=0).values + 3).tolist()
+    tight = heads(items, shape=tuple(sides), skull_share=0.0)[(1, 0)]["image"][0] > 0.15
+    assert tight.sum() > 0.99 * roomy.sum()
+
+
 def test_crops_lie_around_the_hippocampi_as_often_as_they_should(items):
     crops = heads(items, length=30, shape=(24, 24, 16), window=(40, 44, 40), hippocampus_share=1.0, jitter=3.0)
     assert all((crops[(1, index)]["label"] > 0).any() for index in range(8))

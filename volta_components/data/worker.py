@@ -78,6 +78,10 @@ def _record_path(task: Task) -> Path:
     return task.output / STATE / "records" / f"{task.scan.key}.json"
 
 
+# How the window of a brain without skull is placed: from 2 on, as with its head. What was prepared otherwise is redone.
+PLACING = 2
+
+
 def read_record(task: Task) -> dict[str, Any] | None:
     """What is known of a volume, good or bad; None when it was not come to yet."""
     try:
@@ -91,6 +95,8 @@ def finished(task: Task) -> dict[str, Any] | None:
     """The record of a volume that needs no work: prepared, from the same files, and still there."""
     record = read_record(task)
     if record is None or "error" in record or record["stamp"] != _stamp(task.scan, task.source):
+        return None
+    if record["quality"]["stripped"] and record.get("placing", 1) < PLACING:
         return None
     for name, size in record["files"].items():
         try:
@@ -207,6 +213,7 @@ def _write(task: Task, done: Prepared, quirks: list[tuple[str, str]]) -> dict[st
         "voxels_sha256": done.digest,
         "fingerprint": fingerprint(done.image, settings.spacing),
         "files": {name: (task.output / name).stat().st_size for name in names},
+        "placing": PLACING,
         "quality": done.quality,
         "warnings": done.warnings,
         "quirks": [list(quirk) for quirk in quirks],

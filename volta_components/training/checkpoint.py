@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -285,7 +286,8 @@ class ResumableCheckpoint:
         assert self.path is not None
         there = [path.stat().st_size for path in (self.path, previous_checkpoint(self.path)) if path.exists()]
         size = max([_bytes(self.objects), *there])
-        free = shutil.disk_usage(self.path.parent).free
+        disk = shutil.disk_usage(self.path.parent)
+        free = disk.free if disk.total else math.inf  # some network drives do not tell
         facts = f"{self.path.parent}: {free / 1e6:,.0f} MB are free, and a checkpoint takes {size / 1e6:,.0f} MB"
         if free < size:
             raise InputError(f"{facts}; free space, or give another place (--output_dir DIR)")

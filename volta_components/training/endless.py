@@ -248,7 +248,7 @@ class EndlessHeads(KeyedDataset):
         start = (low + high) / 2 - size / 2
         start[2] = high[2] + _COARSE / 2 - size[2]
         if stripped:
-            start += np.clip((size - (high - low)) / (2, 2, 1), 0, BRAIN_IN_HEAD)
+            start += np.clip((size - (high - low) - _COARSE) / (2, 2, 1), 0, BRAIN_IN_HEAD)
         crop = np.array(self.shape) * self.spacing
         room = size - crop
         if rng.random() < self.hippocampus_share and room.any():
