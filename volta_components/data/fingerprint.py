@@ -27,8 +27,8 @@ NEAR, SURE = 52, 36
 PIECES = 12
 _COARSE_MM = 4.0
 _SMOOTH_MM = (4.0, 8.0)
-# The deep brain: within so many mm of the place that lies so far below the window's top, in its middle.
-_RADIUS_MM, _BELOW_TOP_MM = 40.0, 75.0
+# The deep brain: within so many mm of the place that lies so far below the window's top, and behind its middle.
+_RADIUS_MM, _BELOW_TOP_MM, _BEHIND_MM = 40.0, 89.0, 10.0
 _SIDE, _STEP_MM = 8, 7.0
 # Beyond so many pairs, neighbours in several sorted orders are compared instead of all.
 _ALL_PAIRS, _ORDERS, _NEIGHBOURS = 100_000_000, 48, 16
@@ -73,7 +73,7 @@ def _coarse(image: np.ndarray, mm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _blobs(strength: np.ndarray, side: np.ndarray) -> np.ndarray:
     """``[n, 3]`` fractional voxels of the strongest maxima in the deep brain."""
     shape = np.array(strength.shape)
-    middle = [shape[0] / 2, shape[1] / 2, shape[2] - _BELOW_TOP_MM / side[2]]
+    middle = [shape[0] / 2, shape[1] / 2 - _BEHIND_MM / side[1], shape[2] - _BELOW_TOP_MM / side[2]]
     offsets = np.meshgrid(
         *[(np.arange(n) + 0.5 - at) * mm for n, at, mm in zip(shape, middle, side, strict=True)],
         indexing="ij",
