@@ -9,7 +9,8 @@ each frozen encoder about heads of anatomies that none of them has seen, each he
     python -m benchmarks.learning --anatomies DIR --output runs/learning [--rows "one scanner" --seeds 0 --seeds 1]
 
 takes about six minutes a run on one core. A run that is finished is not done again, and one that was interrupted
-resumes. The table has all finished runs of the folder; ``--only-table`` makes no others.
+resumes. The table has all finished runs of the folder; ``--only-table`` makes no others. A folder is of one version of
+this project: heads and encoders of another are not told apart.
 """
 
 from __future__ import annotations
@@ -127,10 +128,11 @@ def scored_heads(anatomies: Path, folder: Path, count: int) -> Path:
     if missing := set(SCORED) - set(names):
         raise InputError(f"--anatomies {anatomies}: lacks {', '.join(sorted(missing))}, which are scored")
     prepared, raw = folder / "heads", folder / "raw_heads"
-    others = [name for name in names if name not in SCORED]
-    phantom(raw, count, seed=7, spacing=3, anatomies=anatomies, leave_out=others, scans=2, workers=1)
-    prepare("bids", raw, prepared, spacing=SPACING, shape=SHAPE, sessions=["all"], folds=len(SCORED), workers=1)
-    add_contrast(raw, prepared / "datalist.json")
+    if not (prepared / "datalist.json").is_file():
+        others = [name for name in names if name not in SCORED]
+        phantom(raw, count, seed=7, spacing=3, anatomies=anatomies, leave_out=others, scans=2, workers=1)
+        prepare("bids", raw, prepared, spacing=SPACING, shape=SHAPE, sessions=["all"], folds=len(SCORED), workers=1)
+        add_contrast(raw, prepared / "datalist.json")
     return prepared
 
 

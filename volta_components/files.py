@@ -8,6 +8,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -88,6 +89,12 @@ def _is_stale(path: Path) -> bool:
     except OSError:  # somebody else's process
         return False
     return False
+
+
+def free_bytes(folder: str | os.PathLike[str]) -> float:
+    """Room on a folder's disk; infinite where the disk does not tell, as on some network drives."""
+    disk = shutil.disk_usage(folder)
+    return disk.free if disk.total else math.inf
 
 
 def keep_private() -> int:

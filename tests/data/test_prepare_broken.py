@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +116,8 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(tmp_path, monkeypatch):
 
 def test_too_little_space_is_told_before_work(tmp_path, monkeypatch):
     root = tiny.make_bids(tmp_path / "source", subjects=2, labels=False)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: os.terminal_size((1, 1)) and type("U", (), {"free": 1000})())
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(InputError, match="GB are needed for 2 volumes"):
         prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
 

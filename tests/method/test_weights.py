@@ -7,8 +7,6 @@ import hashlib
 import json
 import pickle
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from method_helpers import HIDDEN, IMAGE, PATCH, TOKENS, flat, tiny_network
 from monai.networks.nets import UNETR, ViT, ViTAutoEnc
 from safetensors.torch import save_file
 from scipy import ndimage
+from small_files import error_of_a_full_disk
 from torch import nn
 
 from volta_components.downstream.start import save_model
@@ -436,21 +435,13 @@ def test_ctrl_c_while_writing_leaves_weights_and_record_that_belong_together(tmp
 
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     """safetensors raises an error of its own, in a process that may write no more than 10,000 bytes to a file."""
-    code = (
-        "import resource, signal, sys, torch\n"
-        "from safetensors.torch import save_file\n"
-        "from volta_components.method.weights import write_weights\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
-        "state = {'a': torch.zeros(10_000)}\n"
-        "try:\n"
-        "    write_weights(sys.argv[1], state, lambda target: save_file(state, target), {})\n"
-        "except OSError as error:\n"
-        "    print(error.filename, error.strerror, sep=': ')\n"
+    setup = (
+        "import torch\nfrom safetensors.torch import save_file\n"
+        "from volta_components.method.weights import write_weights\nstate = {'a': torch.zeros(10_000)}"
     )
-    words = [sys.executable, "-c", code, str(tmp_path / "encoder.safetensors")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout == f"{tmp_path}/encoder.safetensors: File too large\n", done.stderr
+    call = "write_weights(path, state, lambda target: save_file(state, target), {})"
+    path = tmp_path / "encoder.safetensors"
+    assert error_of_a_full_disk(10_000, setup, call, path) == f"{path}: File too large\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_files import error_of_a_full_disk
 from torch import nn
 
 from volta_components.training.archive import DamagedArchiveError, read_archive, write_archive
@@ -146,16 +147,6 @@ def test_a_bomb_takes_no_memory(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_told_as_such(tmp_path: Path) -> None:
     """PyTorch's writer alone raises a RuntimeError about positions."""
-    code = (
-        "import resource, signal, sys, torch\n"
-        "from volta_components.training.archive import write_archive\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
-        "try:\n"
-        "    write_archive([torch.zeros(100_000) for _ in range(4)], sys.argv[1])\n"
-        "except OSError as error:\n"
-        "    print(error.strerror)\n"
-    )
-    words = [sys.executable, "-c", code, str(tmp_path / "state.pt")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False)
-    assert done.stdout == "File too large\n", done.stderr
+    setup = "import torch\nfrom volta_components.training.archive import write_archive"
+    call = "write_archive([torch.zeros(100_000) for _ in range(4)], path)"
+    assert error_of_a_full_disk(1_000_000, setup, call, tmp_path / "state.pt").endswith(": File too large\n")

@@ -417,7 +417,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_named_before_the_first_step(
 
     def disk_of(free: float) -> None:
         usage = shutil.disk_usage(tmp_path)._replace(free=int(free))
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
     disk_of(0.8 * taken)
     with pytest.raises(InputError, match=r"\d MB are free, and a checkpoint takes \d MB; free space"):

@@ -33,7 +33,7 @@ from volta_components.data.skull import attach_masks
 from volta_components.data.tables import KNOWN_DIAGNOSES, parse_diagnosis
 from volta_components.data.worker import STATE, Task, finished, read_record, run
 from volta_components.errors import InputError
-from volta_components.files import read_json, write_json
+from volta_components.files import free_bytes, read_json, write_json
 
 
 def prepare(
@@ -281,7 +281,7 @@ def _check_space(target: Path, settings: Settings, tasks: Sequence[Task], labels
     per_voxel = DTYPES[settings.dtype].itemsize
     voxels = int(np.prod(settings.shape))
     need = sum(voxels * (per_voxel + (1 if task.scan.labels and labels != "none" else 0)) for task in tasks)
-    free = shutil.disk_usage(target).free
+    free = free_bytes(target)
     if need > free:
         raise InputError(
             f"{target}: {need / 1e9:.1f} GB are needed for {len(tasks)} volumes, {free / 1e9:.1f} GB are free; "

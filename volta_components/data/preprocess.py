@@ -72,6 +72,15 @@ class Prepared:
     warnings: list[str] = field(default_factory=list)
 
 
+def shift_of_a_brain(room: np.ndarray) -> np.ndarray:
+    """How far a window moves so that a brain without skull lies in it as with its head, ``[3]`` mm along RAS axes.
+
+    Args:
+        room: ``[3]`` mm that the window is longer than the brain; there is no shift beyond it.
+    """
+    return np.clip(room / (2, 2, 1), 0, BRAIN_IN_HEAD)
+
+
 def place_window(
     seen: Survey, settings: Settings, label_points: np.ndarray | None = None, stripped: bool = False
 ) -> tuple[np.ndarray, dict[str, float]]:
@@ -111,7 +120,7 @@ def place_window(
     start = (low + high) / 2 - shape / 2  # outer corner of the window's first voxel
     start[2] = top - shape[2]
     if stripped:
-        start += np.clip((shape - (high - low)) / (2, 2, 1) - (0, 0, 1), 0, BRAIN_IN_HEAD / spacing)
+        start += shift_of_a_brain((shape - (high - low) - (0, 0, 1)) * spacing) / spacing
     if label_points is not None and len(label_points):
         labelled = (to_target @ label_points.T).T
         # Half a voxel more: the label's outermost voxels have an extent, and half another for interpolation.

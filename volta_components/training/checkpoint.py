@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -24,7 +22,7 @@ from torch.optim import Optimizer
 
 from volta_components.distributed import mean_over_processes, process_count, process_rank
 from volta_components.errors import InputError
-from volta_components.files import FolderLock, atomic_path, keep_copy, remove_partials
+from volta_components.files import FolderLock, atomic_path, free_bytes, keep_copy, remove_partials
 from volta_components.training.archive import DamagedArchiveError, read_archive, write_archive
 from volta_components.training.cost import start_clock, time_and_memory
 from volta_components.training.record import other_settings, plain_settings
@@ -286,8 +284,7 @@ class ResumableCheckpoint:
         assert self.path is not None
         there = [path.stat().st_size for path in (self.path, previous_checkpoint(self.path)) if path.exists()]
         size = max([_bytes(self.objects), *there])
-        disk = shutil.disk_usage(self.path.parent)
-        free = disk.free if disk.total else math.inf  # some network drives do not tell
+        free = free_bytes(self.path.parent)
         facts = f"{self.path.parent}: {free / 1e6:,.0f} MB are free, and a checkpoint takes {size / 1e6:,.0f} MB"
         if free < size:
             raise InputError(f"{facts}; free space, or give another place (--output_dir DIR)")

@@ -22,7 +22,7 @@ from volta_components.data.phantom.labels import read_label_maps
 from volta_components.data.phantom.render import Pixels, View, render_view, whole_view
 from volta_components.data.phantom.scanner import Contrast, standard_scanner
 from volta_components.data.phantom.subjects import Settings, draw_subject, random_stream, scanner_of
-from volta_components.data.preprocess import BRAIN_IN_HEAD, PERCENTILES
+from volta_components.data.preprocess import PERCENTILES, shift_of_a_brain
 from volta_components.errors import InputError
 from volta_components.training.sampling import KeyedDataset, derived_seed
 
@@ -248,7 +248,7 @@ class EndlessHeads(KeyedDataset):
         start = (low + high) / 2 - size / 2
         start[2] = high[2] + _COARSE / 2 - size[2]
         if stripped:
-            start += np.clip((size - (high - low) - _COARSE) / (2, 2, 1), 0, BRAIN_IN_HEAD)
+            start += shift_of_a_brain(size - (high - low) - _COARSE)
         crop = np.array(self.shape) * self.spacing
         room = size - crop
         if rng.random() < self.hippocampus_share and room.any():

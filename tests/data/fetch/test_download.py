@@ -8,7 +8,6 @@ import resource
 import shutil
 import socket
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from unreliable_site import Answer, Site
@@ -228,11 +227,8 @@ def test_only_the_rest_must_fit(site: Site, part: Path, monkeypatch: pytest.Monk
     with pytest.raises(DownloadError):
         get(site, part)
     site.answers.clear()
-
-    class Usage(NamedTuple):
-        free: int
-
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(len(CONTENT) - 1_000_000))
+    usage = shutil.disk_usage(part.parent)._replace(free=len(CONTENT) - 1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     get(site, part)
     assert part.read_bytes() == CONTENT
 

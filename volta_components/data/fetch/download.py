@@ -10,7 +10,6 @@ that part alone.
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
 from volta_components._version import __version__
-from volta_components.files import read_json, write_json
+from volta_components.files import free_bytes, read_json, write_json
 
 CHUNK = 1 << 16
 TIMEOUT = (15.0, 60.0)  # seconds until a server answers, and without a byte
@@ -198,7 +197,7 @@ def _length(response: requests.Response) -> int | None:
 
 
 def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if needed > free:
         raise DiskFull(f"needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on the disk of {folder}")
 
