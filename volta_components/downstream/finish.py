@@ -15,11 +15,10 @@ from ignite.engine import Engine, Events
 from volta_components.distributed import process_rank
 from volta_components.downstream.results import FoldResults
 from volta_components.downstream.tracking import RunRecord
-from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
 from volta_components.training.checkpoint import remove_checkpoints
 from volta_components.training.cost import cost_metrics
-from volta_components.training.record import other_settings
+from volta_components.training.record import check_settings
 from volta_components.training.tracking import find_mlflow_handler, group_metrics
 
 logger = logging.getLogger(__name__)
@@ -78,13 +77,7 @@ class FinishRun:
         if not self.path.is_file():
             return
         before = read_json(self.path)
-        rows = other_settings(before.get("settings", {}), self.settings)
-        if rows:
-            raise InputError.many(
-                f"{self.path} is of a finished run with other settings (name, there, here)",
-                rows,
-                "Choose another run_name (--run_name NAME), or remove the folder to start again.",
-            )
+        check_settings(before.get("settings", {}), self.settings, f"{self.path} is of a finished run", "the folder")
         self._before = before
         logger.info("%s is of the same run, which is finished: nothing is trained", self.path)
         length, epochs = engine.state.epoch_length, engine.state.max_epochs
