@@ -19,6 +19,7 @@ from torch import Tensor
 from volta_components.data.fingerprint import near_copies_of
 from volta_components.data.identity import canonical_patient_id, loose_person, same_people, voxel_hashes
 from volta_components.errors import InputError
+from volta_components.training.people import who
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ def check_disjoint(parts: Mapping[str, Sequence[Mapping[str, Any]]], accept_look
 
 
 def _look(item: Mapping[str, Any]) -> set[str]:
-    return {loose_person(str(item["patient_id"]), str(item.get("cohort") or ""))}
+    return {loose_person(*who(item))}
 
 
 def _shared(
