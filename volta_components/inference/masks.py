@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection, PathLike
+from monai.config import PathLike
 from monai.data import MetaTensor, NibabelWriter
 from monai.transforms import MapTransform
 
@@ -30,21 +30,17 @@ class RestoreMaskd(MapTransform):
     The inverse of ``LoadScand``, which MONAI's ``Invertd`` would need a trace of invertible transforms for.
 
     Args:
-        keys: of the logits, ``[3, D, H, W]``.
-        image_key: of the volume they were computed from, as ``LoadScand`` gave it.
+        keys: of the logits, ``[3, D, H, W]``; ``image`` is the volume that they were computed from, as ``LoadScand``
+            gave it.
 
     Shapes:
         becomes ``MetaTensor`` ``[1, X, Y, Z]``, uint8, with the scan's affine: 0 background, 1 left, 2 right.
     """
 
-    def __init__(self, keys: KeysCollection, image_key: str = "image") -> None:
-        super().__init__(keys)
-        self.image_key = image_key
-
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Restore each mask."""
         result = dict(data)
-        image = data[self.image_key]
+        image = data["image"]
         affine, own, shape = grids_of(image)
         for key in self.key_iterator(data):
             logits = torch.as_tensor(data[key])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,20 @@ def print_marks(rows: Iterable[tuple[str, str]], count: int) -> None:
         print(str(InputError.many(headline, marked, "")).rstrip(), file=sys.stderr)
 
 
+@dataclass(eq=False)
 class ResultTable:
     """Collects a row for each volume and writes the table at the end.
 
-    Args:
+    Attributes:
         path: the table; ``None`` keeps it in memory only.
         journal: keeps rows as they are made; the table then has its rows, of this start and earlier ones.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, journal: Journal | None = None) -> None:
-        self.path = None if path is None else Path(path)
-        self.journal = journal
+    path: str | os.PathLike[str] | None = None
+    journal: Journal | None = None
+
+    def __post_init__(self) -> None:
+        self.path = None if self.path is None else Path(self.path)
         self._made: list[Any] = []
 
     def result(self, item: Mapping[str, Any], output: Mapping[str, Any]) -> tuple[Any, str, Sequence[Path]]:
