@@ -223,22 +223,16 @@ class ClassificationResults(FoldResults):
         """Score the fold and write ``predictions.csv``: the numbers, and the interval of AUROC."""
         self.scoring.run()
         labels, scores = self.scores.labels, self.scores.scores
-        sensitivity, specificity = sensitivity_specificity(labels, scores, threshold)
-        metrics = {
-            "auroc": float(self.scoring.state.metrics["auroc"]),
-            "sensitivity": sensitivity,
-            "specificity": specificity,
-            "threshold": threshold,
-        }
-        best: float | None = None
-        if self.threshold == YOUDEN:
-            best = youden_threshold(labels, scores)
-            sensitivity, specificity = sensitivity_specificity(labels, scores, best)
-            metrics |= {
-                "optimistic_sensitivity": sensitivity,
-                "optimistic_specificity": specificity,
-                "optimistic_threshold": best,
-            }
+        best = youden_threshold(labels, scores) if self.threshold == YOUDEN else None
+        metrics = {"auroc": float(self.scoring.state.metrics["auroc"])}
+        for prefix, value in (("", threshold), ("optimistic_", best)):
+            if value is not None:
+                sensitivity, specificity = sensitivity_specificity(labels, scores, value)
+                metrics |= {
+                    f"{prefix}sensitivity": sensitivity,
+                    f"{prefix}specificity": specificity,
+                    f"{prefix}threshold": value,
+                }
         columns = ("label", "score", "prediction", "threshold", "optimistic_threshold")
         rows = (
             [label, repr(score), int(score >= threshold), threshold, best]

@@ -81,11 +81,11 @@ def marks_of_result(image: Any, mask: MetaTensor) -> str:
         image: the prepared volume ``[1, D, H, W]``, as ``LoadScand`` gave it.
         mask: ``[X, Y, Z]``, on the scan's own grid.
     """
-    marks = [text for text in (marks_of(image),) if text]
+    marks = [marks_of(image)]
     if isinstance(image, MetaTensor):
         affines = [np.asarray(volume.affine.cpu(), float) for volume in (mask, image)]
         marks += odd_about_masks(mask.cpu().numpy(), affines[0], image[0].cpu().numpy(), affines[1])
-    return "; ".join(marks)
+    return "; ".join(filter(None, marks))
 
 
 class VolumeTable(ResultTable):

@@ -380,8 +380,7 @@ def _other_sizes(config: Mapping[str, Any], own: Mapping[str, int | None]) -> li
 
 def _module_grid(module: nn.Module, prefix: str) -> tuple[int, ...]:
     """Token grid of the encoder in a module; ``()`` where the module does not say."""
-    owner: Any = module.get_submodule(prefix.rstrip(".")) if prefix else module
-    for candidate in (owner, module):
+    for candidate in (module.get_submodule(prefix.rstrip(".")), module):
         size, patch = getattr(candidate, "img_size", None), getattr(candidate, "patch_size", None)
         if size is not None and patch is not None and len(size) == len(patch):
             return tuple(int(s) // int(p) for s, p in zip(size, patch))

@@ -197,9 +197,10 @@ class ResumableCheckpoint:
         state = on_host({name: item.state_dict() for name, item in self.objects.items()})
         wrong = [name for name, value in tensors_of(state) if value.is_floating_point() and not value.isfinite().all()]
         if wrong:
+            is_kept = f"{self.path} was written before and is kept"
             raise InputError(
                 f"the training has diverged: {wrong[0]} is not finite at mini-batch {engine.state.iteration}; "
-                f"{self._last_good()}. Lower the learning rate"
+                f"{is_kept if self.path.exists() else 'no checkpoint was written before'}. Lower the learning rate"
             )
         scaler = getattr(engine, "scaler", None)
         if scaler is not None:
@@ -229,12 +230,6 @@ class ResumableCheckpoint:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
-
-    def _last_good(self) -> str:
-        """What is left of a run that is stopped."""
-        if self.path is None or not self.path.exists():
-            return "no checkpoint was written before"
-        return f"{self.path} was written before and is kept"
 
     def load(self, engine: Engine) -> None:
         """Take the folder's lock; restore a run if there is a checkpoint; remove half-written files of killed runs."""
