@@ -16,10 +16,9 @@ from monai.transforms import MapTransform
 from volta_components.data.labels import SIDES
 from volta_components.data.load import meta_tensor
 from volta_components.data.nifti import write_nifti
-from volta_components.files import write_csv
 from volta_components.inference.own_space import grids_of, restore_mask
 from volta_components.inference.plausibility import odd_about_masks
-from volta_components.inference.tables import ResultTable, marks_of, print_marks
+from volta_components.inference.tables import ResultTable, marks_of
 
 COLUMNS = ("subject_id", "session", "file", "left_mm3", "right_mm3", "both_mm3", "marks")
 
@@ -104,7 +103,4 @@ class VolumeTable(ResultTable):
 
     def write(self) -> None:
         """Write the table."""
-        assert self.path is not None
-        write_csv(self.path, COLUMNS, self.rows)
-        print_marks([(row[2], row[-1]) for row in self.rows], len(self.rows))
-        print(f"{len(self.rows)} masks; volumes in {self.path}")
+        self.write_rows(COLUMNS, "masks; volumes")

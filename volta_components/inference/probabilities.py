@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from volta_components.downstream.classification import POSITIVE
-from volta_components.files import write_csv
-from volta_components.inference.tables import ResultTable, file_of, marks_of, print_marks
+from volta_components.inference.tables import ResultTable, file_of, marks_of
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +36,8 @@ class ProbabilityTable(ResultTable):
 
     def write(self) -> None:
         """Write the table."""
-        assert self.path is not None
-        write_csv(self.path, ["subject_id", "session", "file", *self.classes, "prediction", "marks"], self.rows)
-        print_marks([(row[2], row[-1]) for row in self.rows], len(self.rows))
+        self.write_rows(["subject_id", "session", "file", *self.classes, "prediction", "marks"], "predictions")
         if self.threshold is None:
             logger.warning(
                 "the JSON beside the model has no threshold: probabilities only; give one (--threshold NUMBER)"
             )
-        print(f"{len(self.rows)} predictions in {self.path}")

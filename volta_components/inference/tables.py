@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
 from volta_components.errors import InputError
+from volta_components.files import write_csv
 from volta_components.inference.journal import Journal
 
 
@@ -57,6 +58,18 @@ class ResultTable:
     def write(self) -> None:
         """Write the table."""
         raise NotImplementedError
+
+    def write_rows(self, columns: Sequence[str], what: str) -> None:
+        """Write the rows as a CSV, list the scans that are marked, and print how many rows there are.
+
+        Args:
+            columns: their names; the third is the file, the last the marks.
+            what: the word for rows in what is printed, such as ``predictions``.
+        """
+        assert self.path is not None
+        write_csv(self.path, columns, self.rows)
+        print_marks([(row[2], row[-1]) for row in self.rows], len(self.rows))
+        print(f"{len(self.rows)} {what} in {self.path}")
 
     @property
     def rows(self) -> list[Any]:
