@@ -13,8 +13,9 @@ import os
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -56,6 +57,11 @@ def gather_objects(objects: list[T]) -> list[T]:
     parts: list[list[T]] = [[] for _ in range(process_count())]
     dist.all_gather_object(parts, objects)
     return [item for part in parts for item in part]
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """A network without its ``DistributedDataParallel`` wrapper, if it has one."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 def local_device() -> torch.device:

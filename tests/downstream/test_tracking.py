@@ -16,8 +16,9 @@ from monai.engines import IterationEvents, SupervisedTrainer
 from monai.handlers import MLFlowHandler
 from torch import nn
 
+from volta_components.downstream.finish import FinishRun
 from volta_components.downstream.leaks import Origin
-from volta_components.downstream.tracking import RunRecord, TrainingPlan, run_tags
+from volta_components.downstream.tracking import TrainingPlan, run_tags
 from volta_components.errors import InputError
 from volta_components.files import write_json
 from volta_components.training.sampling import ResumableSampler
@@ -99,12 +100,12 @@ def test_frozen_epochs_must_leave_some_to_train_in(frozen):
 
 def test_record_keeps_epoch_means_and_resumes_with_them():
     engine = engine_of([], 2)
-    record = RunRecord({"seed": 0}, {"fold": 1})
+    record = FinishRun({"seed": 0}, {"fold": 1})
     record.attach(engine)
     engine.run([1.0, 2.0, 6.0], max_epochs=2)
     assert [row["train_loss"] for row in record.history] == [3.0, 3.0]
     assert engine.state.metrics["train_loss"] == 3.0
-    again = RunRecord({}, {})
+    again = FinishRun({}, {})
     again.load_state_dict(record.state_dict())
     assert again.history == record.history
 
@@ -112,7 +113,7 @@ def test_record_keeps_epoch_means_and_resumes_with_them():
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
 def test_a_training_that_diverges_stops_at_that_mini_batch(loss):
     engine = engine_of([], 2)
-    RunRecord({}, {}).attach(engine)
+    FinishRun({}, {}).attach(engine)
     with pytest.raises(InputError, match=rf"diverged: the loss is {loss} at mini-batch 2 .*--learning_rate"):
         engine.run([1.0, loss, 6.0], max_epochs=2)
     assert engine.state.iteration == 2
@@ -148,7 +149,7 @@ def test_a_run_named_by_a_number_is_one_run_also_when_resumed(tmp_path):
 
     def train():
         trainer, evaluator = engine_of([], 1), Engine(lambda e, b: None)
-        RunRecord({}, {}, evaluator).attach(trainer)
+        FinishRun({}, {}, evaluator).attach(trainer)
         for engine in (evaluator, trainer):  # as monai.bundle does, after the config's own handlers
             engine.state.metrics = {}
             handler = MLFlowHandler(f"sqlite:///{tmp_path}/mlruns.db", experiment_name="some", run_name=7)

@@ -133,7 +133,7 @@ def test_the_student_may_be_wrapped_and_have_more_than_the_teacher(monkeypatch: 
             super().__init__()
             self.module = module
 
-    monkeypatch.setattr("volta_components.method.ema.DistributedDataParallel", Wrapper)
+    monkeypatch.setattr("volta_components.distributed.DistributedDataParallel", Wrapper)
     teacher, student = make_teacher(tiny_student(7)), tiny_student(0)
     assert len(list(student.parameters())) == len(list(teacher.parameters())) + 4  # the decoder's
     TeacherEMAHandler(teacher, Wrapper(student), lambda _: 0.0).update(0.0)

@@ -19,7 +19,7 @@ from volta_components.distributed import process_rank
 from volta_components.downstream.leaks import check_model
 from volta_components.downstream.metrics import auroc_interval, sensitivity_specificity, youden_threshold
 from volta_components.downstream.pictures import write_classification_picture
-from volta_components.downstream.results import PICTURE, PICTURES, FoldResults, ItemRows, Results
+from volta_components.downstream.results import PICTURE, PICTURES, FoldResults, ItemRows, Results, with_limits
 from volta_components.downstream.splits import EVERYBODY, Item, Parts, counted, item_name
 from volta_components.errors import InputError
 from volta_components.training.cost import training_cost
@@ -99,12 +99,12 @@ def _in_order_of_time(items: Sequence[Item]) -> list[Item]:
     return result
 
 
-def _reasons(rows: Iterable[tuple[str, str]], names: int = 5) -> str:
+def _reasons(rows: Iterable[tuple[str, str]]) -> str:
     by_reason: dict[str, list[str]] = {}
     for name, reason in rows:
         by_reason.setdefault(reason, []).append(name)
     return "; ".join(
-        f"{reason}: {len(who)} ({', '.join(who[:names])}{', ...' if len(who) > names else ''})"
+        f"{reason}: {len(who)} ({', '.join(who[:5])}{', ...' if len(who) > 5 else ''})"
         for reason, who in sorted(by_reason.items())
     )
 
@@ -178,14 +178,14 @@ class ClassificationResults(FoldResults):
             if self.validation_scores.epoch != engine.state.epoch:
                 self.validation.run(engine.state.epoch)
             threshold = youden_threshold(self.validation_scores.labels, self.validation_scores.scores)
-        metrics, interval = self._score(float(threshold))
+        metrics, intervals = self._score(float(threshold))
+        more = {"subjects": self.subjects, "cost": cost}
         record = {
             "threshold": float(threshold),
             "threshold_from": "inner validation" if self.threshold == YOUDEN else "fixed",
             "metrics": metrics,
-            "intervals": {"auroc": interval},
-            "subjects": self.subjects,
-            "cost": cost,
+            "intervals": intervals,
+            **more,
         }
         if process_rank() == 0:
             names = self.record.get("class_names", ("0", "1"))
@@ -193,9 +193,7 @@ class ClassificationResults(FoldResults):
             write_classification_picture(self.folder / PICTURES / PICTURE, *pair, float(threshold), names)
         caption = f"The scored fold ({len(self.parts.scored)} scans): ROC curve, and what is called what."
         self.keep(record, caption, shows_scans=False)
-        limits = dict(zip(("auroc_low", "auroc_high"), interval, strict=True))
-        more = {"subjects": self.subjects, "cost": cost}
-        return self.finished({**metrics, **limits}, "predictions.csv", more)
+        return self.finished(with_limits(metrics, intervals), "predictions.csv", more)
 
     def evaluate(
         self, record: Mapping[str, Any], allow_leak: bool = False, accept_look_alikes: bool = False
@@ -212,36 +210,29 @@ class ClassificationResults(FoldResults):
                 "the JSON beside the model has no threshold, which was chosen on its inner validation part; fetch the "
                 "model with its JSON, or give a threshold (--threshold NUMBER)"
             )
-        metrics, (low, high) = self._score(float(threshold))
-        metrics |= {"auroc_low": low, "auroc_high": high}
+        metrics = with_limits(*self._score(float(threshold)))
         summary = (
-            f"AUROC {metrics['auroc']:.3f} ({low:.3f} to {high:.3f}), sensitivity {metrics['sensitivity']:.3f}, "
-            f"specificity {metrics['specificity']:.3f} at {metrics['threshold']:.3f}, {counted(self.scores.items)}; "
-            f"{self.folder / 'predictions.csv'}"
+            f"AUROC {metrics['auroc']:.3f} ({metrics['auroc_low']:.3f} to {metrics['auroc_high']:.3f}), "
+            f"sensitivity {metrics['sensitivity']:.3f}, specificity {metrics['specificity']:.3f} at "
+            f"{metrics['threshold']:.3f}, {counted(self.scores.items)}; {self.folder / 'predictions.csv'}"
         )
         self.write_metrics(metrics, leak, summary)
         return metrics
 
-    def _score(self, threshold: float) -> tuple[dict[str, float], tuple[float, float]]:
-        """Score the fold and write ``predictions.csv``: the numbers, and AUROC's interval."""
+    def _score(self, threshold: float) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+        """Score the fold and write ``predictions.csv``: the numbers, and the interval of AUROC."""
         self.scoring.run()
         labels, scores = self.scores.labels, self.scores.scores
-        sensitivity, specificity = sensitivity_specificity(labels, scores, threshold)
-        metrics = {
-            "auroc": float(self.scoring.state.metrics["auroc"]),
-            "sensitivity": sensitivity,
-            "specificity": specificity,
-            "threshold": threshold,
-        }
-        best: float | None = None
-        if self.threshold == YOUDEN:
-            best = youden_threshold(labels, scores)
-            sensitivity, specificity = sensitivity_specificity(labels, scores, best)
-            metrics |= {
-                "optimistic_sensitivity": sensitivity,
-                "optimistic_specificity": specificity,
-                "optimistic_threshold": best,
-            }
+        best = youden_threshold(labels, scores) if self.threshold == YOUDEN else None
+        metrics = {"auroc": float(self.scoring.state.metrics["auroc"])}
+        for prefix, value in (("", threshold), ("optimistic_", best)):
+            if value is not None:
+                sensitivity, specificity = sensitivity_specificity(labels, scores, value)
+                metrics |= {
+                    f"{prefix}sensitivity": sensitivity,
+                    f"{prefix}specificity": specificity,
+                    f"{prefix}threshold": value,
+                }
         columns = ("label", "score", "prediction", "threshold", "optimistic_threshold")
         rows = (
             [label, repr(score), int(score >= threshold), threshold, best]
@@ -249,4 +240,4 @@ class ClassificationResults(FoldResults):
         )
         self.write_scores(self.folder / "predictions.csv", columns, self.scores.items, rows)
         _, low, high = auroc_interval(labels, scores, [str(item["patient_id"]) for item in self.scores.items])
-        return metrics, (low, high)
+        return metrics, {"auroc": (low, high)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a fine-tuning ends: scores, tables, finished run."""
+"""What MLflow and the log get of a fine-tuning, and how it ends: scores, tables, finished run."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from ignite.engine import Engine, Events
+from torch import Tensor
 
-from volta_components.distributed import process_rank
+from volta_components.distributed import mean_over_processes, process_rank
 from volta_components.downstream.results import FoldResults
-from volta_components.downstream.tracking import RunRecord
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
 from volta_components.training.checkpoint import remove_checkpoints
 from volta_components.training.cost import cost_metrics
-from volta_components.training.record import other_settings
-from volta_components.training.tracking import find_mlflow_handler, group_metrics
+from volta_components.training.record import check_settings
+from volta_components.training.tracking import (
+    describe_run,
+    find_mlflow_handler,
+    group_metrics,
+    prepare_handlers,
+    raise_error,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +40,22 @@ class FinishRun:
     checkpoint is removed, as it is no longer needed; MLflow gets everything, ``finished`` last. A run that was killed
     in between resumes with the steps that are left. If ``result.json`` exists, no epoch is trained.
 
-    Put it after ``ValidationHandler``. Its state is the history, see ``RunRecord``.
+    ``train_loss`` is the epoch's mean over all processes, at the epoch, as the validation's numbers are; MLflow has it
+    as ``train/loss``. A fine-tuning run has checkpoints at ends of epochs only, so that no epoch's mean misses its
+    beginning.
+
+    Put it after ``ValidationHandler``. Its state is the history: the numbers of past epochs.
 
     Attributes:
-        settings: must be the same when the run is started again.
+        settings: must be the same when the run is started again; MLflow has them as parameters.
         tags: see ``run_tags``.
-        evaluator: the validation engine.
+        evaluator: the validation engine, whose metrics the history holds too.
         results: called in every process with the trainer; writes files in the first one only. Without it the run is
             recorded, and nobody is scored.
 
     Raises:
-        InputError: at the start, if the results' folder holds a finished run of other settings.
+        InputError: at the start, if the results' folder holds a finished run of other settings; at the first mini-batch
+            whose loss is not finite.
     """
 
     settings: Mapping[str, Any]
@@ -54,12 +66,18 @@ class FinishRun:
     def __post_init__(self) -> None:
         # As JSON gives them back.
         self.settings = json.loads(json.dumps(dict(self.settings), default=str))
-        self.record = RunRecord(
-            self.settings, self.tags, self.evaluator, self.results.parts if self.results is not None else None
-        )
-        self.state_dict = self.record.state_dict
-        self.load_state_dict = self.record.load_state_dict
+        self.history: list[dict[str, float]] = []
+        self._losses: list[Tensor] = []
+        self._is_described = False
         self._before: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The numbers of past epochs."""
+        return {"history": [dict(row) for row in self.history]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore them."""
+        self.history = [dict(row) for row in state["history"]]
 
     @property
     def path(self) -> Path:
@@ -68,8 +86,13 @@ class FinishRun:
         return self.results.folder / "result.json"
 
     def attach(self, engine: Engine) -> None:
-        """Look for a finished run at the start; finish at the end."""
-        self.record.attach(engine)
+        """Follow every mini-batch and epoch; look for a finished run at the start; finish at the end."""
+        engine.add_event_handler(Events.EXCEPTION_RAISED, raise_error)
+        engine.add_event_handler(Events.STARTED, lambda: prepare_handlers(engine, self.evaluator))
+        engine.add_event_handler(Events.EPOCH_STARTED, self._describe)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+        engine.add_event_handler(Events.COMPLETED, self._describe)
         if self.results is not None:
             engine.add_event_handler(Events.STARTED, self._started)
             engine.add_event_handler(Events.COMPLETED, self._completed)
@@ -78,18 +101,45 @@ class FinishRun:
         if not self.path.is_file():
             return
         before = read_json(self.path)
-        rows = other_settings(before.get("settings", {}), self.settings)
-        if rows:
-            raise InputError.many(
-                f"{self.path} is of a finished run with other settings (name, there, here)",
-                rows,
-                "Choose another run_name (--run_name NAME), or remove the folder to start again.",
-            )
+        check_settings(before.get("settings", {}), self.settings, f"{self.path} is of a finished run", "the folder")
         self._before = before
         logger.info("%s is of the same run, which is finished: nothing is trained", self.path)
         length, epochs = engine.state.epoch_length, engine.state.max_epochs
         assert length is not None and epochs is not None
         engine.load_state_dict({"iteration": epochs * length, "epoch_length": length, "max_epochs": epochs})
+
+    def _describe(self, engine: Engine) -> None:
+        """Parameters, tags and scans of each part to MLflow, once."""
+        handler = find_mlflow_handler(engine)
+        if handler is None or self._is_described:
+            return
+        self._is_described = True
+        parts = {} if self.results is None else vars(self.results.parts)
+        data = {name: items for name, items in parts.items() if name != "unused"}
+        describe_run(handler, self.settings, self.tags, data)
+
+    def _iteration_completed(self, engine: Engine) -> None:
+        output: Any = engine.state.output
+        loss = (output[0] if isinstance(output, list) else output)["loss"].detach()
+        if not torch.isfinite(loss).all():
+            raise InputError(
+                f"the training has diverged: the loss is {loss.mean().item()} at mini-batch {engine.state.iteration} "
+                f"(epoch {engine.state.epoch}). The checkpoint of the epochs before is kept; train with a lower "
+                "--learning_rate and another --run_name, and see that no volume holds NaN (volta3d check)"
+            )
+        self._losses.append(loss)
+
+    def _epoch_completed(self, engine: Any) -> None:
+        row = {
+            "epoch": engine.state.epoch,
+            "train_loss": float(mean_over_processes(torch.stack(self._losses).double().mean())),
+            "learning_rate": float(engine.optimizer.param_groups[0]["lr"]),
+        }
+        self._losses.clear()
+        engine.state.metrics |= {name: value for name, value in row.items() if name != "epoch"}
+        if self.evaluator is not None and self.evaluator.state.epoch == engine.state.epoch:
+            row |= {name: float(value) for name, value in self.evaluator.state.metrics.items()}
+        self.history.append(row)
 
     def _completed(self, engine: Engine) -> None:
         handler = find_mlflow_handler(engine)
@@ -100,10 +150,10 @@ class FinishRun:
             results = self.results(engine)
             content = {
                 "settings": self.settings,
-                "tags": self.record.tags,
+                "tags": dict(self.tags),
                 "metrics": dict(results.metrics),
                 "artifacts": [list(artifact) for artifact in results.artifacts],
-                "history": self.record.history,
+                "history": self.history,
                 "mlflow_run_id": run_id,
                 **results.record,
             }

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import joblib
+from tqdm.contrib.concurrent import thread_map
 
 from volta_components.data.datalist import Datalist
 from volta_components.data.labels import SIDES, read_labels
@@ -43,7 +43,7 @@ def labelled_parts(
     return split_items(items, fold, fraction, validation_fraction, seed, accept_look_alikes=accept_look_alikes)
 
 
-def check_label_maps(items: Iterable[Mapping[str, Any]], workers: int | None = None) -> None:
+def check_label_maps(items: Iterable[Mapping[str, Any]]) -> None:
     """Check every label map before a training starts: there, on its scan's grid, 0/1/2, both sides, each on its side.
 
     Sides are told from the centroids in world coordinates: the left hippocampus has the smaller x (NIfTI's x points to
@@ -69,9 +69,7 @@ def check_label_maps(items: Iterable[Mapping[str, Any]], workers: int | None = N
         return (name, str(path), f"no voxels of {' and '.join(empty)}") if empty else None
 
     items = list(items)
-    with ThreadPoolExecutor(workers or joblib.cpu_count()) as pool:
-        rows = [row for row in pool.map(examine, items) if row is not None]
-    if rows:
+    if rows := list(filter(None, thread_map(examine, items, max_workers=joblib.cpu_count(), disable=True))):
         raise InputError.many(
             f"{len(rows)} of {len(items)} label maps cannot be used",
             rows,

@@ -155,7 +155,7 @@ def check_origin(
     record = path.with_suffix(".json")
     provenance = read_record(path).get("provenance") or {}
     digest, datalist_hash = _digest(path, path.stat().st_mtime_ns), str(provenance.get("datalist_hash") or "")
-    people = {"patient_ids": None, **{name: provenance[name] for name in FACTS if name in provenance}}
+    people = _people(provenance)
     overlap = find_overlap(scored, people)
     if why := _unknown(people, overlap):
         if allow_leak:
@@ -177,6 +177,11 @@ def check_origin(
         logger.warning("%d scored patients were pretrained on; the run is marked: %s", len(leaked), ", ".join(leaked))
     leak = _check_looks(str(path), overlap, accept_look_alikes, allow_leak)
     return Origin(digest, datalist_hash, "allowed" if leaked else leak, tuple(leaked), people)
+
+
+def _people(part: Mapping[str, Any]) -> dict[str, Any]:
+    """What a part of a record keeps of people; ``patient_ids`` are None if it has no list of them."""
+    return {"patient_ids": None, **{name: part[name] for name in FACTS if name in part}}
 
 
 def _unknown(people: Mapping[str, Any], overlap: Overlap) -> str:
@@ -203,13 +208,9 @@ def check_encoder(init: str, encoder_path: str | os.PathLike[str]) -> None:
 
 def known_people(record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """People whom a model was trained and pretrained on, by its record; ``patient_ids`` are None without a list."""
-
-    def people(part: Mapping[str, Any] | None) -> dict[str, Any]:
-        return {"patient_ids": None, **{name: part[name] for name in FACTS if part and name in part}}
-
-    trained = people(record.get("provenance"))
+    trained = _people(record.get("provenance") or {})
     if record.get("pretraining") is not None:
-        return trained, people(record["pretraining"])
+        return trained, _people(record["pretraining"])
     from_scratch = "pretraining" in record or (record.get("tags") or {}).get("encoder_sha256") == ""
     return trained, {"patient_ids": [] if from_scratch else None}
 

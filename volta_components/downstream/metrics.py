@@ -221,13 +221,13 @@ class Resampling:
         return self.counts[:, [self.place[patient] for patient in patients]]
 
 
-def interval(replicates: ArrayLike, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The percentile interval of bootstrap replicates, leaving out NaN; NaN where nothing is left."""
+def interval(replicates: ArrayLike) -> tuple[float, float]:
+    """The 95 % percentile interval of bootstrap replicates, leaving out NaN; NaN where nothing is left."""
     known = np.asarray(replicates, dtype=float)
     known = known[np.isfinite(known)]
     if not len(known):
         return math.nan, math.nan
-    low, high = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(known, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 

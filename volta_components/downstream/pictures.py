@@ -17,6 +17,8 @@ from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay
 from volta_components.data.labels import SIDE_COLOURS
 from volta_components.files import atomic_path
 
+MARGIN_MM = 28.0  # around the truth, in a picture of masks
+
 
 def write_classification_picture(
     path: Path, labels: ArrayLike, scores: ArrayLike, threshold: float, class_names: Sequence[str]
@@ -69,14 +71,11 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, dpi=110)
 
 
-def coronal_slice(
-    volumes: Mapping[str, Any], margin_mm: float = 28.0
-) -> tuple[NDArray[Any], dict[str, NDArray[Any]], float]:
+def coronal_slice(volumes: Mapping[str, Any]) -> tuple[NDArray[Any], dict[str, NDArray[Any]], float]:
     """The coronal slice with most of the truth, cut out around it.
 
     Args:
         volumes: ``image``, ``truth`` and others by name; those on another grid than the image's are left out.
-        margin_mm: around the truth.
 
     Returns:
         Background ``[left-right, bottom-top]``, label maps of truth and others on the same cut-out, and the pixels'
@@ -91,7 +90,7 @@ def coronal_slice(
     box = []
     for axis in (0, 2):
         extent = np.flatnonzero(there.any(axis=tuple({0, 1, 2} - {axis})))
-        margin = int(np.ceil(margin_mm / sides[axis]))
+        margin = int(np.ceil(MARGIN_MM / sides[axis]))
         box.append(slice(max(0, extent[0] - margin), extent[-1] + margin + 1))
     cut = {name: array[box[0], place, box[1]] for name, array in arrays.items() if array.shape == arrays["image"].shape}
     return cut.pop("image"), cut, float(sides[2] / sides[0])

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 PICTURES = "pictures"  # folder beside the scores, and of MLflow's artifacts
 PICTURE = "scored.png"  # in it
+ENDS = ("low", "high")
 FACTS = ("subject_id", "patient_id", "session", "site", "sex", "age")
 
 
@@ -39,6 +40,12 @@ class Results:
     metrics: Mapping[str, float]
     artifacts: Sequence[tuple[str, str]]
     record: Mapping[str, Any] = field(default_factory=dict)
+
+
+def with_limits(metrics: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Numbers, and after them the ends of their intervals: ``auroc_low``, ``auroc_high``."""
+    ends = {f"{name}_{end}": value for name, pair in intervals.items() for end, value in zip(ENDS, pair, strict=True)}
+    return {**metrics, **ends}
 
 
 class ItemRows:

@@ -19,14 +19,13 @@ from volta_components.distributed import process_rank
 from volta_components.downstream.leaks import check_model
 from volta_components.downstream.metrics import score_intervals, score_mask, summarise_scores
 from volta_components.downstream.pictures import write_overlay
-from volta_components.downstream.results import PICTURE, PICTURES, FoldResults, ItemRows, Results
+from volta_components.downstream.results import PICTURE, PICTURES, FoldResults, ItemRows, Results, with_limits
 from volta_components.downstream.splits import Item, counted, item_name
 from volta_components.files import write_csv
 from volta_components.training.cost import training_cost
 from volta_components.training.keep_best import KeepBest
 
 SHOWN = ("image", "label")
-ENDS = ("low", "high")
 
 
 class FloatWindowInferer(SlidingWindowInferer):
@@ -140,10 +139,7 @@ class SegmentationResults(FoldResults):
             f"Of {len(rows)} scored scans the worst, the median and the best: truth at the left, mask at the right."
         )
         self.keep({**record, "metrics": metrics, "intervals": intervals}, caption)
-        limits = {
-            f"{name}_{end}": value for name, pair in intervals.items() for end, value in zip(ENDS, pair, strict=True)
-        }
-        return self.finished({**metrics, **limits}, "predictions", record)
+        return self.finished(with_limits(metrics, intervals), "predictions", record)
 
     def _choose(self, engine: Engine) -> dict[str, Any]:
         """Put the weights in place that the run ends with."""
@@ -168,9 +164,7 @@ class SegmentationResults(FoldResults):
         """
         leak = check_model(record, self.parts.scored, allow_leak, accept_look_alikes)
         rows = self._score()
-        metrics = summarise_scores(rows, self.penalty)
-        for name, pair in self._intervals(rows).items():
-            metrics |= {f"{name}_{end}": value for end, value in zip(ENDS, pair, strict=True)}
+        metrics = with_limits(summarise_scores(rows, self.penalty), self._intervals(rows))
         distance = f"{metrics['hd95']:.2f} mm" if "hd95" in metrics else "none (every mask failed)"
         summary = (
             f"Dice {metrics['mean_dice']:.3f} (left {metrics['dice_left']:.3f}, right {metrics['dice_right']:.3f}), "

@@ -19,6 +19,7 @@ from torch import Tensor
 from volta_components.data.fingerprint import near_copies_of
 from volta_components.data.identity import canonical_patient_id, loose_person, same_people, voxel_hashes
 from volta_components.errors import InputError
+from volta_components.training.people import who
 
 logger = logging.getLogger(__name__)
 
@@ -149,24 +150,22 @@ def check_disjoint(parts: Mapping[str, Sequence[Mapping[str, Any]]], accept_look
             rows,
             "Give each patient one fold: prepare the data set again, or volta3d merge --refold.",
         )
-    for what, remedy, keys in (
-        (
-            "pairs of ids have the same voxels",
+    if pairs := _shared(parts, voxel_hashes):
+        raise InputError.many(
+            f"{len(pairs)} pairs of ids have the same voxels, in two parts of the split",
+            pairs,
             "Remove one of each from its source, and prepare it again.",
-            voxel_hashes,
-        ),
-        (
-            "pairs of ids look alike, and may be one person each",
+        )
+    pairs = _shared(parts, lambda item: {loose_person(*who(item))})
+    if pairs and accept_look_alikes:
+        logger.warning("taken for different people: %s", "; ".join(map(" and ".join, pairs)))
+    elif pairs:
+        raise InputError.many(
+            f"{len(pairs)} pairs of ids look alike, and may be one person each, in two parts of the split",
+            pairs,
             "Write one person's ids alike and prepare again, or volta3d merge --refold, which gives them one fold; if "
             "they are different people, say --accept_look_alikes True.",
-            _look,
-        ),
-    ):
-        if pairs := _shared(parts, keys):
-            if keys is _look and accept_look_alikes:
-                logger.warning("taken for different people: %s", "; ".join(map(" and ".join, pairs)))
-                continue
-            raise InputError.many(f"{len(pairs)} {what}, in two parts of the split", pairs, remedy)
+        )
     near = sorted(
         f"{item_name(first[i])} and {item_name(second[j])}"
         for first, second in combinations(parts.values(), 2)
@@ -179,10 +178,6 @@ def check_disjoint(parts: Mapping[str, Sequence[Mapping[str, Any]]], accept_look
             f"scan: {shown}",
             stacklevel=2,
         )
-
-
-def _look(item: Mapping[str, Any]) -> set[str]:
-    return {loose_person(str(item["patient_id"]), str(item.get("cohort") or ""))}
 
 
 def _shared(
@@ -218,13 +213,7 @@ def check_shares(parts: Mapping[str, Sequence[Any]], processes: int) -> None:
         )
 
 
-def check_classes(
-    parts: Parts,
-    classes: Sequence[str],
-    fraction: float = 1.0,
-    validation: bool = True,
-    key: str = "label",
-) -> None:
+def check_classes(parts: Parts, classes: Sequence[str], fraction: float = 1.0, validation: bool = True) -> None:
     """Make sure that every part has every class, before anything is trained.
 
     Raises:
@@ -232,15 +221,15 @@ def check_classes(
     """
 
     def lacking(items: Sequence[Item]) -> list[str]:
-        there = {int(item[key]) for item in items}
+        there = {int(item["label"]) for item in items}
         return [name for index, name in enumerate(classes) if index not in there]
 
     def counted(items: Sequence[Item]) -> str:
-        counts = Counter(classes[int(item[key])] for item in items)
+        counts = Counter(classes[int(item["label"])] for item in items)
         return ", ".join(f"{counts[name]} {name}" for name in classes)
 
     def listed(items: Sequence[Item]) -> list[tuple[str, str]]:
-        return [(item_name(item), classes[int(item[key])]) for item in items]
+        return [(item_name(item), classes[int(item["label"])]) for item in items]
 
     if missing := lacking(parts.scored):
         raise InputError.many(
@@ -265,13 +254,13 @@ def check_classes(
             )
 
 
-def class_weights(items: Sequence[Mapping[str, Any]], num_classes: int, key: str = "label") -> Tensor:
+def class_weights(items: Sequence[Mapping[str, Any]], num_classes: int) -> Tensor:
     """Weights ``[num_classes]`` that balance the classes in a cross-entropy: ``n / (num_classes * n_class)``.
 
     Raises:
         InputError: if a class has no items.
     """
-    counts = np.bincount([int(item[key]) for item in items], minlength=num_classes)
+    counts = np.bincount([int(item["label"]) for item in items], minlength=num_classes)
     if counts.min() == 0:
         raise InputError(f"class {int(counts.argmin())} has no items to compute a weight from")
     return torch.tensor(len(items) / (num_classes * counts), dtype=torch.float32)

@@ -13,9 +13,8 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from volta_components.distributed import process_rank
+from volta_components.distributed import process_rank, unwrapped
 from volta_components.downstream.inits import is_pretrained
 from volta_components.errors import InputError
 from volta_components.files import write_text
@@ -174,7 +173,7 @@ def save_model(path: str | os.PathLike[str], network: nn.Module, record: Mapping
 
     The JSON is the record, with the file's hash and the network's class and ``config``.
     """
-    plain = network.module if isinstance(network, DistributedDataParallel) else network
+    plain = unwrapped(network)
     state = {name: value.detach().cpu().contiguous() for name, value in plain.state_dict().items()}
     about = {"class": type(plain).__name__, "config": getattr(plain, "config", {})}
     write_weights(path, state, lambda target: write_archive(state, target), {"network": about, **record})
@@ -192,7 +191,7 @@ def load_model(network: nn.Module, path: str | os.PathLike[str]) -> dict[str, An
             f"{path}: no such model; train it first (python -m monai.bundle run --config_file "
             "bundles/NAME/configs/train.json), download the bundle, or give another (--model_path FILE)"
         )
-    plain = network.module if isinstance(network, DistributedDataParallel) else network
+    plain = unwrapped(network)
     state = fit_cross_attention(read_weights(path), plain)
     record = read_record(path)
     own = plain.state_dict()

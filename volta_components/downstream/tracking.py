@@ -1,30 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What MLflow gets of a fine-tuning."""
+"""Order and learning rate of a fine-tuning; the tags and the record that say what it is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
-from torch import Tensor
 
 from volta_components.data.datalist import Datalist
-from volta_components.distributed import mean_over_processes
 from volta_components.downstream.leaks import Origin
 from volta_components.downstream.splits import Parts
 from volta_components.errors import InputError
 from volta_components.training.record import code_version, provenance
 from volta_components.training.schedules import CosineSchedule
-from volta_components.training.tracking import describe_run, find_mlflow_handler, prepare_handlers, raise_error
 
 # Set by crossval: hashes of all that decides a run's result, and of what all runs of an init share.
 SETTINGS_TAG = "crossval_settings"
 RECIPE_TAG = "crossval_recipe"
 
 
+@dataclass(eq=False)
 class TrainingPlan:
     """Order and learning rate of a ``SupervisedTrainer``, as functions of epoch and mini-batch: nothing to restore.
 
@@ -33,7 +31,7 @@ class TrainingPlan:
     with the run. The loader's sampler is told where each epoch begins. A group of the optimiser gets its ``rate``, a
     share of the learning rate; see ``tuning_groups``.
 
-    Args:
+    Attributes:
         learning_rate: after the warm-up.
         final_learning_rate: of the last mini-batch.
         warmup_epochs: length of the warm-up.
@@ -44,17 +42,12 @@ class TrainingPlan:
         InputError: at the start of a run, if the warm-up is longer than the run, or nothing pretrained ever moves.
     """
 
-    def __init__(
-        self,
-        learning_rate: float,
-        final_learning_rate: float = 0.0,
-        warmup_epochs: float = 0,
-        frozen_epochs: int = 0,
-    ) -> None:
-        self.learning_rate = learning_rate
-        self.final_learning_rate = final_learning_rate
-        self.warmup_epochs = warmup_epochs
-        self.frozen_epochs = frozen_epochs
+    learning_rate: float
+    final_learning_rate: float = 0.0
+    warmup_epochs: float = 0
+    frozen_epochs: int = 0
+
+    def __post_init__(self) -> None:
         self._schedule: CosineSchedule | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -90,89 +83,6 @@ class TrainingPlan:
             for group in engine.optimizer.param_groups:
                 for parameter in group["params"] if group.get("pretrained") else ():
                     parameter.grad = None
-
-
-class RunRecord:
-    """Settings, tags and epoch means of a fine-tuning run, for MLflow, the log and ``history``.
-
-    ``train_loss`` is the epoch's mean over all processes, at the epoch, as the validation's numbers are; MLflow has it
-    as ``train/loss``. A fine-tuning run has
-    checkpoints at ends of epochs only, so that no epoch's mean misses its beginning.
-
-    Args:
-        settings: recorded as parameters.
-        tags: see ``run_tags``.
-        evaluator: the validation engine, whose metrics ``history`` holds too; run it before this handler.
-        parts: whose scans MLflow gets as the run's data sets.
-
-    Raises:
-        InputError: at the first mini-batch whose loss is not finite.
-    """
-
-    def __init__(
-        self,
-        settings: Mapping[str, Any],
-        tags: Mapping[str, Any],
-        evaluator: Engine | None = None,
-        parts: Parts | None = None,
-    ) -> None:
-        self.settings = dict(settings)
-        self.tags = dict(tags)
-        self.evaluator = evaluator
-        self.data = (
-            {} if parts is None else {name: getattr(parts, name) for name in ("training", "validation", "scored")}
-        )
-        self.history: list[dict[str, float]] = []
-        self._losses: list[Tensor] = []
-        self._recorded = False
-
-    def state_dict(self) -> dict[str, Any]:
-        """The numbers of past epochs."""
-        return {"history": [dict(row) for row in self.history]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore them."""
-        self.history = [dict(row) for row in state["history"]]
-
-    def attach(self, engine: Engine) -> None:
-        """Follow every mini-batch and epoch."""
-        engine.add_event_handler(Events.EXCEPTION_RAISED, raise_error)
-        engine.add_event_handler(Events.STARTED, lambda: prepare_handlers(engine, self.evaluator))
-        engine.add_event_handler(Events.EPOCH_STARTED, self.record)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
-        engine.add_event_handler(Events.COMPLETED, self.record)
-
-    def record(self, engine: Engine) -> None:
-        """Parameters and tags to MLflow, once."""
-        handler = find_mlflow_handler(engine)
-        if handler is None or self._recorded:
-            return
-        self._recorded = True
-        describe_run(handler, self.settings, self.tags, self.data)
-
-    def _iteration_completed(self, engine: Engine) -> None:
-        output: Any = engine.state.output
-        loss = (output[0] if isinstance(output, list) else output)["loss"].detach()
-        if not torch.isfinite(loss).all():
-            raise InputError(
-                f"the training has diverged: the loss is {loss.mean().item()} at mini-batch {engine.state.iteration} "
-                f"(epoch {engine.state.epoch}). The checkpoint of the epochs before is kept; train with a lower "
-                "--learning_rate and another --run_name, and see that no volume holds NaN (volta3d check)"
-            )
-        self._losses.append(loss)
-
-    def _epoch_completed(self, engine: Any) -> None:
-        row = {
-            "epoch": engine.state.epoch,
-            "train_loss": float(mean_over_processes(torch.stack(self._losses).double().mean())),
-            "learning_rate": float(engine.optimizer.param_groups[0]["lr"]),
-        }
-        self._losses.clear()
-        engine.state.metrics |= {name: value for name, value in row.items() if name != "epoch"}
-        if self.evaluator is not None and self.evaluator.state.epoch == engine.state.epoch:
-            row |= {name: float(value) for name, value in self.evaluator.state.metrics.items()}
-        self.history.append(row)
 
 
 def run_tags(settings: Mapping[str, Any], datalist: Datalist, origin: Origin) -> dict[str, str]:

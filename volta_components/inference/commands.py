@@ -52,12 +52,9 @@ def embed(
     """
     changes = {"save_attention": attention, **_weights("encoder_path", weights)}
     # Here, since it imports torch: help and mistakes should not wait for it.
-    from volta_components.inference.apply import apply_bundle
-    from volta_components.inference.bundles import find_bundle
-    from volta_components.inference.trust import check_trust
+    from volta_components.inference.apply import apply_bundle, find_bundle
 
-    root = find_bundle(bundle, "bundles/pretrain", ("type", "feature"))
-    check_trust(root, trust)
+    root = find_bundle(bundle, "bundles/pretrain", ("type", "feature"), trust)
     count = apply_bundle(
         root, source, Path(output), overlays, device, skip_bad, assume_orientation, changes, follow_links
     )
@@ -107,12 +104,9 @@ def segment(
     """
     changes = _weights("model_path", weights)
     # Here, since it imports torch: help and mistakes should not wait for it.
-    from volta_components.inference.apply import apply_bundle
-    from volta_components.inference.bundles import find_bundle
-    from volta_components.inference.trust import check_trust
+    from volta_components.inference.apply import apply_bundle, find_bundle
 
-    root = find_bundle(bundle, "bundles/harp_hippocampus", ("format", "segmentation"))
-    check_trust(root, trust)
+    root = find_bundle(bundle, "bundles/harp_hippocampus", ("format", "segmentation"), trust)
     starter = root / "models" / "model_starter.pt"
     if not overlays and weights is None and starter.is_file() and not (root / "models" / "model.pt").is_file():
         overlays = ("starter",)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from torch.nn.functional import adaptive_avg_pool3d
 from volta_components.data.nifti import write_nifti
 from volta_components.data.volumes import volume_stem
 from volta_components.files import atomic_path, write_csv
-from volta_components.inference.journal import Journal
 from volta_components.inference.own_space import grids_of, restore_map
 from volta_components.inference.tables import ResultTable, file_of, marks_of, print_marks
 from volta_components.method.networks import VoltaViT
@@ -62,6 +62,7 @@ class EmbeddingInferer(Inferer):
         return output
 
 
+@dataclass(kw_only=True, eq=False)
 class EmbeddingTable(ResultTable):
     """Collects the embeddings that an evaluator computes; writes them as tables, and attention maps as NIfTI.
 
@@ -72,23 +73,13 @@ class EmbeddingTable(ResultTable):
     An attention map lies on the scan's own grid (see ``grids_of``); it is named after the volume's file, or after
     subject and session.
 
-    Args:
-        path: the table; ``None`` keeps it in memory only.
+    Attributes:
         attention_dir: folder for attention maps; ``None`` for none.
         root: give attention maps the folders that their volumes have below this one; empty for none.
-        journal: see ``ResultTable``.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | None = None,
-        attention_dir: str | os.PathLike[str] | None = None,
-        root: str | os.PathLike[str] = "",
-        journal: Journal | None = None,
-    ) -> None:
-        super().__init__(path, journal)
-        self.attention_dir = None if attention_dir is None else Path(attention_dir)
-        self.root = root
+    attention_dir: str | os.PathLike[str] | None = None
+    root: str | os.PathLike[str] = ""
 
     def result(self, item: Mapping[str, Any], output: Mapping[str, Any]) -> tuple[dict[str, Any], str, list[Path]]:
         """Ids, file and embeddings; the attention map was made."""
@@ -101,7 +92,8 @@ class EmbeddingTable(ResultTable):
         }
         made = []
         if self.attention_dir is not None:
-            made.append(self._write_attention(self.attention_dir, row, item["image"], output["pred"]["attention"]))
+            folder = Path(self.attention_dir)
+            made.append(self._write_attention(folder, row, item["image"], output["pred"]["attention"]))
         for name in ("places", "voxels"):
             if name in output["pred"]:
                 row[name] = output["pred"][name].half().flatten().cpu().numpy()
@@ -142,7 +134,7 @@ class EmbeddingTable(ResultTable):
         write_csv(self.path, header, ([*who, *line] for who, line in zip(ids, numbers, strict=True)))
         # "file" is np.savez's own first argument.
         columns = {key.replace("file", "path"): np.array(column) for key, column in zip(keys, zip(*ids), strict=True)}
-        with atomic_path(self.path.with_suffix(".npz")) as temporary, temporary.open("wb") as binary:
+        with atomic_path(Path(self.path).with_suffix(".npz")) as temporary, temporary.open("wb") as binary:
             np.savez(binary, **columns, **arrays)  # type: ignore[arg-type]
         print_marks([(row["file"], row["marks"]) for row in rows], len(rows))
 

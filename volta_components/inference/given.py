@@ -132,12 +132,10 @@ def _convert_dicom(root: Path, target: Path, follow_links: bool) -> tuple[list[P
         )
         listing = read_dicom(options)
         # Volumes beside the DICOM files are no problem here.
-        rows = [
-            (str(root / f.file), f"{f.subject}: {f.reason}", f.remedy)
-            for f in listing.findings
-            if f.kind == "problem" and f.left_out and volume_suffix(Path(f.file)) is None
-        ]
-        skipped = [f for f in listing.findings if f.kind == "skipped" and volume_suffix(Path(f.file)) is None]
+        findings = [f for f in listing.findings if volume_suffix(Path(f.file)) is None]
+        bad = [f for f in findings if f.kind == "problem" and f.left_out]
+        rows = [(str(root / f.file), f"{f.subject}: {f.reason}", f.remedy) for f in bad]
+        skipped = [f for f in findings if f.kind == "skipped"]
         for scan in tqdm(sorted(listing.scans, key=lambda scan: scan.key), unit="series", desc="converting DICOM"):
             folder = temporary / scan.key
             folder.mkdir(exist_ok=True)

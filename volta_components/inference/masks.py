@@ -9,17 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection, PathLike
+from monai.config import PathLike
 from monai.data import MetaTensor, NibabelWriter
 from monai.transforms import MapTransform
 
 from volta_components.data.labels import SIDES
 from volta_components.data.load import meta_tensor
 from volta_components.data.nifti import write_nifti
-from volta_components.files import write_csv
 from volta_components.inference.own_space import grids_of, restore_mask
 from volta_components.inference.plausibility import odd_about_masks
-from volta_components.inference.tables import ResultTable, marks_of, print_marks
+from volta_components.inference.tables import ResultTable, marks_of
 
 COLUMNS = ("subject_id", "session", "file", "left_mm3", "right_mm3", "both_mm3", "marks")
 
@@ -30,21 +29,17 @@ class RestoreMaskd(MapTransform):
     The inverse of ``LoadScand``, which MONAI's ``Invertd`` would need a trace of invertible transforms for.
 
     Args:
-        keys: of the logits, ``[3, D, H, W]``.
-        image_key: of the volume they were computed from, as ``LoadScand`` gave it.
+        keys: of the logits, ``[3, D, H, W]``; ``image`` is the volume that they were computed from, as ``LoadScand``
+            gave it.
 
     Shapes:
         becomes ``MetaTensor`` ``[1, X, Y, Z]``, uint8, with the scan's affine: 0 background, 1 left, 2 right.
     """
 
-    def __init__(self, keys: KeysCollection, image_key: str = "image") -> None:
-        super().__init__(keys)
-        self.image_key = image_key
-
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Restore each mask."""
         result = dict(data)
-        image = data[self.image_key]
+        image = data["image"]
         affine, own, shape = grids_of(image)
         for key in self.key_iterator(data):
             logits = torch.as_tensor(data[key])
@@ -85,11 +80,11 @@ def marks_of_result(image: Any, mask: MetaTensor) -> str:
         image: the prepared volume ``[1, D, H, W]``, as ``LoadScand`` gave it.
         mask: ``[X, Y, Z]``, on the scan's own grid.
     """
-    marks = [text for text in (marks_of(image),) if text]
+    marks = [marks_of(image)]
     if isinstance(image, MetaTensor):
         affines = [np.asarray(volume.affine.cpu(), float) for volume in (mask, image)]
         marks += odd_about_masks(mask.cpu().numpy(), affines[0], image[0].cpu().numpy(), affines[1])
-    return "; ".join(marks)
+    return "; ".join(filter(None, marks))
 
 
 class VolumeTable(ResultTable):
@@ -108,7 +103,4 @@ class VolumeTable(ResultTable):
 
     def write(self) -> None:
         """Write the table."""
-        assert self.path is not None
-        write_csv(self.path, COLUMNS, self.rows)
-        print_marks([(row[2], row[-1]) for row in self.rows], len(self.rows))
-        print(f"{len(self.rows)} masks; volumes in {self.path}")
+        self.write_rows(COLUMNS, "masks; volumes")

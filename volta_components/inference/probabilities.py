@@ -4,38 +4,27 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from volta_components.downstream.classification import POSITIVE
-from volta_components.files import write_csv
-from volta_components.inference.journal import Journal
-from volta_components.inference.tables import ResultTable, file_of, marks_of, print_marks
+from volta_components.inference.tables import ResultTable, file_of, marks_of
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True, eq=False)
 class ProbabilityTable(ResultTable):
     """Writes a CSV of what an evaluator predicts: subject, session, file, a probability for each class, the call.
 
-    Args:
-        path: the table.
+    Attributes:
         classes: names of the classes.
         threshold: the positive class is predicted from this probability on; None predicts no class.
-        journal: see ``ResultTable``.
     """
 
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        classes: Sequence[str],
-        threshold: float | None = 0.5,
-        journal: Journal | None = None,
-    ) -> None:
-        super().__init__(path, journal)
-        self.classes = list(classes)
-        self.threshold = threshold
+    classes: Sequence[str]
+    threshold: float | None = 0.5
 
     def result(self, item: Mapping[str, Any], output: Mapping[str, Any]) -> tuple[list[Any], str, tuple[()]]:
         """Ids, file, probabilities and the call."""
@@ -47,11 +36,8 @@ class ProbabilityTable(ResultTable):
 
     def write(self) -> None:
         """Write the table."""
-        assert self.path is not None
-        write_csv(self.path, ["subject_id", "session", "file", *self.classes, "prediction", "marks"], self.rows)
-        print_marks([(row[2], row[-1]) for row in self.rows], len(self.rows))
+        self.write_rows(["subject_id", "session", "file", *self.classes, "prediction", "marks"], "predictions")
         if self.threshold is None:
             logger.warning(
                 "the JSON beside the model has no threshold: probabilities only; give one (--threshold NUMBER)"
             )
-        print(f"{len(self.rows)} predictions in {self.path}")

@@ -6,13 +6,12 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import joblib
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from volta_components.data.checks import check_volumes
 from volta_components.data.datalist import load_datalist
@@ -241,9 +240,7 @@ def prepared_grid(
     return next(iter(grids), given)
 
 
-def unusable_scans(
-    files: Sequence[Path], assume_orientation: str | None = None, workers: int | None = None
-) -> list[Row]:
+def unusable_scans(files: Sequence[Path], assume_orientation: str | None = None) -> list[Row]:
     """Read every scan once, with a progress bar: file, reason and remedy of each that cannot be used."""
 
     def examine(path: Path) -> Row | None:
@@ -256,9 +253,8 @@ def unusable_scans(
             return str(path), *what_is_wrong(error)
         return None
 
-    with ThreadPoolExecutor(workers or joblib.cpu_count()) as pool:
-        rows = list(tqdm(pool.map(examine, files), total=len(files), unit="scan", desc="reading", disable=not files))
-    return [row for row in rows if row is not None]
+    bar = {"unit": "scan", "desc": "reading", "disable": not files}
+    return list(filter(None, thread_map(examine, files, max_workers=joblib.cpu_count(), **bar)))
 
 
 def bad_scans(rows: Sequence[Row], count: int) -> InputError:

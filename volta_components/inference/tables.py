@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
 from volta_components.errors import InputError
+from volta_components.files import write_csv
 from volta_components.inference.journal import Journal
 
 
@@ -33,17 +35,20 @@ def print_marks(rows: Iterable[tuple[str, str]], count: int) -> None:
         print(str(InputError.many(headline, marked, "")).rstrip(), file=sys.stderr)
 
 
+@dataclass(eq=False)
 class ResultTable:
     """Collects a row for each volume and writes the table at the end.
 
-    Args:
+    Attributes:
         path: the table; ``None`` keeps it in memory only.
         journal: keeps rows as they are made; the table then has its rows, of this start and earlier ones.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, journal: Journal | None = None) -> None:
-        self.path = None if path is None else Path(path)
-        self.journal = journal
+    path: str | os.PathLike[str] | None = None
+    journal: Journal | None = None
+
+    def __post_init__(self) -> None:
+        self.path = None if self.path is None else Path(self.path)
         self._made: list[Any] = []
 
     def result(self, item: Mapping[str, Any], output: Mapping[str, Any]) -> tuple[Any, str, Sequence[Path]]:
@@ -53,6 +58,18 @@ class ResultTable:
     def write(self) -> None:
         """Write the table."""
         raise NotImplementedError
+
+    def write_rows(self, columns: Sequence[str], what: str) -> None:
+        """Write the rows as a CSV, list the scans that are marked, and print how many rows there are.
+
+        Args:
+            columns: their names; the third is the file, the last the marks.
+            what: the word for rows in what is printed, such as ``predictions``.
+        """
+        assert self.path is not None
+        write_csv(self.path, columns, self.rows)
+        print_marks([(row[2], row[-1]) for row in self.rows], len(self.rows))
+        print(f"{len(self.rows)} {what} in {self.path}")
 
     @property
     def rows(self) -> list[Any]:

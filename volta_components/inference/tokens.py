@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,19 @@ from torch.nn.functional import adaptive_avg_pool3d
 from volta_components.inference.tables import ResultTable, file_of
 
 
+@dataclass(kw_only=True, eq=False)
 class TokenTable(ResultTable):
     """Collects the tokens of labelled volumes, and which share of each patch the hippocampi fill.
 
     Volumes are on one grid, as those of a prepared data set are. Those without ``label`` are passed over.
 
-    Args:
+    Attributes:
         key: of the evaluator's prediction, ``tokens`` or ``voxels``; see ``EmbeddingInferer``.
         limit: volumes that are kept at most: at the paper's size, each takes 2 MB.
     """
 
-    def __init__(self, key: str = "tokens", limit: int = 400) -> None:
-        super().__init__(None)
-        self.key = key
-        self.limit = limit
+    key: str = "tokens"
+    limit: int = 400
 
     def result(self, item: Mapping[str, Any], output: Mapping[str, Any]) -> tuple[Any, str, list[Path]]:
         """Tokens ``[N, D]`` and shares ``[N]``, or ``None``."""

@@ -10,7 +10,8 @@ import torch
 from ignite.engine import Engine
 from monai.engines.utils import IterationEvents
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+
+from volta_components.distributed import unwrapped
 
 
 class TeacherEMAHandler:
@@ -41,8 +42,7 @@ class TeacherEMAHandler:
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module, momentum: Callable[[int], float]) -> None:
-        student = student.module if isinstance(student, DistributedDataParallel) else student
-        theirs = dict(student.named_parameters())
+        theirs = dict(unwrapped(student).named_parameters())
         mine = dict(teacher.named_parameters())
         strangers = [name for name, p in mine.items() if name not in theirs or theirs[name].shape != p.shape]
         if strangers:

@@ -22,7 +22,6 @@ class GraphedFunction:
 
     Args:
         function: of tensors of fixed shapes and of numbers, which are tensors ``[]`` there too; gives tensors.
-        warm_up: calls before the recording, in which libraries choose their kernels.
 
     Raises:
         InputError: at the first call after these, if the function waits for the GPU.
@@ -30,9 +29,10 @@ class GraphedFunction:
     Source: PyTorch's notes on CUDA graphs (whole-network capture).
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]], warm_up: int = 3) -> None:
+    WARM_UP = 3  # calls before the recording, in which libraries choose their kernels
+
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
         self.function = function
-        self.warm_up = warm_up
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._arguments: list[Tensor] = []
@@ -54,7 +54,7 @@ class GraphedFunction:
         for place, one in zip(self._arguments, tensors):
             place.copy_(one)
         self._calls += 1
-        if self._calls <= self.warm_up:
+        if self._calls <= self.WARM_UP:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 self._results = self.function(*self._arguments)

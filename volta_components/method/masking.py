@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,13 +15,14 @@ from volta_components.errors import InputError
 VISIBLE, ZEROS, NOISE = 0, 1, 2
 
 
+@dataclass(eq=False)
 class GroupMask:
     """Random boxes until a share of the voxels is covered; each box is filled with zeros or with noise.
 
     Boxes are drawn on a grid of cells, on the host, where placing a box costs next to nothing; the grid is then
     enlarged on the device. MONAI's ``RandCoarseDropout`` places a fixed number of boxes, whatever they cover.
 
-    Args:
+    Attributes:
         coverage: share of the voxels to be covered at least, in (0, 1); 0.5 in the paper.
         min_side: smallest box side as a share of the volume's side.
         max_side: largest box side as a share of the volume's side, in (0, 1].
@@ -34,25 +36,20 @@ class GroupMask:
     Source: box sizes from MC-SSL (Atito et al., 2021).
     """
 
-    def __init__(
-        self,
-        coverage: float = 0.5,
-        min_side: float = 0.05,
-        max_side: float = 0.3,
-        noise_share: float = 0.5,
-        cell: int | Sequence[int] = 4,
-    ) -> None:
-        if not 0 < coverage < 1:
-            raise InputError(f"mask coverage {coverage} is not between 0 and 1")
-        if not 0 < min_side <= max_side <= 1:
-            raise InputError(f"mask box sides {min_side} to {max_side} are not within (0, 1]")
-        if not 0 <= noise_share <= 1:
-            raise InputError(f"mask noise_share {noise_share} is not within [0, 1]")
-        self.coverage = coverage
-        self.min_side = min_side
-        self.max_side = max_side
-        self.noise_share = noise_share
-        self.cell = (cell,) * 3 if isinstance(cell, int) else tuple(cell)
+    coverage: float = 0.5
+    min_side: float = 0.05
+    max_side: float = 0.3
+    noise_share: float = 0.5
+    cell: int | Sequence[int] = 4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.coverage < 1:
+            raise InputError(f"mask coverage {self.coverage} is not between 0 and 1")
+        if not 0 < self.min_side <= self.max_side <= 1:
+            raise InputError(f"mask box sides {self.min_side} to {self.max_side} are not within (0, 1]")
+        if not 0 <= self.noise_share <= 1:
+            raise InputError(f"mask noise_share {self.noise_share} is not within [0, 1]")
+        self._cell = (self.cell,) * 3 if isinstance(self.cell, int) else tuple(self.cell)
 
     def draw(self, shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
         """Labels (``VISIBLE``, ``ZEROS``, ``NOISE``) of the ``ceil(shape / cell)`` cells of a volume, uint8.
@@ -60,25 +57,25 @@ class GroupMask:
         Raises:
             InputError: if a single cell is already larger than the largest box.
         """
-        if any(self.max_side * side < cell for side, cell in zip(shape, self.cell, strict=True)):
+        if any(self.max_side * side < cell for side, cell in zip(shape, self._cell, strict=True)):
             raise InputError(
-                f"mask cells of {'x'.join(map(str, self.cell))} voxels are larger than the largest box, "
+                f"mask cells of {'x'.join(map(str, self._cell))} voxels are larger than the largest box, "
                 f"{self.max_side:g} of a crop of {'x'.join(map(str, shape))}; set a smaller mask_cell"
             )
-        counts = [-(-side // cell) for side, cell in zip(shape, self.cell, strict=True)]
+        counts = [-(-side // cell) for side, cell in zip(shape, self._cell, strict=True)]
         # The last cell of an axis may stick out of the volume: weigh each by the voxels it really holds.
         extents = [
             np.minimum(cell, side - cell * np.arange(count))
-            for side, cell, count in zip(shape, self.cell, counts, strict=True)
+            for side, cell, count in zip(shape, self._cell, counts, strict=True)
         ]
         weights = extents[0][:, None, None] * extents[1][None, :, None] * extents[2][None, None, :]
-        largest = [int(self.max_side * side // cell) for side, cell in zip(shape, self.cell, strict=True)]
+        largest = [int(self.max_side * side // cell) for side, cell in zip(shape, self._cell, strict=True)]
         smallest = [
             min(big, max(1, round(self.min_side * side / cell)))
-            for side, cell, big in zip(shape, self.cell, largest, strict=True)
+            for side, cell, big in zip(shape, self._cell, largest, strict=True)
         ]
         labels = np.zeros(counts, dtype=np.uint8)
-        enough, largest_cell = self.coverage * float(np.prod(shape)), int(np.prod(self.cell))
+        enough, largest_cell = self.coverage * float(np.prod(shape)), int(np.prod(self._cell))
         # Boxes may overlap. Counting covered voxels is slow, so it waits until the boxes' volumes could be enough.
         at_most = 0
         while True:
@@ -103,7 +100,7 @@ class GroupMask:
     def enlarge(self, labels: Tensor, shape: Sequence[int]) -> Tensor:
         """Labels of voxels ``[D, H, W]`` (uint8) from labels of cells, on their device."""
         volume = labels
-        for axis, cell in enumerate(self.cell):
+        for axis, cell in enumerate(self._cell):
             if cell > 1:
                 volume = volume.repeat_interleave(cell, dim=axis)
         return volume[tuple(slice(0, side) for side in shape)]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,8 +117,11 @@ class ReconstructionCheck:
     interval: int = 10
     limit: int = 64
 
-    def __post_init__(self) -> None:
-        self._mean: torch.Tensor | None = None
+    @functools.cached_property
+    def mean(self) -> torch.Tensor:
+        """The mean training volume, ``[1, D, H, W]``."""
+        count = min(self.limit, len(self.training))
+        return torch.stack([torch.as_tensor(self.training[i]["image"]) for i in range(count)]).mean(dim=0)
 
     def attach(self, engine: Engine) -> None:
         """Check every ``interval`` epochs and after the last."""
@@ -135,10 +139,7 @@ class ReconstructionCheck:
     @torch.no_grad()
     def errors(self, device: torch.device) -> dict[str, float]:
         """Mean squared errors over masked voxels, averaged over volumes, and the share that is restored better."""
-        if self._mean is None:
-            count = min(self.limit, len(self.training))
-            self._mean = torch.stack([torch.as_tensor(self.training[i]["image"]) for i in range(count)]).mean(dim=0)
-        mean = self._mean.to(device)[None]
+        mean = self.mean.to(device)[None]
         errors: dict[str, list[float]] = {"reconstruction": [], "mean_view": []}
         for index in range(min(self.limit, len(self.validation))):
             image = torch.as_tensor(self.validation[index]["image"]).to(device)[None]

@@ -132,16 +132,14 @@ class VoltaViT(ViTAutoEnc):
             position = resample_position_embedding(position, self.grid, grid)
         return self.patch_embedding.dropout(tokens + position)
 
-    def encode(self, image: Tensor) -> Tensor:
-        """Final normalised patch tokens ``[B, N, D]`` of an image ``[B, C, D, H, W]``."""
-        tokens = self._embed(image)
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.norm(tokens)
+    def encode(self, image: Tensor, places: Tensor | None = None) -> Tensor:
+        """Final normalised patch tokens ``[B, N, D]`` of an image ``[B, C, D, H, W]``.
 
-    def encode_some(self, image: Tensor, places: Tensor) -> Tensor:
-        """Final tokens ``[B, n, D]`` of the patches at some places ``[n]`` of the grid; the others take no part."""
-        tokens = self._embed(image)[:, places]
+        With ``places`` ``[n]`` of the grid, only the patches there take part, and have tokens ``[B, n, D]``.
+        """
+        tokens = self._embed(image)
+        if places is not None:
+            tokens = tokens[:, places]
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)
@@ -324,7 +322,7 @@ class VoltaStudent(nn.Module):
 
     def globals_(self, image: Tensor, places: Tensor | None = None) -> tuple[GlobalOutput, Tensor]:
         """Outputs of global crops ``[V, 1, D, H, W]``, and their tokens ``[V, N, D]``, or of some places only."""
-        tokens = self.network.encode(image) if places is None else self.network.encode_some(image, places)
+        tokens = self.network.encode(image, places)
         summary = self.network.summarise(tokens)
         logits = self.head.patches(tokens)._replace(places=places, total=math.prod(self.network.token_grid(image)))
         return GlobalOutput(summary, self.head(summary), logits), tokens

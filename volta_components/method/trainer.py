@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from volta_components.distributed import gather_rows, process_count, process_rank
+from volta_components.distributed import gather_rows, process_count, process_rank, unwrapped
 from volta_components.errors import InputError
 from volta_components.method.air import Kept, kept_of
 from volta_components.method.ema import TeacherEMAHandler
@@ -221,7 +221,7 @@ class VoltaTrainer(Trainer):
     @property
     def plain_student(self) -> VoltaStudent:
         """The student without its distributed wrapper."""
-        student = self.student.module if isinstance(self.student, DistributedDataParallel) else self.student
+        student = unwrapped(self.student)
         assert isinstance(student, VoltaStudent)
         return student
 

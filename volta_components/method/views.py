@@ -404,10 +404,7 @@ class ViewGenerator:
         teacher, student = both[:, :1].clone(), both[:, own : own + 1].clone()
         labels = torch.stack([self.mask.enlarge(plan.cells[i], size) for i in range(len(student))])[:, None]
         # A voxel of the student is either masked or seen, so that both kinds of noise can be the same deviates.
-        hazes = [
-            torch.randn(part.shape, generator=generator, device=part.device, dtype=part.dtype)
-            for part in (teacher, student)
-        ]
+        hazes = [torch.empty_like(part).normal_(generator=generator) for part in (teacher, student)]
         for i in range(len(student)):
             one = slice(i, i + 1)
             self.teacher_intensity(teacher[one], part_of(plan.teacher, i), hazes[0][one])

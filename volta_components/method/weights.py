@@ -146,10 +146,9 @@ def find_encoder(path: str | os.PathLike[str], suffix: str = "", required: bool 
     if path.is_file() or (path.suffix and not path.is_dir()):
         return path
     names = [name.format(suffix) for name in ENCODERS]
-    for folder in (path / "models", path):
-        for name in names:
-            if (folder / name).is_file():
-                return folder / name
+    for file in (folder / name for folder in (path / "models", path) for name in names):
+        if file.is_file():
+            return file
     if not required:
         return (path if path.name == "models" else path / "models") / names[0]
     raise InputError(
@@ -176,9 +175,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if expected and expected != sha256_file(path):
         raise InputError(f"{path}: its SHA-256 is not that of {path.stem}.json; it was changed or cut: fetch it again")
     try:
-        if path.suffix == ".safetensors":
-            return _verified(path, load_file(path), expected)
-        state = read_archive(path)
+        state = load_file(path) if path.suffix == ".safetensors" else read_archive(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path}: damaged weights ({error}); fetch them again") from error
     except DamagedArchiveError as error:
@@ -191,17 +188,13 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: holds no state dict of tensors")
-    return _verified(path, state, expected)
-
-
-def _verified(path: Path, state: dict[str, Tensor], expected: str | None) -> dict[str, Tensor]:
-    """The weights, if they may be used: without its JSON, a bundle's file could have been changed unseen."""
     wrong = [name for name, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
     if wrong:
         raise InputError(
             f"{path}: {len(wrong)} of its {len(state)} weights hold NaN or infinite numbers ({wrong[0]} first): the "
             "training diverged; take the weights of another run or epoch"
         )
+    # Without its JSON, a bundle's file could have been changed unseen.
     folder = path.absolute().parent
     if not expected and folder.name == "models" and (folder.parent / "configs" / "metadata.json").is_file():
         raise InputError(
@@ -262,9 +255,7 @@ def _compare_sizes(config: Mapping[str, Any], weights: Mapping[str, Tensor], pat
     """Refuse a configuration of another network than the weights'."""
     width = weights["norm.bias"].numel() if "norm.bias" in weights else 0
     blocks = {name.split(".")[1] for name in weights if name.startswith("blocks.")}
-    sizes = {"hidden_size": width, "num_layers": len(blocks)}
-    rows = [(name, str(config[name]), str(size)) for name, size in sizes.items() if config.get(name, size) != size]
-    if rows:
+    if rows := _other_sizes(config, {"hidden_size": width, "num_layers": len(blocks)}):
         raise InputError.many(
             f"{path.with_suffix('.json')} is of another network than {path.name} (name, JSON, weights)",
             rows,
@@ -298,12 +289,6 @@ def load_pretrained(
     return report
 
 
-def _grid_of(config: Mapping[str, Any]) -> tuple[int, ...]:
-    if "img_size" not in config or "patch_size" not in config:
-        return ()
-    return tuple(size // patch for size, patch in zip(config["img_size"], config["patch_size"]))
-
-
 def _fill(
     module: nn.Module,
     weights: Mapping[str, Tensor],
@@ -313,7 +298,7 @@ def _fill(
     grid: tuple[int, ...] | None = None,
 ) -> LoadReport:
     own = module.state_dict()
-    source_grid = _grid_of(config)
+    source_grid = tuple(size // patch for size, patch in zip(config.get("img_size", ()), config.get("patch_size", ())))
     report = LoadReport(source)
     new: dict[str, Tensor] = {}
     wrong = []
@@ -368,12 +353,7 @@ def _check_whole(encoder: nn.Module, config: Mapping[str, Any], given: set[str],
         "num_heads": getattr(getattr(next(iter(blocks), None), "attn", None), "num_heads", None),
         "summary_heads": getattr(summariser, "num_heads", None),
     }
-    rows = [
-        (name, str(config[name]), str(value))
-        for name, value in own.items()
-        if value is not None and name in config and config[name] != value
-    ]
-    if rows:
+    if rows := _other_sizes(config, own):
         raise InputError.many(
             f"{source}: an encoder of another configuration (name, file, network)",
             rows,
@@ -389,10 +369,18 @@ def _check_whole(encoder: nn.Module, config: Mapping[str, Any], given: set[str],
         )
 
 
+def _other_sizes(config: Mapping[str, Any], own: Mapping[str, int | None]) -> list[tuple[str, str, str]]:
+    """Rows (name, there, here) of sizes that differ; one that either side does not have is left out."""
+    return [
+        (name, str(config[name]), str(size))
+        for name, size in own.items()
+        if size is not None and name in config and config[name] != size
+    ]
+
+
 def _module_grid(module: nn.Module, prefix: str) -> tuple[int, ...]:
     """Token grid of the encoder in a module; ``()`` where the module does not say."""
-    owner: Any = module.get_submodule(prefix.rstrip(".")) if prefix else module
-    for candidate in (owner, module):
+    for candidate in (module.get_submodule(prefix.rstrip(".")), module):
         size, patch = getattr(candidate, "img_size", None), getattr(candidate, "patch_size", None)
         if size is not None and patch is not None and len(size) == len(patch):
             return tuple(int(s) // int(p) for s, p in zip(size, patch))

@@ -9,14 +9,13 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 PICKLE = "data.pkl"
-REBUILD = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter")
 CLASSES = ("torch.Tensor", "torch.nn.parameter.Parameter")
 
 
@@ -90,6 +89,26 @@ def _check(archive: zipfile.ZipFile, size: int) -> None:
     _Sizes(archive.read(pickles[0]), records).load()
 
 
+def _rebuilt(storage: Any, *rest: Any) -> Any:
+    """A tensor, as the number of elements of its storage; a parameter is a tensor already."""
+    if len(rest) < 4:  # a parameter: tensor, whether it trains, hooks
+        return storage
+    size = rest[1]
+    if any(side < 0 for side in size) or math.prod(size) > storage:
+        raise DamagedArchiveError(f"declares a tensor of {math.prod(size):,} elements, but holds {storage:,}")
+    return storage
+
+
+STAND_INS: dict[str, Callable[..., Any]] = {
+    "collections.OrderedDict": OrderedDict,
+    "torch.Size": tuple,
+    "torch._utils._rebuild_tensor_v2": _rebuilt,
+    "torch._utils._rebuild_parameter": _rebuilt,
+    # Of tensors with attributes.
+    "torch._tensor._rebuild_from_type_v2": lambda rebuild, _, given, state: rebuild(*given),
+}
+
+
 # Python's own unpickler: that of C makes room for whatever number of objects a file announces.
 class _Sizes(pickle._Unpickler):
     """Reads an archive's pickle for the sizes that it declares; makes no tensor and calls nothing that it names."""
@@ -109,24 +128,8 @@ class _Sizes(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """A stand-in for what a state dict needs; everything else is refused."""
         full = f"{module}.{name}"
-        if full == "collections.OrderedDict":
-            return OrderedDict
-        if full == "torch.Size":
-            return tuple
-        if full in REBUILD:
-            return _rebuilt
-        if full == "torch._tensor._rebuild_from_type_v2":  # of tensors with attributes
-            return lambda rebuild, _, given, state: rebuild(*given)
+        if full in STAND_INS:
+            return STAND_INS[full]
         if full in CLASSES or (module in ("torch", "torch.storage") and name.endswith("Storage")):
             return name
         raise DamagedArchiveError(f"holds {full}, not plain tensors: loading it could run code")
-
-
-def _rebuilt(storage: Any, *rest: Any) -> Any:
-    """A tensor, as the number of elements of its storage; a parameter is a tensor already."""
-    if len(rest) < 4:  # a parameter: tensor, whether it trains, hooks
-        return storage
-    size = rest[1]
-    if any(side < 0 for side in size) or math.prod(size) > storage:
-        raise DamagedArchiveError(f"declares a tensor of {math.prod(size):,} elements, but holds {storage:,}")
-    return storage

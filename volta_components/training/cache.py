@@ -9,11 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import joblib
-import torch
 from monai.transforms import Compose
 from monai.transforms.traits import RandomizableTrait
 
-from volta_components.training.sampling import KeyedDataset, derived_seed
+from volta_components.training.sampling import KeyedDataset
 
 
 class KeyedCacheDataset(KeyedDataset):
@@ -36,16 +35,12 @@ class KeyedCacheDataset(KeyedDataset):
         seed: int = 0,
         cache: bool = True,
     ) -> None:
-        super().__init__(data, transform if isinstance(transform, Compose) else Compose(transform or []), seed)
+        self._compose = transform if isinstance(transform, Compose) else Compose(transform or [])
+        super().__init__(data, self._compose, seed)
         first = self._compose.get_index_of_first(lambda t: isinstance(t, RandomizableTrait))
         self._first = len(self._compose.transforms) if first is None else int(first)
         self.cache = cache
         self._cache: dict[int, Any] = {}
-
-    @property
-    def _compose(self) -> Compose:
-        assert isinstance(self.transform, Compose)
-        return self.transform
 
     def fill(self, indices: Iterable[int] | None = None, workers: int | None = None) -> None:
         """Fill the cache, all of it by default, with threads (cores, up to 8), before workers are started."""
@@ -56,17 +51,18 @@ class KeyedCacheDataset(KeyedDataset):
         with ThreadPoolExecutor(workers or min(8, joblib.cpu_count())) as pool:
             self._cache.update(zip(missing, pool.map(self._deterministic, missing)))
 
-    def _deterministic(self, index: int) -> Any:
+    def _deterministic(self, index: int) -> dict[str, Any]:
         return self._compose(dict(self.checked(index)), end=self._first, threading=True)
 
-    def __getitem__(self, key: tuple[int, ...] | int) -> Any:
-        epoch, index = (0, key) if isinstance(key, int) else key[:2]
+    def item(self, epoch: int, index: int, *repeat: int) -> Mapping[str, Any]:
+        """A sample before its first random transform, without its key; a copy of what is cached."""
         if index in self._cache:
-            item = copy.deepcopy(self._cache[index])
-        else:
-            item = self._deterministic(index)
-            if self.cache:
-                self._cache[index] = copy.deepcopy(item)
-        item["key"] = torch.tensor([epoch, index])
-        self._compose.set_random_state(seed=derived_seed(self.seed, "transform", epoch, index) % 2**32)
+            return copy.deepcopy(self._cache[index])
+        item = self._deterministic(index)
+        if self.cache:
+            self._cache[index] = copy.deepcopy(item)
+        return item
+
+    def transformed(self, item: Any) -> Any:
+        """A sample after the other transforms."""
         return self._compose(item, start=self._first)

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,14 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from volta_components.distributed import mean_over_processes, process_count, process_rank
+from volta_components.distributed import mean_over_processes, process_count, process_rank, unwrapped
 from volta_components.errors import InputError
 from volta_components.files import FolderLock, atomic_path, free_bytes, keep_copy, remove_partials
 from volta_components.training.archive import DamagedArchiveError, read_archive, write_archive
 from volta_components.training.cost import start_clock, time_and_memory
-from volta_components.training.record import other_settings, plain_settings
+from volta_components.training.record import check_settings, plain_settings
 from volta_components.training.stamps import check_stamps, make_stamps
 
 logger = logging.getLogger(__name__)
@@ -93,10 +92,7 @@ class ResumableCheckpoint:
     ) -> None:
         self.path = None if path is None else Path(path)
         self.handlers = {name: handler for name, handler in (handlers or {}).items() if handler is not None}
-        self.objects = {
-            name: item.module if isinstance(item, DistributedDataParallel) else item
-            for name, item in {**objects, **self.handlers}.items()
-        }
+        self.objects = {name: unwrapped(item) for name, item in {**objects, **self.handlers}.items()}
         self.settings = plain_settings(dict(settings))
         self.window = window
         self.minutes = minutes
@@ -161,28 +157,23 @@ class ResumableCheckpoint:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt(message)
 
-    def _is_due(self) -> bool:
-        return time.monotonic() - self._last_save >= 60 * self.minutes
-
     def _window_completed(self, engine: Engine) -> None:
         length = engine.state.epoch_length
         place = engine.state.iteration % length if length else 0
         # The end of an epoch has its own checkpoint, after what other handlers do there.
         if not place or place % self.window:
             return
-        stop = self._is_asked_to_stop(engine)
-        if stop or self._is_due():
-            self.save(engine)
-        if stop:
-            self._stop(engine)
+        self._save_if_due(engine, self._is_asked_to_stop(engine))
 
     def _epoch_completed(self, engine: Engine) -> None:
         if engine.state.epoch == engine.state.max_epochs:
             self.save(engine)
             self.finish()
-            return
-        stop = bool(self.window) and self._is_asked_to_stop(engine)
-        if stop or self._is_due():
+        else:
+            self._save_if_due(engine, bool(self.window) and self._is_asked_to_stop(engine))
+
+    def _save_if_due(self, engine: Engine, stop: bool) -> None:
+        if stop or time.monotonic() - self._last_save >= 60 * self.minutes:
             self.save(engine)
         if stop:
             self._stop(engine)
@@ -204,10 +195,12 @@ class ResumableCheckpoint:
                 "back, or start the same command again for a new run"
             )
         state = on_host({name: item.state_dict() for name, item in self.objects.items()})
-        if wrong := _not_finite(state):
+        wrong = [name for name, value in tensors_of(state) if value.is_floating_point() and not value.isfinite().all()]
+        if wrong:
+            is_kept = f"{self.path} was written before and is kept"
             raise InputError(
-                f"the training has diverged: {wrong} is not finite at mini-batch {engine.state.iteration}; "
-                f"{self._last_good()}. Lower the learning rate"
+                f"the training has diverged: {wrong[0]} is not finite at mini-batch {engine.state.iteration}; "
+                f"{is_kept if self.path.exists() else 'no checkpoint was written before'}. Lower the learning rate"
             )
         scaler = getattr(engine, "scaler", None)
         if scaler is not None:
@@ -238,12 +231,6 @@ class ResumableCheckpoint:
         if writing is not None:
             writing.result()
 
-    def _last_good(self) -> str:
-        """What is left of a run that is stopped."""
-        if self.path is None or not self.path.exists():
-            return "no checkpoint was written before"
-        return f"{self.path} was written before and is kept"
-
     def load(self, engine: Engine) -> None:
         """Take the folder's lock; restore a run if there is a checkpoint; remove half-written files of killed runs."""
         assert self.path is not None
@@ -263,13 +250,7 @@ class ResumableCheckpoint:
     def _restore(self, engine: Engine, items: Sequence[Any]) -> None:
         assert self.path is not None
         state = self._read()
-        rows = other_settings(state["settings"], self.settings)
-        if rows:
-            raise InputError.many(
-                f"{self.path} belongs to a run with other settings (name, there, here)",
-                rows,
-                "Choose another run_name (--run_name NAME), or remove the checkpoint to start again.",
-            )
+        check_settings(state["settings"], self.settings, f"{self.path} belongs to a run", "the checkpoint")
         check_stamps(self.path, items, state.get("stamps"), self._stamps)
         for name, item in self.objects.items():
             item.load_state_dict(state[name])
@@ -317,29 +298,23 @@ class ResumableCheckpoint:
         )
 
 
-def _not_finite(state: Any, name: str = "") -> str:
-    """The first tensor with NaN or infinite numbers, by dotted name; empty when there is none."""
+def tensors_of(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in mappings and sequences within each other, by dotted name."""
     if isinstance(state, Tensor):
-        return "" if not state.is_floating_point() or bool(torch.isfinite(state).all()) else name
-    if not isinstance(state, Mapping):
-        return ""
-    found = (_not_finite(value, f"{name}.{key}".lstrip(".")) for key, value in state.items())
-    return next(filter(None, found), "")
+        yield name, state
+    if isinstance(state, (list, tuple)):
+        state = dict(enumerate(state))
+    for key, value in state.items() if isinstance(state, Mapping) else ():
+        yield from tensors_of(value, f"{name}.{key}".lstrip("."))
 
 
 def _bytes(objects: Mapping[str, Any]) -> int:
     """Of what is saved, about; an optimiser before its first step will hold two numbers a parameter, as Adam does."""
-
-    def count(state: Any) -> int:
-        if isinstance(state, Tensor):
-            return state.numel() * state.element_size()
-        parts = state.values() if isinstance(state, Mapping) else state if isinstance(state, (list, tuple)) else ()
-        return sum(map(count, parts))
-
-    total = sum(count(item.state_dict()) for item in objects.values())
+    total = 0
     for item in objects.values():
+        total += sum(value.nbytes for _, value in tensors_of(item.state_dict()))
         if isinstance(item, Optimizer) and not item.state:
-            total += 2 * sum(count(group["params"]) for group in item.param_groups)
+            total += 2 * sum(value.nbytes for _, value in tensors_of(item.param_groups))
     return total
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from volta_components.files import atomic_path
 from volta_components.training.archive import DamagedArchiveError, read_archive, write_archive
 
 
+@dataclass(eq=False)
 class KeepBest:
     """Keeps the weights of the epoch with the highest value of an evaluator's metric.
 
@@ -30,7 +32,7 @@ class KeepBest:
 
     Put it after ``FinishRun``.
 
-    Args:
+    Attributes:
         evaluator: the evaluator. Its network's weights are kept, by its key metric; of several equal epochs the first
             counts.
         path: file of the weights; the epoch is added to its name.
@@ -38,18 +40,13 @@ class KeepBest:
         report_as: also put the value into the trainer's metrics of that epoch, under this name.
     """
 
-    def __init__(
-        self,
-        evaluator: Any,
-        path: str | os.PathLike[str],
-        interval: int = 0,
-        report_as: str | None = None,
-    ) -> None:
-        self.network: nn.Module = evaluator.network
-        self.evaluator = evaluator
-        self.path = Path(path)
-        self.interval = interval
-        self.report_as = report_as
+    evaluator: Any
+    path: str | os.PathLike[str]
+    interval: int = 0
+    report_as: str | None = None
+
+    def __post_init__(self) -> None:
+        self.network: nn.Module = self.evaluator.network
         self.epoch = 0
         self.value = -math.inf
         self._in_checkpoint: int | None = None
@@ -71,8 +68,10 @@ class KeepBest:
         self.epoch, self.value = int(state["epoch"]), float(state["value"])
         self._in_checkpoint, self._in_previous = self.epoch, state.get("before")
 
-    def _file(self, epoch: int) -> Path:
-        return self.path.with_name(f"{self.path.stem}-{epoch}{self.path.suffix}")
+    def _file(self, epoch: int | str) -> Path:
+        """The weights of an epoch; ``*`` is a pattern for all of them."""
+        path = Path(self.path)
+        return path.with_name(f"{path.stem}-{epoch}{path.suffix}")
 
     def _epoch_started(self, engine: Engine) -> None:
         if self.report_as is not None:
@@ -102,9 +101,8 @@ class KeepBest:
         """Remove kept weights of all epochs but some."""
         if process_rank() == 0:
             kept = {self._file(epoch) for epoch in but if epoch is not None}
-            for path in self.path.parent.glob(f"{self.path.stem}-*{self.path.suffix}"):
-                if path not in kept:
-                    path.unlink(missing_ok=True)
+            for path in {*Path(self.path).parent.glob(self._file("*").name)} - kept:
+                path.unlink(missing_ok=True)
 
     def restore(self) -> bool:
         """Put the best epoch's weights into the network; False if no epoch was evaluated.

@@ -39,16 +39,21 @@ def _key(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
+def who(item: Mapping[str, Any]) -> tuple[str, str]:
+    """Patient and cohort of an item; an empty text where the cohort is not known."""
+    return str(item["patient_id"]), str(item.get("cohort") or "")
+
+
 def patient_keys(item: Mapping[str, Any]) -> set[str]:
     """The keys that a record may hold for an item's patient: with the cohort, and without it where none was known."""
-    patient = str(item["patient_id"])
-    return {patient_key(patient, str(item.get("cohort") or "")), patient_key(patient)}
+    patient, cohort = who(item)
+    return {patient_key(patient, cohort), patient_key(patient)}
 
 
 def look_alike_keys(item: Mapping[str, Any]) -> set[str]:
     """The same for ids in any spelling; see ``loose_person``."""
-    patient = str(item["patient_id"])
-    return {_key(loose_person(patient, str(item.get("cohort") or ""))), _key(loose_person(patient))}
+    patient, cohort = who(item)
+    return {_key(loose_person(patient, cohort)), _key(loose_person(patient))}
 
 
 def voxel_keys(item: Mapping[str, Any]) -> set[str]:
@@ -59,10 +64,6 @@ def voxel_keys(item: Mapping[str, Any]) -> set[str]:
 def facts_of(items: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
     """What a record keeps of the people in these items."""
     items = list(items)
-
-    def who(item: Mapping[str, Any]) -> tuple[str, str]:
-        return str(item["patient_id"]), str(item.get("cohort") or "")
-
     return {
         "patient_ids": sorted({patient_key(*who(item)) for item in items}),
         "look_alike_ids": sorted({_key(loose_person(*who(item))) for item in items}),

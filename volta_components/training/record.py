@@ -17,6 +17,7 @@ from monai.bundle import ConfigParser
 
 from volta_components._version import __version__
 from volta_components.distributed import process_count
+from volta_components.errors import InputError
 from volta_components.files import sha256_json
 from volta_components.training.people import facts_of
 
@@ -52,8 +53,7 @@ def run_settings(**facts: Any) -> dict[str, Any]:
     """Return what the run of a config is: everything that its result depends on. For an expression in the config.
 
     These are all ids of the merged config, except for the ``HARMLESS`` ones. Nothing has to be listed in the config, so
-    nothing can be forgotten. MONAI gives expressions no access to the config that they stand in; this function
-    therefore looks for the parser among its callers.
+    nothing can be forgotten.
 
     Args:
         facts: what the text of the config does not say, such as the datalist's hash; and values of expressions, by id.
@@ -62,14 +62,23 @@ def run_settings(**facts: Any) -> dict[str, Any]:
         Values by id; the number of ``processes``; and under ``config`` the rest: references, expressions, and how the
         run is carried out.
     """
-    frame = inspect.currentframe()
-    while frame is not None and not isinstance(frame.f_locals.get("self"), ConfigParser):
-        frame = frame.f_back
-    if frame is None:
-        raise RuntimeError("run_settings must be called by an expression in a config")
-    settings = settings_of(frame.f_locals["self"].get())
+    settings = settings_of(calling_config("run_settings").get())
     rest = {name: value for name, value in settings.pop("config").items() if name not in facts}
     return {**settings, "processes": process_count(), **plain_settings(facts), "config": rest}
+
+
+def calling_config(caller: str) -> ConfigParser:
+    """The config with the expression that is being evaluated, which calls the function ``caller``.
+
+    MONAI gives expressions no access to the config that they stand in, so the parser is looked for among the callers.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        parser = frame.f_locals.get("self")
+        if isinstance(parser, ConfigParser):
+            return parser
+        frame = frame.f_back
+    raise RuntimeError(f"{caller} must be called by an expression in a config")
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,6 +134,26 @@ def other_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tu
     absent = object()  # which is not the same as null
     names = sorted(n for n in there.keys() | here.keys() if there.get(n, absent) != here.get(n, absent))
     return [(name.removeprefix("config."), str(there.get(name)), str(here.get(name))) for name in names]
+
+
+def check_settings(there: Mapping[str, Any], here: Mapping[str, Any], owner: str, remains: str) -> None:
+    """Refuse to resume a run with other settings.
+
+    Args:
+        there: those of the run.
+        here: those of the command.
+        owner: what the run is known by, for the message.
+        remains: what to remove of the run to start again.
+
+    Raises:
+        InputError: listing the settings that differ.
+    """
+    if rows := other_settings(there, here):
+        raise InputError.many(
+            f"{owner} with other settings (name, there, here)",
+            rows,
+            f"Choose another run_name (--run_name NAME), or remove {remains} to start again.",
+        )
 
 
 def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -84,11 +84,7 @@ class ResumableSampler(Sampler[tuple[int, ...]]):
         return -(-self.num_samples // (self.batch_size * self.num_replicas))
 
     def __len__(self) -> int:
-        return (
-            min(self.iterations * self.batch_size, self.num_samples)
-            if self.num_replicas == 1
-            else (self.iterations * self.batch_size)
-        )
+        return self.num_samples if self.num_replicas == 1 else self.iterations * self.batch_size
 
     def set_position(self, epoch: int, iteration: int = 0) -> None:
         """Set the epoch (counted from 1) and its first mini-batch (counted from 0)."""
@@ -196,11 +192,13 @@ class KeyedDataset(Dataset[Any]):
     def __getitem__(self, key: tuple[int, ...] | int) -> Any:
         epoch, index, *repeat = (0, key) if isinstance(key, int) else key
         item: Any = {**self.item(epoch, index, *repeat), "key": torch.tensor([epoch, index, *repeat])}
-        if self.transform is None:
-            return item
         if isinstance(self.transform, Randomizable):
             self.transform.set_random_state(seed=derived_seed(self.seed, "transform", epoch, index, *repeat) % 2**32)
-        return self.transform(item)
+        return self.transformed(item)
+
+    def transformed(self, item: Any) -> Any:
+        """A sample after its transform."""
+        return item if self.transform is None else self.transform(item)
 
 
 class KeyedDataLoader(DataLoader):

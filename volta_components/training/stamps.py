@@ -6,14 +6,13 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import joblib
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from volta_components.data.places import file_of, sha256_of
 from volta_components.errors import InputError
@@ -81,12 +80,8 @@ def check_stamps(path: Path, items: Sequence[Any], there: Tensor | None, here: T
             return (*who, "another content")
         return None
 
-    with ThreadPoolExecutor(joblib.cpu_count()) as pool:
-        progress = tqdm(
-            pool.map(examine, entries), total=len(entries), desc="comparing volumes", leave=False, disable=not entries
-        )
-        rows = [row for row in progress if row is not None]
-    if rows:
+    bar = {"desc": "comparing volumes", "leave": False, "disable": not entries}
+    if rows := list(filter(None, thread_map(examine, entries, max_workers=joblib.cpu_count(), **bar))):
         raise InputError.many(
             f"{path} was trained on other files than are there now ({len(rows)} of {len(here)})",
             rows,

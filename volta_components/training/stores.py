@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import fcntl
-import inspect
 import logging
 import os
 import sqlite3
@@ -12,10 +11,9 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from monai.bundle import ConfigParser
-
 from volta_components.errors import InputError
 from volta_components.files import atomic_path
+from volta_components.training.record import calling_config
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +76,7 @@ def check_store(tracking_uri: str) -> None:
 
 def prepare_tracking() -> None:
     """``prepare_store`` for the config in which this is called as an expression; does nothing without tracking."""
-    frame = inspect.currentframe()
-    while frame is not None and not isinstance(frame.f_locals.get("self"), ConfigParser):
-        frame = frame.f_back
-    if frame is None:
-        raise RuntimeError("prepare_tracking must be called by an expression in a config")
-    parser = frame.f_locals["self"]
+    parser = calling_config("prepare_tracking")
     if "tracking_uri" in parser:  # MONAI adds it where there is tracking; the variable comes first, as MONAI has it
         prepare_store(os.environ.get("MLFLOW_TRACKING_URI") or str(parser.get_parsed_content("tracking_uri")))
 

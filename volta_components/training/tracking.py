@@ -106,7 +106,7 @@ def describe_run(
     handler: Any,
     settings: Mapping[str, Any],
     tags: Mapping[str, Any],
-    data: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    data: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> None:
     """Give MLflow a run's settings, tags and data sets, and say what its experiment is.
 
@@ -135,9 +135,7 @@ def describe_run(
     _share_rows(lambda: client.set_experiment_tag(experiment, "mlflow.note.content", about))
     name = str(tags.get("datalist_name") or tags.get("bundle") or "datalist")
     inputs = [
-        _dataset_input(name, str(tags.get("datalist_hash", "")), part, items)
-        for part, items in (data or {}).items()
-        if items
+        _dataset_input(name, str(tags.get("datalist_hash", "")), part, items) for part, items in data.items() if items
     ]
     if inputs:
         _share_rows(lambda: client.log_inputs(run_id, datasets=inputs))
