@@ -180,12 +180,10 @@ class SaveModel:
         if before is not None and after is not None:
             compared = f"Dice {before:.3f} before, {after:.3f} after, on {self._stats['scored_on']}"
             worse = after < before
-        message = (
-            f"the training made the model worse ({compared}); the model before is kept"
-            if worse
-            else f"the model is replaced ({compared})"
-        )
-        if not worse:
+        if worse:
+            message = f"the training made the model worse ({compared}); the model before is kept"
+        else:
+            message = f"the model is replaced ({compared})"
             self.results.save_model(engine, {**record, "annotation": {**self._stats, "dice_after": after}})
         logger.log(logging.WARNING if worse else logging.INFO, "%s", message)
         self._write_stats(dice_after=after, best_metric=after, replaced=not worse, message=message)
@@ -233,12 +231,12 @@ def annotation_record(
     seen = [{"patient_id": name} for name in names] + [
         {"patient_id": names[0], "source_sha256": image} for image, _ in files
     ]
-    people = joined(trained, seen) if start else facts_of(seen)
+    people = facts_of(seen)
     if start:
         pretraining = {**(before.get("pretraining") or {}), **pretrained}
-        if (
-            people is None
-        ):  # Without a list of the patients that the model has seen, no patient can be called new to it.
+        if everybody := joined(trained, seen):
+            people = everybody
+        else:  # Without a list of the patients that the model has seen, no patient can be called new to it.
             pretraining["patient_ids"] = None
     started = {key: origin[key] for key in ("cohort", "volumes", "datalist_hash", "code_version") if key in origin}
     if "started_from" in before:
@@ -253,7 +251,7 @@ def annotation_record(
             "cohort": "annotated",
             "volumes": len(items),
             "datalist_hash": digest,
-            **(people or facts_of(seen)),
+            **people,
             "patients_from": "names of the scans, and the record of the model that it started from",
         },
         "subjects": {"training": len(training), "validation": len(validation), "scored": 0, "unused": 0},
