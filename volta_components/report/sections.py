@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from volta_components.report import figures
@@ -101,8 +100,9 @@ def _cases(study: Study, store: Store, tools: Mapping[str, ToolMasks]) -> dict[s
         dice = {v: float(row.dice) for v, table in tables for row in table.itertuples() if scan_name(row) == name}
         case = find_case(store, study, name, fold, dice)
         if case.truth is not None:
-            extra = {key: read_mask(tool.files[name], case.truth) for key, tool in tools.items() if name in tool.files}
-            case = replace(case, masks={**case.masks, **extra})
+            for key, tool in tools.items():
+                if name in tool.files:
+                    case.masks[key] = read_mask(tool.files[name], case.truth)
         cases[rank] = case
     return cases
 
