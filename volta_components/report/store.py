@@ -15,7 +15,7 @@ from urllib.request import url2pathname
 
 import pandas as pd
 
-from volta_components.crossval.store import search_runs
+from volta_components.crossval.store import mlflow_client, search_runs
 from volta_components.downstream.inits import BASE_INIT
 from volta_components.downstream.tracking import RECIPE_TAG
 from volta_components.errors import InputError
@@ -163,7 +163,6 @@ class Store:
     """
 
     def __init__(self, tracking_uri: str, relocate: Path | None = None) -> None:
-        from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
         # MLflow would create a missing database, retry a file that is no database, and wait minutes for an absent
@@ -173,7 +172,7 @@ class Store:
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         self.tracking_uri, self.relocate = tracking_uri, relocate
         try:
-            self.client = MlflowClient(tracking_uri=tracking_uri)
+            self.client = mlflow_client(tracking_uri)
             self.experiments = {item.experiment_id: item.name for item in self.client.search_experiments()}
         except (MlflowException, ValueError) as error:
             raise InputError(f"{tracking_uri}: MLflow cannot read it ({error}); see --tracking-uri") from error

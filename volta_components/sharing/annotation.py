@@ -54,37 +54,35 @@ def renumber(
         InputError: if a value has no name, a name is not one of the model's, or two readings are possible.
     """
     known = " and ".join(f"{value} {name}" for name, value in labels.items())
-    found = [float(value) for value in np.unique(values) if value != 0]
-    if odd := [f"{value:g}" for value in found if value != int(value) or value < 0]:
+    there = [float(value) for value in np.unique(values) if value != 0]
+    if odd := [f"{value:g}" for value in there if value != int(value) or value < 0]:
         raise InputError(f"the label map has values {', '.join(odd[:5])}: not numbers of segments; export it as labels")
+    found = [int(value) for value in there]
     if not segments:
         segments = [{"name": name, "idx": value} for name, value in labels.items()]
     names = [str(segment.get("name", "")) for segment in segments]
     by_place = dict(enumerate(names, start=1))
     by_index = {int(segment.get("idx", place)): names[place - 1] for place, segment in enumerate(segments, start=1)}
-    readings = [
-        reading
-        for reading in ({value: numbering.get(int(value)) for value in found} for numbering in (by_index, by_place))
-        if None not in reading.values()
-    ]
-    if not readings:
-        unnamed = ", ".join(f"{value:g}" for value in found if int(value) not in by_index)
+    numberings = [numbering for numbering in (by_index, by_place) if {*found} <= numbering.keys()]
+    if not numberings:
+        unnamed = ", ".join(f"{value:g}" for value in found if value not in by_index)
         raise InputError(
             f"the label map has values without a name: {unnamed}; use {known}, or send the names as label_info"
         )
+    readings = [{value: numbering[value] for value in found} for numbering in numberings]
     if readings[0] != readings[-1]:
         raise InputError(
             f"segments {', '.join(names)}: their numbers can be read in two ways; remove the segments that are not "
             "exported, and submit again"
         )
     numbers = {_plain(name): value for name, value in labels.items()}
-    if strange := sorted({str(name) for name in readings[0].values() if _plain(str(name)) not in numbers}):
+    if strange := sorted({name for name in readings[0].values() if _plain(name) not in numbers}):
         raise InputError(
             f"segments that the model does not know: {', '.join(strange)}; rename them, or remove them ({known})"
         )
     result = np.zeros(values.shape, np.uint8)
     for value, name in readings[0].items():
-        result[values == value] = numbers[_plain(str(name))]
+        result[values == value] = numbers[_plain(name)]
     return result
 
 
