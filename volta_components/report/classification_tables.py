@@ -141,8 +141,9 @@ class ClassificationTables:
             return None
 
         def difference(one: pd.DataFrame, two: pd.DataFrame, weights: ArrayLike = 1.0) -> Array:
-            areas = [auroc(one["label"], table["score"], weights) for table in (one, two)]
-            return areas[0] - areas[1]
+            label = one["label"].to_numpy()
+            ours, theirs = (auroc(label, table["score"].to_numpy(float), weights) for table in (one, two))
+            return ours - theirs
 
         values: dict[int, list[Array]] = defaultdict(list)
         replicates: dict[int, list[Array]] = defaultdict(list)
@@ -154,7 +155,8 @@ class ClassificationTables:
         patients = {patient for _, one, _ in pairs for patient in one["patient_id"]}
         is_repeated = any(one["patient_id"].duplicated().any() for _, one, _ in pairs)
         samples = [
-            (one["label"].to_numpy(), *(t["score"].to_numpy(float) for t in (one, two))) for _, one, two in pairs
+            (one["label"].to_numpy(), one["score"].to_numpy(float), two["score"].to_numpy(float))
+            for _, one, two in pairs
         ]
         return Comparison(
             first,
