@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import pandas as pd
+
 from volta_components.report import figures
 from volta_components.report.classification_tables import ClassificationTables
 from volta_components.report.masks import Case, ToolMasks, find_case, read_mask, scan_name, score_masks
@@ -87,7 +89,7 @@ def _segmentation(
 def _cases(study: Study, store: Store, tools: Mapping[str, ToolMasks]) -> dict[str, Case]:
     """Worst, median and best scan of the reference init; of several seeds, the lowest."""
     reference = [(run.fold, run.table) for run in study.select_one_seed(study.reference)]
-    rows = [(float(row.dice), scan_name(row), fold) for fold, table in reference for row in table.itertuples()]
+    rows = [(score, name, fold) for fold, table in reference for name, score in _dice_of(table)]
     rows = sorted(row for row in rows if math.isfinite(row[0]))
     ranks = {"worst": 0, "median": (len(rows) - 1) // 2, "best": len(rows) - 1} if rows else {}
     tables = [(variant, run.table) for variant in study.variants for run in study.select_one_seed(variant)]
@@ -97,7 +99,7 @@ def _cases(study: Study, store: Store, tools: Mapping[str, ToolMasks]) -> dict[s
         _, name, fold = rows[place]
         if name in [case.name for case in cases.values()]:
             continue
-        dice = {v: float(row.dice) for v, table in tables for row in table.itertuples() if scan_name(row) == name}
+        dice = {variant: score for variant, table in tables for scan, score in _dice_of(table) if scan == name}
         case = find_case(store, study, name, fold, dice)
         if case.truth is not None:
             for key, tool in tools.items():
@@ -105,6 +107,11 @@ def _cases(study: Study, store: Store, tools: Mapping[str, ToolMasks]) -> dict[s
                     case.masks[key] = read_mask(tool.files[name], case.truth)
         cases[rank] = case
     return cases
+
+
+def _dice_of(table: pd.DataFrame) -> list[tuple[str, float]]:
+    """Name and Dice of each scan."""
+    return [(scan_name(row), float(score)) for row, score in zip(table.itertuples(), table["dice"], strict=True)]
 
 
 def _viewer(study: Study, cases: Mapping[str, Case]) -> Viewer | None:
