@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,11 +99,11 @@ def _describe_run(result: Pretraining, store: Store, run: Any, figures: Path) ->
     tags, metrics = run.data.tags, run.data.metrics
     end = run.info.end_time or run.info.start_time
     hours = metrics.get("cost/hours", (end - run.info.start_time) / 3.6e6)
-    memory = metrics.get("cost/peak_memory_gib", math.nan)
+    memory = metrics.get("cost/peak_memory_gib")
     known = {
         "epochs": run.data.params.get("epochs"),
         "hours of training": number(hours, 2),
-        "memory at the peak": "" if math.isnan(memory) else f"{memory:.1f} GiB",
+        "memory at the peak": "" if memory is None else f"{memory:.1f} GiB",
         **{label: number(metrics[name], 4) for name, label in LAST.items() if name in metrics},
         "hardware": tags.get("hardware"),
         "code": tags.get("code_version"),

@@ -324,9 +324,8 @@ def groups_of(tables: Sequence[pd.DataFrame]) -> list[tuple[str, str]]:
     order = [age_band(low) for low in AGE_BANDS[:-1]]
     for group in ("site", "sex", "age"):
         values = {value for table in tables for value in _labels(table, group)}
-        if values - {"unknown"}:
-            key = {value: (value == "unknown", order.index(value) if value in order else 0, value) for value in values}
-            result += [(group, value) for value in sorted(values, key=key.__getitem__)]
+        if known := values - {"unknown"}:
+            result += [(group, value) for value in [*in_order(known, order), *(values - known)]]
     return result
 
 
