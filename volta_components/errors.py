@@ -107,7 +107,7 @@ def find_fault(error: BaseException | None) -> str | None:
     """What a fault of the machine means, with its remedy: a disk, memory, a process that was killed; None for others.
 
     Args:
-        error: anything that was raised; the errors that it was raised from are searched in turn, the first one last.
+        error: anything that was raised; of the errors that it was raised from, the earliest one counts.
     """
     for each in reversed([*_chain(error)]):
         if found := _fault(each):
