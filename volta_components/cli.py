@@ -14,11 +14,11 @@ import ast
 import contextlib
 import difflib
 import functools
-import importlib
 import inspect
 import io
 import json
 import os
+import pkgutil
 import re
 import shlex
 import sys
@@ -128,8 +128,7 @@ def make_app(words: Sequence[str]) -> App:
     app.register_install_completion_command(COMPLETION, help="Install completion for bash, zsh or fish.")
     for number, (name, (place, summary)) in enumerate(COMMANDS.items()):
         if words[:1] in ([name], [COMPLETION]):
-            module, attribute = place.split(":")
-            app.command(_with_options(getattr(importlib.import_module(module), attribute)), name=name, sort_key=number)
+            app.command(_with_options(pkgutil.resolve_name(place)), name=name, sort_key=number)
         else:
             app.command(place, name=name, help=summary, sort_key=number)
     return app

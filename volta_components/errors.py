@@ -7,7 +7,7 @@ import errno
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -58,27 +58,32 @@ def check_counts(**counts: object) -> None:
         raise InputError.many("ids that must be whole numbers of at least 1", rows, "Give another number.")
 
 
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, the one that it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
 def find_input_error(error: BaseException | None) -> InputError | None:
     """The bad input behind an error, or None.
 
     ``monai.bundle`` and Ignite wrap what goes wrong in a configuration into errors of their own. PyTorch makes an error
     out of the traceback of one in a loading process, whose last lines are its words.
     """
-    while error is not None:
-        if found := _IN_A_LOADER.match(str(error)):
+    for each in _chain(error):
+        if found := _IN_A_LOADER.match(str(each)):
             return InputError(found[1].rstrip())
-        if isinstance(error, InputError):
-            return error
-        error = error.__cause__ or error.__context__
+        if isinstance(each, InputError):
+            return each
     return None
 
 
 def find_missing_id(error: BaseException | None) -> str | None:
     """What ``monai.bundle`` says of an id that no config file has; None if an error is another."""
-    while error is not None:
-        if isinstance(error, ValueError) and (said := str(error)).endswith("is not defined in the config content."):
+    for each in _chain(error):
+        if isinstance(each, ValueError) and (said := str(each)).endswith("is not defined in the config content."):
             return said.removesuffix(".")
-        error = error.__cause__ or error.__context__
     return None
 
 
@@ -102,28 +107,32 @@ def find_fault(error: BaseException | None) -> str | None:
     """What a fault of the machine means, with its remedy: a disk, memory, a process that was killed; None for others.
 
     Args:
-        error: anything that was raised; the errors that it was raised from are searched in turn, the first one last.
+        error: anything that was raised; of the errors that it was raised from, the earliest one counts.
     """
-    found = None
-    while error is not None:
-        text = str(error)
-        if isinstance(error, OSError) and error.errno in REMEDIES:
-            place = f"{error.filename}: " if error.filename is not None else ""
-            found = f"{place}{(error.strerror or text).lower()}; {REMEDIES[error.errno]}"
-        elif isinstance(error, MemoryError):
-            found = f"the memory is full; free some, or lower --batch_size and --num_workers, {AGAIN}"
-        elif type(error).__name__ == "OperationalError" and "disk is full" in text:  # SQLite's, or SQLAlchemy's of it
-            found = f"a database cannot grow, as its disk is full; {FULL}"
-        elif type(error).__name__ == "OutOfMemoryError":  # PyTorch's; importing it here would take seconds
-            found = "the GPU's memory is full; lower --batch_size, or end what else uses the GPU"
-        elif _is_of_a_killed_loader(error, text):
-            first = (text.splitlines() or [type(error).__name__])[0]
-            found = (
-                f"a process that loads volumes has ended ({first.rstrip('. ')}), most often because the "
-                f"memory was full; free some, or lower --num_workers, {AGAIN}"
-            )
-        error = error.__cause__ or error.__context__
-    return found
+    for each in reversed([*_chain(error)]):
+        if found := _fault(each):
+            return found
+    return None
+
+
+def _fault(error: BaseException) -> str | None:
+    text, kind = str(error), type(error).__name__
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return f"{place}{(error.strerror or text).lower()}; {REMEDIES[error.errno]}"
+    if isinstance(error, MemoryError):
+        return f"the memory is full; free some, or lower --batch_size and --num_workers, {AGAIN}"
+    if kind == "OperationalError" and "disk is full" in text:  # SQLite's, or SQLAlchemy's of it
+        return f"a database cannot grow, as its disk is full; {FULL}"
+    if kind == "OutOfMemoryError":  # PyTorch's; importing it here would take seconds
+        return "the GPU's memory is full; lower --batch_size, or end what else uses the GPU"
+    if _is_of_a_killed_loader(error, text):
+        first = (text.splitlines() or [kind])[0]
+        return (
+            f"a process that loads volumes has ended ({first.rstrip('. ')}), most often because the "
+            f"memory was full; free some, or lower --num_workers, {AGAIN}"
+        )
+    return None
 
 
 def _is_of_a_killed_loader(error: BaseException, text: str) -> bool:
@@ -139,18 +148,14 @@ def describe(error: BaseException) -> tuple[str, bool]:
 
     A known one is the user's input, a fault of the machine, or a config that lacks another one.
     """
-    cause = find_input_error(error)
-    if cause is not None:
-        return str(cause), True
-    if (fault := find_fault(error)) is not None:
-        return fault, True
-    if (missing := find_missing_id(error)) is not None:
+    if known := find_input_error(error) or find_fault(error):
+        return str(known), True
+    if missing := find_missing_id(error):
         remedy = "evaluate.json, give it after train.json: --config_file \"['.../train.json','.../evaluate.json']\""
         return f"{missing}; check its spelling, or, for {remedy}", True
-    while (earlier := error.__cause__ or error.__context__) is not None:
-        error = earlier
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}; this was not foreseen: please report it with the lines above", False
+    *_, cause = _chain(error)
+    first = (str(cause).strip().splitlines() or [""])[0]
+    return f"{type(cause).__name__}: {first}; this was not foreseen: please report it with the lines above", False
 
 
 def explain_input_errors() -> None:

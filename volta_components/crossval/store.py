@@ -12,7 +12,7 @@ from typing import Any
 from volta_components.crossval.plan import Run
 from volta_components.downstream.tracking import RECIPE_TAG, SETTINGS_TAG
 from volta_components.errors import InputError
-from volta_components.training.stores import prepare_store
+from volta_components.training.stores import prepare_store, store_file
 
 
 def mlflow_client(tracking_uri: str) -> Any:
@@ -26,11 +26,9 @@ def _experiment_id(tracking_uri: str, name: str) -> str:
     """The experiment's id; made, with its store, before the first run, so that parallel runs do not race to do it."""
     from mlflow.exceptions import MlflowException
 
-    location = None
-    if tracking_uri.startswith("sqlite:///"):
-        prepare_store(tracking_uri)
-        database = Path(tracking_uri.removeprefix("sqlite:///"))
-        location = (database.parent.resolve() / "mlruns").as_uri()
+    prepare_store(tracking_uri)
+    database = store_file(tracking_uri)
+    location = (database.parent.resolve() / "mlruns").as_uri() if database else None
     try:
         client = mlflow_client(tracking_uri)
         found = client.get_experiment_by_name(name)

@@ -32,7 +32,7 @@ def _same_grid(path: Path, label: Volume, scan: Volume, scan_path: Path) -> None
         raise UnusableVolume(path, f"label and scan do not share one grid: up to {distance:.1f} mm apart", ONE_GRID)
 
 
-def _centre_x(mask: np.ndarray, affine: np.ndarray) -> float:
+def centre_x(mask: np.ndarray, affine: np.ndarray) -> float:
     """World x (towards the right) of a mask's centroid, mm."""
     return float(nib.affines.apply_affine(affine, np.argwhere(mask).mean(axis=0))[0])
 
@@ -77,7 +77,7 @@ def read_labels(
                 )
             merged[...] = voxels
             left, right = (merged == side for side in (LEFT, RIGHT))
-            if left.any() and right.any() and _centre_x(left, volume.affine) > _centre_x(right, volume.affine):
+            if left.any() and right.any() and centre_x(left, volume.affine) > centre_x(right, volume.affine):
                 quirks.append((file.path.name, "label 1 (left) lies right of label 2 (right)"))
             continue
         if len(values) != 2:
@@ -90,7 +90,7 @@ def read_labels(
     if sides:
         order = dict(sides)
         if LEFT in sides and RIGHT in sides:
-            x = {side: _centre_x(mask, grid.affine) for side, mask in sides.items()}
+            x = {side: centre_x(mask, grid.affine) for side, mask in sides.items()}
             if x[LEFT] > x[RIGHT]:
                 names = " and ".join(file.path.name for file in files)
                 quirks.append((names, f"left and right swapped (centroids at x = {x[LEFT]:.1f} and {x[RIGHT]:.1f} mm)"))

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
-from volta_components.downstream.metrics import BOOTSTRAP, auroc, interval, share, weighted_mean
+from volta_components.downstream.metrics import BOOTSTRAP, Array, Resampling, auroc, interval, share, weighted_mean
 from volta_components.report import statistics
 from volta_components.report.paper import METRICS, name_of
 from volta_components.report.statistics import Comparison, Estimate
@@ -19,14 +21,11 @@ from volta_components.report.store import FinishedRun, Study
 from volta_components.report.tables import (
     BOLD,
     INTERVALS,
-    OPERATING,
     SEEDS,
     Table,
-    aligned_rows,
     cell,
     compare_by,
     comparison_table,
-    fold_resamplings,
     fraction_table,
     groups_of,
     main_table,
@@ -34,8 +33,12 @@ from volta_components.report.tables import (
     number,
     plus_minus,
     subjects_of,
-    task_of,
 )
+
+OPERATING = {
+    "youden": "Youden's J, chosen on an inner validation part of the training folds",
+    "own": "its run's own threshold",
+}
 
 
 class ClassificationTables:
@@ -44,19 +47,19 @@ class ClassificationTables:
     METRICS = ("auroc", "sensitivity", "specificity")
 
     def __init__(self, study: Study, samples: int = BOOTSTRAP, seed: int = 0) -> None:
-        self.study, self.task = study, task_of(study)
-        self.resamplings = fold_resamplings(study, samples, seed)
+        self.study, self.task = study, study.task
+        self.resamplings = _fold_resamplings(study, samples, seed)
         self.estimates: dict[tuple[str, float], dict[str, Estimate]] = {}
-        self.means: dict[tuple[str, float], dict[str, Any]] = {}
         for variant, fraction in itertools.product(study.variants, study.fractions):
             if runs := study.select(variant, fraction):
-                found, self.means[variant, fraction] = statistics.summarise(
+                found, _ = statistics.summarise(
                     {run.run_id: run.table for run in runs}, {run.run_id: run.fold for run in runs}, self.resamplings
                 )
                 self.estimates[variant, fraction] = _checked(found, runs)
-        full = self.study.fractions[-1]
-        pairs = itertools.combinations(self.study.variants, 2)
-        self.compared = [item for pair in pairs if (item := self._compare(*pair, full)) is not None]
+        full = study.fractions[-1]
+        self.largest = {variant: found for (variant, fraction), found in self.estimates.items() if fraction == full}
+        pairs = itertools.combinations(study.variants, 2)
+        self.compared = [item for pair in pairs if (item := self._compare(*pair)) is not None]
 
     def check_against_log(self) -> list[str]:
         """Metrics computed from the tables must be those that the runs logged."""
@@ -90,9 +93,8 @@ class ClassificationTables:
             "folds": {variant: str(len({run.fold for run in found})) for variant, found in runs.items()},
             "patients": {variant: str(subjects_of(found)) for variant, found in runs.items()},
         }
-        estimates = {variant: self.estimates[variant, full] for variant in runs if (variant, full) in self.estimates}
         best = {"auroc": statistics.clear_best(self.compared)}
-        return main_table(self.study, labels, estimates, "folds", scored, note, best)
+        return main_table(self.study, labels, self.largest, "folds", scored, note, best)
 
     def _thresholds(self) -> str:
         """Where sensitivity and specificity are taken, here and in the paper."""
@@ -100,16 +102,12 @@ class ClassificationTables:
         def text(threshold: str) -> str:
             return OPERATING.get(threshold) or f"the threshold {float(threshold):g}"
 
-        chosen: dict[str, list[str]] = {}
+        chosen: dict[str, dict[str, None]] = defaultdict(dict)
         for variant in self.study.variants:
             for run in self.study.select(variant):
-                threshold = run.params.get("threshold") or "own"
-                chosen.setdefault("its run's own threshold" if threshold == "own" else text(threshold), []).append(
-                    variant
-                )
+                chosen[text(run.params.get("threshold") or "own")][name_of(variant)] = None
         ours = " or ".join(
-            place if len(chosen) == 1 else f"{place} ({', '.join(map(name_of, dict.fromkeys(variants)))})"
-            for place, variants in sorted(chosen.items())
+            place if len(chosen) == 1 else f"{place} ({', '.join(inits)})" for place, inits in sorted(chosen.items())
         )
         result = f"Sensitivity and specificity are at {ours}."
         if self.task.threshold == "youden":
@@ -120,10 +118,9 @@ class ClassificationTables:
 
     def comparisons(self) -> Table:
         """Paired differences of AUROC between inits, on all of the training part."""
-        found = self.compared
         note = (
             "Bootstrap of the difference, the same patients for both inits. Holm: p of the bootstrap, corrected for "
-            f"{compare_by(found)}; none for fewer than {statistics.FEWEST} patients. "
+            f"{compare_by(self.compared)}; none for fewer than {statistics.FEWEST} patients. "
         )
         note += (
             "DeLong: fold differences and variances added up (MLstatkit); not corrected"
@@ -133,46 +130,45 @@ class ClassificationTables:
             else "DeLong's test was not run: it needs MLstatkit, which is not installed (pip install "
             "volta-components[delong]); SciPy and scikit-learn do not have it."
         )
-        return comparison_table(f"{self.study.bundle}_comparisons", "AUROC", found, note, delong=True)
+        return comparison_table(f"{self.study.bundle}_comparisons", "AUROC", self.compared, note, delong=True)
 
-    def _compare(self, first: str, second: str, fraction: float) -> Comparison | None:
-        values: dict[int, list[float]] = {}
-        replicates: dict[int, list[Any]] = {}
-        arrays = []
-        patients: set[str] = set()
-        is_repeated = False
+    def _compare(self, first: str, second: str) -> Comparison | None:
         # Every seed of the one with every seed of the other: the difference of their means.
-        for ours, theirs in itertools.product(self.study.select(first, fraction), self.study.select(second, fraction)):
-            if ours.fold != theirs.fold:
-                continue
-            one, two = aligned_rows(ours.table, theirs.table)
-            if not len(one):
-                continue
-            weights = self.resamplings[ours.fold].weights(one["patient_id"])
-            label = one["label"].to_numpy()
-            scores = one["score"].to_numpy(float), two["score"].to_numpy(float)
-            difference = auroc(label, scores[0]) - auroc(label, scores[1])
-            values.setdefault(ours.fold, []).append(float(difference))
-            difference = auroc(label, scores[0], weights) - auroc(label, scores[1], weights)
-            replicates.setdefault(ours.fold, []).append(difference)
-            arrays.append((label, *scores))
-            patients.update(one["patient_id"])
-            is_repeated |= bool(one["patient_id"].duplicated().any())
-        if not values:
+        runs = itertools.product(self.study.select(first), self.study.select(second))
+        pairs = [(a.fold, *_aligned_rows(a.table, b.table)) for a, b in runs if a.fold == b.fold]
+        pairs = [(fold, one, two) for fold, one, two in pairs if len(one)]
+        if not pairs:
             return None
-        means = np.mean([np.mean(items, axis=0) for items in replicates.values()], axis=0)
+
+        def difference(one: pd.DataFrame, two: pd.DataFrame, weights: ArrayLike = 1.0) -> Array:
+            label = one["label"].to_numpy()
+            ours, theirs = (auroc(label, table["score"].to_numpy(float), weights) for table in (one, two))
+            return ours - theirs
+
+        values: dict[int, list[Array]] = defaultdict(list)
+        replicates: dict[int, list[Array]] = defaultdict(list)
+        for fold, one, two in pairs:
+            values[fold].append(difference(one, two))
+            replicates[fold].append(difference(one, two, self.resamplings[fold].weights(one["patient_id"])))
+        means = _mean_over_folds(replicates)
         low, high = interval(means)
+        patients = {patient for _, one, _ in pairs for patient in one["patient_id"]}
+        is_repeated = any(one["patient_id"].duplicated().any() for _, one, _ in pairs)
+        samples = [
+            (one["label"].to_numpy(), one["score"].to_numpy(float), two["score"].to_numpy(float))
+            for _, one, two in pairs
+        ]
         return Comparison(
             first,
             second,
-            float(np.mean([np.mean(items) for items in values.values()])),
+            float(_mean_over_folds(values)),
             low,
             high,
             # A handful of patients are drawn alike too often: any difference would look certain.
             statistics.bootstrap_p(means) if len(patients) >= statistics.FEWEST else math.nan,
             len(patients),
             # Several runs of one fold share their subjects, and several scans a patient: no independent samples.
-            math.nan if is_repeated or len(arrays) != len(values) else statistics.delong(arrays),
+            math.nan if is_repeated or len(values) < len(pairs) else statistics.delong(samples),
         )
 
     def fractions(self) -> Table | None:
@@ -182,7 +178,14 @@ class ClassificationTables:
 
     def calibration(self) -> Table:
         """Whether probabilities are frequencies: Brier score and expected calibration error."""
-        rows, numbers = [], []
+        table = Table(
+            name=f"{self.study.bundle}_calibration",
+            title="Calibration",
+            columns=["init", "Brier score", "Brier, no model", "calibration error"],
+            note="Of the probability of " + self.task.positive + ", scans of all folds together. Brier score: mean "
+            "squared error, 0 at best; without a model, everyone gets the share of the class. Calibration error: mean "
+            "distance between probability and frequency in 10 bins; of few scans it is too high.",
+        )
         for variant in self.study.variants:
             runs = self.study.select(variant)
             seeds = Counter(run.fold for run in runs)
@@ -195,25 +198,25 @@ class ClassificationTables:
             brier = Estimate(float(weighted_mean(error, single)), low=low, high=high).checked(subjects_of(runs))
             wrong = statistics.calibration_error(label, score)
             share_of_ones = float(weighted_mean(label.astype(float), single))
-            rows.append([name_of(variant), cell(brier), number(share_of_ones * (1 - share_of_ones)), number(wrong)])
             record = {"init": variant, "brier": brier.mean, "brier_low": brier.low, "brier_high": brier.high}
-            numbers.append({**record, "calibration_error": wrong, "patients": subjects_of(runs)})
-        return Table(
-            name=f"{self.study.bundle}_calibration",
-            title="Calibration",
-            frame=pd.DataFrame(numbers),
-            columns=["init", "Brier score", "Brier, no model", "calibration error"],
-            rows=rows,
-            note="Of the probability of " + self.task.positive + ", scans of all folds together. Brier score: mean "
-            "squared error, 0 at best; without a model, everyone gets the share of the class. Calibration error: mean "
-            "distance between probability and frequency in 10 bins; of few scans it is too high.",
-        )
+            table.add(
+                [name_of(variant), cell(brier), number(share_of_ones * (1 - share_of_ones)), number(wrong)],
+                {**record, "calibration_error": wrong, "patients": subjects_of(runs)},
+            )
+        return table
 
     def breakdown(self) -> Table:
         """AUROC, sensitivity and specificity by site, sex and age band."""
-        numbers, rows = [], []
+        breakdown = Table(
+            name=f"{self.study.bundle}_breakdown",
+            title="By site, sex and age",
+            groups=[("", 3), *((name_of(variant), 2) for variant in self.study.variants)],
+            columns=["group", "patients", self.task.positive, *["AUROC", "sens. / spec."] * len(self.study.variants)],
+            note="AUROC over pairs of patients of the same fold, with its 95 % CI; – where a group has one class only. "
+            "Small groups have wide intervals; these are not corrected for their number.",
+        )
         for group, value in groups_of([run.table for run in self.study.runs]):
-            row = [f"{group}: {value}", "–", "–"]
+            row, numbers = [f"{group}: {value}", "–", "–"], []
             for variant in self.study.variants:
                 chosen = [(run, members_of(run.table, group, value)) for run in self.study.select(variant)]
                 chosen = [(run, table) for run, table in chosen if len(table)]
@@ -240,26 +243,36 @@ class ClassificationTables:
                     cell(Estimate(area, low=low, high=high).checked(counts[0])),
                     " / ".join(plus_minus(item, math.nan) for item in shares),
                 ]
-                record = {
-                    "group": group,
-                    "value": value,
-                    "init": variant,
-                    "patients": counts[0],
-                    "positives": counts[1],
-                }
+                record = {"group": group, "value": value, "init": variant}
+                record |= {"patients": counts[0], "positives": counts[1]}
                 record |= {"auroc": area, "auroc_low": low, "auroc_high": high}
                 numbers.append({**record, "sensitivity": shares[0], "specificity": shares[1]})
-            rows.append(row)
-        return Table(
-            name=f"{self.study.bundle}_breakdown",
-            title="By site, sex and age",
-            frame=pd.DataFrame(numbers),
-            groups=[("", 3), *((name_of(variant), 2) for variant in self.study.variants)],
-            columns=["group", "patients", self.task.positive, *["AUROC", "sens. / spec."] * len(self.study.variants)],
-            rows=rows,
-            note="AUROC over pairs of patients of the same fold, with its 95 % CI; – where a group has one class only. "
-            "Small groups have wide intervals; these are not corrected for their number.",
-        )
+            breakdown.add(row, *numbers)
+        return breakdown
+
+
+def _fold_resamplings(study: Study, samples: int, seed: int) -> dict[int, Resampling]:
+    """One draw of patients for each fold, for all inits, fractions and seeds."""
+    rows: Any = pd.concat([run.table[["patient_id", "label"]].assign(fold=run.fold) for run in study.runs])
+    return {
+        fold: Resampling(table["patient_id"], table["label"], samples, [seed, fold])
+        for fold, table in rows.groupby("fold")
+    }
+
+
+def _aligned_rows(first: pd.DataFrame, second: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The scans that two tables share, in the same order."""
+    keys = [key for key in ("subject_id", "session") if key in first and key in second]
+    one, two = (
+        table.assign(_key=table[keys].astype(str).agg("_".join, axis=1)).set_index("_key") for table in (first, second)
+    )
+    shared = one.index.intersection(two.index)
+    return one.loc[shared].reset_index(drop=True), two.loc[shared].reset_index(drop=True)
+
+
+def _mean_over_folds(by_fold: Mapping[int, Sequence[Array]]) -> Array:
+    """Mean over folds of the mean within each."""
+    return np.mean([np.mean(found, axis=0) for found in by_fold.values()], axis=0)
 
 
 def _checked(found: dict[str, Estimate], runs: list[FinishedRun]) -> dict[str, Estimate]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,23 @@ import numpy as np
 import pandas as pd
 from nibabel.processing import resample_from_to
 
-from volta_components.data.labels import SIDES
+from volta_components.data.labels import SIDES, centre_x
 from volta_components.data.layouts.common import LEFT, RIGHT
 from volta_components.downstream.metrics import score_mask
+from volta_components.downstream.results import FACTS
 from volta_components.errors import InputError
 from volta_components.files import plain_cell
 from volta_components.report.store import FinishedRun, Store, Study
 
 FREESURFER = {17: LEFT, 53: RIGHT}
+
+
+@dataclass
+class ToolMasks:
+    """Another tool's masks: scores like the bundle's, and the files by scan."""
+
+    scores: pd.DataFrame
+    files: Mapping[str, Path]
 
 
 @dataclass
@@ -44,22 +53,23 @@ def scan_name(row: Any) -> str:
     return f"{row.subject_id}_{session}" if isinstance(session, str) and session else str(row.subject_id)
 
 
-def load_artifact(store: Store, run: FinishedRun, folder: str, name: str) -> nib.Nifti1Image | None:
-    """A volume of ``predictions/<folder>``; images and labels may be elsewhere on disk, as listed in ``paths.csv``."""
+def _load_first(store: Store, runs: Iterable[FinishedRun], folder: str, name: str) -> nib.Nifti1Image | None:
+    """A scan's volume of ``predictions/<folder>``, from the first of the runs that has it."""
+    path = next((path for run in runs for path in _places(store, run, folder, name)), None)
+    return None if path is None else _load(path)
+
+
+def _places(store: Store, run: FinishedRun, folder: str, name: str) -> Iterator[Path]:
+    """Files of a run's volume; images and labels may be elsewhere on disk, as listed in ``paths.csv``."""
     for suffix in (".nii.gz", ".nii"):
-        path = store.artifact(run.run_id, f"predictions/{folder}/{name}{suffix}")
-        if path is not None:
-            return _load(path)
+        if path := store.artifact(run.run_id, f"predictions/{folder}/{name}{suffix}"):
+            yield path
     column = {"images": "image", "labels": "label"}.get(folder)
-    listing = store.artifact(run.run_id, "predictions/paths.csv") if column else None
-    if listing is None:
-        return None
-    table = pd.read_csv(listing, dtype=str).map(plain_cell)
-    for row in table.itertuples():
-        path = Path(str(getattr(row, str(column), "")))
-        if scan_name(row) == name and path.is_file():
-            return _load(path)
-    return None
+    if column and (listing := store.artifact(run.run_id, "predictions/paths.csv")):
+        for row in pd.read_csv(listing, dtype=str).map(plain_cell).itertuples():
+            path = Path(str(getattr(row, column, "")))
+            if scan_name(row) == name and path.is_file():
+                yield path
 
 
 def _load(path: Path) -> nib.Nifti1Image:
@@ -72,33 +82,32 @@ def _load(path: Path) -> nib.Nifti1Image:
 
 def find_case(store: Store, study: Study, name: str, fold: int, scores: dict[str, float]) -> Case:
     """Image, truth and every init's mask of one scan."""
-    runs = {v: [run for run in study.select_one_seed(v) if run.fold == fold] for v in study.variants}
-    everything = [run for found in runs.values() for run in found]
-    found = {variant: _first(store, runs[variant], "masks", name) for variant in study.variants}
+    runs = _runs_of_fold(study, fold)
+    found = {variant: _load_first(store, [run], "masks", name) for variant, run in runs.items()}
     masks = {variant: mask for variant, mask in found.items() if mask is not None}
-    image, truth = (_first(store, everything, folder, name) for folder in ("images", "labels"))
+    image, truth = (_load_first(store, runs.values(), folder, name) for folder in ("images", "labels"))
     return Case(name, image, truth, masks, scores)
 
 
-def _first(store: Store, runs: Sequence[FinishedRun], folder: str, name: str) -> nib.Nifti1Image | None:
-    """A scan's volume from the first of the runs that has it."""
-    return next((item for run in runs if (item := load_artifact(store, run, folder, name)) is not None), None)
+def _runs_of_fold(study: Study, fold: int) -> dict[str, FinishedRun]:
+    """The run of each init that scored a fold; of several seeds, the lowest."""
+    return {v: run for v in study.variants for run in study.select_one_seed(v) if run.fold == fold}
 
 
-def score_masks(store: Store, study: Study, tool: str, folder: Path) -> tuple[pd.DataFrame, dict[str, Path], list[str]]:
-    """Score another tool's label maps on the scans that the reference init was scored on.
+def score_masks(store: Store, study: Study, tool: str, folder: Path) -> ToolMasks:
+    """Score another tool's label maps on the scans that the reference init was scored on; the study gets notes.
 
     Label maps have left = 1 and right = 2, or FreeSurfer's 17 and 53; they may be on any grid in the scans' world
     space, and are resampled (nearest) to the truth's grid, as FreeSurfer's own grid is not the scan's. Files are
     ``<scan>.nii[.gz]``, ``<scan>.mgz``, or FreeSurfer's ``<scan>/mri/aseg.mgz``, where scan is
     ``<subject_id>_<session>`` or ``<subject_id>``.
 
-    Returns:
-        A table like the bundle's ``scores.csv``, the files, and notes.
-
     Raises:
-        InputError: if the folder is missing, has none of the scans, or a label map cannot be used.
+        InputError: if an init has the tool's name, the folder is missing, has none of the scans, or a label map cannot
+            be used.
     """
+    if tool in study.variants:
+        raise InputError(f"--masks {tool}={folder}: an init has this name; choose another")
     if not folder.is_dir():
         raise InputError(f"--masks {tool}={folder}: no such folder")
     rows: list[dict[str, Any]] = []
@@ -107,14 +116,14 @@ def score_masks(store: Store, study: Study, tool: str, folder: Path) -> tuple[pd
     bad: list[tuple[str, str, str]] = []
     files: dict[str, Path] = {}
     for run in study.select_one_seed(study.reference):
-        beside = [other for v in study.variants for other in study.select_one_seed(v) if other.fold == run.fold]
+        beside = _runs_of_fold(study, run.fold)
         for row in run.table.itertuples():
             name = scan_name(row)
             path = _find(folder, name, str(row.subject_id))
             if path is None:
                 absent.append(name)
                 continue
-            truth = _first(store, beside, "labels", name)
+            truth = _load_first(store, beside.values(), "labels", name)
             if truth is None:
                 no_truth.append(name)
                 continue
@@ -126,10 +135,8 @@ def score_masks(store: Store, study: Study, tool: str, folder: Path) -> tuple[pd
             files[name] = path
             theirs, true = (np.asanyarray(volume.dataobj) for volume in (mask, truth))
             scores = score_mask(theirs, true, nib.affines.voxel_sizes(truth.affine))
-            known = {
-                key: getattr(row, key) for key in ("session", "site", "sex", "age", "patient_id") if hasattr(row, key)
-            }
-            rows.append({"subject_id": row.subject_id, **known, "fold": run.fold, **scores})
+            facts = {key: getattr(row, key) for key in FACTS if hasattr(row, key)}
+            rows.append({**facts, "fold": run.fold, **scores})
     if bad:
         raise InputError.many(
             f"--masks {tool}={folder}: {len(bad)} label maps cannot be used",
@@ -141,14 +148,14 @@ def score_masks(store: Store, study: Study, tool: str, folder: Path) -> tuple[pd
         expected = ", ".join((absent + no_truth)[:3])
         reason = "the truths of its scans are neither in MLflow nor on disk" if no_truth else "none of the scored scans"
         raise InputError(f"--masks {tool}={folder}: {reason}; expected files such as {expected}.nii.gz")
-    notes = []
     if absent:
-        notes.append(
+        study.notes.append(
             f"{tool} has no mask of {len(absent)} scored scans, which its row leaves out: {', '.join(absent)}."
         )
     if no_truth:
-        notes.append(f"{tool} could not be scored on {len(no_truth)} scans without a truth: {', '.join(no_truth)}.")
-    return pd.DataFrame(rows), files, notes
+        missing = ", ".join(no_truth)
+        study.notes.append(f"{tool} could not be scored on {len(no_truth)} scans without a truth: {missing}.")
+    return ToolMasks(pd.DataFrame(rows), files)
 
 
 def read_mask(path: Path, truth: nib.Nifti1Image) -> nib.Nifti1Image:
@@ -166,12 +173,9 @@ def read_mask(path: Path, truth: nib.Nifti1Image) -> nib.Nifti1Image:
         values = sum(side * (values == label) for label, side in FREESURFER.items())
     elif not labels <= {0, 1, 2}:
         raise InputError(f"labels {sorted(labels)[:8]}")
-    # The first world axis of NIfTI points to the right: the left hippocampus has the smaller coordinate.
-    places = {side: np.argwhere(values == label) for side, label in SIDES.items()}
-    if all(len(place) for place in places.values()):
-        left, right = (nib.affines.apply_affine(source.affine, places[side].mean(axis=0))[0] for side in SIDES)
-        if left > right:
-            raise InputError("left and right are swapped")
+    left, right = (values == label for label in SIDES.values())
+    if left.any() and right.any() and centre_x(left, source.affine) > centre_x(right, source.affine):
+        raise InputError("left and right are swapped")
     image = nib.Nifti1Image(values.astype(np.uint8), source.affine)
     if image.shape == truth.shape and np.allclose(image.affine, truth.affine, atol=1e-3):
         return image

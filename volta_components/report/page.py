@@ -5,18 +5,15 @@ from __future__ import annotations
 
 import base64
 import datetime
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from volta_components._version import __version__
 from volta_components.data.labels import SIDES
 from volta_components.report.figures import Picture
-from volta_components.report.paper import TASKS, Task, name_of
+from volta_components.report.paper import name_of
 from volta_components.report.pretraining import Pretraining
 from volta_components.report.store import Study
 from volta_components.report.tables import Table, number
@@ -41,11 +38,6 @@ class Section:
     pictures: list[Picture] = field(default_factory=list)
     viewer: Viewer | None = None
 
-    @property
-    def task(self) -> Task:
-        """Title and classes."""
-        return TASKS.get(self.study.bundle, Task("", self.study.bundle))
-
 
 def render(
     sections: list[Section], runs: Table, made: Table, pretraining: Pretraining | None, absent: list[str], root: Path
@@ -54,7 +46,6 @@ def render(
     environment = template_environment("volta_components.report", is_html=True)
     environment.filters["embedded"] = embedded
     environment.filters["relative"] = lambda path: Path(path).relative_to(root).as_posix()
-    environment.filters["script_json"] = script_json
     tags = [run.tags for section in sections for run in section.study.runs]
     return environment.get_template("index.html.jinja").render(
         sections=sections,
@@ -76,7 +67,7 @@ def render_subjects(studies: list[Study]) -> str:
     """A page with all predictions of each subject: every task, init, fold and seed."""
     subjects: dict[str, dict[str, Any]] = {}
     for study in studies:
-        task = TASKS.get(study.bundle, Task("", study.bundle))
+        task = study.task
         for run in sorted(study.runs, key=lambda run: (-run.fraction, study.variants.index(run.variant), run.seed)):
             for row in run.table.to_dict("records"):
                 about = {"task": task.short or task.title, "init": name_of(run.variant), "fold": run.fold}
@@ -103,11 +94,5 @@ def _text(value: Any) -> str:
 
 
 def embedded(path: Path) -> str:
-    """A picture as a ``data:`` address."""
-    kind = {".png": "image/png", ".svg": "image/svg+xml"}[path.suffix]
-    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
-
-
-def script_json(content: object) -> Markup:
-    """JSON that may stand inside a ``script`` element."""
-    return Markup(json.dumps(content).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+    """A PNG as a ``data:`` address."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -31,12 +32,6 @@ class Task:
     paper: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
 
 
-def _scores(
-    auroc: tuple[float, float], sensitivity: tuple[float, float], specificity: tuple[float, float]
-) -> dict[str, tuple[float, float]]:
-    return {"auroc": auroc, "sensitivity": sensitivity, "specificity": specificity}
-
-
 TASKS = {
     "ixi_sex": Task(
         table="I",
@@ -46,9 +41,9 @@ TASKS = {
         negative="male",
         threshold="0.5",
         paper={
-            "volta": _scores((0.98, 0.01), (0.92, 0.06), (0.80, 0.20)),
-            "vit_scratch": _scores((0.94, 0.02), (0.87, 0.08), (0.82, 0.14)),
-            "swin_scratch": _scores((0.85, 0.03), (0.52, 0.33), (0.71, 0.22)),
+            "volta": {"auroc": (0.98, 0.01), "sensitivity": (0.92, 0.06), "specificity": (0.80, 0.20)},
+            "vit_scratch": {"auroc": (0.94, 0.02), "sensitivity": (0.87, 0.08), "specificity": (0.82, 0.14)},
+            "swin_scratch": {"auroc": (0.85, 0.03), "sensitivity": (0.52, 0.33), "specificity": (0.71, 0.22)},
         },
     ),
     "aibl_ad": Task(
@@ -59,9 +54,9 @@ TASKS = {
         negative="healthy",
         threshold="youden",
         paper={
-            "volta": _scores((0.72, 0.10), (0.72, 0.20), (0.72, 0.08)),
-            "vit_scratch": _scores((0.67, 0.05), (0.64, 0.16), (0.72, 0.14)),
-            "swin_scratch": _scores((0.64, 0.03), (0.58, 0.12), (0.73, 0.11)),
+            "volta": {"auroc": (0.72, 0.10), "sensitivity": (0.72, 0.20), "specificity": (0.72, 0.08)},
+            "vit_scratch": {"auroc": (0.67, 0.05), "sensitivity": (0.64, 0.16), "specificity": (0.72, 0.14)},
+            "swin_scratch": {"auroc": (0.64, 0.03), "sensitivity": (0.58, 0.12), "specificity": (0.73, 0.11)},
         },
     ),
     "harp_hippocampus": Task(
@@ -116,7 +111,7 @@ def colours_of(variants: list[str]) -> dict[str, str]:
     return {variant: COLOURS.get(variant) or next(spare) for variant in variants}
 
 
-def in_order(variants: set[str]) -> list[str]:
-    """VolTA-3D first, then the paper's baselines, then the rest by name."""
-    known = list(NAMES)
-    return sorted(variants, key=lambda name: (known.index(name) if name in known else len(known), name))
+def in_order(names: Iterable[str], known: Iterable[str] = NAMES) -> list[str]:
+    """The known ones first, in their order (VolTA-3D, then the paper's baselines), then the rest by name."""
+    order = list(known)
+    return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))

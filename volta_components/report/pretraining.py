@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -101,11 +99,11 @@ def _describe_run(result: Pretraining, store: Store, run: Any, figures: Path) ->
     tags, metrics = run.data.tags, run.data.metrics
     end = run.info.end_time or run.info.start_time
     hours = metrics.get("cost/hours", (end - run.info.start_time) / 3.6e6)
-    memory = metrics.get("cost/peak_memory_gib", math.nan)
+    memory = metrics.get("cost/peak_memory_gib")
     known = {
         "epochs": run.data.params.get("epochs"),
         "hours of training": number(hours, 2),
-        "memory at the peak": "" if math.isnan(memory) else f"{memory:.1f} GiB",
+        "memory at the peak": "" if memory is None else f"{memory:.1f} GiB",
         **{label: number(metrics[name], 4) for name, label in LAST.items() if name in metrics},
         "hardware": tags.get("hardware"),
         "code": tags.get("code_version"),
@@ -150,31 +148,29 @@ def _copied(source: Path, figures: Path, name: str, title: str, caption: str) ->
     return Picture(figures / f"{name}.png", None, title, caption, inches)
 
 
-def _probe_table(found: Sequence[Mapping[str, Any]]) -> Table:
+def _probe_table(found: Sequence[dict[str, Any]]) -> Table:
     """What each probe finds in the encoder, in random weights and in plain voxels."""
-    frame = pd.DataFrame(found)
-    encoders = list(dict.fromkeys(frame["encoder"]))
-    rows = []
-    for keys, group in frame.groupby(["label", "embedding", "probe", "measure"], sort=False):
-        label, embedding, probe, measure = map(str, keys)
-        row = [label, embedding, PROBES.get(probe, probe), MEASURES[measure]]
-        for encoder in encoders:
-            of_encoder = group[group["encoder"] == encoder]
-            values = [Estimate(item.value, low=item.low, high=item.high) for item in of_encoder.itertuples()]
-            row.append(cell(values[0].checked(of_encoder["patients"].iloc[0])) if values else "–")
-        rows.append([*row, number(group["chance"].iloc[0]), str(group["patients"].max())])
+    encoders = list(dict.fromkeys(row["encoder"] for row in found))
     names = {"volta": "VolTA-3D", "random": "random weights"}
-    return Table(
+    table = Table(
         name="pretraining_probes",
         title="What the frozen encoder knows",
-        frame=frame,
         groups=[("", 4), ("value", len(encoders)), ("", 2)],
         columns=[
             *("question", "embedding", "probe", "measure"),
             *(names.get(name, name) for name in encoders),
             *("chance", "patients"),
         ],
-        rows=rows,
+        numbers=[*found],
         note="Probes of the frozen encoder, out of fold, with 95 % CI over patients; beside it, the same network with "
         "random weights, and plain voxels. The cohort should be hard to tell.",
     )
+    for keys, group in table.frame.groupby(["label", "embedding", "probe", "measure"], sort=False):
+        label, embedding, probe, measure = map(str, keys)
+        row = [label, embedding, PROBES.get(probe, probe), MEASURES[measure]]
+        for encoder in encoders:
+            of_encoder = group[group["encoder"] == encoder]
+            values = [Estimate(item.value, low=item.low, high=item.high) for item in of_encoder.itertuples()]
+            row.append(cell(values[0].checked(of_encoder["patients"].iloc[0])) if values else "–")
+        table.add([*row, number(group["chance"].iloc[0]), str(group["patients"].max())])
+    return table

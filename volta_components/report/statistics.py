@@ -125,12 +125,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     Source: Holm, 1979.
     """
-    known = [index for index, p in enumerate(p_values) if math.isfinite(p)]
-    adjusted, highest = [math.nan] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(known, key=lambda index: p_values[index])):
-        highest = max(highest, min(1.0, (len(known) - rank) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted
+    p = np.asarray(p_values, dtype=float)
+    rising = p.argsort()[: np.isfinite(p).sum()]  # NaN is last
+    adjusted = np.full(len(p), math.nan)
+    adjusted[rising] = np.maximum.accumulate(np.minimum(1, p[rising] * np.arange(len(rising), 0, -1)))
+    return adjusted.tolist()
 
 
 def wilcoxon(first: NDArray[Any], second: NDArray[Any]) -> float:
@@ -260,12 +259,12 @@ def intraclass_correlation(ratings: NDArray[Any]) -> float:
     return float((rows - error) / total) if total > 0 else math.nan
 
 
-def clear_best(found: Sequence[Comparison], level: float = 0.05) -> str | None:
-    """The init that is better than every other one, each time with a corrected p below the level; else None."""
+def clear_best(found: Sequence[Comparison]) -> str | None:
+    """The init that is better than every other one, each time with a corrected p below 0.05; else None."""
     beaten: dict[str, set[str]] = {}
     inits = {name for item in found for name in (item.first, item.second)}
     for item, p in zip(found, holm([item.p for item in found]), strict=True):
-        if p < level:
+        if p < 0.05:
             better, worse = (item.first, item.second)[:: 1 if item.difference > 0 else -1]
             beaten.setdefault(better, set()).add(worse)
     return next((name for name, others in beaten.items() if others == inits - {name}), None)

@@ -15,13 +15,13 @@ from urllib.request import url2pathname
 
 import pandas as pd
 
-from volta_components.crossval.store import search_runs
+from volta_components.crossval.store import mlflow_client, search_runs
 from volta_components.downstream.inits import BASE_INIT
 from volta_components.downstream.tracking import RECIPE_TAG
 from volta_components.errors import InputError
 from volta_components.files import plain_cell
-from volta_components.report.paper import TASKS, in_order
-from volta_components.training.stores import check_store
+from volta_components.report.paper import TASKS, Task, in_order
+from volta_components.training.stores import check_store, store_file
 
 # Parameters and tags that differ between the runs of one cross-validation by design.
 VARYING = {"fold", "fraction", "seed", "run_name", "epoch_length", "class_weights", "max_iterations"}
@@ -107,6 +107,11 @@ class Study:
     incomplete: bool = False
 
     @property
+    def task(self) -> Task:
+        """What the paper says of it: title, classes and numbers."""
+        return TASKS.get(self.bundle, Task("", self.bundle))
+
+    @property
     def phantom(self) -> bool:
         """Whether any run is of phantoms."""
         return any(run.tags.get("phantom") == "true" for run in self.runs)
@@ -121,10 +126,14 @@ class Study:
         """Shares of the training part, rising."""
         return sorted({run.fraction for run in self.runs})
 
+    def runs_of(self, variant: str) -> list[FinishedRun]:
+        """All runs of an init."""
+        return [run for run in self.runs if run.variant == variant]
+
     def select(self, variant: str, fraction: float | None = None) -> list[FinishedRun]:
         """Runs of an init, by fold; of the largest fraction unless told otherwise."""
         wanted = self.fractions[-1] if fraction is None else fraction
-        found = [run for run in self.runs if run.variant == variant and run.fraction == wanted]
+        found = [run for run in self.runs_of(variant) if run.fraction == wanted]
         return sorted(found, key=lambda run: (run.fold, run.seed))
 
     def select_one_seed(self, variant: str) -> list[FinishedRun]:
@@ -154,7 +163,6 @@ class Store:
     """
 
     def __init__(self, tracking_uri: str, relocate: Path | None = None) -> None:
-        from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
         # MLflow would create a missing database, retry a file that is no database, and wait minutes for an absent
@@ -164,7 +172,7 @@ class Store:
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         self.tracking_uri, self.relocate = tracking_uri, relocate
         try:
-            self.client = MlflowClient(tracking_uri=tracking_uri)
+            self.client = mlflow_client(tracking_uri)
             self.experiments = {item.experiment_id: item.name for item in self.client.search_experiments()}
         except (MlflowException, ValueError) as error:
             raise InputError(f"{tracking_uri}: MLflow cannot read it ({error}); see --tracking-uri") from error
@@ -186,8 +194,8 @@ class Store:
         if not address.startswith(("file:", "/")):
             return []
         beside = [self.relocate] if self.relocate else []
-        if self.tracking_uri.startswith("sqlite:///"):
-            beside.append(Path(self.tracking_uri.removeprefix("sqlite:///")).parent / "mlruns")
+        if database := store_file(self.tracking_uri):
+            beside.append(database.parent / "mlruns")
         logged = Path(url2pathname(urlsplit(address).path))
         return list(dict.fromkeys([logged, *(folder / run_id / "artifacts" for folder in beside)]))
 
@@ -232,9 +240,7 @@ def read_studies(store: Store, experiments: list[str] | None = None) -> list[Stu
             f"{store.tracking_uri}: no finished run in {', '.join(sorted(store.experiments.values()))}; "
             "run volta3d crossval, or name another store or experiment (--tracking-uri, --experiments)"
         )
-    studies = [_study(store, bundle, runs) for bundle, runs in finished.items()]
-    order = list(TASKS)
-    studies.sort(key=lambda study: (order.index(study.bundle) if study.bundle in order else len(order), study.bundle))
+    studies = [_study(store, bundle, finished[bundle]) for bundle in in_order(finished, TASKS)]
     unfinished = Counter(
         item.data.tags["bundle"]
         for item in store.search("attributes.status != 'FINISHED'")
@@ -287,11 +293,10 @@ def _study(store: Store, bundle: str, runs: list[FinishedRun]) -> Study:
     notes: list[str] = []
     # Newest first; what was started by hand comes last, so that it decides nothing where crossval was at work.
     runs = sorted(runs, key=lambda run: (run.by_hand, -run.started))
-    datalist = runs[0].tags.get("datalist_hash", "")
-    others = Counter(run.tags.get("datalist_hash", "") for run in runs)
-    others.pop(datalist)
-    for other, count in others.items():
-        notes.append(f"Not counted: {_runs(count)} of another datalist ({other[:12] or 'unnamed'}).")
+    datalists = Counter(run.tags.get("datalist_hash", "") for run in runs)
+    datalist, *others = datalists
+    for other in others:
+        notes.append(f"Not counted: {_runs(datalists[other])} of another datalist ({other[:12] or 'unnamed'}).")
     runs = [run for run in runs if run.tags.get("datalist_hash", "") == datalist]
     planned = {run.variant for run in runs if not run.by_hand}
     extra = [run for run in runs if run.by_hand and run.variant in planned]
@@ -300,13 +305,11 @@ def _study(store: Store, bundle: str, runs: list[FinishedRun]) -> Study:
         notes.append(
             f"Not counted: {_runs(len(extra))} started by hand, of an init that volta3d crossval was run for: {names}."
         )
+    runs = [run for run in runs if run not in extra]
     cells: dict[tuple[str, float, int, int], FinishedRun] = {}
-    repeated = 0
     for run in runs:
-        if run not in extra:
-            repeated += run.cell in cells
-            cells.setdefault(run.cell, run)
-    if repeated:
+        cells.setdefault(run.cell, run)
+    if repeated := len(runs) - len(cells):
         notes.append(f"Not counted: {_runs(repeated)} of an init, fraction, fold and seed that has a newer one.")
     kept = list(cells.values())
     kind = _read_tables(store, kept)
@@ -367,31 +370,25 @@ def _note_missing(study: Study) -> None:
     if absent:
         cells = ", ".join(f"{variant} fold {fold} fraction {fraction:g}" for variant, fraction, fold in absent)
         study.notes.append(f"{len(absent)} of {len(full)} combinations have no finished run: {cells}.")
-    task = TASKS.get(study.bundle)
-    for variant in task.paper if task else ():
-        if variant not in study.variants:
-            study.notes.append(f"The paper's {variant} was not run.")
+    study.notes += [
+        f"The paper's {variant} was not run." for variant in study.task.paper if variant not in study.variants
+    ]
 
 
 def _find_mixed_rows(study: Study) -> None:
     """All runs of a row must have the same settings, but for those that a cross-validation varies."""
     for variant in study.variants:
-        runs = [run for run in study.runs if run.variant == variant]
-        values: dict[str, set[str]] = defaultdict(set)
-        for run in runs:
-            for key, value in {**run.params, "encoder_sha256": run.tags.get("encoder_sha256", "")}.items():
-                values[key].add(value)
-        values = {
-            key: found
-            for key, found in values.items()
-            if len(found) > 1 and key not in VARYING and not key.endswith(("_digest", "_samples"))
-        }
+        runs = study.runs_of(variant)
+        settings = [{**run.params, "encoder_sha256": run.tags.get("encoder_sha256", "")} for run in runs]
+        keys = {key for known in settings for key in known if not key.endswith(("_digest", "_samples"))} - VARYING
+        found = {key: {known[key] for known in settings if key in known} for key in sorted(keys)}
+        mixed = {key: values for key, values in found.items() if len(values) > 1}
         # Crossval's hash of the whole configuration; older stores do not have it.
         recipes = {run.tags[RECIPE_TAG] for run in runs if RECIPE_TAG in run.tags}
-        if not values and len(recipes) > 1:
-            values = {"the merged configuration's hash": {recipe[:8] for recipe in recipes}}
-        if values:
-            text = "; ".join(f"{key} is {' or '.join(sorted(found)[:4])}" for key, found in sorted(values.items()))
+        if not mixed and len(recipes) > 1:
+            mixed = {"the merged configuration's hash": {recipe[:8] for recipe in recipes}}
+        if mixed:
+            text = "; ".join(f"{key} is {' or '.join(sorted(values)[:4])}" for key, values in mixed.items())
             study.alarms.append(
                 Alarm(
                     "Mixed settings",
@@ -411,15 +408,11 @@ def _find_unequal_training(study: Study) -> None:
 
 
 def _find_runs_by_hand(study: Study) -> None:
-    by_hand = {
-        variant: [run.name for run in study.runs if run.by_hand and run.variant == variant]
-        for variant in study.variants
-    }
-    rows = {variant: sorted(names) for variant, names in by_hand.items() if names}
+    names = {variant: sorted(run.name for run in study.runs_of(variant) if run.by_hand) for variant in study.variants}
+    rows = "; ".join(f"the row {variant} ({', '.join(found)})" for variant, found in names.items() if found)
     if not rows:
         return
-    text = "Not started by volta3d crossval: "
-    text += "; ".join(f"the row {variant} ({', '.join(names)})" for variant, names in rows.items()) + "."
+    text = f"Not started by volta3d crossval: {rows}."
     if all(run.by_hand for run in study.runs):
         study.notes.append(text)
     else:

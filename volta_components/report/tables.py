@@ -11,9 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from volta_components.downstream.metrics import BOOTSTRAP, Resampling
 from volta_components.report import statistics
-from volta_components.report.paper import METRICS, TASKS, Task, in_order, name_of
+from volta_components.report.paper import METRICS, in_order, name_of
 from volta_components.report.statistics import Comparison, Estimate
 from volta_components.report.store import FinishedRun, Study
 
@@ -28,7 +27,6 @@ SHOWN_OPTIMISTIC = {
 }
 AGE_BANDS = (0, 30, 45, 60, 70, 80, 200)
 OURS, INTERVAL, PAPER = "here", "95 % CI", "paper"
-OPERATING = {"youden": "Youden's J, chosen on an inner validation part of the training folds"}
 BOLD = "Bold: better than every other init (Holm's p below 0.05 in the table of paired differences)."
 INTERVALS = (
     "A bootstrap interval needs 20 patients that differ; otherwise shares get the exact one (Clopper-Pearson), and "
@@ -44,22 +42,32 @@ class Table:
     Attributes:
         name: of its CSV file.
         title: above it.
-        frame: the numbers, one row for each cell of the page.
-        groups: labels over columns, and how many columns each spans.
         columns: labels; those that begin with ``paper`` are set apart.
-        rows: texts.
+        groups: labels over columns, and how many columns each spans.
         note: below it.
+        rows: texts of the page.
+        numbers: rows of the CSV file, by column.
         bold: row and column of cells that are better than all others.
     """
 
     name: str
     title: str
-    frame: pd.DataFrame
+    columns: list[str]
     groups: list[tuple[str, int]] = field(default_factory=list)
-    columns: list[str] = field(default_factory=list)
-    rows: list[list[str]] = field(default_factory=list)
     note: str = ""
+    rows: list[list[str]] = field(default_factory=list)
+    numbers: list[dict[str, Any]] = field(default_factory=list)
     bold: set[tuple[int, int]] = field(default_factory=set)
+
+    def add(self, texts: Sequence[str], *numbers: dict[str, Any]) -> None:
+        """Add a row of the page, and what the CSV file has of it."""
+        self.rows.append([*texts])
+        self.numbers += numbers
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """What the CSV file has."""
+        return pd.DataFrame(self.numbers)
 
 
 def number(value: float, digits: int = 2, sign: bool = False) -> str:
@@ -96,23 +104,9 @@ def p_text(p: float) -> str:
     return "–" if not math.isfinite(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def fold_resamplings(study: Study, samples: int = BOOTSTRAP, seed: int = 0) -> dict[int, Resampling]:
-    """One draw of patients for each fold, for all inits, fractions and seeds."""
-    rows: Any = pd.concat([run.table[["patient_id", "label"]].assign(fold=run.fold) for run in study.runs])
-    return {
-        fold: Resampling(table["patient_id"], table["label"], samples, [seed, fold])
-        for fold, table in rows.groupby("fold")
-    }
-
-
 def subjects_of(runs: Sequence[FinishedRun]) -> int:
     """Number of patients in the scored parts of runs."""
     return len({patient for run in runs for patient in run.table["patient_id"]})
-
-
-def task_of(study: Study) -> Task:
-    """What the paper says of a study's task."""
-    return TASKS.get(study.bundle, Task("", study.bundle))
 
 
 def optimistic(study: Study) -> Table | None:
@@ -125,22 +119,20 @@ def optimistic(study: Study) -> Table | None:
         "segmentation": ("epoch", "Shown because the paper took the epoch that has the best Dice on its hold-out."),
     }[study.kind]
     shown = [f"optimistic_{name}" for name in SHOWN_OPTIMISTIC if f"optimistic_{name}" in names]
-    numbers, rows = [], []
+    table = Table(
+        name=f"{study.bundle}_optimistic",
+        title=f"Optimistic: the {what} chosen on the scored part itself",
+        columns=["init", *(SHOWN_OPTIMISTIC[name.removeprefix("optimistic_")] for name in shown)],
+        note=f"Too good by construction. {why} Mean ± SD over runs.",
+    )
     for variant in study.variants:
-        texts = {}
+        texts, numbers = {}, []
         for name in names:
             value = statistics.estimate([run.metrics.get(name, math.nan) for run in study.select(variant)])
             numbers.append({"init": variant, "metric": name, "mean": value.mean, "sd": value.sd, "runs": value.count})
             texts[name] = plus_minus(value.mean, value.sd, 0 if name == "optimistic_epoch" else 2)
-        rows.append([name_of(variant), *(texts[name] for name in shown)])
-    return Table(
-        name=f"{study.bundle}_optimistic",
-        title=f"Optimistic: the {what} chosen on the scored part itself",
-        frame=pd.DataFrame(numbers),
-        columns=["init", *(SHOWN_OPTIMISTIC[name.removeprefix("optimistic_")] for name in shown)],
-        rows=rows,
-        note=f"Too good by construction. {why} Mean ± SD over runs.",
-    )
+        table.add([name_of(variant), *(texts[name] for name in shown)], *numbers)
+    return table
 
 
 def run_table(studies: Sequence[Study]) -> Table:
@@ -154,32 +146,38 @@ def run_table(studies: Sequence[Study]) -> Table:
         "leak",
         "phantom",
     )
-    numbers, rows = [], []
+    table = Table(
+        name="runs",
+        title="Runs that count",
+        columns=["bundle", "run", "started by", "datalist", "encoder", "code", "leak", "MLflow id"],
+    )
     for study in studies:
         for run in sorted(
             study.runs, key=lambda run: (study.variants.index(run.variant), run.fraction, run.fold, run.seed)
         ):
             tags = {"started_by": "hand" if run.by_hand else "crossval"}
             tags |= {key: run.tags.get(key, "") for key in keys}
-            numbers.append({"bundle": study.bundle, "run": run.name, "run_id": run.run_id, "seed": run.seed, **tags})
             hashes = [(tags[key] or "–")[:12] for key in ("datalist_hash", "encoder_sha256")]
             rest = tags["code_version"] or "–", tags["leak"] or "–", run.run_id[:8]
-            rows.append([study.bundle, run.name, tags["started_by"], *hashes, *rest])
-    return Table(
-        name="runs",
-        title="Runs that count",
-        frame=pd.DataFrame(numbers),
-        columns=["bundle", "run", "started by", "datalist", "encoder", "code", "leak", "MLflow id"],
-        rows=rows,
-    )
+            table.add(
+                [study.bundle, run.name, tags["started_by"], *hashes, *rest],
+                {"bundle": study.bundle, "run": run.name, "run_id": run.run_id, "seed": run.seed, **tags},
+            )
+    return table
 
 
 def made_table(studies: Sequence[Study]) -> Table:
     """What the runs of each init were computed on, how long they took, and the commands that started them."""
-    rows, numbers = [], []
+    table = Table(
+        name="made",
+        title="Hardware, time and commands",
+        columns=["bundle", "init", "runs", "hours", "GiB", "hardware", "command"],
+        note="Hours: of training, added up over runs, side by side or not. GiB: memory at the peak of a run. Where a "
+        "run was started by hand, its command is in MLflow.",
+    )
     for study in studies:
         for variant in study.variants:
-            runs = [run for run in study.runs if run.variant == variant]
+            runs = study.runs_of(variant)
             hours = sum(run.metrics.get("cost/hours", (run.ended - run.started) / 3.6e6) for run in runs)
             peak = "cost/peak_memory_gib"
             memory = max((run.metrics[peak] for run in runs if peak in run.metrics), default=math.nan)
@@ -188,18 +186,11 @@ def made_table(studies: Sequence[Study]) -> Table:
                 for what in ("hardware", "made_by")
             }
             shown = str(len(runs)), number(hours, 2), number(memory, 1)
-            rows.append([study.bundle, name_of(variant), *shown, *found.values()])
             known = {"bundle": study.bundle, "init": variant, "runs": len(runs), "hours": hours}
-            numbers.append({**known, "peak_memory_gib": memory, **found})
-    return Table(
-        name="made",
-        title="Hardware, time and commands",
-        frame=pd.DataFrame(numbers),
-        columns=["bundle", "init", "runs", "hours", "GiB", "hardware", "command"],
-        rows=rows,
-        note="Hours: of training, added up over runs, side by side or not. GiB: memory at the peak of a run. Where a "
-        "run was started by hand, its command is in MLflow.",
-    )
+            table.add(
+                [study.bundle, name_of(variant), *shown, *found.values()], {**known, "peak_memory_gib": memory, **found}
+            )
+    return table
 
 
 def compare_by(found: Sequence[Comparison | None]) -> str:
@@ -209,78 +200,25 @@ def compare_by(found: Sequence[Comparison | None]) -> str:
 
 def comparison_table(name: str, metric: str, found: list[Comparison], note: str, delong: bool = False) -> Table:
     """Paired comparisons with Holm's correction."""
-    corrected = statistics.holm([item.p for item in found])
-    rows, numbers = [], []
-    for item, holm in zip(found, corrected, strict=True):
+    further = ["p (DeLong)"] if delong else []
+    table = Table(
+        name=name,
+        title=f"Paired differences of {metric}",
+        columns=["comparison", "difference", INTERVAL, "p", "p (Holm)", *further, "patients"],
+        note=note if found else "Needs two inits that were scored on the same patients.",
+    )
+    for item, holm in zip(found, statistics.holm([item.p for item in found]), strict=True):
         checked = Estimate(low=item.low, high=item.high).checked(item.count)
         text = bracket(checked.low, checked.high, 3) if checked.interval == "bootstrap" else checked.interval
         row = [f"{name_of(item.first)} − {name_of(item.second)}", number(item.difference, 3, sign=True)]
         row += [text, p_text(item.p), p_text(holm)]
-        rows.append([*row, *([p_text(item.delong)] if delong else []), str(item.count)])
         record = {"first": item.first, "second": item.second, "metric": metric, "difference": item.difference}
         record |= {"low": checked.low, "high": checked.high, "p": item.p, "p_holm": holm, "patients": item.count}
-        numbers.append({**record, **({"p_delong": item.delong} if delong else {})})
-    return Table(
-        name=name,
-        title=f"Paired differences of {metric}",
-        frame=pd.DataFrame(numbers),
-        columns=[
-            "comparison",
-            "difference",
-            INTERVAL,
-            "p",
-            "p (Holm)",
-            *(["p (DeLong)"] if delong else []),
-            "patients",
-        ],
-        rows=rows,
-        note=note if found else "Needs two inits that were scored on the same patients.",
-    )
-
-
-def aligned_rows(first: pd.DataFrame, second: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The scans that two tables share, in the same order."""
-    keys = [key for key in ("subject_id", "session") if key in first and key in second]
-    one, two = (
-        table.assign(_key=table[keys].astype(str).agg("_".join, axis=1)).set_index("_key") for table in (first, second)
-    )
-    shared = one.index.intersection(two.index)
-    return one.loc[shared].reset_index(drop=True), two.loc[shared].reset_index(drop=True)
-
-
-def penalty_of(run: FinishedRun) -> float:
-    """HD95 in mm that a missing side counts as."""
-    return float(run.params.get("hd95_penalty_mm", math.nan))
-
-
-def with_penalty(table: pd.DataFrame, penalty: float) -> pd.DataFrame:
-    """Add ``hd95_with_penalty``: the mean of both sides, where an empty mask counts as so many mm."""
-    sides = [side for side in ("hd95_left", "hd95_right") if side in table]
-    if len(sides) < 2:
-        return table.assign(hd95_with_penalty=math.nan)
-    return table.assign(hd95_with_penalty=table[sides].fillna(penalty).mean(axis=1, skipna=False))
-
-
-def scored_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
-    """A row for each scan of the scored parts: where a fold has several seeds, the mean over these."""
-    if not runs:
-        return pd.DataFrame(columns=["subject_id", "patient_id", "dice", "hd95", "hd95_with_penalty"])
-    rows = pd.concat(
-        [with_penalty(run.table, penalty_of(run)).assign(fold=run.fold) for run in runs], ignore_index=True
-    )
-    if len({run.fold for run in runs}) == len(runs):
-        return rows
-    keys = [key for key in ("fold", "subject_id", "session") if key in rows]
-    measured = [
-        column for column in rows if column not in {*keys, "age"} and pd.api.types.is_numeric_dtype(rows[column])
-    ]
-    how = {column: "mean" if column in measured else "first" for column in rows if column not in keys}
-    return rows.groupby(keys, sort=False, dropna=False, as_index=False).agg(how)
-
-
-def count_failures(table: pd.DataFrame) -> str:
-    """Sides without a mask, as text."""
-    return "–" if "failures" not in table else f"{round(float(table['failures'].sum()), 1):g}"
+        if delong:
+            row.append(p_text(item.delong))
+            record["p_delong"] = item.delong
+        table.add([*row, str(item.count)], record)
+    return table
 
 
 def main_table(
@@ -303,34 +241,30 @@ def main_table(
         note: below the table.
         best: the init that is better than all others, by metric.
     """
-    task = task_of(study)
+    task = study.task
     words = {"folds": "± SD over folds", "subjects": "± SD of subjects", "epochs": "± SD per epoch"}
     ours, paper = f"{OURS}\n{words[spread]}", f"{PAPER}\n{words[task.spread]}" if task.paper else PAPER
+    table = Table(
+        name=f"{study.bundle}_main",
+        title=(f"Table {task.table}. " if task.table else "") + task.title,
+        columns=["init", *[ours, paper] * len(labels), *scored],
+        groups=[("", 1), *((label, 2) for label in labels.values()), ("scored", len(scored))],
+        note=note,
+    )
     inits = in_order({*study.variants, *task.paper})
-    numbers: list[dict[str, Any]] = []
-    rows: list[list[str]] = []
-    bold: set[tuple[int, int]] = set()
     for variant in [*inits, *(name for name in estimates if name not in inits)]:
-        row, theirs = [name_of(variant)], task.paper.get(variant, {})
+        row, numbers, theirs = [name_of(variant)], [], task.paper.get(variant, {})
         count = int(scored["patients"].get(variant, 0))
         for metric in labels:
             value = estimates.get(variant, {}).get(metric, Estimate())
             if best.get(metric) == variant:
-                bold.add((len(rows), len(row)))
-            row += [cell(value), plus_minus(*theirs[metric]) if metric in theirs else "–"]
+                table.bold.add((len(table.rows), len(row)))
+            mean, sd = theirs.get(metric, (math.nan, math.nan))
+            row += [cell(value), plus_minus(mean, sd)]
             record = number_record(variant, metric, value, count, study.fractions[-1])
-            numbers.append(record | dict(zip(("paper_mean", "paper_sd"), theirs.get(metric, (math.nan, math.nan)))))
-        rows.append([*row, *(column.get(variant, "–") for column in scored.values())])
-    return Table(
-        name=f"{study.bundle}_main",
-        title=(f"Table {task.table}. " if task.table else "") + task.title,
-        frame=pd.DataFrame(numbers),
-        groups=[("", 1), *((label, 2) for label in labels.values()), ("scored", len(scored))],
-        columns=["init", *[ours, paper] * len(labels), *scored],
-        rows=rows,
-        note=note,
-        bold=bold,
-    )
+            numbers.append({**record, "paper_mean": mean, "paper_sd": sd})
+        table.add([*row, *(column.get(variant, "–") for column in scored.values())], *numbers)
+    return table
 
 
 def fraction_table(
@@ -339,23 +273,21 @@ def fraction_table(
     """A metric by share of the training part, if there are several."""
     if len(study.fractions) < 2:
         return None
-    numbers, rows = [], []
+    table = Table(
+        name=f"{study.bundle}_fractions",
+        title=f"{METRICS[metric]} by share of the training part",
+        columns=["init", *(f"{fraction:.0%}" for fraction in study.fractions)],
+        note=f"{note} The scored part is always whole; a smaller share is part of a larger one.",
+    )
     for variant in study.variants:
-        row = [name_of(variant)]
+        row, numbers = [name_of(variant)], []
         for fraction in study.fractions:
             value = estimates.get((variant, fraction), {}).get(metric, Estimate())
             count = subjects_of(study.select(variant, fraction))
             numbers.append(number_record(variant, metric, value, count, fraction))
             row.append(cell(value))
-        rows.append(row)
-    return Table(
-        name=f"{study.bundle}_fractions",
-        title=f"{METRICS[metric]} by share of the training part",
-        frame=pd.DataFrame(numbers),
-        columns=["init", *(f"{fraction:.0%}" for fraction in study.fractions)],
-        rows=rows,
-        note=f"{note} The scored part is always whole; a smaller share is part of a larger one.",
-    )
+        table.add(row, *numbers)
+    return table
 
 
 def number_record(variant: str, metric: str, value: Estimate, patients: int, fraction: float) -> dict[str, Any]:
@@ -379,12 +311,10 @@ def age_band(age: float) -> str:
 
 
 def _labels(table: pd.DataFrame, group: str) -> pd.Series:
-    if group == "age":
-        if "age" not in table:
-            return pd.Series("unknown", index=table.index)
-        return pd.to_numeric(table["age"], errors="coerce").map(lambda age: age_band(age) if age == age else "unknown")
     if group not in table:
         return pd.Series("unknown", index=table.index)
+    if group == "age":
+        return pd.to_numeric(table["age"], errors="coerce").map(age_band)
     return table[group].astype("object").where(table[group].notna(), "unknown").astype(str)
 
 
@@ -394,9 +324,8 @@ def groups_of(tables: Sequence[pd.DataFrame]) -> list[tuple[str, str]]:
     order = [age_band(low) for low in AGE_BANDS[:-1]]
     for group in ("site", "sex", "age"):
         values = {value for table in tables for value in _labels(table, group)}
-        if values - {"unknown"}:
-            key = {value: (value == "unknown", order.index(value) if value in order else 0, value) for value in values}
-            result += [(group, value) for value in sorted(values, key=key.__getitem__)]
+        if known := values - {"unknown"}:
+            result += [(group, value) for value in [*in_order(known, order), *(values - known)]]
     return result
 
 

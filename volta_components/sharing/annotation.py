@@ -54,37 +54,35 @@ def renumber(
         InputError: if a value has no name, a name is not one of the model's, or two readings are possible.
     """
     known = " and ".join(f"{value} {name}" for name, value in labels.items())
-    found = [float(value) for value in np.unique(values) if value != 0]
-    if odd := [f"{value:g}" for value in found if value != int(value) or value < 0]:
+    there = [float(value) for value in np.unique(values) if value != 0]
+    if odd := [f"{value:g}" for value in there if value != int(value) or value < 0]:
         raise InputError(f"the label map has values {', '.join(odd[:5])}: not numbers of segments; export it as labels")
+    found = [int(value) for value in there]
     if not segments:
         segments = [{"name": name, "idx": value} for name, value in labels.items()]
     names = [str(segment.get("name", "")) for segment in segments]
     by_place = dict(enumerate(names, start=1))
     by_index = {int(segment.get("idx", place)): names[place - 1] for place, segment in enumerate(segments, start=1)}
-    readings = [
-        reading
-        for reading in ({value: numbering.get(int(value)) for value in found} for numbering in (by_index, by_place))
-        if None not in reading.values()
-    ]
-    if not readings:
-        unnamed = ", ".join(f"{value:g}" for value in found if int(value) not in by_index)
+    numberings = [numbering for numbering in (by_index, by_place) if {*found} <= numbering.keys()]
+    if not numberings:
+        unnamed = ", ".join(f"{value:g}" for value in found if value not in by_index)
         raise InputError(
             f"the label map has values without a name: {unnamed}; use {known}, or send the names as label_info"
         )
+    readings = [{value: numbering[value] for value in found} for numbering in numberings]
     if readings[0] != readings[-1]:
         raise InputError(
             f"segments {', '.join(names)}: their numbers can be read in two ways; remove the segments that are not "
             "exported, and submit again"
         )
     numbers = {_plain(name): value for name, value in labels.items()}
-    if strange := sorted({str(name) for name in readings[0].values() if _plain(str(name)) not in numbers}):
+    if strange := sorted({name for name in readings[0].values() if _plain(name) not in numbers}):
         raise InputError(
             f"segments that the model does not know: {', '.join(strange)}; rename them, or remove them ({known})"
         )
     result = np.zeros(values.shape, np.uint8)
     for value, name in readings[0].items():
-        result[values == value] = numbers[_plain(str(name))]
+        result[values == value] = numbers[_plain(name)]
     return result
 
 
@@ -180,12 +178,10 @@ class SaveModel:
         if before is not None and after is not None:
             compared = f"Dice {before:.3f} before, {after:.3f} after, on {self._stats['scored_on']}"
             worse = after < before
-        message = (
-            f"the training made the model worse ({compared}); the model before is kept"
-            if worse
-            else f"the model is replaced ({compared})"
-        )
-        if not worse:
+        if worse:
+            message = f"the training made the model worse ({compared}); the model before is kept"
+        else:
+            message = f"the model is replaced ({compared})"
             self.results.save_model(engine, {**record, "annotation": {**self._stats, "dice_after": after}})
         logger.log(logging.WARNING if worse else logging.INFO, "%s", message)
         self._write_stats(dice_after=after, best_metric=after, replaced=not worse, message=message)
@@ -233,12 +229,12 @@ def annotation_record(
     seen = [{"patient_id": name} for name in names] + [
         {"patient_id": names[0], "source_sha256": image} for image, _ in files
     ]
-    people = joined(trained, seen) if start else facts_of(seen)
+    people = facts_of(seen)
     if start:
         pretraining = {**(before.get("pretraining") or {}), **pretrained}
-        if (
-            people is None
-        ):  # Without a list of the patients that the model has seen, no patient can be called new to it.
+        if everybody := joined(trained, seen):
+            people = everybody
+        else:  # Without a list of the patients that the model has seen, no patient can be called new to it.
             pretraining["patient_ids"] = None
     started = {key: origin[key] for key in ("cohort", "volumes", "datalist_hash", "code_version") if key in origin}
     if "started_from" in before:
@@ -253,7 +249,7 @@ def annotation_record(
             "cohort": "annotated",
             "volumes": len(items),
             "datalist_hash": digest,
-            **(people or facts_of(seen)),
+            **people,
             "patients_from": "names of the scans, and the record of the model that it started from",
         },
         "subjects": {"training": len(training), "validation": len(validation), "scored": 0, "unused": 0},

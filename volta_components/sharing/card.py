@@ -29,25 +29,18 @@ PICTURE = "weights.png"  # in docs: what the training's last picture shows
 DENIAL = re.compile(r"no\s+weights\s+trained\s+on\s+clinical\s+data", re.IGNORECASE)
 
 
-def fill_card(
-    folder: Path,
-    bundle: str,
-    overlays: Sequence[str],
-    metadata: Mapping[str, Any],
-    record: Mapping[str, Any],
-    later: Any = None,
-) -> None:
-    """Write the packed bundle's card and the licence of the data.
+def fill_card(folder: Path, bundle: str, overlays: Sequence[str], later: Any) -> None:
+    """Write the card of the packed bundle in ``folder``, whose other files are there, and the licence of the data.
 
-    ``overlays`` are merged into the configs; ``metadata`` and ``record`` are the packed ones; ``later`` has further
-    numbers, ``metrics.json`` of an evaluation or ``probes.json``.
+    ``overlays`` are merged into the configs; ``later`` has further numbers, ``metrics.json`` of an evaluation or
+    ``probes.json``.
 
     Raises:
         InputError: if the card has a block that nobody fills, or card or licence still deny what the record says.
     """
-    facts = _facts(folder, bundle, overlays, metadata, record, later)
+    facts = _facts(folder, bundle, overlays, later)
     environment = template_environment("volta_components.sharing")
-    environment.filters |= {"sides": _sides, "interval": _interval, "code": _code, "packed_rows": _packed_rows(folder)}
+    environment.filters |= {"interval": _interval, "code": _code, "packed_rows": _packed_rows(folder)}
     parts = environment.get_template("card.md.jinja").make_module(facts)
 
     def part(name: str, original: str = "") -> str:
@@ -60,7 +53,7 @@ def fill_card(
         return (original.strip("\n") if keep else part(name, original)) + "\n"
 
     path = folder / "docs" / "README.md"
-    card = path.read_text(encoding="utf-8") if path.is_file() else f"# {metadata['name']}\n"
+    card = path.read_text(encoding="utf-8") if path.is_file() else f"# {facts['metadata']['name']}\n"
     found = {match[1] for match in BLOCK.finditer(card)}
     if unknown := sorted(found - {*MARKED}):
         raise InputError(f"docs/README.md: nothing to put into block {', '.join(unknown)}; known: {', '.join(MARKED)}")
@@ -96,23 +89,11 @@ def copy_picture(weights: Path, folder: Path, record: Mapping[str, Any]) -> None
         shutil.copyfile(picture, folder / "docs" / PICTURE)
 
 
-def _facts(
-    folder: Path,
-    bundle: str,
-    overlays: Sequence[str],
-    metadata: Mapping[str, Any],
-    record: Mapping[str, Any],
-    later: Any,
-) -> dict[str, Any]:
+def _facts(folder: Path, bundle: str, overlays: Sequence[str], later: Any) -> dict[str, Any]:
     """What the blocks are made of."""
-    origin: dict[str, Any] = {
-        "torch_version": "?",
-        "monai_version": "?",
-        "python_version": "?",
-        "epochs": None,
-        "sealed_with": None,
-    }
-    origin |= record["provenance"]
+    metadata, record = read_json(folder / "configs" / "metadata.json"), read_json(folder / "models" / "model.json")
+    versions = dict.fromkeys(("torch_version", "monai_version", "python_version"), "?")
+    origin: dict[str, Any] = {**versions, "epochs": None, "sealed_with": None, **record["provenance"]}
     network = record.get("network", {})
     # The record of an encoder has its sizes without a class.
     sizes = network.get("config", {}) if "class" in network else network
@@ -173,10 +154,9 @@ def other_settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in record["provenance"]["settings"].items():
         # Of a block that is not there, such as an optional loss, the id alone has a value.
-        for known in (name, name.partition(".")[0]):
-            if known in packed:
-                found |= {name: packed[known]} if packed[known] != value else {}
-                break
+        known = name if name in packed else name.partition(".")[0]
+        if known in packed and packed[known] != value:
+            found[name] = packed[known]
     return found
 
 
@@ -191,15 +171,11 @@ def voxel_mm(inference: Mapping[str, Any]) -> str:
     spacing = float(inference["spacing"])
     extent = inference.get("input_extent_mm")
     voxels = [spacing] if extent is None else [mm / size for mm, size in zip(extent, inference["image_size"])]
-    return _sides([f"{side:g}" for side in (voxels[:1] if len({*voxels}) == 1 else voxels)])
+    return " x ".join(f"{side:g}" for side in (voxels[:1] if len({*voxels}) == 1 else voxels))
 
 
 def _code(value: Any) -> str:
     return f"`{json.dumps(value, ensure_ascii=False)}`"
-
-
-def _sides(sides: Sequence[Any]) -> str:
-    return " x ".join(map(str, sides))
 
 
 def _interval(ends: Sequence[float]) -> str:

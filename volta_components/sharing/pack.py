@@ -133,28 +133,28 @@ def pack(
         raise InputError("--push: the Hub holds the weights too; leave out --large_files and --source")
     if (private or yes) and not push:
         raise InputError("--private and --yes belong to --push")
-    if bundle is not None:
-        where = destination(push, private, yes) if push else None
-        options = (large_files, source, plain_hashes, trust)
-        packed = pack_bundle(Path(bundle), folder, overlays, name, model, metrics, *options)
+    if all and (name or model or metrics or push):
+        raise InputError("--name, --model, --metrics and --push belong to one bundle; give --bundle instead of --all")
+    metadata = Path("bundles").glob("*/configs/metadata.json")
+    bundles = sorted(path.parents[1] for path in metadata) if bundle is None else [Path(bundle)]
+    if not bundles:
+        raise InputError("no bundles/*/configs/metadata.json below this folder; run it from the repository's root")
+    where = destination(push, private, yes) if push else None
+    left_out = []
+    for path in bundles:
+        try:
+            packed = pack_bundle(path, folder, overlays, name, model, metrics, large_files, source, plain_hashes, trust)
+        except InputError as error:
+            if not all:
+                raise
+            left_out.append(f"left out: {path.name}: {error}")
+            continue
         _report(packed)
         if where:
             # As the model zoo's rows of the Hub: no checksum, since there is no zip.
             _note(folder, packed.path.stem, {"checksum": "", "source": upload(packed.path, where)})
-        return 0
-    if name or model or metrics or push:
-        raise InputError("--name, --model, --metrics and --push belong to one bundle; give --bundle instead of --all")
-    bundles = sorted(path.parents[1] for path in Path("bundles").glob("*/configs/metadata.json"))
-    if not bundles:
-        raise InputError("no bundles/*/configs/metadata.json below this folder; run it from the repository's root")
-    left_out = []
-    for path in bundles:
-        try:
-            _report(pack_bundle(path, folder, overlays, None, None, None, large_files, source, plain_hashes, trust))
-        except InputError as error:
-            left_out.append((path.name, str(error)))
-    for what, why in left_out:
-        print(f"left out: {what}: {why}")
+    for line in left_out:
+        print(line)
     return int(bool(left_out))
 
 
@@ -257,8 +257,7 @@ def assemble(
     if not (target / "LICENSE").is_file():
         raise InputError(f"{bundle}: no LICENSE; a bundle that is shared needs one")
     for path in sorted((target / "configs").glob("*.json")):
-        if path.name != "metadata.json":
-            write_json(path, _baked(read_json(path), baked), indent=4)
+        write_json(path, _baked(read_json(path), baked), indent=4)
     if "model_path" in read_json(target / "configs" / "train.json"):
         # Models are named by their init where they are trained; what is scored and applied here is this one.
         for name in ("evaluate.json", "inference.json"):
@@ -272,7 +271,7 @@ def assemble(
     _check_fit(target, weights, inference, record, overlays)
     later = None if metrics is None else read_json(metrics)
     copy_picture(weights, target, record)
-    fill_card(target, bundle.resolve().name, _stems(overlays), metadata, record, later)
+    fill_card(target, bundle.resolve().name, _stems(overlays), later)
     return target
 
 
@@ -318,19 +317,16 @@ def _overlay_values(bundle: Path, overlays: Sequence[str]) -> dict[str, Any]:
 
 
 def _find_weights(bundle: Path, baked: Mapping[str, Any], model: str | os.PathLike[str] | None) -> Path:
-    if model is not None:
-        path = Path(model)
-    else:
-        suffix = str(baked.get("suffix") or "")
-        init = "" if baked.get("init", BASE_INIT) == BASE_INIT else f"_{baked['init']}"
-        names = [f"model{init}{suffix}.pt", f"encoder{suffix}.safetensors"]
-        found = [bundle / "models" / name for name in names if (bundle / "models" / name).is_file()]
-        path = found[0] if found else bundle / "models" / names[0]
-    if not path.is_file():
-        raise InputError(
-            f"{path}: no such weights; train them first (see {bundle / 'docs' / 'README.md'}), or give --model FILE"
-        )
-    return path
+    suffix = str(baked.get("suffix") or "")
+    init = "" if baked.get("init", BASE_INIT) == BASE_INIT else f"_{baked['init']}"
+    own = [bundle / "models" / name for name in (f"model{init}{suffix}.pt", f"encoder{suffix}.safetensors")]
+    places = own if model is None else [Path(model)]
+    for path in places:
+        if path.is_file():
+            return path
+    raise InputError(
+        f"{places[0]}: no such weights; train them first (see {bundle / 'docs' / 'README.md'}), or give --model FILE"
+    )
 
 
 def _checked_record(weights: Path) -> dict[str, Any]:
@@ -350,7 +346,7 @@ def _checked_record(weights: Path) -> dict[str, Any]:
 def _baked(config: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A config with the overlays' values merged in, and with its own folder as the bundle's root."""
     if "bundle_root" not in config:
-        return config  # an overlay
+        return config  # an overlay, or metadata.json
     config["bundle_root"] = "."
     rest = {name: value for name, value in values.items() if name not in NOT_BAKED}
     if "train" in config:

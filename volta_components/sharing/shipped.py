@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import filecmp
 from pathlib import Path
 
 import volta_components
 from volta_components.errors import InputError
-from volta_components.files import copy_file, partial_prefix, remove_partials, sha256_file
+from volta_components.files import copy_file, partial_prefix, remove_partials
 
 # What the wheel holds, by folder; setup.cfg has the same list. Weights that were trained here are not among it.
 SHIPPED = {
@@ -47,7 +48,7 @@ def init(folder: Path, /) -> int:
         raise InputError(f"{folder}: not a folder; give one, or a new name")
     source = shipped_root()
     wanted = {path: folder / path.relative_to(source) for path in shipped_files(source)}
-    changed = [copy for path, copy in wanted.items() if copy.exists() and not (copy.is_file() and _is_same(path, copy))]
+    changed = [copy for path, copy in wanted.items() if copy.exists() and not filecmp.cmp(path, copy, shallow=False)]
     if changed:
         raise InputError.many(
             f"{len(changed)} files are there with other content",
@@ -80,7 +81,3 @@ def shipped_files(root: Path) -> list[Path]:
     places = (f"{name}/{pattern}" for name, patterns in SHIPPED.items() for pattern in patterns)
     found = {path for place in places for path in root.glob(place)}
     return sorted(path for path in found if path.is_file() and not path.name.startswith((".", partial_prefix())))
-
-
-def _is_same(path: Path, other: Path) -> bool:
-    return path.stat().st_size == other.stat().st_size and sha256_file(path) == sha256_file(other)
