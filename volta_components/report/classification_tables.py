@@ -243,10 +243,20 @@ class ClassificationTables:
                     cell(Estimate(area, low=low, high=high).checked(counts[0])),
                     " / ".join(plus_minus(item, math.nan) for item in shares),
                 ]
-                record = {"group": group, "value": value, "init": variant}
-                record |= {"patients": counts[0], "positives": counts[1]}
-                record |= {"auroc": area, "auroc_low": low, "auroc_high": high}
-                numbers.append({**record, "sensitivity": shares[0], "specificity": shares[1]})
+                numbers.append(
+                    {
+                        "group": group,
+                        "value": value,
+                        "init": variant,
+                        "patients": counts[0],
+                        "positives": counts[1],
+                        "auroc": area,
+                        "auroc_low": low,
+                        "auroc_high": high,
+                        "sensitivity": shares[0],
+                        "specificity": shares[1],
+                    }
+                )
             breakdown.add(row, *numbers)
         return breakdown
 
