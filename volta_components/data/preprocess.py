@@ -111,10 +111,10 @@ def place_window(
         raise UnusableVoxels("nothing stands out from the background", "look at it; it may hold no head")
     axes = orthogonal_axes(seen.affine)
     spacing, shape = np.asarray(settings.spacing, float), np.asarray(settings.shape)
-    half = np.abs(np.linalg.inv(axes * spacing) @ coarse_affine(seen)[:3, :3]).sum(axis=1) / 2
-    # Foreground voxels in units of target voxels along the target's axes, from an arbitrary origin.
-    to_target = np.linalg.inv(axes * spacing)
-    points = (to_target @ apply_affine(coarse_affine(seen), np.argwhere(seen.foreground)).T).T
+    # Foreground voxels in units of target voxels along the target's axes, from an arbitrary origin; half of one's size.
+    to_target, coarse = np.linalg.inv(axes * spacing), coarse_affine(seen)
+    points = (to_target @ apply_affine(coarse, np.argwhere(seen.foreground)).T).T
+    half = np.abs(to_target @ coarse[:3, :3]).sum(axis=1) / 2
     top = points[:, 2].max() + half[2] + 1.0
     kept = points[points[:, 2] > top - shape[2]]
     low, high = kept.min(axis=0) - half, kept.max(axis=0) + half

@@ -79,8 +79,7 @@ def survey(volume: Volume) -> Survey:
         raise UnusableVoxels("singular affine: an axis has no direction", "convert it from its source again")
     upright = canonical(volume)
     voxels, nan = without_nan(upright)
-    affine = upright.affine
-    spacing = voxel_sizes(affine)
+    spacing = voxel_sizes(upright.affine)
     factors = tuple(int(max(1, min(round(_COARSE_MM / s), n // 8))) for s, n in zip(spacing, voxels.shape, strict=True))
     coarse, minimum, maximum = block_means(voxels, factors)  # type: ignore[arg-type]
     if minimum == maximum:
@@ -90,7 +89,7 @@ def survey(volume: Volume) -> Survey:
     if volume.slope < 0:
         raise UnusableVoxels("negative scale factor (inverted contrast)", "convert it from its source again")
     digest = hashlib.sha256(f"{voxels.shape}".encode() + coarse.tobytes()).hexdigest()
-    seen = Survey(voxels, affine, factors, coarse, np.zeros(coarse.shape, bool), digest, minimum, maximum)  # type: ignore[arg-type]
+    seen = Survey(voxels, upright.affine, factors, coarse, np.zeros(coarse.shape, bool), digest, minimum, maximum)  # type: ignore[arg-type]
     seen = _without_outliers(seen, volume, nan)
     if seen.coarse.min() != seen.coarse.max():
         seen = _with_foreground(seen)
