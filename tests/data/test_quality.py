@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from volta_components.data.cuts import SIDES
 from volta_components.data.labels import SIDE_COLOURS
 from volta_components.data.quality import (
     THUMBNAIL,
@@ -17,7 +18,6 @@ from volta_components.data.quality import (
     write_page,
     write_table,
 )
-from volta_components.data.survey import SIDES
 
 
 def row(**changes):

@@ -6,15 +6,15 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import joblib
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from volta_components.data.datalist import Datalist, no_datalist, uneven_skulls
+from volta_components.data.geometry import by
 from volta_components.data.items import PATHS
 from volta_components.data.nifti import DTYPES
 from volta_components.data.places import file_of, header_of, place_of, sha256_of, volume_of
@@ -103,16 +103,16 @@ def unusable_volumes(
     # A task of a pool takes a kilobyte, and as long as a look at a file's size.
     batch = 1 if deep else 100
     batches = [range(first, min(first + batch, len(items))) for first in range(0, len(items), batch)]
-    with ThreadPoolExecutor(workers or joblib.cpu_count()) as pool:
-        checked = tqdm(
-            pool.map(examine_all, batches),
-            total=len(batches),
-            desc="checking volumes",
-            unit="volume",
-            leave=False,
-            disable=not is_shown,
-        )
-        return [row for found in checked for row in found]
+    checked = thread_map(
+        examine_all,
+        batches,
+        max_workers=workers or joblib.cpu_count(),
+        desc="checking volumes",
+        unit="volume",
+        leave=False,
+        disable=not is_shown,
+    )
+    return [row for found in checked for row in found]
 
 
 def check_contents(item: Mapping[str, Any]) -> None:
@@ -152,8 +152,7 @@ def _check_header(path: str, datalist: Datalist) -> None:
         sizes = ["x".join(map(str, shape)) for shape in (found, datalist.shape)]
         raise UnusableVolume(path, f"shape {sizes[0]} where the datalist says {sizes[1]}", _AGAIN)
     if not np.allclose(mm, datalist.spacing, rtol=0, atol=1e-3):
-        sizes = ["x".join(f"{s:.4g}" for s in spacing) for spacing in (mm, datalist.spacing)]
-        raise UnusableVolume(path, f"spacing {sizes[0]} mm where the datalist says {sizes[1]}", _AGAIN)
+        raise UnusableVolume(path, f"spacing {by(mm)} mm where the datalist says {by(datalist.spacing)}", _AGAIN)
 
 
 def _check_voxels(path: str, kind: str) -> None:

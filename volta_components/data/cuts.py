@@ -6,7 +6,10 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
-SIDES = ("left", "right", "back", "front", "bottom", "top")
+# Each side of a volume: the axis that leads to it, and the place of its face there.
+FACES = {"left": (0, 0), "right": (0, -1), "back": (1, 0), "front": (1, -1), "bottom": (2, 0), "top": (2, -1)}
+SIDES = tuple(FACES)
+OTHER_AXES = ((1, 2), (0, 2), (0, 1))  # of each axis
 # Share of the head's largest cross-section on a face of the field of view, beyond which the head is cut there. Whole
 # heads (one real, one template, 6 phantoms, 8 label maps) have up to 0.07 on these faces, 0.10 at the front. Without
 # 10 mm of the left or right, those that are scans have 0.13 to 0.40; without 10 mm of the back, 0.08 to 0.34.
@@ -30,7 +33,7 @@ def find_cuts(foreground: np.ndarray, coarse: np.ndarray, mm: np.ndarray) -> lis
         coarse: ``[x, y, z]``, the scan.
         mm: spacing of both, mm.
     """
-    blank = [np.ptp(np.moveaxis(coarse, axis, 0).reshape(n, -1), axis=1) == 0 for axis, n in enumerate(coarse.shape)]
+    blank = [np.ptp(coarse, axis=others) == 0 for others in OTHER_AXES]
     box = tuple(slice(int(np.argmin(b)), len(b) - int(np.argmin(b[::-1]))) for b in blank)
     mask = foreground[box]
     if not mask.any():
@@ -43,14 +46,20 @@ def find_cuts(foreground: np.ndarray, coarse: np.ndarray, mm: np.ndarray) -> lis
     )
 
 
+def _flat(coarse: np.ndarray) -> np.ndarray:
+    """Voxels all of whose neighbours have their value."""
+    flat: np.ndarray = ndimage.maximum_filter(coarse, 3) == ndimage.minimum_filter(coarse, 3)
+    return flat
+
+
 def _blocks(foreground: np.ndarray, coarse: np.ndarray, mm: np.ndarray) -> list[str]:
     """Blocks of one value, as bright as the head, between it and a face of the field of view."""
-    flat = foreground & (ndimage.maximum_filter(coarse, 3) == ndimage.minimum_filter(coarse, 3))
-    flat &= coarse > np.median(coarse[~foreground]) if not foreground.all() else False
+    if foreground.all():
+        return []
+    block = foreground & _flat(coarse) & (coarse > np.median(coarse[~foreground]))
     found = []
-    for number, side in enumerate(SIDES):
-        axis = number // 2
-        area = np.take(flat, 0 if number % 2 == 0 else -1, axis=axis).sum() * np.prod(np.delete(mm, axis))
+    for side, (axis, place) in FACES.items():
+        area = block.take(place, axis=axis).sum() * np.prod(np.delete(mm, axis))
         if side != "bottom" and area > _BLOCK_MM2:
             found.append(f"a block of one value lies against the head at the {side}: padding?")
     return found
@@ -62,12 +71,11 @@ def _on_faces(mask: np.ndarray, mm: np.ndarray) -> list[str]:
     A head's outermost slice is a small cap. Where it is a large part of the largest cross-section, the head goes on
     beyond the field of view. The neck does so always; it is too much where the head above it is lower than a whole one.
     """
-    areas = [mask.sum(axis=tuple(a for a in range(3) if a != axis)).astype(float) for axis in range(3)]
+    areas = [mask.sum(axis=others).astype(float) for others in OTHER_AXES]
     extents = [float(np.ptp(np.flatnonzero(area)) + 1) * mm[axis] for axis, area in enumerate(areas)]
     found = []
-    for number, side in enumerate(SIDES):
-        axis = number // 2
-        area = areas[axis][:: 1 if number % 2 == 0 else -1]
+    for side, (axis, place) in FACES.items():
+        area = areas[axis] if place == 0 else areas[axis][::-1]
         # Of two slices, since the last one may hold a part of a voxel; each less the cap of a ball of the head's size.
         shares = [area[k] / area.max() - 4 * (k + 1) * mm[axis] / extents[axis] for k in range(min(2, len(area)))]
         if max(shares) <= FACE_LIMITS[side]:
@@ -93,7 +101,7 @@ def _on_a_plane(mask: np.ndarray, mm: np.ndarray) -> list[str]:
     """An oblique plane on which the head ends, as where a half of the volume is blank."""
     step = [max(1, round(4 / side)) for side in mm]
     mask, mm = mask[tuple(slice(None, None, s) for s in step)], mm * step
-    areas = [mask.sum(axis=tuple(a for a in range(3) if a != axis)) * np.prod(np.delete(mm, axis)) for axis in range(3)]
+    areas = [mask.sum(axis=others) * np.prod(mm[list(others)]) for others in OTHER_AXES]
     thick = 6.0
     filled = np.flatnonzero(mask.any(axis=(1, 2)))
     if not filled.size or np.ptp(filled) * mm[0] < 10 * thick:  # no head of usual size
@@ -109,9 +117,8 @@ def _on_a_plane(mask: np.ndarray, mm: np.ndarray) -> list[str]:
     if share <= _PLANE_LIMIT:
         return []
     x, y, z = directions[int(slabs.argmax())]
-    names = [
-        word for value, word in ((x, "right"), (-x, "left"), (y, "front"), (-y, "back"), (z, "top")) if value > 0.4
-    ]
+    towards = {"right": x, "left": -x, "front": y, "back": -y, "top": z}
+    names = [side for side, part in towards.items() if part > 0.4]
     return [
         f"the head ends on a plane at the {' and '.join(names) or 'side'} ({100 * share:.0f} % of its largest "
         "cross-section lie there): cut?"
@@ -121,10 +128,9 @@ def _on_a_plane(mask: np.ndarray, mm: np.ndarray) -> list[str]:
 def _on_blank_voxels(mask: np.ndarray, coarse: np.ndarray, mm: np.ndarray) -> list[str]:
     """Blank voxels that border on the head, in a scan whose air has noise."""
     # One value throughout, and not as a whole slice, which is noted apart.
-    flat = (ndimage.maximum_filter(coarse, 3) == ndimage.minimum_filter(coarse, 3)) & ~mask
-    for axis, n in enumerate(coarse.shape):
-        planes = np.moveaxis(coarse, axis, 0).reshape(n, -1)
-        np.moveaxis(flat, axis, 0)[np.ptp(planes, axis=1) == 0] = False
+    flat = _flat(coarse) & ~mask
+    for others in OTHER_AXES:
+        flat &= np.ptp(coarse, axis=others, keepdims=True) > 0
     if not 0.005 < flat.sum() / max(1, (~mask).sum()) < 0.7:
         return []
     surface = mask & ~ndimage.binary_erosion(mask)

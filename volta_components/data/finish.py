@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from volta_components.data.books import Books, balance, note_look_alikes
 from volta_components.data.datalist import assign_folds, make_content
 from volta_components.data.layouts import Finding, Listing, Scan
 from volta_components.data.nifti import largest_error
-from volta_components.data.preprocess import Settings
+from volta_components.data.worker import Task
 from volta_components.errors import InputError
 from volta_components.files import write_json
 
+_by_kind = attrgetter("kind", "subject", "file", "reason")
 # What the paper used of each data set (its section II), to be read beside what was found.
 PAPER_COUNTS = {
     "adni": "773 scans (CN, SMC, EMCI, LMCI, AD)",
@@ -30,14 +32,11 @@ PAPER_COUNTS = {
 
 
 def finish(
-    target: Path,
-    temporary: Path,
-    cohort: str,
-    layout: str,
-    settings: Settings,
-    scans: Sequence[Scan],
+    tasks: Sequence[Task],
     records: Sequence[dict[str, Any]],
     listing: Listing,
+    cohort: str,
+    layout: str,
     folds: int,
     seed: int,
     skip_bad: bool,
@@ -45,8 +44,9 @@ def finish(
     started: float,
 ) -> int:
     """Findings, marks, folds, datalist, QC files and summary; gives the exit status."""
+    target, temporary, settings = tasks[0].output, tasks[0].temporary, tasks[0].settings  # the same for all
     good: list[tuple[Scan, dict[str, Any]]] = []
-    for scan, record in zip(scans, records, strict=True):
+    for scan, record in zip((task.scan for task in tasks), records, strict=True):
         if "error" in record:
             error = record["error"]
             listing.note_scan("problem", scan, error["reason"], error["remedy"], file=error["file"])
@@ -59,17 +59,17 @@ def finish(
     _note_twins(listing, good)
     note_look_alikes(listing, {scan.patient_id for scan, _ in good})
     marks = quality.find_marks([{**record["quality"], "warnings": record["warnings"]} for _, record in good])
+    volumes = [(scan, record, found) for (scan, record), found in zip(good, marks, strict=True)]
     if strict:
-        for (scan, _), found in zip(good, marks, strict=True):
+        for scan, _, found in volumes:
             if found:
                 listing.note_scan("choice", scan, "; ".join(found), "marked by the QC (--strict)")
-        good = [pair for pair, found in zip(good, marks, strict=True) if not found]
-        marks = [[] for _ in good]
-    if not good:
+        volumes = [volume for volume in volumes if not volume[2]]
+    if not volumes:
         report_nothing_left(target, listing)
         raise InputError(f"{target}: no volume could be prepared; see the findings above")
     stored = {"dtype": settings.dtype, "max_error": largest_error(settings.dtype)}
-    items = [_item(scan, record, cohort, found) | stored for (scan, record), found in zip(good, marks, strict=True)]
+    items = [_item(scan, record, cohort, found) | stored for scan, record, found in volumes]
     fold_of = assign_folds(items, folds, seed)
     for item in items:
         item["fold"] = fold_of[item["patient_id"]]
@@ -82,12 +82,11 @@ def finish(
     problems = sum(f.kind == "problem" for f in findings)
     rows = [
         {**item, **record["quality"], "key": scan.key, "marks": found}
-        for item, (scan, record), found in zip(items, good, marks, strict=True)
+        for item, (scan, record, found) in zip(items, volumes, strict=True)
     ]
-    summary = _summary(cohort, layout, listing, items, marks, findings, books)
+    summary = _summary(cohort, layout, listing, items, findings, books)
     qc, fresh = target / "qc", temporary / "qc"
-    thumbnails = [qc / "thumbnails" / f"{scan.key}.png" for scan, _ in good]
-    entries = [(scan.key, path, bool(found)) for (scan, _), path, found in zip(good, thumbnails, marks, strict=True)]
+    entries = [(scan.key, qc / "thumbnails" / f"{scan.key}.png", bool(found)) for scan, _, found in volumes]
     sheets = quality.write_contact_sheets(fresh, entries)
     quality.write_table(fresh / "quality.csv", rows)
     _write_findings(fresh / "findings.csv", findings)
@@ -158,7 +157,6 @@ def _summary(
     layout: str,
     listing: Listing,
     items: Sequence[Mapping[str, Any]],
-    marks: Sequence[Sequence[str]],
     findings: Sequence[Finding],
     books: Books,
 ) -> list[str]:
@@ -175,8 +173,9 @@ def _summary(
     if paper := PAPER_COUNTS.get(cohort) or PAPER_COUNTS.get(layout):
         lines.append(f"the paper used: {paper}")
     kinds = Counter(f.kind for f in findings)
+    marked = sum("marks" in item for item in items)
     lines.append(
-        f"{sum(map(bool, marks))} volumes marked; {kinds['problem']} problems, {kinds['quirk']} quirks handled, "
+        f"{marked} volumes marked; {kinds['problem']} problems, {kinds['quirk']} quirks handled, "
         f"{kinds['choice']} scans left out by your options, {kinds['skipped']} files skipped"
     )
     lines.append(books.line())
@@ -192,15 +191,11 @@ def report_nothing_left(target: Path, listing: Listing) -> None:
     print(books.line())
 
 
-def _by_kind(finding: Finding) -> tuple[str, str, str, str]:
-    return finding.kind, finding.subject, finding.file, finding.reason
-
-
 def _write_findings(path: Path, findings: Iterable[Finding]) -> None:
     quality.write_table(path, map(asdict, findings), list(Finding.__dataclass_fields__))
 
 
-def print_findings(findings: Sequence[Finding], limit: int = 30) -> None:
+def print_findings(findings: Sequence[Finding]) -> None:
     """Print problems and quirks as a table; the others are only counted (all are in qc/findings.csv)."""
     for kind in ("problem", "quirk"):
         rows = [
@@ -209,4 +204,4 @@ def print_findings(findings: Sequence[Finding], limit: int = 30) -> None:
             if f.kind == kind
         ]
         if rows:
-            print(str(InputError.many(f"{len(rows)} {kind}s", rows, "", limit)).rstrip())
+            print(str(InputError.many(f"{len(rows)} {kind}s", rows, "", limit=30)).rstrip())

@@ -8,6 +8,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.orientations import axcodes2ornt
 
 from volta_components.data.unusable import UnusableVolume
@@ -50,7 +51,7 @@ def check_geometry(path: Path, shape: tuple[int, ...], affine: np.ndarray) -> tu
         raise UnusableVolume(
             path, f"implausible affine: the volume lies {far / 1000:.3g} m from the origin", "convert it again"
         )
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    spacing = voxel_sizes(affine)
     if not plausible(spacing):
         raise UnusableVolume(
             path,
@@ -64,7 +65,7 @@ def unusable_axes(affine: np.ndarray) -> str | None:
     """What is wrong with an affine ``[4, 4]`` whatever its units, or None."""
     if not np.isfinite(affine).all():
         return "affine with NaN or Inf"
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    spacing = voxel_sizes(affine)
     if (spacing == 0).any() or abs(np.linalg.det(affine[:3, :3] / np.where(spacing == 0, 1, spacing))) < 1e-3:
         return "singular affine: its axes do not span the space"
     return None
@@ -117,12 +118,18 @@ def assumed_affine(codes: str, shape: tuple[int, ...], spacing: np.ndarray) -> n
     return affine
 
 
+def largest_distance(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...]) -> float:
+    """How far the voxels of two affines ``[4, 4]`` of one shape lie apart at most, mm: it is at a corner."""
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1)
+    return float(np.linalg.norm(apply_affine(first, corners) - apply_affine(second, corners), axis=1).max())
+
+
 def describe_difference(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...]) -> str:
     """In which respects two affines ``[4, 4]`` of one volume of a shape differ, empty where they agree."""
     if unusable_axes(first) is not None:
         return f"the qform is unusable ({unusable_axes(first)})"
     parts = []
-    sizes = [np.linalg.norm(affine[:3, :3], axis=0) for affine in (first, second)]
+    sizes = [voxel_sizes(affine) for affine in (first, second)]
     axes = [affine[:3, :3] / size for affine, size in zip((first, second), sizes, strict=True)]
     codes = [nib.aff2axcodes(affine) for affine in (first, second)]
     mirrored = np.linalg.det(axes[0]) * np.linalg.det(axes[1]) < 0
@@ -136,10 +143,6 @@ def describe_difference(first: np.ndarray, second: np.ndarray, shape: tuple[int,
         parts.append(f"{degrees:.0f} degrees")
     if not same_size(*sizes):
         parts.append(f"voxels of {by(sizes[0])} and {by(sizes[1])} mm")
-    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1)
-    apart = np.linalg.norm(
-        nib.affines.apply_affine(first, corners) - nib.affines.apply_affine(second, corners), axis=1
-    ).max()
-    if apart > _TOLERANCE_MM:
+    if (apart := largest_distance(first, second, shape)) > _TOLERANCE_MM:
         parts.append(f"up to {apart:.1f} mm apart")
     return ", ".join(parts)

@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine, voxel_sizes
 
+from volta_components.data.geometry import largest_distance
 from volta_components.data.layouts.common import LEFT, RIGHT, LabelFile
 from volta_components.data.volumes import UnusableVolume, Volume, canonical, read_volume, whole_numbers
 
@@ -25,16 +26,14 @@ def _same_grid(path: Path, label: Volume, scan: Volume, scan_path: Path) -> None
     if label.voxels.shape != scan.voxels.shape:
         sizes = ["x".join(map(str, v.voxels.shape)) for v in (label, scan)]
         raise UnusableVolume(path, f"label of {sizes[0]} voxels, scan of {sizes[1]} ({scan_path.name})", ONE_GRID)
-    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(scan.voxels.shape) - 1)
-    ends = [nib.affines.apply_affine(v.affine, corners) for v in (label, scan)]
-    distance = float(np.linalg.norm(ends[0] - ends[1], axis=1).max())
-    if distance > 0.25 * float(np.linalg.norm(scan.affine[:3, :3], axis=0).min()):
+    distance = largest_distance(label.affine, scan.affine, scan.voxels.shape)
+    if distance > 0.25 * float(voxel_sizes(scan.affine).min()):
         raise UnusableVolume(path, f"label and scan do not share one grid: up to {distance:.1f} mm apart", ONE_GRID)
 
 
 def centre_x(mask: np.ndarray, affine: np.ndarray) -> float:
     """World x (towards the right) of a mask's centroid, mm."""
-    return float(nib.affines.apply_affine(affine, np.argwhere(mask).mean(axis=0))[0])
+    return float(apply_affine(affine, np.argwhere(mask).mean(axis=0))[0])
 
 
 def read_labels(
@@ -87,17 +86,14 @@ def read_labels(
         if values[0] != 0 or values[1] != 1:
             quirks.append((file.path.name, f"values {values[0]} and {values[1]} taken as 0 and 1"))
         sides[file.value] = voxels == values[1]
-    if sides:
-        order = dict(sides)
-        if LEFT in sides and RIGHT in sides:
-            x = {side: centre_x(mask, grid.affine) for side, mask in sides.items()}
-            if x[LEFT] > x[RIGHT]:
-                names = " and ".join(file.path.name for file in files)
-                quirks.append((names, f"left and right swapped (centroids at x = {x[LEFT]:.1f} and {x[RIGHT]:.1f} mm)"))
-                order = {LEFT: sides[RIGHT], RIGHT: sides[LEFT]}
-        overlap = int(np.logical_and.reduce(list(order.values())).sum()) if len(order) > 1 else 0
-        if overlap:
+    if LEFT in sides and RIGHT in sides:
+        x = {side: centre_x(mask, grid.affine) for side, mask in sides.items()}
+        if x[LEFT] > x[RIGHT]:
+            names = " and ".join(file.path.name for file in files)
+            quirks.append((names, f"left and right swapped (centroids at x = {x[LEFT]:.1f} and {x[RIGHT]:.1f} mm)"))
+            sides = {LEFT: sides[RIGHT], RIGHT: sides[LEFT]}
+        if overlap := int((sides[LEFT] & sides[RIGHT]).sum()):
             quirks.append((files[0].path.name, f"{overlap} voxels are in both sides; they became right"))
-        for side, mask in sorted(order.items()):
-            merged[mask] = side
+    for side, mask in sorted(sides.items()):
+        merged[mask] = side
     return merged, grid.affine, quirks

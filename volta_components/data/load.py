@@ -132,10 +132,8 @@ def _joined(scan: str, volume: str) -> str:
 
 def meta_tensor(voxels: np.ndarray, affine: np.ndarray, meta: Mapping[str, Any]) -> MetaTensor:
     """Voxels ``[D, H, W]`` as MONAI's ``[1, D, H, W]``, uint8 or otherwise float32."""
-    array = np.ascontiguousarray(voxels, dtype=np.uint8 if voxels.dtype == np.uint8 else np.float32)
-    return MetaTensor(
-        torch.from_numpy(array.copy())[None], affine=torch.from_numpy(np.array(affine, float)), meta=dict(meta)
-    )
+    array = torch.from_numpy(np.array(voxels, np.uint8 if voxels.dtype == np.uint8 else np.float32, order="C"))
+    return MetaTensor(array[None], affine=torch.from_numpy(np.array(affine, float)), meta=dict(meta))
 
 
 class ShardReader(NibabelReader):

@@ -21,16 +21,16 @@ from volta_components.data.datalist import (
 )
 from volta_components.data.fingerprint import near_copies_of
 from volta_components.data.identity import canonical_patient_id, is_worldwide, loose_person, voxel_hashes
+from volta_components.data.items import PATHS
 from volta_components.data.places import file_of
 from volta_components.data.remote import is_remote
 from volta_components.errors import InputError
 from volta_components.files import write_json
 
 
-def _person(item: Mapping[str, Any]) -> tuple[str, bool]:
-    """Canonical patient of an item, and whether that id is one person's in any data set."""
-    patient = canonical_patient_id(str(item["patient_id"]))
-    return patient, is_worldwide(patient)
+def _patient(item: Mapping[str, Any]) -> str:
+    """Canonical patient of an item."""
+    return canonical_patient_id(str(item["patient_id"]))
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ def find_overlaps(datalists: Sequence[Datalist]) -> Overlaps:
 
     for i, datalist in enumerate(datalists):
         for item in datalist.content["training"]:
-            patient, is_one = _person(item)
+            patient = _patient(item)
             cohort = str(item.get("cohort", datalist.name))
             where[patient][i].add(cohort)
-            written = (patient, "" if is_one else cohort)
+            written = (patient, "" if is_worldwide(patient) else cohort)
             alike[loose_person(patient, cohort)][written].add((i, item["fold"]))
             name = "_".join(str(item[k]) for k in ("subject_id", "session") if item.get(k))
             for key in voxel_hashes(item):
@@ -240,7 +240,7 @@ def merge(
         for datalist in loaded
         if not datalist.content.get("rendered")
         for item in datalist.items
-        for kind in ("image", "label")
+        for kind in PATHS
         if kind in item
     ]
     if missing := [row for row in files if not is_remote(row[1]) and not Path(file_of(row[1])).is_file()]:
@@ -270,10 +270,10 @@ def merge(
         base = Path(os.path.relpath(datalist.path.resolve().parent, target.resolve().parent))
         for item in datalist.content["training"]:
             entry = {**item, "cohort": item.get("cohort", datalist.name), **kept}
-            for key in ("image", "label"):
+            for key in PATHS:
                 if key in entry and not is_remote(entry[key]):
                     entry[key] = (base / entry[key]).as_posix()
-            if _person(item)[0] in shared:
+            if _patient(item) in shared:
                 entry.pop("visit", None)  # counted in each datalist on its own
             if entry["patient_id"] in clashing:
                 for key in ("subject_id", "patient_id"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import shutil
 import time
 from collections import Counter
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import joblib
-import numpy as np
 
 from volta_components.data.datalist import load_datalist
 from volta_components.data.finish import finish, report_nothing_left
@@ -163,28 +163,14 @@ def prepare(
             (temporary / "settings.json").replace(state / "settings.json")
         tasks = [Task(scan, settings, wanted_labels != "none", root, target, temporary) for scan in scans]
         mine = [task for i, task in enumerate(tasks) if i % n_shards == index]
-        _check_space(target, settings, [task for task in mine if finished(task) is None], wanted_labels)
+        _check_space(target, settings, [task for task in mine if finished(task) is None])
         run(mine, n_workers)
         records = [record for task in tasks if (record := read_record(task)) is not None]
         if waiting := len(tasks) - len(records):
             print(f"shard {index + 1} of {n_shards} is done; {waiting} volumes are left to others")
             print("The last shard to end writes the datalist (so does the same command without --shard).")
             return 0
-        return finish(
-            target,
-            temporary,
-            cohort,
-            layout,
-            settings,
-            scans,
-            records,
-            listing,
-            folds,
-            seed,
-            skip_bad,
-            strict,
-            started,
-        )
+        return finish(tasks, records, listing, cohort, layout, folds, seed, skip_bad, strict, started)
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
@@ -277,10 +263,9 @@ def _lock(state: Path, index: int, n_shards: int) -> Iterator[Path]:
             (state / f"lock-{name}").unlink(missing_ok=True)
 
 
-def _check_space(target: Path, settings: Settings, tasks: Sequence[Task], labels: str) -> None:
+def _check_space(target: Path, settings: Settings, tasks: Sequence[Task]) -> None:
     per_voxel = DTYPES[settings.dtype].itemsize
-    voxels = int(np.prod(settings.shape))
-    need = sum(voxels * (per_voxel + (1 if task.scan.labels and labels != "none" else 0)) for task in tasks)
+    need = math.prod(settings.shape) * sum(per_voxel + bool(task.labels and task.scan.labels) for task in tasks)
     free = free_bytes(target)
     if need > free:
         raise InputError(

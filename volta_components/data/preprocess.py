@@ -12,16 +12,17 @@ target voxel to source voxel is one affine map, so that a landmark stays where i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import apply_affine, from_matvec, obliquity, voxel_sizes
 
-from volta_components.data.cuts import SIDES
+from volta_components.data.cuts import FACES, SIDES
 from volta_components.data.resample import orthogonal_axes, resample, resample_label
 from volta_components.data.skull import is_stripped
-from volta_components.data.survey import MAYBE_STRIPPED, Survey, UnusableVoxels, coarse_affine, survey
+from volta_components.data.survey import MAYBE_STRIPPED, Survey, UnusableVoxels, block_middles, coarse_affine, survey
 from volta_components.data.volumes import Volume
 
 PERCENTILES = (0.5, 99.5)
@@ -69,7 +70,7 @@ class Prepared:
     code: int
     digest: str
     quality: dict[str, Any]
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str]
 
 
 def shift_of_a_brain(room: np.ndarray) -> np.ndarray:
@@ -110,10 +111,10 @@ def place_window(
         raise UnusableVoxels("nothing stands out from the background", "look at it; it may hold no head")
     axes = orthogonal_axes(seen.affine)
     spacing, shape = np.asarray(settings.spacing, float), np.asarray(settings.shape)
-    half = np.abs(np.linalg.inv(axes * spacing) @ coarse_affine(seen)[:3, :3]).sum(axis=1) / 2
-    # Foreground voxels in units of target voxels along the target's axes, from an arbitrary origin.
-    to_target = np.linalg.inv(axes * spacing)
-    points = (to_target @ nib.affines.apply_affine(coarse_affine(seen), np.argwhere(seen.foreground)).T).T
+    # Foreground voxels in units of target voxels along the target's axes, from an arbitrary origin; half of one's size.
+    to_target, coarse = np.linalg.inv(axes * spacing), coarse_affine(seen)
+    points = (to_target @ apply_affine(coarse, np.argwhere(seen.foreground)).T).T
+    half = np.abs(to_target @ coarse[:3, :3]).sum(axis=1) / 2
     top = points[:, 2].max() + half[2] + 1.0
     kept = points[points[:, 2] > top - shape[2]]
     low, high = kept.min(axis=0) - half, kept.max(axis=0) + half
@@ -137,24 +138,17 @@ def place_window(
     origin = to_target @ seen.affine[:3, 3]
     first_centre = origin + np.round(first_centre - origin)
     start = first_centre - 0.5
-    affine = np.eye(4)
-    affine[:3, :3] = axes * spacing
-    affine[:3, 3] = axes * spacing @ first_centre
-    outside = [
-        side
-        for axis in range(3)
-        for side in (points[:, axis] < start[axis], points[:, axis] > start[axis] + shape[axis])
-    ]
-    cut = {side: float(np.mean(mask)) for side, mask in zip(SIDES, outside, strict=True)}
-    cut["total"] = float(np.mean(np.any(outside, axis=0)))
-    return affine, cut
+    before, after = points < start, points > start + shape
+    cut = {side: float(np.mean((before if place == 0 else after)[:, axis])) for side, (axis, place) in FACES.items()}
+    cut["total"] = float(np.mean((before | after).any(axis=1)))
+    return from_matvec(axes * spacing, axes * spacing @ first_centre), cut
 
 
 def _percentile_range(seen: Survey, window: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float]:
     """Percentiles 0.5 and 99.5 of the foreground within the window, stored units, from one source voxel per block."""
-    sampled = seen.voxels[tuple(slice(f // 2, n * f, f) for f, n in zip(seen.factors, seen.coarse.shape, strict=True))]
+    sampled = block_middles(seen)
     index = np.argwhere(seen.foreground)
-    position = nib.affines.apply_affine(np.linalg.inv(window) @ coarse_affine(seen), index)
+    position = apply_affine(np.linalg.inv(window) @ coarse_affine(seen), index)
     inside = ((position > -0.5) & (position < np.asarray(shape) - 0.5)).all(axis=1)
     values = sampled[tuple(index[inside].T)]
     if values.size == 0:
@@ -165,15 +159,15 @@ def _percentile_range(seen: Survey, window: np.ndarray, shape: tuple[int, ...]) 
     return float(low), float(high)
 
 
-def snr_like(image: np.ndarray, threshold: float = 0.1) -> float | None:
+def snr_like(image: np.ndarray) -> float | None:
     """Mean of the foreground over its noise, which is told from second differences along the left-right axis.
 
     Works with and without a background, unlike the usual ratio with the air's deviation. None when there is too little
-    foreground (above ``threshold``) or no noise at all. The image ``[X, Y, Z]`` is in [0, 1].
+    foreground (above 0.1) or no noise at all. The image ``[X, Y, Z]`` is in [0, 1].
     """
     part = image[:, ::2, ::2]
     middle = part[1:-1]
-    mask = (middle > threshold) & (part[:-2] > threshold) & (part[2:] > threshold)
+    mask = (middle > 0.1) & (part[:-2] > 0.1) & (part[2:] > 0.1)
     if mask.sum() < 50:
         return None
     difference = (middle - (part[:-2] + part[2:]) / 2)[mask]
@@ -184,10 +178,9 @@ def snr_like(image: np.ndarray, threshold: float = 0.1) -> float | None:
 
 def on_grid(volume: Volume, settings: Settings) -> bool:
     """Whether a volume has the grid of prepared ones: shape, spacing and RAS order; its axes may be oblique."""
-    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
     return (
         volume.voxels.shape == settings.shape
-        and np.allclose(spacing, settings.spacing, rtol=0, atol=1e-3)
+        and np.allclose(voxel_sizes(volume.affine), settings.spacing, rtol=0, atol=1e-3)
         and nib.aff2axcodes(volume.affine) == ("R", "A", "S")
     )
 
@@ -215,7 +208,7 @@ def prepare_volume(
     points = None
     if label is not None:
         assert label_affine is not None
-        points = nib.affines.apply_affine(label_affine, np.argwhere(label))
+        points = apply_affine(label_affine, np.argwhere(label))
     looks_stripped = is_stripped(seen)
     stripped = has_mask or looks_stripped
     window, cut = place_window(seen, settings, points, stripped)
@@ -225,37 +218,35 @@ def prepare_volume(
     image *= np.float32(1 / (high - low))
     np.clip(image, 0, 1, out=image)
 
-    spacing = np.linalg.norm(volume.affine[:3, :3], axis=0)
-    oblique = float(np.rad2deg(nib.affines.obliquity(volume.affine).max()))
+    head = image > 0.1
     warnings = [*volume.warnings, *(note for note in seen.warnings if not (stripped and MAYBE_STRIPPED in note))]
     if has_mask and not looks_stripped:
         warnings.append("it does not look stripped, although its brain mask was applied")
-    result_label = None
-    ratios: dict[int, float] = {}
-    if label is not None and label_affine is not None:
-        result_label, ratios = resample_label(label, label_affine, window, settings.shape)
-        for value, ratio in ratios.items():
-            if abs(ratio - 1) > 0.02:
-                warnings.append(f"label {value} changed its volume by {100 * (ratio - 1):+.1f} %")
     quality: dict[str, Any] = {
-        "spacing": "x".join(f"{s:.3g}" for s in spacing),
-        "orientation": "".join(nib.orientations.aff2axcodes(volume.affine)),
-        "oblique_degrees": round(oblique, 2),
+        "spacing": "x".join(f"{s:.3g}" for s in voxel_sizes(volume.affine)),
+        "orientation": "".join(nib.aff2axcodes(volume.affine)),
+        "oblique_degrees": round(float(np.rad2deg(obliquity(volume.affine).max())), 2),
         "shape": "x".join(map(str, volume.voxels.shape)),
         "type": str(volume.voxels.dtype),
         "minimum": seen.minimum * volume.slope + volume.intercept,
         "maximum": seen.maximum * volume.slope + volume.intercept,
         "low": low * volume.slope + volume.intercept,
         "high": high * volume.slope + volume.intercept,
-        "foreground_fraction": round(float((image > 0.1).mean()), 5),
-        "mean": round(float(image[image > 0.1].mean()), 5) if (image > 0.1).any() else 0.0,
+        "foreground_fraction": round(float(head.mean()), 5),
+        "mean": round(float(image[head].mean()), 5) if head.any() else 0.0,
         "snr": None if (snr := snr_like(image)) is None else round(snr, 2),
         "stripped": stripped,
         "cut": round(cut["total"], 5),
         **{f"cut_{side}": round(cut[side], 5) for side in SIDES},
     }
-    if ratios and result_label is not None:
-        voxel = float(np.prod(settings.spacing))
-        quality["label_volume_mm3"] = {str(v): round(float((result_label == v).sum()) * voxel, 1) for v in ratios}
-        quality["label_volume_ratio"] = {str(v): round(r, 5) for v, r in ratios.items()}
+    result_label = None
+    if label is not None and label_affine is not None:
+        result_label, ratios = resample_label(label, label_affine, window, settings.shape)
+        for value, ratio in ratios.items():
+            if abs(ratio - 1) > 0.02:
+                warnings.append(f"label {value} changed its volume by {100 * (ratio - 1):+.1f} %")
+        if ratios:
+            voxel = float(np.prod(settings.spacing))
+            quality["label_volume_mm3"] = {str(v): round(float((result_label == v).sum()) * voxel, 1) for v in ratios}
+            quality["label_volume_ratio"] = {str(v): round(r, 5) for v, r in ratios.items()}
     return Prepared(image, result_label, window, volume.code, seen.digest, quality, warnings)

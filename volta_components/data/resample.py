@@ -12,7 +12,7 @@ _SNAP = 0.02  # voxels: less than this over the whole grid is rounding, not a sh
 
 def orthogonal_axes(affine: np.ndarray) -> np.ndarray:
     """The rotation nearest to the directions of an affine's axes (polar decomposition); takes out shear."""
-    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    directions = affine[:3, :3] / nib.affines.voxel_sizes(affine)
     u, _, vt = np.linalg.svd(directions)
     return u @ vt
 
@@ -118,7 +118,7 @@ def resample_label(
     """
     values = [int(v) for v in np.unique(label) if v != 0]
     # Only the box around the labels matters, and a rim for interpolation.
-    rim = 2 + np.ceil(np.linalg.norm((np.linalg.inv(affine) @ target)[:3, :3], axis=0)).astype(int).max()
+    rim = 2 + np.ceil(nib.affines.voxel_sizes(np.linalg.inv(affine) @ target)).astype(int).max()
     found = ndimage.find_objects((label > 0).view(np.uint8)) or [(slice(0, 1),) * 3]
     box = tuple(slice(max(0, side.start - rim), side.stop + rim) for side in found[0])
     label = label[box]
@@ -126,17 +126,12 @@ def resample_label(
     source_mm3, target_mm3 = abs(np.linalg.det(affine[:3, :3])), abs(np.linalg.det(target[:3, :3]))
     result = np.zeros(shape, np.uint8)
     best = np.zeros(shape, np.float32)
-    ratios: dict[int, float] = {}
+    mm3 = {value: int((label == value).sum()) * source_mm3 for value in values}
     for value in values:
-        mask = label == value
-        share = resample(mask.astype(np.uint8), affine, target, shape)
-        wanted = round(int(mask.sum()) * source_mm3 / target_mm3)
+        share = resample((label == value).astype(np.uint8), affine, target, shape)
+        wanted = round(mm3[value] / target_mm3)
         candidates = np.flatnonzero((share > 1e-6) & (share > best))
-        order = np.argsort(-share.ravel()[candidates], kind="stable")[:wanted]
-        chosen = candidates[order]
+        chosen = candidates[np.argsort(-share.ravel()[candidates], kind="stable")[:wanted]]
         result.ravel()[chosen] = value
         best.ravel()[chosen] = share.ravel()[chosen]
-    for value in values:
-        before = int((label == value).sum()) * source_mm3
-        ratios[value] = float((result == value).sum() * target_mm3 / before)
-    return result, ratios
+    return result, {value: float((result == value).sum() * target_mm3 / mm3[value]) for value in values}

@@ -13,11 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from nibabel.affines import voxel_sizes
 from scipy import ndimage
 
+from volta_components.data.cuts import OTHER_AXES
 from volta_components.data.layouts.common import Listing, Scan
 from volta_components.data.resample import resample
-from volta_components.data.survey import Survey, find_foreground
+from volta_components.data.survey import Survey, block_middles, find_foreground
 from volta_components.data.unusable import UnusableVolume
 from volta_components.data.volumes import Volume, read_volume, volume_stem
 from volta_components.data.walk import VolumeFile, walk
@@ -45,25 +47,22 @@ def attach_masks(listing: Listing, scans: Sequence[Scan], where: str, root: Path
     """
     folders = [root / "derivatives", root / "sourcedata"] if where == "bids" else [Path(where)]
     files = [file for folder in folders if folder.is_dir() for file in walk(folder).volumes()]
-    by_name: dict[str, list[VolumeFile]] = defaultdict(list)
+    by_name: dict[str | None, set[Path]] = defaultdict(set)
     for file in files:
-        if name := _mask_of(file):
-            by_name[name].append(file)
-    if where != "bids":  # a mask may simply have the name of its scan
-        for file in files:
-            by_name[file.stem].append(file)
+        by_name[_mask_of(file)].add(file.path)  # at None, what is no mask
+        if where != "bids":  # a mask may simply have the name of its scan
+            by_name[file.stem].add(file.path)
     kept = []
     for scan in scans:
-        names = dict.fromkeys((volume_stem(scan.image), scan.key, f"{scan.key}_T1w"))
-        found = next((by_name[name] for name in names if by_name.get(name)), [])
-        paths = sorted({file.path for file in found})
+        names = (volume_stem(scan.image), scan.key, f"{scan.key}_T1w")
+        paths = sorted(next((by_name[name] for name in names if name in by_name), ()))
         if len(paths) == 1:
             kept.append(replace(scan, mask=paths[0]))
         elif paths:
             words = ", ".join(path.name for path in paths[:3])
             listing.note_scan("problem", scan, f"has {len(paths)} brain masks: {words}", "remove all but one")
         else:
-            remedy = f"add {next(iter(names))}_mask.nii.gz, or leave out --mask"
+            remedy = f"add {names[0]}_mask.nii.gz, or leave out --mask"
             listing.note_scan("problem", scan, f"has no brain mask in {', '.join(map(str, folders))}", remedy)
     return kept
 
@@ -144,15 +143,14 @@ def is_stripped(seen: Survey) -> bool:
     led to the rule for these. Rays cross bone in 0.00 to 0.20 of brains
     and in 0.44 to 1.00 of heads with enough of them; fullness is 0.48 to 0.72, so that it decides on none of them.
     """
-    middles = [np.arange(n) * f + f // 2 for n, f in zip(seen.coarse.shape, seen.factors, strict=True)]
-    outside = seen.voxels[np.ix_(*middles)][~seen.foreground]
+    outside = block_middles(seen)[~seen.foreground]
     if not outside.size or not seen.foreground.any():
         return False
     _, counts = np.unique(outside, return_counts=True)
     if counts.max() < _CONSTANT * outside.size:
         return False
-    mm = np.linalg.norm(seen.affine[:3, :3], axis=0) * seen.factors
-    areas = [seen.foreground.sum(axis=tuple(a for a in range(3) if a != axis)) for axis in (0, 1)]
+    mm = voxel_sizes(seen.affine) * seen.factors
+    areas = [seen.foreground.sum(axis=others) for others in OTHER_AXES[:2]]
     width, length = (float((area > 0.25 * area.max()).sum() * mm[axis]) for axis, area in enumerate(areas))
     if seen.foreground.sum() * float(np.prod(mm)) > _FULLEST * width * length**2:
         return False

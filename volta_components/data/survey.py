@@ -12,11 +12,12 @@ import hashlib
 from dataclasses import dataclass, replace
 
 import numpy as np
+from nibabel.affines import from_matvec, voxel_sizes
 from nibabel.orientations import io_orientation
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
-from volta_components.data.cuts import SIDES, find_cuts
+from volta_components.data.cuts import FACES, OTHER_AXES, find_cuts
 from volta_components.data.unusable import UnusableVoxels
 from volta_components.data.volumes import Volume, canonical
 
@@ -78,8 +79,7 @@ def survey(volume: Volume) -> Survey:
         raise UnusableVoxels("singular affine: an axis has no direction", "convert it from its source again")
     upright = canonical(volume)
     voxels, nan = without_nan(upright)
-    affine = upright.affine
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    spacing = voxel_sizes(upright.affine)
     factors = tuple(int(max(1, min(round(_COARSE_MM / s), n // 8))) for s, n in zip(spacing, voxels.shape, strict=True))
     coarse, minimum, maximum = block_means(voxels, factors)  # type: ignore[arg-type]
     if minimum == maximum:
@@ -89,7 +89,7 @@ def survey(volume: Volume) -> Survey:
     if volume.slope < 0:
         raise UnusableVoxels("negative scale factor (inverted contrast)", "convert it from its source again")
     digest = hashlib.sha256(f"{voxels.shape}".encode() + coarse.tobytes()).hexdigest()
-    seen = Survey(voxels, affine, factors, coarse, np.zeros(coarse.shape, bool), digest, minimum, maximum)  # type: ignore[arg-type]
+    seen = Survey(voxels, upright.affine, factors, coarse, np.zeros(coarse.shape, bool), digest, minimum, maximum)  # type: ignore[arg-type]
     seen = _without_outliers(seen, volume, nan)
     if seen.coarse.min() != seen.coarse.max():
         seen = _with_foreground(seen)
@@ -162,12 +162,10 @@ def block_means(voxels: np.ndarray, factors: tuple[int, int, int]) -> tuple[np.n
     kind = np.int64 if voxels.dtype.kind in "iu" and voxels.dtype.itemsize < 8 else np.float64
     for i in range(-(-moved.shape[0] // f0)):
         slab = moved[i * f0 : (i + 1) * f0]
-        if slab.dtype.kind == "f":
-            finite = np.isfinite(slab)
-            if not finite.all():
-                nan += int(np.isnan(slab).sum())
-                infinite += int(np.isinf(slab).sum())
-                continue
+        if slab.dtype.kind == "f" and not np.isfinite(slab).all():
+            nan += int(np.isnan(slab).sum())
+            infinite += int(np.isinf(slab).sum())
+            continue
         minimum, maximum = min(minimum, float(slab.min())), max(maximum, float(slab.max()))
         if i < n0 and max(abs(minimum), abs(maximum)) < _MOST:
             block = slab.sum(axis=0, dtype=kind)
@@ -274,7 +272,7 @@ def _padding(sample: np.ndarray, value: float, zero: float, fills_slices: bool) 
     if np.median(sample[shell]) >= low + 0.2 * (high - low):
         return None
     is_below_zero = value < zero and low - zero < 0.2 * (high - zero)
-    reaches = max(float(np.take(rest, place, axis=axis).mean()) for axis in range(3) for place in (0, -1))
+    reaches = max(float(rest.take(place, axis=axis).mean()) for axis, place in FACES.values())
     return "dark" if is_below_zero or reaches > 0.3 else "padding or background"
 
 
@@ -335,9 +333,8 @@ def _with_foreground(seen: Survey) -> Survey:
 
 def _covered(mask: np.ndarray) -> float:
     """Share of the volume's faces that a mask covers; the bottom, where the neck is, does not count."""
-    faces = [np.take(mask, place, axis=axis) for axis in range(3) for place in (0, -1)]
-    del faces[SIDES.index("bottom")]
-    return float(np.mean(np.concatenate([face.ravel() for face in faces])))
+    faces = [mask.take(place, axis=axis).ravel() for side, (axis, place) in FACES.items() if side != "bottom"]
+    return float(np.mean(np.concatenate(faces)))
 
 
 def _smooth_part(seen: Survey) -> np.ndarray | None:
@@ -390,13 +387,13 @@ def _dark_inside(seen: Survey) -> list[str]:
     largest = int(np.bincount(labels.ravel())[1:].max()) if n else 0
     if largest < 8:
         return []
-    ml = largest * float(np.prod(np.linalg.norm(coarse_affine(seen)[:3, :3], axis=0))) / 1000
+    ml = largest * float(np.prod(voxel_sizes(coarse_affine(seen)))) / 1000
     return [f"{ml:.2g} ml inside the head are darker than air: negative values, wrapped around at 32767?"]
 
 
 def _cuts(seen: Survey) -> list[str]:
     """Where the field of view, or blank voxels, cut through the head."""
-    return find_cuts(seen.foreground, seen.coarse, np.linalg.norm(coarse_affine(seen)[:3, :3], axis=0))
+    return find_cuts(seen.foreground, seen.coarse, voxel_sizes(coarse_affine(seen)))
 
 
 def _apart(seen: Survey) -> list[str]:
@@ -412,7 +409,7 @@ def _apart(seen: Survey) -> list[str]:
         notes.append("the head is in pieces, and all of them were taken: dark slices within it, or no head?")
     blank = blank_slices(seen)
     for axis, name in enumerate(("left-right", "back-front", "bottom-top")):
-        within = np.flatnonzero(seen.foreground.any(axis=tuple(a for a in range(3) if a != axis)))
+        within = np.flatnonzero(seen.foreground.any(axis=OTHER_AXES[axis]))
         if not within.size:
             continue
         inner = range((int(within[0]) + 1) * seen.factors[axis], int(within[-1]) * seen.factors[axis])
@@ -423,8 +420,12 @@ def _apart(seen: Survey) -> list[str]:
     return notes
 
 
+def block_middles(seen: Survey) -> np.ndarray:
+    """``[x, y, z]``: of each block, the source voxel at its middle."""
+    return seen.voxels[tuple(slice(f // 2, n * f, f) for n, f in zip(seen.coarse.shape, seen.factors, strict=True))]
+
+
 def coarse_affine(seen: Survey) -> np.ndarray:
     """Affine of the coarse grid: each coarse voxel lies at the centre of its block."""
-    scale = np.diag([*seen.factors, 1.0])
-    scale[:3, 3] = (np.asarray(seen.factors) - 1) / 2
-    return seen.affine @ scale
+    factors = np.array(seen.factors, float)
+    return seen.affine @ from_matvec(np.diag(factors), (factors - 1) / 2)

@@ -15,10 +15,9 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from volta_components.data.layouts import Scan
 from volta_components.data.layouts.common import relative
 from volta_components.data.layouts.series import convert_series
 from volta_components.data.nifti import DTYPES, nifti_header
+from volta_components.data.pool import call_with_each
 from volta_components.data.preprocess import Prepared, Settings, prepare_volume
 from volta_components.data.skull import apply_mask
 from volta_components.data.unusable import UnusableVolume, what_is_wrong
@@ -64,18 +64,21 @@ def _image_files(scan: Scan) -> list[Path]:
 
 def _stamp(scan: Scan, source: Path) -> list[list[Any]]:
     """Name, size and time of each file that a volume is made from."""
-    stamps: list[list[Any]] = []
-    for path in [*_image_files(scan), *(label.path for label in scan.labels), *([scan.mask] if scan.mask else [])]:
-        try:
-            status = path.stat()
-            stamps.append([relative(path, source), status.st_size, status.st_mtime_ns])
-        except OSError:
-            stamps.append([relative(path, source), None, None])
-    return stamps
+    files = [*_image_files(scan), *(label.path for label in scan.labels), *([scan.mask] if scan.mask else [])]
+    return [[relative(path, source), *_size_and_time(path)] for path in files]
 
 
-def _record_path(task: Task) -> Path:
-    return task.output / STATE / "records" / f"{task.scan.key}.json"
+def _size_and_time(path: Path) -> tuple[int | None, int | None]:
+    """Bytes of a file, and when it was written, ns; None for a file that is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None, None
+    return status.st_size, status.st_mtime_ns
+
+
+def _record_name(task: Task) -> str:
+    return f"{STATE}/records/{task.scan.key}.json"
 
 
 # How the window of a brain without skull is placed: from 2 on, as with its head. What was prepared otherwise is redone.
@@ -85,7 +88,7 @@ PLACING = 2
 def read_record(task: Task) -> dict[str, Any] | None:
     """What is known of a volume, good or bad; None when it was not come to yet."""
     try:
-        record: dict[str, Any] = read_json(_record_path(task))
+        record: dict[str, Any] = read_json(task.output / _record_name(task))
     except InputError:
         return None
     return record
@@ -98,18 +101,13 @@ def finished(task: Task) -> dict[str, Any] | None:
         return None
     if record["quality"]["stripped"] and record.get("placing", 1) < PLACING:
         return None
-    for name, size in record["files"].items():
-        try:
-            if (task.output / name).stat().st_size != size:
-                return None
-        except OSError:
-            return None
-    return record
+    is_whole = all(_size_and_time(task.output / name)[0] == size for name, size in record["files"].items())
+    return record if is_whole else None
 
 
-def _write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray, code: int, slope: float | None = None) -> str:
+def _write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray, code: int, slope: float = 1.0) -> str:
     """Write a NIfTI-1 file from memory, as its voxels lie; give the SHA-256 of its bytes, hashed on the way."""
-    header = nifti_header(voxels, affine, code, 1.0 if slope is None else slope)
+    header = nifti_header(voxels, affine, code, slope)
     digest = hashlib.sha256()
     with path.open("wb") as stream:
         planes = (np.asfortranarray(voxels[:, :, k]).T for k in range(voxels.shape[2]))
@@ -117,8 +115,6 @@ def _write_nifti(path: Path, voxels: np.ndarray, affine: np.ndarray, code: int, 
             data = part if isinstance(part, bytes) else np.ascontiguousarray(part).data
             digest.update(data)
             stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
     return digest.hexdigest()
 
 
@@ -130,17 +126,12 @@ def _place(task: Task, name: str, write: Callable[[Path], Any]) -> Any:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         result = write(temporary)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
     return result
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _load(task: Task) -> Volume:
@@ -168,7 +159,7 @@ def process(task: Task) -> dict[str, Any]:
             file = relative(Path(error.path), task.source)
         record["error"] = dict(zip(("file", "reason", "remedy"), (file, *what_is_wrong(error)), strict=True))
     text = json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    _place(task, f"{STATE}/records/{scan.key}.json", lambda path: _write_text(path, text))
+    _place(task, _record_name(task), lambda path: path.write_text(text, encoding="utf-8"))
     return record
 
 
@@ -188,26 +179,23 @@ def _prepared(task: Task) -> dict[str, Any]:
 
 def _write(task: Task, done: Prepared, quirks: list[tuple[str, str]]) -> dict[str, Any]:
     scan, settings = task.scan, task.settings
-    image_name = f"images/{scan.key}.nii"
-    label_name = f"labels/{scan.key}.nii" if done.label is not None else None
     picture = quality.thumbnail(done.image, done.label)
-    voxels, slope = done.image, None
+    voxels, slope = done.image, 1.0
     if settings.dtype != "float32":
         dtype = DTYPES[settings.dtype]
         top = 2 ** (8 * dtype.itemsize) - 1
         voxels, slope = np.round(done.image * top).astype(dtype), 1 / top
-    digest = _place(task, image_name, lambda path: _write_nifti(path, voxels, done.affine, done.code, slope))
-    names = [image_name]
-    if done.label is not None and label_name is not None:
-        label = done.label
-        _place(task, label_name, lambda path: _write_nifti(path, label, done.affine, done.code))
-        names.append(label_name)
+    names = [f"images/{scan.key}.nii"]
+    digest = _place(task, names[0], lambda path: _write_nifti(path, voxels, done.affine, done.code, slope))
+    if (label := done.label) is not None:
+        names.append(f"labels/{scan.key}.nii")
+        _place(task, names[1], lambda path: _write_nifti(path, label, done.affine, done.code))
     _place(task, f"qc/thumbnails/{scan.key}.png", lambda path: path.write_bytes(picture))
     hashes = [sha256_file(path) for path in _image_files(scan)]
     source_hash = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     return {
-        "image": image_name,
-        "label": label_name,
+        "image": names[0],
+        "label": None if label is None else names[1],
         "sha256": digest,
         "source_sha256": source_hash,
         "voxels_sha256": done.digest,
@@ -239,12 +227,7 @@ def run(tasks: Sequence[Task], workers: int) -> None:
     bar = tqdm(total=len(tasks), initial=len(tasks) - len(todo), unit="volume", desc="preparing", smoothing=0.1)
     try:
         with bar:
-            if workers == 1 or len(todo) <= 1:
-                for task in todo:
-                    process(task)
-                    bar.update()
-                return
-            _run_pool(todo, min(workers, len(todo)), bar)
+            call_with_each(process, todo, workers, _watch_parent, bar)
     except BrokenProcessPool as error:
         raise InputError(
             "a worker was killed, most likely because memory ran out; use fewer --workers. Started again, the same "
@@ -257,22 +240,3 @@ def run(tasks: Sequence[Task], workers: int) -> None:
             f"{tasks[0].output}: disk full ({error.strerror}); free some space and start the same command again: "
             "what is done is kept"
         ) from error
-
-
-def _run_pool(todo: Sequence[Task], workers: int, bar: Any) -> None:
-    queue = iter(todo)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_watch_parent) as pool:
-        running: set[Future[dict[str, Any]]] = set()
-        try:
-            while True:
-                while len(running) < 2 * workers and (task := next(queue, None)) is not None:
-                    running.add(pool.submit(process, task))
-                if not running:
-                    return
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    future.result()
-                    bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nibabel.affines import from_matvec, voxel_sizes
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -25,6 +26,7 @@ from volta_components.data.phantom.deformation import (
     volume_field,
 )
 from volta_components.data.phantom.subjects import FIELD_OF_VIEW, Subject, random_stream
+from volta_components.data.resample import resample
 from volta_components.errors import InputError
 
 TEMPLATE_BOX = Box((-84.0, -120.0, -84.0), (84.0, 87.0, 96.0), grid=3, squarings=6)
@@ -66,9 +68,8 @@ class Anatomy:
 
     def image_affine(self, spacing: int) -> NDArray[np.float64]:
         """``[4, 4]`` affine of every image of a spacing (mm): RAS."""
-        affine = np.diag([float(spacing)] * 3 + [1.0])
-        affine[:3, 3] = self.middle - (np.array(self.image_shape(spacing)) - 1) / 2 * spacing
-        return affine
+        first = self.middle - (np.array(self.image_shape(spacing)) - 1) / 2 * spacing
+        return from_matvec(np.diag([float(spacing)] * 3), first)
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,6 @@ class Template(Anatomy):
     """
 
     maps: torch.Tensor
-
-
-def _cut(volume: NDArray[Any], affine: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Bring a template map to the box, at 1 mm, with zeros where it has no values."""
-    start = np.rint(TEMPLATE_BOX.low - affine[:3, 3]).astype(int)
-    stop = np.rint(TEMPLATE_BOX.high - affine[:3, 3]).astype(int) + 1
-    inner = tuple(slice(max(a, 0), min(b, n)) for a, b, n in zip(start, stop, volume.shape))
-    padding = [(max(-a, 0), max(b - n, 0)) for a, b, n in zip(start, stop, volume.shape)]
-    return np.pad(volume[inner].astype(np.float32), padding)
 
 
 def _hippocampus(side: int) -> NDArray[np.bool_]:
@@ -131,7 +123,12 @@ def load_template(spacing: int) -> Template:
             datasets.load_mni152_brain_mask,
         )
     ]
-    t1, grey, white, brain = (_cut(np.asarray(image.dataobj), image.affine) for image in images)
+    grid = from_matvec(np.eye(3), TEMPLATE_BOX.low)
+    t1, grey, white, brain = (
+        # In the order of the files, since sums round in another way in another one.
+        np.asfortranarray(resample(np.asarray(image.dataobj), image.affine, grid, TEMPLATE_BOX.voxels))
+        for image in images
+    )
     fluid = np.clip(1 - grey - white, 0, 1) * (brain > 0)
     sides = [(_hippocampus(side) & (grey > 0.5)).astype(np.float32) for side in (-1, 1)]
     ventricles = np.where(_ventricle_region() & (fluid > 0.25), fluid, 0).astype(np.float32)
@@ -217,10 +214,10 @@ class Geometry:
         places = self._straight(affine, shape, device)
         displacement = self.displacement.to(places.device)
         # The displacement is smooth: where voxels are small, every second one is enough, and eight times faster.
-        if np.linalg.norm(affine[:3, :3], axis=0).max() > self.box.grid / 2 or min(shape) < 4:
-            return places.add_(sample_field(displacement, self._between_edges(places), padding="border"))
+        if voxel_sizes(affine).max() > self.box.grid / 2 or min(shape) < 4:
+            return places.add_(sample_field(displacement, self.between_edges(places), padding="border"))
         half = self._straight(affine @ np.diag([2.0, 2.0, 2.0, 1.0]), tuple(n // 2 + 1 for n in shape), device)
-        coarse = sample_field(displacement, self._between_edges(half), padding="border")
+        coarse = sample_field(displacement, self.between_edges(half), padding="border")
         size = [2 * (n // 2) + 1 for n in shape]
         fine = torch.nn.functional.interpolate(coarse[None], size=size, mode="trilinear", align_corners=True)[0]
         return places.add_(fine[:, : shape[0], : shape[1], : shape[2]])
@@ -239,7 +236,7 @@ class Geometry:
             torch.add((x[:, None] + y)[..., None], z, out=places[axis])
         return places
 
-    def _between_edges(self, places: torch.Tensor) -> torch.Tensor:
+    def between_edges(self, places: torch.Tensor) -> torch.Tensor:
         """``[3, X, Y, Z]`` fractional voxels as ``[X, Y, Z, 3]``, -1 to 1 from edge to edge."""
         return torch.stack([places[axis] / self.box.half[axis] - 1 for axis in range(3)], dim=-1)
 

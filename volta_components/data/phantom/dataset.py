@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import re
 import signal
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from volta_components.data.phantom.subjects import (
     scanner_of,
     session_name,
 )
+from volta_components.data.pool import call_with_each
 from volta_components.errors import InputError
 from volta_components.files import read_json, remove_partials, write_csv, write_json
 
@@ -53,21 +52,26 @@ def _sessions_table(output: Path, subject_id: str) -> Path:
     return output / subject_id / f"{subject_id}_sessions.tsv"
 
 
-def _finished(output: Path, settings: Settings, number: int) -> bool:
+def _files(output: Path, settings: Settings, number: int) -> list[Path]:
+    """All files of a subject."""
     name = settings.subject_id(number)
-    files = [path for scan in range(settings.scans) for path in _paths(output, name, session_name(scan))]
-    return all(path.is_file() for path in [_sessions_table(output, name), *files])
+    scans = [path for scan in range(settings.scans) for path in _paths(output, name, session_name(scan))]
+    return [_sessions_table(output, name), *scans]
+
+
+def _finished(output: Path, settings: Settings, number: int) -> bool:
+    return all(path.is_file() for path in _files(output, settings, number))
 
 
 def _anatomy(settings: Settings, name: str, paths: Mapping[str, str]) -> Anatomy:
     return load_head(name, paths[name]) if name else load_template(settings.spacing)
 
 
-def write_subject(output: str | os.PathLike[str], settings: Settings, number: int, paths: Mapping[str, str]) -> None:
+def write_subject(folder: Path, settings: Settings, number: int, paths: Mapping[str, str]) -> None:
     """Render one subject and write its files, each whole or not at all; ``paths`` are label maps by anatomy."""
     subject = draw_subject(settings, number)
     anatomy = _anatomy(settings, subject.anatomy, paths)
-    folder, name = Path(output), settings.subject_id(number)
+    name = settings.subject_id(number)
     rows = [(session_name(scan), subject.age, subject.diagnosis) for scan in range(settings.scans)]
     write_csv(_sessions_table(folder, name), ("session_id", "age", "diagnosis"), rows, "\t")
     for scan in range(settings.scans):
@@ -87,46 +91,33 @@ def write_subject(output: str | os.PathLike[str], settings: Settings, number: in
 
 def _start_worker() -> None:
     torch.set_num_threads(1)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all processes; the parent winds up, its workers finish
+    # Ctrl-C reaches all processes; the parent winds up, its workers finish.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _run(output: Path, settings: Settings, numbers: list[int], workers: int, paths: Mapping[str, str]) -> None:
     """Make subjects, in this process or in several."""
-    bar = tqdm(total=len(numbers), desc="phantoms", unit="subject")
-    with bar:
-        if workers == 1 or len(numbers) < 3:
-            for number in numbers:
-                write_subject(output, settings, number, paths)
-                bar.update()
-            return
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(workers, len(numbers)), mp_context=context, initializer=_start_worker)
-        try:
-            # In order of the anatomies: a worker keeps the last ones in memory.
-            numbers = sorted(numbers, key=lambda number: draw_subject(settings, number).anatomy)
-            futures: list[Future[None]] = [
-                pool.submit(write_subject, output, settings, number, paths) for number in numbers
-            ]
-            for future in as_completed(futures):
-                future.result()
-                bar.update()
-        except BrokenProcessPool as error:
-            raise InputError(
-                f"{output}: a worker process was killed, probably because memory ran out; give fewer --workers than "
-                f"{workers} (about 1 GB each) and start the command again: finished subjects are kept"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    if len(numbers) < 3:
+        workers = 1
+    if workers > 1:  # in order of the anatomies: a worker keeps the last ones in memory
+        numbers = sorted(numbers, key=lambda number: draw_subject(settings, number).anatomy)
+    try:
+        with tqdm(total=len(numbers), desc="phantoms", unit="subject") as bar:
+            make = partial(write_subject, output, settings, paths=paths)
+            call_with_each(make, numbers, workers, _start_worker, bar)
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"{output}: a worker process was killed, probably because memory ran out; give fewer --workers than "
+            f"{workers} (about 1 GB each) and start the command again: finished subjects are kept"
+        ) from error
 
 
 def _claim(output: Path, settings: Settings, maps: Sequence[LabelMap]) -> None:
     """Make sure that an output folder is new, or holds a cohort of the same parameters."""
-    parameters = {**asdict(settings), "anatomies": {each.name: each.digest for each in maps}}
+    digests = {each.name: each.digest for each in maps}
+    wanted: dict[str, Any] = {"format": FORMAT, **asdict(settings), "anatomies": digests}
     if settings.scans == 1:
-        del parameters["scans"]  # folders that were made before there was a choice go on
-    wanted: dict[str, Any] = {"format": FORMAT, **parameters}
+        del wanted["scans"]  # folders that were made before there was a choice go on
     path = output / PARAMETERS_FILE
     if path.exists():
         found = read_json(path)
@@ -158,15 +149,7 @@ def make_dataset(
     """
     _claim(folder, settings, maps)
     missing = [number for number in numbers if not _finished(folder, settings, number)]
-    subject_folders = {
-        path.parent
-        for number in missing
-        for scan in range(settings.scans)
-        for path in (
-            _sessions_table(folder, settings.subject_id(number)),
-            *_paths(folder, settings.subject_id(number), session_name(scan)),
-        )
-    }
+    subject_folders = {path.parent for number in missing for path in _files(folder, settings, number)}
     remove_partials(folder, folder / LABELS_FOLDER, *subject_folders)
     _run(folder, settings, missing, workers or joblib.cpu_count(), {each.name: str(each.path) for each in maps})
     pattern = re.compile(rf"sub-{settings.prefix}(\d{{4,}})")

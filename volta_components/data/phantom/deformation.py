@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nibabel.eulerangles import euler2mat
 from numpy.typing import NDArray
 from scipy import fft, ndimage
 
@@ -57,9 +58,9 @@ class Box:
         """``[x, y, z, 3]`` positions of the velocity grid, -1 to 1 from edge to edge."""
         return torch.stack(torch.meshgrid(*(torch.linspace(-1, 1, n) for n in self.shape), indexing="ij"), dim=-1)
 
-    def axes(self, step: int = 1) -> list[NDArray[np.float64]]:
-        """Positions along each axis, mm."""
-        return [np.arange(a, b + step / 2, step) for a, b in zip(self.low, self.high, strict=True)]
+    def axes(self) -> list[NDArray[np.float64]]:
+        """Positions of the voxels along each axis, mm."""
+        return [np.arange(a, b + 0.5) for a, b in zip(self.low, self.high, strict=True)]
 
     def waves(self) -> list[Any]:
         """Angular wave numbers (1/mm) of a real Fourier transform over the velocity grid, one array an axis."""
@@ -173,15 +174,10 @@ def least_jacobian(displacement: torch.Tensor, grid: int) -> float:
 
 def rotation_matrix(degrees: Iterable[float]) -> NDArray[np.float64]:
     """Rotation about x, then y, then z."""
-    matrix = np.eye(3)
-    for axis, angle in enumerate(degrees):
-        cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-        turn = np.eye(3)
-        first, second = (axis + 1) % 3, (axis + 2) % 3
-        turn[first, first] = turn[second, second] = cosine
-        turn[first, second], turn[second, first] = -sine, sine
-        matrix = turn @ matrix
-    return matrix
+    x, y, z = map(math.radians, degrees)
+    # NiBabel turns about z, then y, then x: with the opposite angles, that is the way back.
+    back: NDArray[np.float64] = euler2mat(-z, -y, -x)
+    return back.T
 
 
 def box_around(low: Sequence[float], high: Sequence[float], grid: int, squarings: int) -> Box:

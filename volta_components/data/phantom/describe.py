@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,69 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
+from skimage.util import montage
 
 from volta_components._version import __version__
 from volta_components.data.phantom.labels import LabelMap
 from volta_components.data.phantom.subjects import SESSION, SITES, Settings, Subject
 from volta_components.data.volumes import read_volume
 from volta_components.files import atomic_path, write_csv, write_json, write_text
+from volta_components.templates import template_environment
 
 PARAMETERS_FILE = "code/phantom.json"
 LABELS_FOLDER = "derivatives/hippocampus"
 TEMPLATE_URL = "https://www.bic.mni.mcgill.ca/ServicesAtlases/ICBM152NLin2009"
-_TEMPLATE_NOTICE = """\
-The images in this data set are derived from the MNI ICBM152 2009a symmetric template, which comes with this notice:
-
-Copyright (C) 1993-2009 Louis Collins, McConnell Brain Imaging Centre, Montreal Neurological Institute, McGill
-University. Permission to use, copy, modify, and distribute this software and its documentation for any purpose and
-without fee is hereby granted, provided that the above copyright notice appear in all copies. The authors and McGill
-University make no representations about the suitability of this software for any purpose. It is provided "as is"
-without express or implied warranty. The authors are not responsible for any data loss, equipment damage, property loss,
-or injury to subjects or patients resulting from the use or misuse of this software package.
-"""
-_README = """\
-# Brain phantoms
-
-{count} synthetic T1-weighted head images of no real person. `volta3d phantom` (version {version}) made them from the
-MNI ICBM152 template: random size, pose and smooth deformation, and the contrast, bias field, blur and noise of {sites}
-site(s). Parameters are in `{parameters}`; the same parameters give the same images.
-
-- `participants.tsv`: sex, age, site. `sub-*/sub-*_sessions.tsv`: age and diagnosis (CN or AD).
-- `sub-*/{session}/anat/*_T1w.json`: all parameters of an image and its true volumes (mm^3), under `Phantom`.
-- `{labels}`: label maps of the left (1) and right (2) hippocampus.
-
-Sex changes the size of the head. AD shrinks the hippocampi and widens the ventricles, each head by its own severity;
-age does the same, mildly. Use the images to try software. They say nothing about people.
-
-The template's notice is in `LICENSE`.
-"""
-_LABELS_README = """\
-# Label maps of the phantoms' hippocampi
-
-`*_desc-hippocampus_dseg.nii.gz` is on the grid of the subject's T1w image: 1 is the left hippocampus, 2 the right one.
-They are the anatomy that the image was made from, with the same warp: the exact truth, not a rater's drawing. Volumes
-in mm^3 are in the sidecar of the T1w image, under `Phantom`.
-"""
-_HEADS_README = """\
-# Heads grown from label maps
-
-{count} synthetic head images, made by `volta3d phantom` (version {version}) from label maps of {anatomies} real heads:
-random size, pose and smooth deformation, and its own simulated scanner for each: contrast between tissues, bias
-field, resolution, blur, noise, skull or none. Parameters are in `{parameters}`; the same parameters and label maps give
-the same images.
-
-- `participants.tsv`: sex, age, site, and `anatomy`, the label map that a head grew from; `anatomy_id` names it by its
-  voxels. **All heads of one anatomy are one patient**: `volta3d prepare` keeps them in one fold.
-- `sub-*/sub-*_sessions.tsv`: age and diagnosis (CN or AD).
-- `sub-*/{session}/anat/*_T1w.json`: all parameters of an image and its true volumes (mm^3), under `Phantom`.
-- `{labels}`: label maps of the left (1) and right (2) hippocampus.
-- `code/sheet.png`: some of the heads, to look at.
-
-Sex changes the size of the head. AD shrinks the hippocampi and widens the ventricles, each head by its own severity;
-age does the same, mildly. These changes are relative to the anatomy, and anatomies differ among themselves.
-
-The images are derived from the label maps: the licence of the label maps also holds for them.
-"""
 
 
 def describe(output: Path, settings: Settings, subjects: Sequence[Subject], maps: Sequence[LabelMap]) -> None:
@@ -135,32 +85,32 @@ def describe(output: Path, settings: Settings, subjects: Sequence[Subject], maps
         for s in subjects
     ]
     write_csv(output / "participants.tsv", ("participant_id", *participants), rows, "\t")
-    readme = (_HEADS_README if maps else _README).format(
-        count=len(subjects),
-        version=__version__,
-        sites=settings.sites,
-        anatomies=len(maps),
-        parameters=PARAMETERS_FILE,
-        session=SESSION,
-        labels=LABELS_FOLDER,
-    )
-    write_text(output / "README.md", readme)
-    write_text(output / LABELS_FOLDER / "README.md", _LABELS_README)
+    facts = {
+        "count": len(subjects),
+        "version": __version__,
+        "sites": settings.sites,
+        "anatomies": len(maps),
+        "parameters": PARAMETERS_FILE,
+        "session": SESSION,
+        "labels": LABELS_FOLDER,
+    }
+    templates = template_environment("volta_components.data")
+    texts = {"README.md": "phantom_readme.md.jinja", f"{LABELS_FOLDER}/README.md": "phantom_labels_readme.md.jinja"}
     if not maps:
-        write_text(output / "LICENSE", _TEMPLATE_NOTICE)
+        texts["LICENSE"] = "phantom_license.jinja"
+    for name, template in texts.items():
+        write_text(output / name, templates.get_template(template).render(facts))
 
 
-def write_sheet(path: Path, subjects: Sequence[tuple[Path, Path]], most: int = 12) -> None:
+def write_sheet(path: Path, subjects: Sequence[tuple[Path, Path]]) -> None:
     """Write a picture of some heads, three planes each through the hippocampi, these outlined: a sheet to look at."""
-    chosen = [subjects[round(place)] for place in np.linspace(0, len(subjects) - 1, min(most, len(subjects)))]
+    chosen = [subjects[round(place)] for place in np.linspace(0, len(subjects) - 1, min(12, len(subjects)))]
     tiles = [_tile(read_volume(image).voxels, read_volume(labels).voxels) for image, labels in chosen]
     size = [max(tile.shape[axis] for tile in tiles) for axis in (0, 1)]
     tiles = [np.pad(t, ((0, size[0] - t.shape[0]), (0, size[1] - t.shape[1]), (0, 0))) for t in tiles]
-    if len(tiles) % 2:
-        tiles.append(np.zeros_like(tiles[0]))
-    rows = [np.concatenate(tiles[place : place + 2], axis=1) for place in range(0, len(tiles), 2)]
+    sheet = montage(tiles, fill=[0, 0, 0], grid_shape=(math.ceil(len(tiles) / 2), 2), channel_axis=-1)
     with atomic_path(path) as temporary:
-        Image.fromarray(np.concatenate(rows)).save(temporary, format="PNG")
+        Image.fromarray(sheet).save(temporary, format="PNG")
 
 
 def _tile(image: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.uint8]:

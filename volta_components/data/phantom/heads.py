@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from volta_components.data.phantom.anatomy import CENTRE, Anatomy, surface_point
 from volta_components.data.phantom.deformation import box_around, volume_field
 from volta_components.data.phantom.labels import (
     CODES,
+    HIPPOCAMPI,
     TISSUE,
     VENTRICLE_CODES,
     LabelMap,
@@ -81,7 +83,7 @@ def make_head(label_map: LabelMap) -> Head:
         middle=_MIDDLE,
         codes=codes,
         has_outside=label_map.has_outside,
-        hippocampi=_part_of(is_code(CODES["hippocampus_left"], CODES["hippocampus_right"])[codes]),
+        hippocampi=_part_of(is_code(*(CODES[name] for name in HIPPOCAMPI))[codes]),
     )
 
 
@@ -106,7 +108,7 @@ def with_muscles(codes: NDArray[np.uint8], digest: str) -> NDArray[np.uint8]:
     vessel = deep & (vessels > 2.2 * vessels.std())
     result = codes.copy()
     for found, name in ((muscle, "other_tissue"), (vessel, "sinus")):  # a brain's vessel would count as brain
-        fine = functools.reduce(lambda each, axis: each.repeat(2, axis=axis), range(3), found)
+        fine = np.kron(found, np.ones((2, 2, 2), bool))
         result[fine[tuple(slice(side) for side in codes.shape)]] = CODES[name]
     return result
 
@@ -124,12 +126,10 @@ def load_head(name: str, path: str) -> Head:
 
 def lookup_codes(head: Head, voxels: torch.Tensor) -> torch.Tensor:
     """The nearest voxel's code, ``[X, Y, Z]`` uint8, at ``[3, X, Y, Z]`` fractional voxels; air beyond the map."""
-    flat: torch.Tensor | None = None
+    flat = torch.zeros(voxels.shape[1:], dtype=torch.int32, device=voxels.device)
     for along, length in zip(voxels, head.codes.shape, strict=True):
         # The outermost voxels are air: what lies beyond may as well be there.
-        index = along.add(0.5).clamp_(0, length - 1).to(torch.int32)
-        flat = index if flat is None else flat.mul_(length).add_(index)
-    assert flat is not None
+        flat.mul_(length).add_(along.add(0.5).clamp_(0, length - 1).to(torch.int32))
     return look_up(head.codes_on(voxels.device).reshape(-1), flat)
 
 
@@ -182,16 +182,15 @@ def _pooled(codes: torch.Tensor, tables: NDArray[np.float32], width: int) -> tor
         return torch.stack([look_up(table, codes) for table in each])
     shape = tuple(length // width for length in codes.shape)
     values = torch.zeros((len(tables), *shape), device=codes.device)
-    for i in range(width):
-        for j in range(width):
-            k = (i + j) % width
-            x, y, z = (slice(a, a + width * (n - 1) + 1, width) for a, n in zip((i, j, k), shape, strict=True))
-            for table, total in zip(each, values, strict=True):
-                total.add_(look_up(table, codes[x, y, z]))
+    for i, j in itertools.product(range(width), repeat=2):
+        first = (i, j, (i + j) % width)
+        x, y, z = (slice(a, a + width * (n - 1) + 1, width) for a, n in zip(first, shape, strict=True))
+        for table, total in zip(each, values, strict=True):
+            total.add_(look_up(table, codes[x, y, z]))
     return values.div_(width**2)
 
 
-_SIDES = np.stack([is_code(CODES[name]) for name in ("hippocampus_left", "hippocampus_right")]).astype(np.float32)
+_SIDES = np.stack([is_code(CODES[name]) for name in HIPPOCAMPI]).astype(np.float32)
 
 
 def hippocampus_shares(head: Head, voxels: torch.Tensor, spacing: int, out: torch.Tensor) -> torch.Tensor:
@@ -208,12 +207,11 @@ def hippocampus_shares(head: Head, voxels: torch.Tensor, spacing: int, out: torc
     """
     # Every fourth voxel tells where the hippocampi are; its neighbours lie within some mm of it.
     margin = 2 * spacing
-    near: torch.Tensor | None = None
-    for along, side in zip(voxels[:, ::4, ::4, ::4], head.hippocampi, strict=True):
-        within = (along > side.start - margin) & (along < side.stop - 1 + margin)
-        near = within if near is None else near.logical_and_(within)
-    assert near is not None
-    places = near.nonzero()
+    within = [
+        (along > side.start - margin) & (along < side.stop - 1 + margin)
+        for along, side in zip(voxels[:, ::4, ::4, ::4], head.hippocampi, strict=True)
+    ]
+    places = torch.stack(within).all(dim=0).nonzero()
     if not len(places):
         return torch.zeros(2, dtype=torch.float64, device=voxels.device)
     low, high = (places.amin(dim=0) * 4 - 4).tolist(), (places.amax(dim=0) * 4 + 5).tolist()

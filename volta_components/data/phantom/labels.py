@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from nibabel.affines import from_matvec, voxel_sizes
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -77,20 +78,17 @@ OUTSIDE: dict[int, str] = {
     259: "skull",
     257: "fluid_outside",
 }
-SIDES = {"hippocampus_left": 17, "hippocampus_right": 53}
 
+# FreeSurfer's number of each structure within the brain, by its name with its side.
+_NUMBERS = {
+    name if left == right else f"{name}_{side}": number
+    for name, (left, right) in STRUCTURES.items()
+    for side, number in (("left", left), ("right", right))
+}
 # Codes that the voxels hold: 0 is air; then each structure, left and right; then the tissues outside.
-NAMES: tuple[str, ...] = (
-    "air",
-    *dict.fromkeys(
-        name if left == right else f"{name}_{side}"
-        for name, (left, right) in STRUCTURES.items()
-        for side in ("left", "right")
-    ),
-    *dict.fromkeys(OUTSIDE.values()),
-)
+NAMES: tuple[str, ...] = ("air", *_NUMBERS, *dict.fromkeys(OUTSIDE.values()))
 CODES = {name: code for code, name in enumerate(NAMES)}
-BRAIN_CODES = tuple(code for code, name in enumerate(NAMES) if 0 < code <= CODES["optic_chiasm"])
+BRAIN_CODES = tuple(CODES[name] for name in _NUMBERS)
 VENTRICLE_CODES = tuple(
     CODES[f"{name}_{side}"]
     for name in ("lateral_ventricle", "inferior_horn", "choroid_plexus")
@@ -108,6 +106,7 @@ def is_code(*codes: int) -> NDArray[np.bool_]:
 BRAIN = is_code(*BRAIN_CODES)  # the fluid around the brain is among it
 TISSUE = is_code(*(code for code in BRAIN_CODES if code != CODES["fluid"]))
 VENTRICLES = is_code(*VENTRICLE_CODES)
+HIPPOCAMPI = ("hippocampus_left", "hippocampus_right")
 _LARGEST = 15_000
 _LEAST_HIPPOCAMPUS = 300.0  # mm^3; the smallest atrophied ones have about a thousand
 
@@ -116,9 +115,8 @@ def _translation() -> NDArray[np.uint8]:
     """Code of each FreeSurfer number; 255 where a number is not known."""
     table = np.full(_LARGEST + 1, 255, np.uint8)
     table[0] = 0
-    for name, numbers in STRUCTURES.items():
-        for side, number in zip(("left", "right"), numbers, strict=True):
-            table[number] = CODES[name if numbers[0] == numbers[1] else f"{name}_{side}"]
+    for name, number in _NUMBERS.items():
+        table[number] = CODES[name]
     for number, tissue in OUTSIDE.items():
         table[number] = CODES[tissue]
     for number, same in _OTHER_NUMBERS.items():
@@ -233,7 +231,7 @@ def read_label_map(name: str, path: Path) -> LabelMap:
     _check(path, codes)
     missing = [
         name
-        for name in NAMES[1 : CODES["optic_chiasm"] + 1]
+        for name in _NUMBERS
         if name.rsplit("_", 1)[0] in ("white_matter", "cortex", "lateral_ventricle", "thalamus", "putamen", "caudate")
         and not (codes == CODES[name]).any()
     ]
@@ -248,13 +246,11 @@ def read_label_map(name: str, path: Path) -> LabelMap:
 
 def _to_millimetres(codes: NDArray[np.uint8], affine: NDArray[np.float64]) -> tuple[NDArray[np.uint8], str]:
     """Bring voxels to 1 mm, each to the structure with the largest share; and the messages for the user."""
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    spacing = voxel_sizes(affine)
     if np.allclose(spacing, 1, atol=0.02):
         return codes, ""
     shape = tuple(int(n) for n in np.ceil(np.array(codes.shape) * spacing))
-    source = np.diag([*spacing, 1.0])
-    target = np.eye(4)
-    target[:3, 3] = 0.5 - spacing / 2
+    source, target = np.diag([*spacing, 1.0]), from_matvec(np.eye(3), 0.5 - spacing / 2)
     best, result = np.zeros(shape, np.float32), np.zeros(shape, np.uint8)
     for code in np.unique(codes):
         share = resample((codes == code).astype(np.uint8), source, target, shape, fill=float(code == 0))
@@ -270,16 +266,16 @@ def _crop(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _check(path: Path, codes: NDArray[np.uint8]) -> None:
     """Both hippocampi are there, large enough, and each on its own side."""
-    counts = {name: int((codes == CODES[name]).sum()) for name in SIDES}
+    counts = {name: int((codes == CODES[name]).sum()) for name in HIPPOCAMPI}
     gone = [name for name, count in counts.items() if not count]
     if gone:
-        shown = " and ".join(f"{name.replace('_', ' ')} ({SIDES[name]})" for name in gone)
+        shown = " and ".join(f"{name.replace('_', ' ')} ({_NUMBERS[name]})" for name in gone)
         raise UnusableVolume(path, f"has no {shown}", "give a label map in FreeSurfer's numbering with both hippocampi")
     small = {name: count for name, count in counts.items() if count < _LEAST_HIPPOCAMPUS}
     if small:
         shown = " and ".join(f"{name.replace('_', ' ')} of {count} mm^3" for name, count in small.items())
         raise UnusableVolume(path, f"has a {shown}", "look at the segmentation; it failed")
-    centres = [float(np.argwhere(codes == CODES[name])[:, 0].mean()) for name in SIDES]
+    centres = [float(np.argwhere(codes == CODES[name])[:, 0].mean()) for name in HIPPOCAMPI]
     if centres[0] >= centres[1]:
         raise UnusableVolume(
             path, "has its left hippocampus on the right", "left and right are swapped: fix the file's orientation"

@@ -93,8 +93,7 @@ def render(subject: Subject, anatomy: Anatomy, spacing: int, scanner: Scanner, s
     truth["scale"] = [where.fit * factor for factor in subject.scale]
     truth["rotation"] = list(subject.rotation)
     truth["translation"] = where.translation.tolist()
-    for name, volume in zip(STRUCTURES, seen.volumes, strict=True):
-        truth[f"volume_{name}"] = volume
+    truth |= {f"volume_{name}": volume for name, volume in zip(STRUCTURES, seen.volumes, strict=True)}
     if isinstance(anatomy, Head):
         truth["scanner"] = scanner.describe()
     truth = {key: _rounded(value) for key, value in truth.items()}
@@ -127,8 +126,7 @@ Tissues = tuple[torch.Tensor, torch.Tensor, list[float], torch.Tensor]
 
 def _template_tissues(template: Template, where: Geometry, scanner: Scanner, view: View) -> Tissues:
     """Intensities, shares of the hippocampi, voxels of ``STRUCTURES``, and the brain."""
-    voxels = where.voxels(view.affine, view.shape, view.device)
-    places = torch.stack([along / half - 1 for along, half in zip(voxels, template.box.half, strict=True)], dim=-1)
+    places = where.between_edges(where.voxels(view.affine, view.shape, view.device))
     sampled = sample_field(template.maps.to(view.device), places)
     shares = sampled[3:]
     grey, fluid = (float(scanner.means[CODES[name]]) for name in ("cortex_left", "fluid"))
@@ -165,7 +163,8 @@ def _head_tissues(
     texture = _texture(rng, view, scanner.texture)
     clean.add_(texture.mul_(of_each_code(scanner.deviations)))
     if scanner.cut:
-        clean[:, :, : max(0, round((scanner.cut - _height(head, view)) / view.spacing))] = 0
+        height = float(view.affine[2, 3] - (head.middle[2] - head.field[2] / 2))  # above the whole image's lower edge
+        clean[:, :, : max(0, round((scanner.cut - height) / view.spacing))] = 0
     if subject.mirrored:
         hippocampi, sides = hippocampi.flip(0), sides.flip(0)
     inside = of_each_code(scanner.table > 0 if scanner.mask == "head" else scanner.kept)
@@ -173,11 +172,6 @@ def _head_tissues(
         clean.mul_(inside)
     counts = torch.bincount(codes.reshape(-1), minlength=256).cpu().numpy()
     return clean, hippocampi, [float(counts[TISSUE].sum()), *sides.tolist(), float(counts[VENTRICLES].sum())], inside
-
-
-def _height(head: Head, view: View) -> float:
-    """Of the view's lower edge above the whole image's, mm."""
-    return float(view.affine[2, 3] - (head.middle[2] - head.field[2] / 2))
 
 
 def _texture(rng: np.random.Generator, view: View, smooth: float) -> torch.Tensor:

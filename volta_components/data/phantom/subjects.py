@@ -16,7 +16,7 @@ from volta_components.data.phantom.settings import SITES, Settings
 
 FIELD_OF_VIEW = (144, 192, 192)
 FORMAT = 2  # raised whenever the same parameters begin to give other images
-SESSION = "ses-M000"
+_MEAN_SCALE = 0.88
 
 
 def session_name(scan: int) -> str:
@@ -24,7 +24,7 @@ def session_name(scan: int) -> str:
     return f"ses-M{scan:03d}"
 
 
-_MEAN_SCALE = 0.88
+SESSION = session_name(0)
 
 
 @dataclass(frozen=True)
