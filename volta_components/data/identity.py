@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+K = TypeVar("K")
 
 # No letter before the name of a data set, but for BIDS' own: "pixi2" is nobody of IXI.
 _FIRST = r"(?:(?<![A-Za-z])|(?<=sub))"
@@ -24,7 +27,7 @@ _OASIS = re.compile(_FIRST + r"OAS(?:IS)?[-_ ]?([1-4])[-_ ]?(\d{4})(?!\d)", re.I
 _IXI = re.compile(_FIRST + r"IXI[-_ ]?0*(\d{1,4})(?!\d)", re.IGNORECASE)
 _AIBL = re.compile(_FIRST + r"AIBL[-_ ]?(\d+)", re.IGNORECASE)
 _ANATOMY = re.compile(r"ANATOMY[0-9a-f]{12}")
-_SUBJECT = re.compile(r"(?:(?:subject|subj|sub)(?=[\W\d_])[\W_]*)+")
+_SUBJECT = re.compile(r"^(?:(?:subject|subj|sub)(?=[\W\d_])[\W_]*)+")
 
 
 def canonical_patient_id(text: str) -> str:
@@ -144,15 +147,20 @@ def loose(text: str) -> str:
 
 def _bare(text: str) -> str:
     """Lower case, in one Unicode form, without the word for a subject in front."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    return _SUBJECT.sub("", plain, count=1) if _SUBJECT.match(plain) else plain
+    return _SUBJECT.sub("", unicodedata.normalize("NFKC", text).casefold())
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items by what ``key`` says of them; groups, and the items of each, in the order in which they come."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def look_alikes(patients: Iterable[str], cohort: str = "") -> list[list[str]]:
     """Ids of a cohort that are one but for case, leading zeros, separators and prefixes: ``sub-1`` and ``sub-01``."""
-    groups: dict[str, list[str]] = {}
-    for patient in sorted(set(patients)):
-        groups.setdefault(loose_person(patient, cohort), []).append(patient)
+    groups = grouped(sorted(set(patients)), lambda patient: loose_person(patient, cohort))
     return [group for group in groups.values() if len(group) > 1]
 
 

@@ -36,6 +36,7 @@ from volta_components.data.preprocess import Prepared, Settings, prepare_volume
 from volta_components.data.skull import apply_mask
 from volta_components.data.unusable import UnusableVolume, what_is_wrong
 from volta_components.data.volumes import Volume, read_volume
+from volta_components.data.walk import size_and_time
 from volta_components.errors import InputError
 from volta_components.files import read_json, readable, sha256_file
 
@@ -64,14 +65,8 @@ def _image_files(scan: Scan) -> list[Path]:
 
 def _stamp(scan: Scan, source: Path) -> list[list[Any]]:
     """Name, size and time of each file that a volume is made from."""
-    stamps: list[list[Any]] = []
-    for path in [*_image_files(scan), *(label.path for label in scan.labels), *([scan.mask] if scan.mask else [])]:
-        try:
-            status = path.stat()
-            stamps.append([relative(path, source), status.st_size, status.st_mtime_ns])
-        except OSError:
-            stamps.append([relative(path, source), None, None])
-    return stamps
+    files = [*_image_files(scan), *(label.path for label in scan.labels), *([scan.mask] if scan.mask else [])]
+    return [[relative(path, source), *size_and_time(path)] for path in files]
 
 
 def _record_path(task: Task) -> Path:
