@@ -49,24 +49,22 @@ def balance(listing: Listing, items: Iterable[Mapping[str, Any]]) -> Books:
     prepared = {str(item["patient_id"]) for item in items}
     for patient in prepared:
         listing.meet(patient)
-    places: dict[str, list[str]] = {"prepared": [], "choice": [], "problem": []}
-    kinds: dict[str, set[str]] = {}
-    for finding in listing.findings:
-        if finding.left_out:
-            kinds.setdefault(finding.patient_id, set()).add(finding.kind)
+    whole: list[str] = []
+    by_option: list[str] = []
+    problems: list[str] = []
+    reasons = {(finding.patient_id, finding.kind) for finding in listing.findings if finding.left_out}
     for patient, name in sorted(listing.people.items()):
-        why = kinds.get(patient, set())
+        has_problem = (patient, "problem") in reasons
         if patient in prepared:
-            places["prepared"].append(name)
-        elif "choice" in why and "problem" not in why:
-            places["choice"].append(name)
+            whole.append(name)
+        elif (patient, "choice") in reasons and not has_problem:
+            by_option.append(name)
         else:
-            if "problem" not in why:
-                listing.note(
-                    "problem", name, "", "was found, but no volume came of it", "please report it", True, patient
-                )
-            places["problem"].append(name)
-    return Books(tuple(places["prepared"]), tuple(places["choice"]), tuple(places["problem"]))
+            problems.append(name)
+            if not has_problem:
+                reason = "was found, but no volume came of it"
+                listing.note("problem", name, "", reason, "please report it", True, patient)
+    return Books(tuple(whole), tuple(by_option), tuple(problems))
 
 
 def note_look_alikes(listing: Listing, patients: Iterable[str]) -> None:

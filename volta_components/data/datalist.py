@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from volta_components.data.identity import same_people, unfit_id
+from volta_components.data.identity import grouped, same_people, unfit_id
 from volta_components.data.items import PackedItems, Packer
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_json
@@ -152,12 +152,12 @@ def load_datalist(
     for name, wanted in (("shape", shape), ("spacing", spacing)):
         if wanted is None:
             continue
-        three = [float(n) for n in np.broadcast_to(np.asarray(wanted, dtype=float), 3)]
+        three = np.broadcast_to(np.asarray(wanted, dtype=float), 3)
         if not np.allclose(content[name], three, rtol=0, atol=1e-6):
+            found, expected = ([f"{n:g}" for n in numbers] for numbers in (content[name], three))
             raise InputError(
-                f"{path}: volumes of {name} {'x'.join(f'{n:g}' for n in content[name])}, but "
-                f"{'x'.join(f'{n:g}' for n in three)} is expected; prepare it with --{name} "
-                f"{','.join(f'{n:g}' for n in three)}, or change the config"
+                f"{path}: volumes of {name} {'x'.join(found)}, but {'x'.join(expected)} is expected; prepare it with "
+                f"--{name} {','.join(expected)}, or change the config"
             )
     actual = datalist_hash(content)
     if content.get("hash") != actual:
@@ -180,9 +180,8 @@ def check_content(path: Path, content: Mapping[str, Any]) -> None:
         raise InputError(f"{path}: lacks {', '.join(missing)}; prepare the data set again")
     for key in ("spacing", "shape"):
         value = content[key]
-        if not (
-            isinstance(value, list) and len(value) == 3 and all(isinstance(n, int | float) and n > 0 for n in value)
-        ):
+        is_three = isinstance(value, list) and len(value) == 3
+        if not is_three or not all(isinstance(n, int | float) and n > 0 for n in value):
             raise InputError(f"{path}: {key} is {value!r} instead of three positive numbers; prepare it again")
     rows: list[tuple[str, str]] = []
     folds: dict[str, int] = {}
@@ -193,18 +192,14 @@ def check_content(path: Path, content: Mapping[str, Any]) -> None:
             rows.append((name, f"is {type(item).__name__}, not an object"))
             continue
         name = str(item.get("subject_id", name))
-        lacking = [
-            key for key in ("image", "subject_id", "patient_id", "fold") if not isinstance(item.get(key), str | int)
-        ]
-        if lacking:
+        needed = ("image", "subject_id", "patient_id", "fold")
+        if lacking := [key for key in needed if not isinstance(item.get(key), str | int)]:
             rows.append((name, f"lacks {', '.join(lacking)}"))
             continue
         if not 0 <= item["fold"] < content["n_folds"]:
             rows.append((name, f"fold {item['fold']} where folds 0 to {content['n_folds'] - 1} exist"))
-        if folds.setdefault(item["patient_id"], item["fold"]) != item["fold"]:
-            rows.append(
-                (name, f"patient {item['patient_id']} is in folds {folds[item['patient_id']]} and {item['fold']}")
-            )
+        if (first := folds.setdefault(item["patient_id"], item["fold"])) != item["fold"]:
+            rows.append((name, f"patient {item['patient_id']} is in folds {first} and {item['fold']}"))
         if unfit := unfit_id(item.get(key) for key in ("subject_id", "session", "patient_id", "site", "cohort")):
             rows.append((repr(name), unfit))
         scan = (item["subject_id"], item.get("session"))
@@ -255,25 +250,21 @@ def assign_folds(items: Iterable[Mapping[str, Any]], n_folds: int, seed: int) ->
     """
     items = sorted(items, key=lambda item: (str(item["patient_id"]), str(item.get("session") or "")))
     person = same_people(items)
-    patients: dict[str, dict[str, Any]] = {}
-    scans: Counter[str] = Counter()
-    for item in items:
-        first = patients.setdefault(person[item["patient_id"]], {})
-        scans[person[item["patient_id"]]] += 1
-        for key in ("diagnosis", "sex", "site", "cohort"):
-            if first.get(key) is None:
-                first[key] = item.get(key)
+    scans = grouped(items, lambda item: person[item["patient_id"]])
+
+    def known(patient: str, fact: str) -> str:
+        """The first that is known of a fact, in the order of sessions."""
+        return str(next((item[fact] for item in scans[patient] if item.get(fact) is not None), None) or "")
 
     def stratum(patient: str) -> tuple[str, ...]:
-        facts = patients[patient]
-        return tuple(str(facts[key] or "") for key in ("cohort", "diagnosis", "sex", "site"))
+        return tuple(known(patient, fact) for fact in ("cohort", "diagnosis", "sex", "site"))
 
     def lot(patient: str) -> str:
         return hashlib.sha256(f"{seed}:{patient}".encode()).hexdigest()
 
     counts: list[Counter[tuple[str, str]]] = [Counter() for _ in range(n_folds)]
     folds: dict[str, int] = {}
-    for patient in sorted(patients, key=lambda patient: (stratum(patient), lot(patient))):
+    for patient in sorted(scans, key=lambda patient: (stratum(patient), lot(patient))):
         cohort, diagnosis, sex, site = stratum(patient)
         keys = [
             ("stratum", "\0".join((cohort, diagnosis, sex, site))),
@@ -293,7 +284,7 @@ def assign_folds(items: Iterable[Mapping[str, Any]], n_folds: int, seed: int) ->
         )
         folds[patient] = fold
         counts[fold].update(keys)
-        counts[fold][("scans", "")] += scans[patient]
+        counts[fold][("scans", "")] += len(scans[patient])
     return {patient: folds[first] for patient, first in person.items()}
 
 
@@ -334,11 +325,9 @@ def cohort_weights(datalist: Datalist, items: Sequence[Mapping[str, Any]], weigh
     sizes = Counter(cohorts)
     unknown, missing = sorted(set(weights) - set(sizes)), sorted(set(sizes) - set(weights))
     if unknown or missing:
+        wrong = [f"{what}: {', '.join(c)}" for what, c in (("unknown", unknown), ("missing", missing)) if c]
         raise InputError(
-            f"{datalist.path}: cohort weights must name its cohorts ({', '.join(sorted(sizes))}); "
-            + "; ".join(
-                f"{what}: {', '.join(names)}" for what, names in (("unknown", unknown), ("missing", missing)) if names
-            )
+            f"{datalist.path}: cohort weights must name its cohorts ({', '.join(sorted(sizes))}); {'; '.join(wrong)}"
         )
     if any(not np.isfinite(w) or w < 0 for w in weights.values()) or sum(weights.values()) <= 0:
         raise InputError(f"cohort weights must be positive numbers, or 0 to leave a cohort out; got {dict(weights)}")

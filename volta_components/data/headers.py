@@ -10,10 +10,9 @@ Source: the comments of ``nifti1.h`` and the reference code ``nifti1_io.c`` (htt
 
 from __future__ import annotations
 
+import functools
 import gzip
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -76,9 +75,14 @@ class VolumeHeader:
     warnings: tuple[str, ...] = ()
 
     @property
+    def n_voxels(self) -> int:
+        """Number of voxels."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of the whole file, uncompressed."""
-        return self.offset + int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return self.offset + self.n_voxels * self.dtype.itemsize
 
 
 def is_gzip(path: Path) -> bool:
@@ -87,11 +91,9 @@ def is_gzip(path: Path) -> bool:
         return stream.read(2) == b"\x1f\x8b"
 
 
-@contextmanager
-def open_volume(path: Path) -> Iterator[Any]:
+def open_volume(path: Path) -> Any:
     """Open a volume file to read, unpacked if it is gzip, whatever its name."""
-    with gzip.open(path) if is_gzip(path) else path.open("rb") as stream:
-        yield stream
+    return gzip.open(path) if is_gzip(path) else path.open("rb")
 
 
 def megabytes(n: float) -> str:
@@ -127,14 +129,7 @@ def read_header(
     """
     path = Path(path)
     with named_errors(path):
-        is_pair = path.name.lower().endswith(PAIR_SUFFIXES)
-        file, data = _pair(path) if is_pair else (path, path)
-        for part in {file, data}:
-            if part.stat().st_size == 0:
-                raise UnusableVolume(part, "empty file (0 bytes)", "fetch it again")
-        with open_volume(file) as stream:
-            block = stream.read(540)
-        return _Reader(path, file, data, is_pair, block, thorough).read(assume_orientation)
+        return _Reader(path, thorough).read(assume_orientation)
 
 
 def own_space(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -142,10 +137,7 @@ def own_space(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.name.lower().endswith((".nii", ".nii.gz", *PAIR_SUFFIXES)) or not path.is_file():
         return {}
-    is_pair = path.name.lower().endswith(PAIR_SUFFIXES)
-    file, data = _pair(path) if is_pair else (path, path)
-    with open_volume(file) as stream:
-        fields = _Reader(path, file, data, is_pair, stream.read(540), False).parse()
+    fields = _Reader(path).fields
     if isinstance(fields, nib.Spm2AnalyzeHeader):
         return {}
     pixdim = np.array([*fields["pixdim"][:4], 0, 0, 0, 0], np.float32)
@@ -173,16 +165,22 @@ def _pair(path: Path) -> tuple[Path, Path]:
 class _Reader:
     """One header on its way from bytes to a ``VolumeHeader``, with the notes that are made on the way."""
 
-    def __init__(self, path: Path, file: Path, data: Path, is_pair: bool, block: bytes, thorough: bool) -> None:
-        self.path, self.file, self.data, self.is_pair, self.block = path, file, data, is_pair, block
-        self.compressed = is_gzip(data)
+    def __init__(self, path: Path, thorough: bool = False) -> None:
+        self.path = path
+        self.is_pair = path.name.lower().endswith(PAIR_SUFFIXES)
+        file, self.data = _pair(path) if self.is_pair else (path, path)
+        for part in {file, self.data}:
+            if part.stat().st_size == 0:
+                raise UnusableVolume(part, "empty file (0 bytes)", "fetch it again")
+        self.compressed = is_gzip(self.data)
         self.trusts_length = self.compressed and not thorough
         self.notes: list[str] = []
-        self._length: int | None = None
+        with open_volume(file) as stream:
+            self.fields = self._parse(stream.read(540))
+        self.is_analyze = isinstance(self.fields, nib.Spm2AnalyzeHeader)
 
     def read(self, assume_orientation: str | None) -> VolumeHeader:
-        self.fields = fields = self.parse()
-        self.is_analyze = isinstance(fields, nib.Spm2AnalyzeHeader)
+        fields = self.fields
         full_shape = self._dimensions()
         dtype = self._voxel_type()
         affine, code = self._place(full_shape, assume_orientation)
@@ -210,29 +208,24 @@ class _Reader:
 
     # --- what kind of header ------------------------------------------------------------------------------------------
 
-    def parse(self) -> Any:
-        block = self.block
-        if len(block) < 348:
-            raise self._refuse(f"truncated: {len(block)} bytes, less than a NIfTI header", "fetch it again")
+    def _parse(self, block: bytes) -> Any:
         no_nifti = self._refuse("not a NIfTI file (wrong magic number)", "check what was downloaded; fetch it again")
         is_second = block[4:7] in (b"n+2", b"ni2")
         magic = block[4:7] if is_second else block[344:347]
         kind: Any = nib.Nifti2Header if is_second else nib.Nifti1Header
         size = kind.template_dtype.itemsize
+        if len(block) < size:
+            raise self._refuse(f"truncated: {len(block)} bytes, less than a NIfTI header", "fetch it again")
         order = next((o for o in ("little", "big") if int.from_bytes(block[:4], o) == size), None)
         if magic not in (b"n+1", b"ni1", b"n+2", b"ni2"):
             if not (self.is_pair and order and magic.strip(b"\0 ") == b""):
                 raise no_nifti
             kind = nib.Spm2AnalyzeHeader
-        if len(block) < size:
-            raise self._refuse(f"truncated: {len(block)} bytes, less than a NIfTI header", "fetch it again")
         if order is None:
             # nifti1.h: the byte order is the one in which dim[0] is from 1 to 7.
             place, width = (16, 8) if is_second else (40, 2)
-            order = next(
-                (o for o in ("little", "big") if 1 <= int.from_bytes(block[place : place + width], o) <= 7),
-                None,
-            )
+            dimensions = block[place : place + width]
+            order = next((o for o in ("little", "big") if 1 <= int.from_bytes(dimensions, o) <= 7), None)
             if order is None:
                 raise no_nifti
             self.notes.append(f"its header's size (sizeof_hdr) should be {size}")
@@ -254,17 +247,14 @@ class _Reader:
         pixdim = np.asarray(self.fields["pixdim"][1:4], dtype=float)
         if not np.isfinite(pixdim).all() or (pixdim[: min(n_axes, 3)] <= 0).any():
             bad = "negative" if (pixdim < 0).any() else "zero" if (pixdim == 0).any() else "not finite"
-            raise self._refuse(
-                f"{bad} spacing {by(pixdim, ' x ')} mm in the header",
-                f"{AGAIN}, or correct pixdim",
-            )
+            raise self._refuse(f"{bad} spacing {by(pixdim, ' x ')} mm in the header", f"{AGAIN}, or correct pixdim")
         return tuple(shape)
 
     def _voxel_type(self) -> np.dtype[Any]:
         try:
             dtype = self.fields.get_data_dtype()
-        except Exception as error:
-            raise self._refuse(f"unknown voxel type {int(self.fields['datatype'])}", "convert it again") from error
+        except Exception:
+            dtype = np.dtype(np.void)  # of no size
         if dtype.itemsize == 0 or (dtype.kind == "V" and dtype.fields is None):
             raise self._refuse(f"unknown voxel type {int(self.fields['datatype'])}", "convert it again")
         check_dtype(self.path, dtype)
@@ -283,35 +273,32 @@ class _Reader:
 
     # --- where the voxels begin ---------------------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def _bytes(self) -> int:
         """Length of the file of the voxels, unpacked; of gzip, it is read to its end for that."""
-        if self._length is None:
-            self._length = self.data.stat().st_size
-            if self.compressed:
-                self._length = 0
-                with open_volume(self.data) as stream:
-                    while part := stream.read(2**22):
-                        self._length += len(part)
-        return self._length
+        if not self.compressed:
+            return self.data.stat().st_size
+        with open_volume(self.data) as stream:
+            return sum(map(len, iter(lambda: stream.read(2**22), b"")))
 
     def _offset(self, n_bytes: int) -> int:
         """Where the voxels begin: where the header says, unless that cannot be and the length says where."""
         given = float(self.fields["vox_offset"])
         least = 0 if self.is_pair else self.fields.template_dtype.itemsize + 4
-        told = given if np.isfinite(given) and given >= least and given == int(given) else None
+        told = int(given) if np.isfinite(given) and given >= least and given == int(given) else None
         width = int(self.fields["bitpix"])
         if width != self.fields.get_data_dtype().itemsize * 8:
             kind = self.fields.get_data_dtype().newbyteorder("=")
             if told is None or self._bytes != told + n_bytes:
                 raise self._refuse(f"contradictory voxel type: {kind} of {width} bits (bitpix)")
             self.notes.append(f"bitpix is {width}, but voxels are {kind}")
-        if told is not None and (self.trusts_length or self._bytes == told + n_bytes):
-            return int(told)
-        if told is not None and self._bytes > told + n_bytes:
-            return self._after_extensions(int(told), n_bytes)
-        if told is not None and not self.is_pair:
-            raise too_short(self.path, self._bytes, int(told) + n_bytes, int(told))
+        if told is not None:
+            if self.trusts_length or self._bytes == told + n_bytes:
+                return told
+            if self._bytes > told + n_bytes:
+                return self._after_extensions(told, n_bytes)
+            if not self.is_pair:
+                raise too_short(self.path, self._bytes, told + n_bytes, told)
         # The header's own place is impossible: the voxels fill the file's end, right after header and extensions.
         start = self._bytes - n_bytes
         places = [0] if self.is_pair else [least, least - 4, self._extensions_end()]
@@ -319,7 +306,7 @@ class _Reader:
             self.notes.append(f"vox_offset is {given:g}: voxels were read from byte {start}, which the length fits")
             return start
         if told is not None:
-            raise too_short(self.data, self._bytes, int(told) + n_bytes, int(told))
+            raise too_short(self.data, self._bytes, told + n_bytes, told)
         raise self._refuse(
             f"vox_offset is {given:g}, before the end of the header, and {start} bytes precede {n_bytes} of voxels"
         )

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+K = TypeVar("K")
 
 # No letter before the name of a data set, but for BIDS' own: "pixi2" is nobody of IXI.
 _FIRST = r"(?:(?<![A-Za-z])|(?<=sub))"
@@ -24,7 +27,7 @@ _OASIS = re.compile(_FIRST + r"OAS(?:IS)?[-_ ]?([1-4])[-_ ]?(\d{4})(?!\d)", re.I
 _IXI = re.compile(_FIRST + r"IXI[-_ ]?0*(\d{1,4})(?!\d)", re.IGNORECASE)
 _AIBL = re.compile(_FIRST + r"AIBL[-_ ]?(\d+)", re.IGNORECASE)
 _ANATOMY = re.compile(r"ANATOMY[0-9a-f]{12}")
-_SUBJECT = re.compile(r"(?:(?:subject|subj|sub)(?=[\W\d_])[\W_]*)+")
+_SUBJECT = re.compile(r"^(?:(?:subject|subj|sub)(?=[\W\d_])[\W_]*)+")
 
 
 def canonical_patient_id(text: str) -> str:
@@ -82,17 +85,15 @@ def unfit_id(ids: Iterable[object]) -> str | None:
     for text in map(str, ids):
         if "$" in text:
             return f"id {text!r} has a $"
-        if any(ord(letter) < 32 or 127 <= ord(letter) < 160 or letter in "\u2028\u2029" for letter in text):
+        if any(unicodedata.category(letter) in ("Cc", "Zl", "Zp") for letter in text):
             return f"id {text!r} has control characters"
     return None
 
 
 def cohort_of(patient_id: str) -> str | None:
     """The public data set that a canonical id belongs to, in lower case, or None if the id does not show it."""
-    for name, patterns in _COHORTS.items():
-        if any(pattern.fullmatch(patient_id) for pattern in patterns):
-            return name
-    return None
+    names = (name for name, patterns in _COHORTS.items() if any(each.fullmatch(patient_id) for each in patterns))
+    return next(names, None)
 
 
 def is_old_brats(patient_id: str) -> bool:
@@ -130,29 +131,27 @@ def loose(text: str) -> str:
     A separator counts only between two numbers: ``1_1`` is not ``11``.
     """
     plain = re.sub(r"\.0$", "", _bare(canonical_patient_id(text)))
-    runs = re.findall(r"\d+|[^\W\d_]+", plain)
-    words: list[str] = []
-    for run in runs:
-        if run.isdecimal():
-            words.append(str(int(run)))
-        elif words and not words[-1].isdecimal():
-            words[-1] += run
-        else:
-            words.append(run)
-    return " ".join(words) or plain
+    joined = re.sub(r"(?<=[^\W\d_])[\W_]+(?=[^\W\d_])", "", plain)
+    runs = re.findall(r"\d+|[^\W\d_]+", joined)
+    return " ".join(str(int(run)) if run.isdecimal() else run for run in runs) or plain
 
 
 def _bare(text: str) -> str:
     """Lower case, in one Unicode form, without the word for a subject in front."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    return _SUBJECT.sub("", plain, count=1) if _SUBJECT.match(plain) else plain
+    return _SUBJECT.sub("", unicodedata.normalize("NFKC", text).casefold())
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items by what ``key`` says of them; groups, and the items of each, in the order in which they come."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 def look_alikes(patients: Iterable[str], cohort: str = "") -> list[list[str]]:
     """Ids of a cohort that are one but for case, leading zeros, separators and prefixes: ``sub-1`` and ``sub-01``."""
-    groups: dict[str, list[str]] = {}
-    for patient in sorted(set(patients)):
-        groups.setdefault(loose_person(patient, cohort), []).append(patient)
+    groups = grouped(sorted(set(patients)), lambda patient: loose_person(patient, cohort))
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -170,19 +169,14 @@ def same_people(items: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     Returns:
         For each ``patient_id`` the first one, in the order of the alphabet, of those that may be the same person.
     """
-    first: dict[str, str] = {}
+    from scipy.cluster.hierarchy import DisjointSet  # which takes a while to import
 
-    def find(patient: str) -> str:
-        while first[patient] != patient:
-            first[patient] = first[first[patient]]
-            patient = first[patient]
-        return patient
-
+    people = DisjointSet()
     holder: dict[str, str] = {}
     for item in items:
         patient = item["patient_id"]
-        first.setdefault(patient, patient)
+        people.add(patient)
         for key in (f"id {loose_person(str(patient), str(item.get('cohort') or ''))}", *voxel_hashes(item)):
-            low, high = sorted((find(patient), find(holder.setdefault(key, patient))), key=str)
-            first[high] = low
-    return {patient: find(patient) for patient in first}
+            people.merge(patient, holder.setdefault(key, patient))
+    first = {patient: min(group, key=str) for group in people.subsets() for patient in group}
+    return {patient: first[patient] for patient in people}

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,13 +19,11 @@ _BLOCK = 64  # items that are compressed together: most of what they say is the 
 _decode = json.JSONDecoder().decode
 
 
+@dataclass(slots=True)
 class _Row:
     """What stands for a packed item until its list is complete."""
 
-    __slots__ = ("number",)
-
-    def __init__(self, number: int) -> None:
-        self.number = number
+    number: int
 
 
 class Packer:
@@ -94,14 +94,14 @@ class PackedItems(Sequence[dict[str, Any]]):
 
     def take(self, rows: Iterable[int] | np.ndarray) -> PackedItems:
         """The items at these places, in this order; nothing is copied."""
-        other = PackedItems()
-        other.__dict__.update(self.__dict__, _rows=self._rows[np.asarray(rows, dtype=np.int64)])
+        other = copy.copy(self)
+        other._rows = self._rows[np.asarray(rows, dtype=np.int64)]
         return other
 
     def below(self, root: Path) -> PackedItems:
         """The same items, their paths below a folder; what lies behind a URL stays there."""
-        other = PackedItems()
-        other.__dict__.update(self.__dict__, _root=root)
+        other = copy.copy(self)
+        other._root = root
         return other
 
     def __len__(self) -> int:

@@ -114,7 +114,7 @@ class LoadScand(MapTransform):
         """The voxels of a volume that is on such a grid and in [0, 1]; otherwise None."""
         if not on_grid(volume, self.settings):
             return None
-        image = volume.voxels.astype(np.float32) * np.float32(volume.slope) + np.float32(volume.intercept)
+        image = volume.intensities
         is_unit = np.isfinite(image).all() and image.min() >= -1e-3 and image.max() <= 1 + 1e-3
         return image if is_unit and image.min() < image.max() else None
 

@@ -144,21 +144,23 @@ def maybe_one_person(subjects: Iterable[str]) -> list[list[str]]:
 
 def _without_affix(name: str, known: frozenset[str]) -> str | None:
     """The one of the known names that a name is but for what a tool has put before or behind it; None for none."""
-    for match in re.finditer(r"[_. -]+", name):
-        if name[: match.start()] in known:
-            return name[: match.start()]
-    starts = (place for place in range(1, min(len(name), 10)) if _MADE.fullmatch(name[:place]))
-    return next((name[place:] for place in starts if name[place:] in known), None)
+    wholes = [name[: match.start()] for match in re.finditer(r"[_. -]+", name)]
+    wholes += [name[place:] for place in range(1, min(len(name), 10)) if _MADE.fullmatch(name[:place])]
+    return next((whole for whole in wholes if whole in known), None)
+
+
+def _date(year: str | int, month: str | int, day: str | int) -> str | None:
+    """A date as ``YYYY-MM-DD``; None where there is no such day."""
+    try:
+        return date(int(year), int(month), int(day)).isoformat()
+    except ValueError:
+        return None
 
 
 def date_in(text: str) -> str | None:
     """The date that a text begins with or has as a part of its own, as ``YYYY-MM-DD``: ``2006-04-18_08_20_30.0``."""
-    for match in re.finditer(r"(?<!\d)((?:19|20)\d\d)[-_./]?([01]\d)[-_./]?([0-3]\d)(?!\d)", text):
-        try:
-            return date(int(match[1]), int(match[2]), int(match[3])).isoformat()
-        except ValueError:
-            continue
-    return None
+    matches = re.findall(r"(?<!\d)((?:19|20)\d\d)[-_./]?([01]\d)[-_./]?([0-3]\d)(?!\d)", text)
+    return next((found for match in matches if (found := _date(*match))), None)
 
 
 def date_of_cell(text: str) -> str | None:
@@ -169,29 +171,18 @@ def date_of_cell(text: str) -> str | None:
     """
     if found := date_in(text):
         return found
-    if re.match(r"1[0-8]\d\d-\d\d-\d\d(?!\d)", text.strip()):
-        try:
-            return date.fromisoformat(text.strip()[:10]).isoformat()
-        except ValueError:
-            return None
-    if match := re.match(r"(\d{1,2})[-./](\d{1,2})[-./]((?:19|20)\d\d)(?!\d)", text.strip()):
+    text = text.strip().lower()
+    if match := re.match(r"(1[0-8]\d\d)-(\d\d)-(\d\d)(?!\d)", text):
+        return _date(*match.groups())
+    if match := re.match(r"(\d{1,2})[-./](\d{1,2})[-./]((?:19|20)\d\d)(?!\d)", text):
         one, other, year = map(int, match.groups())
         pairs = {(month, day) for month, day in ((one, other), (other, one)) if month <= 12}
-    elif match := re.match(
-        r"(?:(\d{1,2})[- .]*([a-z]{3})[a-z]*|([a-z]{3})[a-z]*[- .]*(\d{1,2}))[-,. ]+((?:19|20)\d\d)(?!\d)",
-        text.strip().lower(),
-    ):
-        word, year = match[2] or match[3], int(match[5])
-        pairs = {(_MONTHS.index(word) + 1, int(match[1] or match[4]))} if word in _MONTHS else set()
-    else:
-        return None
-    if len(pairs) != 1:
-        return None
-    month, day = pairs.pop()
-    try:
-        return date(year, month, day).isoformat()
-    except ValueError:
-        return None
+        return _date(year, *pairs.pop()) if len(pairs) == 1 else None
+    word = r"([a-z]{3})[a-z]*"
+    if match := re.match(rf"(?:(\d{{1,2}})[- .]*{word}|{word}[- .]*(\d{{1,2}}))[-,. ]+((?:19|20)\d\d)(?!\d)", text):
+        month = match[2] or match[3]
+        return _date(match[5], _MONTHS.index(month) + 1, match[1] or match[4]) if month in _MONTHS else None
+    return None
 
 
 def date_of_folders(parts: Sequence[str]) -> str | None:

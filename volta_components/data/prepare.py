@@ -139,7 +139,6 @@ def prepare(
                 name=name,
                 patients=patients_from,
                 work=state / "dicom",
-                temporary=temporary,
                 workers=n_workers,
                 follow_links=follow_links,
             )

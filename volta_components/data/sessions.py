@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -109,15 +110,14 @@ def contradictions(
     """
     placed = [(found, item) for item in items if (found := place(session(item) or ""))]
     wrong: set[str] = set()
-    for (scale, number), one in placed:
-        for (other_scale, later), other in placed:
-            if scale != other_scale or number >= later:
-                continue
-            days, years = (date(one), date(other)), (age(one), age(other))
-            if days[0] and days[1] and days[0] > days[1]:
-                wrong.add("dates")
-            if years[0] is not None and years[1] is not None and years[0] > years[1] + 0.5:
-                wrong.add("ages")
+    for ((scale, number), one), ((other_scale, later), other) in itertools.permutations(placed, 2):
+        if scale != other_scale or number >= later:
+            continue
+        days, years = (date(one), date(other)), (age(one), age(other))
+        if days[0] and days[1] and days[0] > days[1]:
+            wrong.add("dates")
+        if years[0] is not None and years[1] is not None and years[0] > years[1] + 0.5:
+            wrong.add("ages")
     return sorted(wrong)
 
 

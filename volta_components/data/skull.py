@@ -96,7 +96,7 @@ def apply_mask(volume: Volume, path: Path) -> Volume:
         UnusableVolume: if the mask cannot be read, is empty or holds nearly everything, or lies beside the head.
     """
     given = read_volume(path)
-    voxels = given.voxels.astype(np.float32) * np.float32(given.slope) + np.float32(given.intercept)
+    voxels = given.intensities
     # FreeSurfer writes 1 where a person has erased something; a probability map is cut at a half.
     least = 1.0 if voxels.max() > 1 and len(np.unique(voxels)) > 2 else voxels.max() / 2
     share = resample((voxels > least).astype(np.uint8), given.affine, volume.affine, volume.voxels.shape)

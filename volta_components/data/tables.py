@@ -7,6 +7,7 @@ import codecs
 import csv
 import functools
 import io
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from volta_components.data.identity import canonical_patient_id, loose
+from volta_components.data.identity import canonical_patient_id, grouped, loose
 from volta_components.data.names import date_in, date_of_cell
 from volta_components.data.sessions import in_order, spelled_alike
 from volta_components.data.unusable import missing_content
@@ -74,11 +75,9 @@ def read_table(path: Path, complain: Complain | None = None) -> list[Row]:
     """
     content = _content(path)
     kinds = (b"PK\3\4", b"\xd0\xcf\x11\xe0", b"\x09\x00", b"\x09\x02", b"\x09\x04", b"\x09\x08")
-    excel = path.suffix.lower() in {".xls", ".xlsx"}
-    lines = (
-        _excel(path) if content.startswith(kinds) or (excel and not _is_text(content)) else _delimited(path, content)
-    )
-    return _rows(path, lines, complain)
+    named_excel = path.suffix.lower() in {".xls", ".xlsx"}
+    is_excel = content.startswith(kinds) or (named_excel and not _is_text(content))
+    return _rows(path, _excel(path) if is_excel else _delimited(path, content), complain)
 
 
 def _content(path: Path) -> bytes:
@@ -203,17 +202,15 @@ def _rows(path: Path, lines: Lines, complain: Complain | None) -> list[Row]:
     for number, cells in filled[1:]:
         if any(cells[len(names) :]):
             what = f"line {number} has {len(cells)} cells where the header has {len(names)} columns"
-            tell(
-                cells[0] or "(all)", what, "quote cells with commas in them, or save it with tabs; the row is left out"
-            )
+            remedy = "quote cells with commas in them, or save it with tabs; the row is left out"
+            tell(cells[0] or "(all)", what, remedy)
             continue
         row: Row = {}
-        for place, name in enumerate(names):
-            row.setdefault(name, cells[place] if place < len(cells) else "")
+        for name, cell in itertools.zip_longest(names, cells[: len(names)], fillvalue=""):
+            row.setdefault(name, cell)
         rows.append(row)
-    folded = [fold(name) for name in names if name]
-    for name in sorted({name for name in folded if folded.count(name) > 1}):
-        places = [i for i, other in enumerate(names) if other and fold(other) == name]
+    columns = grouped((i for i, name in enumerate(names) if name), lambda i: fold(names[i]))
+    for name, places in sorted(columns.items()):
         if any(len({cells[i] for i in places if i < len(cells)}) > 1 for _, cells in filled[1:]):
             tell("(all)", f"{len(places)} columns are named {name!r} and differ", "remove one; the first is used")
     return rows
@@ -288,7 +285,18 @@ def parse_diagnosis(text: str | None) -> str | None:
 
 # --- people ----------------------------------------------------------------------------------------------------------
 
-_FACTS = {"sex": SEX_COLUMNS, "age": AGE_COLUMNS, "diagnosis": DIAGNOSIS_COLUMNS, "site": SITE_COLUMNS}
+FACT_COLUMNS = {"sex": SEX_COLUMNS, "age": AGE_COLUMNS, "diagnosis": DIAGNOSIS_COLUMNS, "site": SITE_COLUMNS}
+_PARSERS: dict[str, Callable[[str], Any]] = {"sex": parse_sex, "age": parse_age, "diagnosis": parse_diagnosis}
+
+
+def read_fact(name: str, row: Row) -> Any:
+    """Sex, age, diagnosis or site by a row; None where it is missing.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
+    text = pick(row, *FACT_COLUMNS[name])
+    return _PARSERS.get(name, str)(text) if text else None
 
 
 @dataclass
@@ -314,7 +322,7 @@ class People:
             Id of the scan and id of the table, for each that was matched in this way.
         """
         known = set(patients)
-        scans, table = (_by_loose(ids) for ids in (known - set(self.rows), set(self.rows) - known))
+        scans, table = (grouped(ids, loose) for ids in (known - set(self.rows), set(self.rows) - known))
         # Those that are in both belong to nobody else.
         taken = {loose(patient) for patient in known & set(self.rows)}
         for key, ids in scans.items():
@@ -324,7 +332,7 @@ class People:
 
     def knows(self, name: str) -> bool:
         """Whether a name is in the table, in any spelling."""
-        return loose(name) in self._loose
+        return bool(self.rows) and loose(name) in self._loose
 
     @functools.cached_property
     def _loose(self) -> set[str]:
@@ -353,13 +361,12 @@ class People:
             for column, cell in row.items():
                 if is_missing(merged.get(column)):
                     merged[column] = cell
-        differ = [name for name in _FACTS if len({_plain(name, row) for row in rows} - {None}) > 1]
+        differ = [name for name in FACT_COLUMNS if len({_plain(name, row) for row in rows} - {None}) > 1]
         own = session_row(rows, session, date)
         if session is not None and own is None and all(pick(row, *SESSION_COLUMNS) for row in rows):
             # Every row is of another visit: age and diagnosis may have been others then.
-            differ += [
-                name for name in ("age", "diagnosis") if name not in differ and pick(merged, *_FACTS[name]) is not None
-            ]
+            others = [name for name in ("age", "diagnosis") if name not in differ]
+            differ += [name for name in others if pick(merged, *FACT_COLUMNS[name])]
         if not differ:
             return merged, []
         if session is None and date is None:
@@ -368,25 +375,16 @@ class People:
         if own is not None:
             merged |= {column: cell for column, cell in own.items() if not is_missing(cell)}
             differ = [name for name in differ if name == "sex"]
-        unknown = {fold(column) for name in differ for column in _FACTS[name]}
+        unknown = {fold(column) for name in differ for column in FACT_COLUMNS[name]}
         return {column: "" if fold(column) in unknown else cell for column, cell in merged.items()}, differ
 
 
 def _plain(name: str, row: Row) -> object:
     """A fact of a row in the one form in which it can be compared."""
-    text = pick(row, *_FACTS[name])
-    parsers: dict[str, Callable[[str], object]] = {"sex": parse_sex, "age": parse_age, "diagnosis": parse_diagnosis}
     try:
-        return parsers.get(name, str)(text or "") or None
+        return read_fact(name, row) or None
     except ValueError:
-        return text
-
-
-def _by_loose(ids: Iterable[str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for patient in ids:
-        groups.setdefault(loose(patient), []).append(patient)
-    return groups
+        return pick(row, *FACT_COLUMNS[name])
 
 
 def _date_of(row: Row) -> str | None:
@@ -396,12 +394,10 @@ def _date_of(row: Row) -> str | None:
 def session_row(rows: Iterable[Row], session: str | None, date: str | None = None) -> Row | None:
     """The row of a session, by its name in any spelling or by its date; None if there is none, or several."""
     rows = list(rows)
-    names = [pick(row, *SESSION_COLUMNS) for row in rows]
     if session is not None:
-        exact = [row for row, name in zip(rows, names, strict=True) if name in (session, session.removeprefix("ses-"))]
-        alike = [
-            r for r, name in zip(rows, names, strict=True) if name and spelled_alike(name) == spelled_alike(session)
-        ]
+        named = [(row, name) for row in rows if (name := pick(row, *SESSION_COLUMNS))]
+        exact = [row for row, name in named if name in (session, session.removeprefix("ses-"))]
+        alike = [row for row, name in named if spelled_alike(name) == spelled_alike(session)]
         if found := exact or alike:
             return found[0] if len(found) == 1 else None
     day = date or date_in(session or "")
@@ -427,9 +423,9 @@ def read_people(
             text = text[: len(text) - len(volume_suffix(Path(text)) or "")]
             people.rows.setdefault(name(text), []).append(row)
             people.spelled.setdefault(name(text), text)
-    # Of a single row nothing depends on its date.
-    for patient, several in people.rows.items() if complain else ():
-        for cell in [pick(row, *DATE_COLUMNS) for row in several] if len(several) > 1 else []:
+    for patient, several in people.rows.items():
+        for row in several if len(several) > 1 else ():  # of a single row nothing depends on its date
+            cell = pick(row, *DATE_COLUMNS)
             if complain and cell and not date_of_cell(cell):
                 complain(people.spelled[patient], f"date {cell!r} cannot be read for certain", "write it as 2020-06-25")
     return people

@@ -56,6 +56,11 @@ class Volume:
     code: int
     warnings: tuple[str, ...] = ()
 
+    @property
+    def intensities(self) -> np.ndarray:
+        """World intensities, float32."""
+        return self.voxels.astype(np.float32) * np.float32(self.slope) + np.float32(self.intercept)
+
 
 def canonical(volume: Volume) -> Volume:
     """The same volume, viewed in the axis order and directions nearest to RAS."""
@@ -107,20 +112,16 @@ def _read_nifti(path: Path, assume_orientation: str | None) -> Volume:
         else:
             with header.data.open("rb") as stream:
                 mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-            flat = np.frombuffer(mapped, header.dtype, _count(header), header.offset)
+            flat = np.frombuffer(mapped, header.dtype, header.n_voxels, header.offset)
     if not flat.dtype.isnative:
         flat = flat.astype(flat.dtype.newbyteorder("="))
     voxels = flat.reshape(header.shape, order="F")
     return Volume(voxels, header.affine, header.slope, header.intercept, header.code, header.warnings)
 
 
-def _count(header: VolumeHeader) -> int:
-    return int(np.prod(header.shape, dtype=np.int64))
-
-
 def _unpack(header: VolumeHeader) -> tuple[np.ndarray, int]:
     """Voxels of a gzip file, ``[X * Y * Z]``, and how many bytes follow them."""
-    flat = np.empty(_count(header), header.dtype)
+    flat = np.empty(header.n_voxels, header.dtype)
     wanted = flat.view(np.uint8).data
     with open_volume(header.data) as stream:
         stream.seek(header.offset)
@@ -153,9 +154,8 @@ def _read_other(path: Path, assume_orientation: str | None) -> Volume:
         try:
             image = nib.load(path)
         except ImportError as error:
-            raise UnusableVolume(
-                path, f"its format needs another package ({error})", "pip install h5py for MINC 2"
-            ) from error
+            reason = f"its format needs another package ({error})"
+            raise UnusableVolume(path, reason, "pip install h5py for MINC 2") from error
         except ImageFileError as error:
             raise UnusableVolume(path, f"not a volume file ({error})", "check what was downloaded") from error
         if not isinstance(image, nib.spatialimages.SpatialImage):
@@ -171,10 +171,12 @@ def _check_mgh(path: Path, start: bytes) -> None:
     sizes, axes = np.frombuffer(start, ">f4", 3, 30), np.frombuffer(start, ">f4", 9, 42).reshape(3, 3)
     if shape.min() < 1:
         raise UnusableVolume(path, f"impossible dimensions {shape.tolist()}", "fetch it again, or convert it again")
-    if any(start[28:30]) and not (np.isfinite(sizes).all() and sizes.min() > 0):
+    if not any(start[28:30]):  # sizes and axes do not count
+        return
+    if not (np.isfinite(sizes).all() and sizes.min() > 0):
         raise UnusableVolume(path, f"impossible spacing {by(sizes, ' x ')} mm", "convert it from its source again")
     lengths = np.linalg.norm(axes.astype(float), axis=1)
-    if any(start[28:30]) and not (np.abs(lengths - 1) < 0.01).all():
+    if not (np.abs(lengths - 1) < 0.01).all():
         reason = f"damaged header: its axes have the lengths {by(lengths, ', ')} instead of 1"
         raise UnusableVolume(path, reason, "convert it from its source again")
 

@@ -36,14 +36,9 @@ class VolumeFile:
         return cls(path, tidy(path.parent.name if volume_suffix(path.parent) else path.name))
 
     @property
-    def is_unpacked(self) -> bool:
-        """Whether the file lies in a folder of its own, which has its name."""
-        return volume_suffix(self.path.parent) is not None
-
-    @property
     def folder(self) -> Path:
-        """The folder that the file lies in, without the one that it was unpacked into."""
-        return self.path.parent.parent if self.is_unpacked else self.path.parent
+        """The folder that the file lies in, without the one that it was unpacked into, which has its name."""
+        return self.path.parent.parent if volume_suffix(self.path.parent) else self.path.parent
 
     @property
     def stem(self) -> str:
@@ -87,6 +82,20 @@ def tidy(name: str) -> str:
     return "".join(letter if letter.isprintable() else "_" for letter in text).strip()
 
 
+def tidy_stem(path: Path) -> str:
+    """A file's name as ids have it: tidy, without the volume format's suffix."""
+    return volume_stem(Path(tidy(path.name)))
+
+
+def size_and_time(path: Path) -> tuple[int | None, int | None]:
+    """Bytes of a file, and when it was last written to, ns; None where it cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None, None
+    return status.st_size, status.st_mtime_ns
+
+
 def walk(root: Path, follow_links: bool = False) -> Tree:
     """Look through a folder.
 
@@ -113,12 +122,8 @@ def walk(root: Path, follow_links: bool = False) -> Tree:
     _visit(root, tree, seen, links, home)
     # Later than the folders themselves, so that these count and not the links to them.
     while links:
-        status = (link := links.pop(0)).stat()
-        if other := seen.get((status.st_dev, status.st_ino)):
-            tree.again.append((link, other))
-        else:
-            seen[status.st_dev, status.st_ino] = link
-            tree.folders.append(link)
+        link = links.pop(0)
+        if _is_new(link, tree, seen):
             _visit(link, tree, seen, links, home)
     _leave_out_links(tree)
     tree.files.sort()
@@ -144,6 +149,17 @@ def leaves(link: Path, home: Path) -> bool:
     return not (home.is_relative_to(Path(*parts[:place])) and "objects" in parts[place:] and "annex" in parts[place:])
 
 
+def _is_new(folder: Path, tree: Tree, seen: dict[tuple[int, int], Path]) -> bool:
+    """Add a folder to the tree: to its folders, or to what is there already."""
+    status = folder.stat()
+    other = seen.setdefault((status.st_dev, status.st_ino), folder)
+    if other is folder:
+        tree.folders.append(folder)
+        return True
+    tree.again.append((folder, other))
+    return False
+
+
 def _visit(folder: Path, tree: Tree, seen: dict[tuple[int, int], Path], links: list[Path], home: Path | None) -> None:
     """List a folder and the folders in it; links to folders are put aside, as are those that leave ``home``."""
     todo = [folder]
@@ -164,13 +180,7 @@ def _visit(folder: Path, tree: Tree, seen: dict[tuple[int, int], Path], links: l
                 (links if path.is_dir() else tree.files).append(path)
             elif entry.is_file():
                 tree.files.append(path)
-            elif entry.is_dir():
-                status = path.stat()
-                if other := seen.get((status.st_dev, status.st_ino)):
-                    tree.again.append((path, other))
-                    continue
-                seen[status.st_dev, status.st_ino] = path
-                tree.folders.append(path)
+            elif entry.is_dir() and _is_new(path, tree, seen):
                 todo.append(path)
 
 

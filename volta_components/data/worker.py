@@ -36,6 +36,7 @@ from volta_components.data.preprocess import Prepared, Settings, prepare_volume
 from volta_components.data.skull import apply_mask
 from volta_components.data.unusable import UnusableVolume, what_is_wrong
 from volta_components.data.volumes import Volume, read_volume
+from volta_components.data.walk import size_and_time
 from volta_components.errors import InputError
 from volta_components.files import read_json, readable, sha256_file
 
@@ -65,16 +66,7 @@ def _image_files(scan: Scan) -> list[Path]:
 def _stamp(scan: Scan, source: Path) -> list[list[Any]]:
     """Name, size and time of each file that a volume is made from."""
     files = [*_image_files(scan), *(label.path for label in scan.labels), *([scan.mask] if scan.mask else [])]
-    return [[relative(path, source), *_size_and_time(path)] for path in files]
-
-
-def _size_and_time(path: Path) -> tuple[int | None, int | None]:
-    """Bytes of a file, and when it was written, ns; None for a file that is not there."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None, None
-    return status.st_size, status.st_mtime_ns
+    return [[relative(path, source), *size_and_time(path)] for path in files]
 
 
 def _record_name(task: Task) -> str:
@@ -101,7 +93,7 @@ def finished(task: Task) -> dict[str, Any] | None:
         return None
     if record["quality"]["stripped"] and record.get("placing", 1) < PLACING:
         return None
-    is_whole = all(_size_and_time(task.output / name)[0] == size for name, size in record["files"].items())
+    is_whole = all(size_and_time(task.output / name)[0] == size for name, size in record["files"].items())
     return record if is_whole else None
 
 

@@ -127,9 +127,7 @@ def _convert_dicom(root: Path, target: Path, follow_links: bool) -> tuple[list[P
     remove_partials(target)
     with tempfile.TemporaryDirectory(prefix=partial_prefix(), dir=target) as name:
         temporary = Path(name)
-        options = LayoutOptions(
-            root, ("all",), "none", temporary=temporary, workers=joblib.cpu_count(), follow_links=follow_links
-        )
+        options = LayoutOptions(root, ("all",), "none", workers=joblib.cpu_count(), follow_links=follow_links)
         listing = read_dicom(options)
         # Volumes beside the DICOM files are no problem here.
         findings = [f for f in listing.findings if volume_suffix(Path(f.file)) is None]

@@ -109,9 +109,8 @@ def who_and_when(files: Sequence[Path]) -> tuple[list[tuple[str, str | None]], l
     if not files:
         return [], []
     volumes = [VolumeFile.of(file.absolute()) for file in files]
-    listing = Listing("")
-    root = Path(os.path.commonpath([volume.folder for volume in volumes]))
-    found = {one.volume.path: one for one in identified(listing, root, volumes)}
+    listing = Listing("", root=Path(os.path.commonpath([volume.folder for volume in volumes])))
+    found = {one.volume.path: one for one in identified(listing, volumes)}
     names = []
     for one in (found[volume.path] for volume in volumes):
         is_public = is_worldwide(one.patient) and not one.name.is_bids

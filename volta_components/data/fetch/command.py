@@ -50,8 +50,14 @@ def fetch(*names: Path | str, output: Path | str | None = None, list: bool = Fal
         )
     resource, folder = read_resource(names[0]), Path(output)
     print(resource.terms())
-    with _disk_errors(folder), _claim(folder, resource) as record:
-        new = _provide_all(resource, folder, record)
+    try:
+        with _claim(folder, resource) as record:
+            new = _provide_all(resource, folder, record)
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or folder}: cannot be written ({error.strerror or error}); free some space or choose "
+            f"another --output, then run the command again: what has arrived is kept in {folder / WORK}"
+        ) from error
     unknown = [file.path for file in resource.files if not file.hashes]
     if unknown:
         print(
@@ -69,18 +75,6 @@ def _describe(resource: Resource, with_files: bool) -> list[str]:
         known = ", ".join(f"{kind} {value}" for kind, value in file.hashes.items()) or "hash not known"
         lines.append(f"  {file.path}{f' -> {file.unpack}/' if file.unpack else ''}  {file.url}  {known}")
     return lines
-
-
-@contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turn what the disk refuses into bad input."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{error.filename or folder}: cannot be written ({error.strerror or error}); free some space or choose "
-            f"another --output, then run the command again: what has arrived is kept in {folder / WORK}"
-        ) from error
 
 
 @contextlib.contextmanager

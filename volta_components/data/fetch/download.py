@@ -121,9 +121,11 @@ def _request(session: requests.Session, url: str, part: Path, label: str, is_kno
     except requests.RequestException as error:
         raise DownloadError(_innermost(error)) from error
     with response:
+        announced = response.headers.get("Content-Length", "")
+        length = int(announced) if announced.isdecimal() else None
         match response.status_code:
             case 200:
-                start, total = 0, _length(response)
+                start, total = 0, length
             case 206:
                 found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
                 if not found or int(found[1]) != start:
@@ -132,7 +134,6 @@ def _request(session: requests.Session, url: str, part: Path, label: str, is_kno
                 if _strong(response.headers) not in ("", _validator(part, url)):
                     part.unlink()
                     raise _Unusable("the file on the server has changed")
-                length = _length(response)
                 total = int(found[2]) if found[2] != "*" else None if length is None else start + length
             case 416 if start:
                 if response.headers.get("Content-Range") == f"bytes */{start}":
@@ -143,7 +144,10 @@ def _request(session: requests.Session, url: str, part: Path, label: str, is_kno
                 raise DownloadError(f"{code} {response.reason}")
         if not is_known and "text/html" in response.headers.get("Content-Type", "") and ".htm" not in label:
             raise DownloadError("the server sent a web page, not the file; a login page?")
-        _check_space(part.parent, (total or 0) * copies - start)
+        needed, free = (total or 0) * copies - start, free_bytes(part.parent)
+        if needed > free:
+            where = f"free on the disk of {part.parent}"
+            raise DiskFull(f"needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are {where}")
         if not start:
             part.unlink(missing_ok=True)  # first, so that an old beginning never gets the new version's name
             write_json(_state(part), {"url": url, "validator": _strong(response.headers)})
@@ -191,24 +195,10 @@ def _strong(headers: Any) -> str:
     return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified", "")
 
 
-def _length(response: requests.Response) -> int | None:
-    text = response.headers.get("Content-Length", "")
-    return int(text) if text.isdecimal() else None
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = free_bytes(folder)
-    if needed > free:
-        raise DiskFull(f"needs {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free on the disk of {folder}")
-
-
 def _innermost(error: BaseException) -> str:
     """The reason at the bottom of what urllib3 and requests wrap into each other."""
-    while True:
-        inner = getattr(error, "reason", None) or next(
-            (each for each in error.args if isinstance(each, BaseException)), None
-        )
-        if not isinstance(inner, BaseException):
-            text = str(inner or error)
-            return re.sub(r"^<.*?>: |^\w+\(.*?\): ", "", text)
-        error = inner
+    wrapped = next((each for each in error.args if isinstance(each, BaseException)), None)
+    inner = getattr(error, "reason", None) or wrapped
+    if isinstance(inner, BaseException):
+        return _innermost(inner)
+    return re.sub(r"^<.*?>: |^\w+\(.*?\): ", "", str(inner or error))

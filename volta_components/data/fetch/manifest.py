@@ -108,7 +108,7 @@ def _check(path: Path, content: Any) -> None:
     errors = Draft202012Validator(read_json(SCHEMA)).iter_errors(content)
     rows = [(error.json_path.removeprefix("$").lstrip(".") or "(all of it)", error.message) for error in errors]
     if not rows:
-        counts = Counter(place.casefold() for file in content["files"] for place in (file["path"],))
+        counts = Counter(file["path"].casefold() for file in content["files"])
         rows = [(place, "is the path of several files") for place, count in counts.items() if count > 1]
     if rows:
         raise InputError.many(

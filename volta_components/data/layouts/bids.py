@@ -7,31 +7,18 @@ into a database first (minutes on ADNI) and brings SQLAlchemy models, formulaic 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from volta_components.data.identity import canonical_patient_id, cohort_of, is_worldwide
-from volta_components.data.layouts.common import (
-    LabelFile,
-    LayoutOptions,
-    Listing,
-    Scan,
-    align,
-    choose,
-    describe_person,
-    look,
-    note_rows_without_scans,
-    one_of_session,
-    read_table_of_people,
-    relative,
-    slug,
-)
+from volta_components.data.identity import canonical_patient_id, cohort_of, grouped, is_worldwide
+from volta_components.data.layouts.common import LabelFile, LayoutOptions, Listing, Scan, look, slug
 from volta_components.data.names import OTHER_CONTRASTS, date_in, date_of_cell, parse_name
-from volta_components.data.tables import DATE_COLUMNS, People, Row, is_missing, pick, read_table, session_row
-from volta_components.data.volumes import NIFTI_SUFFIXES
+from volta_components.data.tables import DATE_COLUMNS, Row, is_missing, pick, read_table, session_row
+from volta_components.data.volumes import NIFTI_SUFFIXES, volume_stem
 from volta_components.data.walk import VolumeFile, tidy
 from volta_components.errors import InputError
 
@@ -52,38 +39,35 @@ def read(options: LayoutOptions) -> Listing:
     root = options.source
     listing = Listing("")
     tree = look(listing, root, options.follow_links)
-    subjects = {path.name: path for path in tree.folders if path.parent == root and path.name.startswith("sub-")}
+    subjects = [path.name for path in tree.folders if path.parent == root and path.name.startswith("sub-")]
     if not subjects:
         raise InputError(f"{root}: no sub-* folder, so not a BIDS data set; give its root, or another --layout")
-    listing.cohort = _cohort(root, list(subjects))
+    listing.cohort = _cohort(root, subjects)
     listing.found["subjects"] = len(subjects)
-    for name in subjects:
-        listing.meet(canonical_patient_id(tidy(name)), tidy(name))
-    people = _participants(listing, options)
     patients = [canonical_patient_id(tidy(name)) for name in subjects]
-    align(listing, people, patients)
-    volumes = [volume for volume in tree.volumes() if volume.path.relative_to(root).parts[0] not in ASIDE]
-    scans = _scans(listing, options, volumes, people)
-    _others(listing, root, tree.folders, volumes, {scan.image for scan in scans})
-    scans = one_of_session(listing, scans, plainness)
+    for patient, name in zip(patients, subjects, strict=True):
+        listing.meet(patient, tidy(name))
+    _read_participants(listing, options.table)
+    listing.match_ids(patients)
+    by_top = grouped(tree.volumes(), lambda volume: volume.path.relative_to(root).parts[0])
+    volumes = [volume for top, inside in by_top.items() if top not in ASIDE for volume in inside]
+    scans = _scans(listing, volumes)
+    _others(listing, tree.folders, volumes, {scan.image for scan in scans})
+    scans = listing.one_of_session(scans, plainness)
     if options.labels != "none":
-        found = [
-            v for v in tree.volumes() if v.path.relative_to(root).parts[0] == "derivatives" and _LABEL.search(v.stem)
-        ]
-        scans = _labelled(listing, root, scans, found)
+        scans = _labelled(listing, scans, [v for v in by_top.get("derivatives", []) if _LABEL.search(v.stem)])
     for scan in scans:
         listing.add(scan)
-    note_rows_without_scans(listing, people, patients, "folder")
-    choose(listing, options.sessions)
-    if people:
-        _join_anatomies(listing, people)
+    listing.note_rows_without_scans(patients, "folder")
+    listing.choose(options.sessions)
+    _join_anatomies(listing)
     return listing
 
 
-def _join_anatomies(listing: Listing, people: People) -> None:
+def _join_anatomies(listing: Listing) -> None:
     """All phantoms of one anatomy are one patient: none of them may be scored by what was trained on another."""
     for place, scan in enumerate(listing.scans):
-        anatomy = (people.row(scan.patient_id)[0] or {}).get("anatomy_id", "")
+        anatomy = (listing.table.row(scan.patient_id)[0] or {}).get("anatomy_id", "")
         if is_worldwide(anatomy):
             listing.people.pop(scan.patient_id, None)
             listing.meet(anatomy)
@@ -105,94 +89,81 @@ def _cohort(root: Path, names: list[str]) -> str:
     return slug(str(name or root.resolve().name))
 
 
-def _participants(listing: Listing, options: LayoutOptions) -> People | None:
-    path = options.table or options.source / "participants.tsv"
-    if not options.table and not path.exists() and not path.is_symlink():
-        listing.note("problem", "(all)", "participants.tsv", "is missing", "sex and site stay unknown", False)
-        return None
-    return read_table_of_people(
-        listing, path, lambda text: canonical_patient_id(re.sub(r"^(sub[-_])?", "sub-", text, flags=re.IGNORECASE))
+def _read_participants(listing: Listing, given: Path | None) -> None:
+    path = given or listing.root / "participants.tsv"
+    if not given and not path.exists() and not path.is_symlink():
+        listing.note("problem", "(all)", path, "is missing", "sex and site stay unknown", False)
+        return
+    listing.read_people(
+        path, lambda text: canonical_patient_id(re.sub(r"^(sub[-_])?", "sub-", text, flags=re.IGNORECASE))
     )
 
 
-def _scans(
-    listing: Listing, options: LayoutOptions, volumes: Iterable[VolumeFile], people: People | None
-) -> list[Scan]:
+def _scans(listing: Listing, volumes: Iterable[VolumeFile]) -> list[Scan]:
     """Scans that lie where BIDS has them; those whose name and folder contradict each other are left out."""
-    root = options.source
-    tables: dict[Path, list[Row]] = {}
+    root = listing.root
+    rows_of = functools.cache(functools.partial(_rows_of, listing))
     scans = []
     for volume in volumes:
-        subject, session = _place(volume.path, root)
+        subject, session = _subject_and_session(listing.place(volume.folder))
         name = parse_name(volume.stem)
         if subject is None or name.contrast.lower() != "t1w" or not volume.name.lower().endswith(NIFTI_SUFFIXES):
             continue
-        place = relative(volume.path, root)
         if name.subject != subject or (session or name.session) != name.session:
             names = f"{name.subject} {name.session or ''}".strip()
             reason = f"its name says {names}, its folder {f'{subject} {session or str()}'.strip()}"
-            listing.note("problem", subject, place, reason, "rename it, or move it to the folder that it belongs to")
+            remedy = "rename it, or move it to the folder that it belongs to"
+            listing.note("problem", subject, volume.path, reason, remedy)
             continue
         patient = canonical_patient_id(subject)
-        own = _session_table(listing, root, subject, session, tables)
-        row = own and session_row(own, session)
+        table = root / subject / f"{subject}_sessions.tsv"
+        own = rows_of(subject, table) if session else []
+        row = session_row(own, session)
         if own and row is None:
             known = ", ".join(sorted(str(pick(r, "session_id")) for r in own))
             reason = f"{session or 'the scan'} has no row of its own among {known}"
             remedy = "name the session alike in the table; kept with what participants.tsv says"
-            listing.note("problem", subject, f"{subject}/{subject}_sessions.tsv", reason, remedy, False)
-        when = pick(row or {}, *DATE_COLUMNS) or _scan_time(listing, volume.path, root, tables)
+            listing.note("problem", subject, table, reason, remedy, False)
+        when = pick(row or {}, *DATE_COLUMNS) or _scan_time(volume, rows_of)
         date = date_of_cell(when or "") or date_in(session or "")
-        if when and not is_missing(when) and not date_of_cell(when):
+        if when and not date_of_cell(when):
             reason, remedy = f"date {when!r} cannot be read for certain", "write it as 2020-06-25; kept without it"
-            listing.note("problem", subject, place, reason, remedy, False)
+            listing.note("problem", subject, volume.path, reason, remedy, False)
         more = {column: cell for column, cell in (row or {}).items() if not is_missing(cell)}
-        facts = describe_person(listing, people, patient, session, date, more)
-        scans.append(Scan(subject, session, patient, volume.path, place, date=date, **facts))
+        facts = listing.describe(patient, session, date, more)
+        scans.append(Scan(subject, session, patient, volume.path, listing.place(volume.path), date=date, **facts))
     return scans
 
 
-def _place(image: Path, root: Path) -> tuple[str | None, str | None]:
-    """Subject and session by the folders, as ``sub-01/ses-1/anat`` has them; None where it lies elsewhere."""
-    match = re.fullmatch(r"(sub-[^/]+)/(?:(ses-[^/]+)/)?anat", tidy(relative(VolumeFile.of(image).folder, root)))
+def _subject_and_session(folder: str) -> tuple[str | None, str | None]:
+    """What a folder such as ``sub-01/ses-1/anat`` says; None for another one."""
+    match = re.fullmatch(r"(sub-[^/]+)/(?:(ses-[^/]+)/)?anat", tidy(folder))
     return (match[1], match[2]) if match else (None, None)
 
 
-def _session_table(
-    listing: Listing, root: Path, subject: str, session: str | None, tables: dict[Path, list[Row]]
-) -> list[Row]:
-    """A subject's ``sub-*_sessions.tsv``; empty where there is none, or where there are no sessions."""
-    path = root / subject / f"{subject}_sessions.tsv"
-    return _table(listing, path, root, subject, tables) if session else []
-
-
-def _scan_time(listing: Listing, image: Path, root: Path, tables: dict[Path, list[Row]]) -> str | None:
+def _scan_time(volume: VolumeFile, rows_of: Callable[[str, Path], list[Row]]) -> str | None:
     """When an image was acquired, by the ``*_scans.tsv`` of its session."""
-    folder = VolumeFile.of(image).folder.parent
-    name = image.name.split("_ses-")[0] if not folder.name.startswith("ses-") else f"{folder.parent.name}_{folder.name}"
-    subject = name.split("_")[0]
-    for row in _table(listing, folder / f"{name}_scans.tsv", root, subject, tables):
-        if (pick(row, "filename") or "").endswith(f"anat/{image.name}"):
+    folder, image = volume.folder.parent, volume.path.name
+    name = f"{folder.parent.name}_{folder.name}" if folder.name.startswith("ses-") else image.split("_ses-")[0]
+    for row in rows_of(name.split("_")[0], folder / f"{name}_scans.tsv"):
+        if (pick(row, "filename") or "").endswith(f"anat/{image}"):
             return pick(row, *DATE_COLUMNS)
     return None
 
 
-def _table(listing: Listing, path: Path, root: Path, subject: str, tables: dict[Path, list[Row]]) -> list[Row]:
-    """Rows of a subject's table, read once; empty where there is none or it cannot be read."""
-    if path not in tables:
-        tables[path] = []
-        place = relative(path, root)
+def _rows_of(listing: Listing, subject: str, path: Path) -> list[Row]:
+    """Rows of a subject's table; empty where there is none or it cannot be read."""
 
-        def complain(_: str, what: str, remedy: str) -> None:
-            listing.note("problem", subject, place, what, remedy, False)
+    def complain(_: str, what: str, remedy: str) -> None:
+        listing.note("problem", subject, path, what, remedy, False)
 
-        if path.exists() or path.is_symlink():
-            try:
-                tables[path] = read_table(path, complain)
-            except InputError as error:
-                reason = str(error).removeprefix(f"{path}: ")
-                listing.note("problem", subject, place, reason, "mend it; kept without it", False)
-    return tables[path]
+    if not path.exists() and not path.is_symlink():
+        return []
+    try:
+        return read_table(path, complain)
+    except InputError as error:
+        complain(subject, str(error).removeprefix(f"{path}: "), "mend it; kept without it")
+        return []
 
 
 def plainness(scan: Scan) -> tuple[object, ...]:
@@ -202,8 +173,9 @@ def plainness(scan: Scan) -> tuple[object, ...]:
     return "ce" in parts, parts.get("part", "mag") != "mag", len(set(parts) - {"run", "echo", "inv"}), *numbers
 
 
-def _others(listing: Listing, root: Path, folders: Iterable[Path], volumes: list[VolumeFile], used: set[Path]) -> None:
+def _others(listing: Listing, folders: Iterable[Path], volumes: list[VolumeFile], used: set[Path]) -> None:
     """Name whoever has no T1w scan, sessions without one, and volumes whose names are not understood."""
+    root = listing.root
     noted = {finding.subject for finding in listing.findings if finding.kind == "problem" and finding.left_out}
     places = {finding.file for finding in listing.findings}
     by_top: dict[str, list[VolumeFile]] = {tidy(path.name): [] for path in folders if path.parent == root}
@@ -213,7 +185,7 @@ def _others(listing: Listing, root: Path, folders: Iterable[Path], volumes: list
         strange = [
             v for v in inside if v.path not in used and parse_name(v.stem).contrast.lower() not in OTHER_CONTRASTS
         ]
-        who = parse_name(VolumeFile(root, top).stem).subject
+        who = parse_name(volume_stem(Path(top))).subject
         if not top.startswith("sub-"):
             if strange:
                 reason = f"is no sub-* folder, but holds {strange[0].name}"
@@ -227,33 +199,31 @@ def _others(listing: Listing, root: Path, folders: Iterable[Path], volumes: list
                 listing.note("problem", who, top, reason, rename if others else f"{fetch}, or remove the folder")
         else:
             for volume in strange:
-                if (place := relative(volume.path, root)) not in places:
+                if listing.place(volume.path) not in places:
                     remedy = f"name it {who}_..._T1w.nii.gz, in a folder anat, or move it to sourcedata"
-                    listing.note("problem", who, place, "is not named as BIDS names images", remedy)
-    sessions = {tidy(relative(VolumeFile.of(path).folder.parent, root)) for path in used}
+                    listing.note("problem", who, volume.path, "is not named as BIDS names images", remedy)
+    sessions = {tidy(listing.place(VolumeFile.of(path).folder.parent)) for path in used}
     with_scan = {place.split("/")[0] for place in sessions}
     for folder in folders:
-        place = tidy(relative(folder, root))
+        place = tidy(listing.place(folder))
         who = place.split("/")[0]
         if re.fullmatch(r"sub-[^/]+/ses-[^/]+", place) and place not in sessions and who in with_scan:
             listing.note("quirk", who, place, "has no T1w image")
 
 
-def _labelled(listing: Listing, root: Path, scans: list[Scan], labels: list[VolumeFile]) -> list[Scan]:
+def _labelled(listing: Listing, scans: list[Scan], labels: list[VolumeFile]) -> list[Scan]:
     """Scans with their label maps; maps without a scan are noted."""
-    places: dict[str, list[VolumeFile]] = {}
-    for label in labels:
-        # derivatives/NAME/sub-01/ses-1/anat
-        places.setdefault("/".join(label.path.relative_to(root).parts[2:-1]), []).append(label)
+    # Of derivatives/NAME/sub-01/ses-1/anat, what follows NAME.
+    places = grouped(labels, lambda label: "/".join(label.path.relative_to(listing.root).parts[2:-1]))
     result = []
     for scan in scans:
-        found = places.pop(VolumeFile.of(scan.image).folder.relative_to(root).as_posix(), [])
+        found = places.pop(VolumeFile.of(scan.image).folder.relative_to(listing.root).as_posix(), [])
         for other in found[1:]:
             reason = f"another label map: {found[0].name} is used, by name alone"
-            listing.note_scan("problem", scan, reason, "remove one", False, relative(other.path, root))
+            listing.note_scan("problem", scan, reason, "remove one", False, other.path)
         result.append(replace(scan, labels=tuple(LabelFile(label.path) for label in found[:1])))
     for place, found in sorted(places.items()):
         subject = next((part for part in place.split("/") if part.startswith("sub-")), "(labels)")
         for label in found:
-            listing.note("problem", subject, relative(label.path, root), "label without image", "fetch the scan")
+            listing.note("problem", subject, label.path, "label without image", "fetch the scan")
     return result

@@ -11,18 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 from volta_components.data.identity import canonical_patient_id, is_old_brats
-from volta_components.data.layouts.common import (
-    LayoutOptions,
-    Listing,
-    Scan,
-    align,
-    choose,
-    describe_person,
-    look,
-    read_table_of_people,
-    relative,
-)
-from volta_components.data.tables import People
+from volta_components.data.layouts.common import LayoutOptions, Listing, Scan, look
 from volta_components.data.walk import VolumeFile, tidy
 from volta_components.errors import InputError
 
@@ -50,8 +39,8 @@ def read(options: LayoutOptions) -> Listing:
         kind, case = _MODALITY.search(volume.stem), _case(volume.stem)
         holder = tidy(volume.path.parent.name)
         if case and _case(holder) == holder != case:
-            reason, remedy = f"lies in the folder of {holder}", "move it to its own folder, or rename it"
-            listing.note("problem", case, relative(volume.path, root), reason, remedy, False)
+            remedy = "move it to its own folder, or rename it"
+            listing.note("problem", case, volume.path, f"lies in the folder of {holder}", remedy, False)
         if kind and case:
             cases.setdefault(case, {}).setdefault(kind[1].lower(), []).append(volume)
         else:
@@ -63,35 +52,28 @@ def read(options: LayoutOptions) -> Listing:
         packed = sorted(path.name for path in tree.files if re.search(r"\.(zip|tar(\.\w+)?|tgz|7z)$", path.name))
         hint = f"unpack {packed[0]} first" if packed else "give the folder that holds them as --source"
         raise InputError(f"{root}: no case like BraTS-GLI-00005-100; {hint}")
-    people = read_table_of_people(listing, options.table)
-    align(listing, people, map(canonical_patient_id, cases))
+    listing.read_people(options.table)
+    listing.match_ids(map(canonical_patient_id, cases))
     tasks: Counter[str] = Counter()
     for name, files in sorted(cases.items()):
         native = next((files[kind] for kind in _NATIVE if kind in files), [])
         tasks[match[1] if (match := _CASE.match(name)) else name.split("_")[0]] += bool(native)
-        if not native:
-            unknown = [volume for volume in strange if _is_below(volume.path, name)]
-            there = (
-                f"only {', '.join(sorted(files))}"
-                if files
-                else f"but {unknown[0].name}"
-                if unknown
-                else "its folder is empty"
-            )
-            remedy = (
-                f"name it {name}-t1n.nii.gz if it is one" if unknown else "download the case again, or leave it out"
-            )
-            listing.note("problem", name, "", f"has no t1n ({there})", remedy)
-        _scans(listing, options, name, native, people)
+        if native:
+            _add_scans(listing, name, native)
+            continue
+        unknown = [volume for volume in strange if _is_below(volume.path, name)]
+        there = f"but {unknown[0].name}" if unknown else "its folder is empty"
+        there = f"only {', '.join(sorted(files))}" if files else there
+        remedy = f"name it {name}-t1n.nii.gz if it is one" if unknown else "download the case again, or leave it out"
+        listing.note("problem", name, "", f"has no t1n ({there})", remedy)
     for volume in strange:
         if not any(_is_below(volume.path, name) for name in cases):
-            who = volume.path.relative_to(root).parts[0]
+            who = tidy(volume.path.relative_to(root).parts[0])
             remedy = "name it as BraTS does (BraTS-GLI-00005-100-t1n.nii.gz), or leave it out"
-            listing.note(
-                "problem", tidy(who), relative(volume.path, root), "is not named as BraTS names images", remedy
-            )
-    old = sorted({scan.patient_id for scan in listing.scans if is_old_brats(scan.patient_id)})
-    mixed = len(old) < len({scan.patient_id for scan in listing.scans})
+            listing.note("problem", who, volume.path, "is not named as BraTS names images", remedy)
+    patients = {scan.patient_id for scan in listing.scans}
+    old = sorted(filter(is_old_brats, patients))
+    mixed = len(old) < len(patients)
     for patient in old:
         reason = "a case of BraTS before 2023, whose patients have other names since then" + "; here are both" * mixed
         remedy = "prepare either, or be sure that nobody is in both" if mixed else "do not mix it with later ones"
@@ -99,9 +81,9 @@ def read(options: LayoutOptions) -> Listing:
     listing.found = {
         **{task: n for task, n in sorted(tasks.items()) if n},
         "cases": len(cases),
-        "patients": len({scan.patient_id for scan in listing.scans}),
+        "patients": len(patients),
     }
-    return choose(listing, options.sessions)
+    return listing.choose(options.sessions)
 
 
 def time_point(name: str) -> str | None:
@@ -120,18 +102,17 @@ def _is_below(path: Path, case: str) -> bool:
     return any(tidy(part) == case for part in path.parts[:-1])
 
 
-def _scans(
-    listing: Listing, options: LayoutOptions, name: str, volumes: list[VolumeFile], people: People | None
-) -> None:
+def _add_scans(listing: Listing, name: str, volumes: list[VolumeFile]) -> None:
     """Add the native scans of a case; two of one folder are one scan, compressed and not."""
     patient = canonical_patient_id(name)
-    facts = describe_person(listing, people, patient) if volumes else {}
+    facts = listing.describe(patient)
+    subject = patient if _CASE.match(name) else name
     used: dict[Path, str] = {}
     for volume in sorted(volumes, key=lambda volume: (not volume.path.name.endswith(".gz"), str(volume.path))):
-        place = relative(volume.path, options.source)
         if (folder := volume.folder) in used:
-            listing.note("quirk", name, place, f"there both compressed and not: {used[folder]} is used", "", True)
+            reason = f"there both compressed and not: {used[folder]} is used"
+            listing.note("quirk", name, volume.path, reason, left_out=True)
             continue
         used[folder] = volume.name
-        subject = patient if _CASE.match(name) else name
+        place = listing.place(volume.path)
         listing.add(Scan(subject, time_point(name), patient, volume.path, place, **facts))

@@ -8,27 +8,15 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from volta_components.data.identity import canonical_patient_id, cohort_of
+from volta_components.data.identity import canonical_patient_id, cohort_of, grouped
 from volta_components.data.sessions import contradictions, in_order, spelled_alike
-from volta_components.data.tables import (
-    AGE_COLUMNS,
-    DIAGNOSIS_COLUMNS,
-    SEX_COLUMNS,
-    SITE_COLUMNS,
-    People,
-    Row,
-    fold,
-    parse_age,
-    parse_diagnosis,
-    parse_sex,
-    pick,
-    read_people,
-)
+from volta_components.data.tables import FACT_COLUMNS, People, Row, fold, pick, read_fact, read_people
 from volta_components.data.volumes import volume_suffix
-from volta_components.data.walk import Tree, VolumeFile, tidy, walk
+from volta_components.data.walk import Tree, tidy, tidy_stem, walk
 from volta_components.files import readable
 
 LEFT, RIGHT = 1, 2  # values of the hippocampi in label maps
@@ -126,6 +114,8 @@ class Listing:
         people: everybody with a scan, a folder or a row: canonical id, and the name in the data set.
         found: counts to print beside the paper's, such as ``{"rows": 619, "male": 342}``.
         swapped: subjects whose left and right label files are known to be swapped.
+        root: of the data set; findings name files relative to it.
+        table: of people; without rows where there is none.
     """
 
     cohort: str
@@ -134,6 +124,8 @@ class Listing:
     people: dict[str, str] = field(default_factory=dict)
     found: dict[str, int] = field(default_factory=dict)
     swapped: frozenset[str] = frozenset()
+    root: Path = Path()
+    table: People = field(default_factory=People)
 
     def meet(self, patient_id: str, subject: str | None = None) -> None:
         """Count somebody among the people found: at the end it must be said what became of everyone."""
@@ -144,7 +136,7 @@ class Listing:
         self,
         kind: Kind,
         subject: str,
-        file: str,
+        file: Path | str,
         reason: str,
         remedy: str = "",
         left_out: bool | None = None,
@@ -152,13 +144,15 @@ class Listing:
     ) -> None:
         """Add a finding; only quirks keep the scan unless told otherwise.
 
-        The patient follows from the subject unless given; a subject in brackets, as ``(all)``, is nobody.
+        A path is named relative to the root; text is taken as it is. The patient follows from the subject unless given;
+        a subject in brackets, as ``(all)``, is nobody.
         """
         if patient_id is None:
             patient_id = "" if subject.startswith("(") else canonical_patient_id(subject)
         self.meet(patient_id, subject)
         lost = kind != "quirk" if left_out is None else left_out
-        finding = Finding(kind, subject, file, reason, remedy, lost, patient_id)
+        place = self.place(file) if isinstance(file, Path) else file
+        finding = Finding(kind, subject, place, reason, remedy, lost, patient_id)
         if finding not in self.findings[-100:]:  # of a person with many scans, once
             self.findings.append(finding)
 
@@ -169,16 +163,166 @@ class Listing:
         reason: str,
         remedy: str = "",
         left_out: bool | None = None,
-        file: str | None = None,
+        file: Path | str | None = None,
     ) -> None:
-        """Add a finding about a scan."""
-        place = scan.source if file is None else file
-        self.note(kind, scan.subject_id, place, reason, remedy, left_out, scan.patient_id)
+        """Add a finding about a scan, or about another file of it."""
+        self.note(kind, scan.subject_id, file or scan.source, reason, remedy, left_out, scan.patient_id)
+
+    def place(self, path: Path) -> str:
+        """A file of the data set, as it is named in findings and datalists."""
+        return relative(path, self.root)
 
     def add(self, scan: Scan) -> None:
         """Add a scan, and its patient to the people found."""
         self.meet(scan.patient_id, scan.subject_id)
         self.scans.append(scan)
+
+    # --- the table of people ------------------------------------------------------------------------------------------
+
+    def read_people(self, path: Path | None, name: Callable[[str], str] = canonical_patient_id) -> None:
+        """Read a table of people, if there is one, ids brought to one form by ``name``; note what is wrong with it.
+
+        Raises:
+            InputError: if the table cannot be read or has no column of ids.
+        """
+        if path is None:
+            return
+
+        def complain(who: str, what: str, remedy: str) -> None:
+            self.note("problem", who, path.name, what, remedy, False, "")
+
+        self.table = read_people(path, complain, name)
+        columns = sorted({column for rows in self.table.rows.values() for row in rows for column in row})
+        for fact in ("sex", "age"):
+            words = [column for column in columns if fact in re.split(r"[\W_]+", column.casefold())]
+            if words and not {fold(column) for column in columns} & set(map(fold, FACT_COLUMNS[fact])):
+                reason = f"{fact} is not read from {', '.join(words[:4])}"
+                self.note("quirk", "(all)", path.name, reason, f"name the column {fact} if it is")
+
+    def match_ids(self, patients: Iterable[str]) -> None:
+        """Match ids that are spelled differently in scans and table; note each."""
+        for patient, spelled in self.table.find(patients):
+            self.note("quirk", patient, self.table.file, f"taken for {spelled!r} of the table", patient_id=patient)
+
+    def describe(
+        self, patient_id: str, session: str | None = None, date: str | None = None, more: Row | None = None
+    ) -> dict[str, Any]:
+        """Sex, age, diagnosis and site of a patient at a session; cells of the session's own table (``more``) win.
+
+        What cannot be read is noted and left empty.
+        """
+        row, differ = self.table.row(patient_id, session, date)
+
+        def complain(reason: str, remedy: str) -> None:
+            who = self.people.get(patient_id, patient_id)
+            self.note("problem", who, self.table.file, reason, remedy, False, patient_id)
+
+        if self.table.rows and row is None:
+            complain("has no row", "add one; kept with what else is known")
+        if missing := [name for name in differ if not (more and pick(more, name))]:
+            where = f"session {session}" if session or date else "one row"
+            reason = f"{' and '.join(missing)}: rows differ or are of other sessions, and none is surely this scan's"
+            complain(reason, f"keep one row, or name its session ({where}); left empty")
+        cells = {**(row or {}), **(more or {})}
+        facts: dict[str, Any] = {}
+        for name in FACT_COLUMNS:
+            try:
+                facts[name] = read_fact(name, cells)
+            except ValueError as error:
+                facts[name] = None
+                complain(str(error), f"correct the table; kept without {name}")
+        if facts["site"] is None and cohort_of(patient_id) == "adni":
+            facts["site"] = patient_id[:3]
+        return facts
+
+    def note_rows_without_scans(self, patients: Iterable[str], what: str) -> None:
+        """Note everybody in the table who has nothing else."""
+        for patient in self.table.without(patients):
+            who, remedy = self.table.spelled[patient], f"fetch the {what}, or drop the row"
+            self.note("problem", who, self.table.file, f"has a row but no {what}", remedy, True, patient)
+
+    # --- one scan of several ------------------------------------------------------------------------------------------
+
+    def one_of_session(self, scans: Sequence[Scan], rank: Callable[[Scan], tuple[Any, ...]]) -> list[Scan]:
+        """Keep one scan of each patient and session, the one of lowest rank.
+
+        Others are skipped by name. Where the rank does not decide, the first by name is kept, and that is a problem.
+        """
+        kept = []
+        for group in grouped(scans, lambda scan: (scan.patient_id, scan.session)).values():
+            first, *others = sorted(group, key=lambda scan: (rank(scan), scan.image.name, scan.source))
+            kept.append(first)
+            for other in others:
+                used = f"{readable(first.image.name)} is used"
+                same = other.image.name.removesuffix(".gz") == first.image.name.removesuffix(".gz")
+                if same and other.image.parent == first.image.parent:
+                    self.note_scan("quirk", other, f"same scan, compressed and not: {used}", left_out=True)
+                elif rank(other) == rank(first):
+                    reason = f"another T1w of this session: {used}, by name alone"
+                    self.note_scan("problem", other, reason, "which one is better is not known; remove the other")
+                else:
+                    self.note_scan("quirk", other, f"another T1w of this session: {used}", left_out=True)
+        return kept
+
+    def _of_sessions(self, scans: Iterable[Scan], sessions: tuple[str, ...]) -> list[Scan]:
+        """Keep each patient's wanted sessions; the others are noted as left out by choice.
+
+        The first session is the one of the first date, else of the first name (``M6`` before ``M12``, ``pre`` before
+        all), else of the lowest age. Where none of these decides, what is not used is a problem.
+        """
+        kept: list[Scan] = []
+        is_named = sessions not in (("all",), ("baseline",))
+        wanted = {*sessions, *map(spelled_alike, sessions)} if is_named else set()
+        remedy = "--sessions all takes every one"
+        asked = f"is not asked for (--sessions {','.join(sessions)})"
+        met = set()
+        when = [attrgetter(name) for name in ("session", "date", "age")]
+        for group in grouped(scans, lambda scan: scan.patient_id).values():
+            ordered, tied = in_order(group, *when)
+            if wrong := contradictions(group, *when):
+                reason = f"the names of its sessions and their {' and '.join(wrong)} say different orders"
+                self.note_scan("problem", ordered[0], reason, "correct the table, or rename the sessions", False)
+            unsure = next((part for part in tied if ordered[0] in part), [])
+            taken = []
+            for scan in ordered:
+                names = {scan.session, spelled_alike(scan.session or "")}
+                met |= names
+                if sessions == ("all",) or (sessions == ("baseline",) and scan is ordered[0]) or names & wanted:
+                    taken.append(scan)
+                elif sessions == ("baseline",) and scan in unsure:
+                    names_of = [other.session or other.source for other in unsure]
+                    reason = f"which of {' and '.join(names_of)} is the first is not known; {names_of[0]} is used"
+                    how = "give their dates (acq_time in the sessions' table), number them, or name one with --sessions"
+                    if any(re.fullmatch(r"(ses-)?\d{8}", name) for name in names_of):
+                        how = f"write dates as YYYYMMDD; or {how}"
+                    self.note_scan("problem", scan, reason, how)
+                else:
+                    self.note_scan("choice", scan, f"session {scan.session} {asked}", remedy)
+            if len(taken) > 1 and not tied:
+                taken = [replace(scan, visit=visit) for visit, scan in enumerate(taken)]
+            kept += taken
+        if is_named:
+            for name in sessions:
+                if spelled_alike(name) not in met and name not in met:
+                    self.note("problem", "(all)", "", f"nobody has a session {name}", "name one that there is", False)
+        return kept
+
+    def _without_doubles(self, scans: Iterable[Scan]) -> list[Scan]:
+        """Keep the first of scans that share subject and session; the others are problems."""
+        kept: dict[str, Scan] = {}
+        for scan in sorted(scans, key=lambda scan: (scan.key, scan.source)):
+            if scan.key in kept:
+                other = kept[scan.key].source
+                reason = f"double subject: {other} has the same id and session"
+                self.note_scan("problem", scan, reason, "remove or rename one")
+            else:
+                kept[scan.key] = scan
+        return list(kept.values())
+
+    def choose(self, sessions: tuple[str, ...]) -> Listing:
+        """The end of every reader: each id and session once, and of each patient the sessions that are asked for."""
+        self.scans = self._of_sessions(self._without_doubles(self.scans), sessions)
+        return self
 
 
 @dataclass(frozen=True)
@@ -193,7 +337,6 @@ class LayoutOptions:
         name: the cohort's name, where the user gave one; tells whose numbers bare ids are (``aibl``).
         patients: for DICOM, what says who a scan is of: ``id``, ``folder``, or None for the id where it can be trusted.
         work: a folder to keep what was learnt of DICOM folders.
-        temporary: a folder of this run's own, on the file system of ``work``, for files that are not whole yet.
         workers: threads for reading DICOM headers.
         follow_links: also follow links that leave the source.
     """
@@ -205,7 +348,6 @@ class LayoutOptions:
     name: str | None = None
     patients: Literal["id", "folder"] | None = None
     work: Path | None = None
-    temporary: Path | None = None
     workers: int = 1
     follow_links: bool = False
 
@@ -221,227 +363,46 @@ def slug(text: str) -> str:
 
 
 def look(listing: Listing, root: Path, follow_links: bool = False) -> Tree:
-    """Walk over the source; say which links are left out, and what cannot be looked into.
+    """Walk over the source, the listing's root; say which links are left out, and what cannot be looked into.
 
     Raises:
         InputError: if the folder is missing, is none, or cannot be listed.
     """
     tree = walk(root, follow_links)
+    listing.root = root
     for link in tree.outside:
-        place, who = relative(link, root), VolumeFile(link, tidy(link.name)).stem
+        reason = "a link that leaves the source"
         if volume_suffix(link) or link.is_dir() or not link.suffix:
             remedy = "follow such links with --follow-links, or copy the files"
-            listing.note("problem", who, place, "a link that leaves the source", remedy)
+            listing.note("problem", tidy_stem(link), link, reason, remedy)
         else:
-            listing.note("quirk", "(links)", place, "a link that leaves the source", "--follow-links follows it")
+            listing.note("quirk", "(links)", link, reason, "--follow-links follows it")
     for link, other in tree.again:
-        place, file = relative(link, root), relative(other, root)
+        reason = f"a link to {relative(other, root)}"
         if link.is_dir() or tidy(link.name) == tidy(other.name):
-            listing.note("quirk", "(links)", place, f"a link to {file}, which is taken once")
+            listing.note("quirk", "(links)", link, f"{reason}, which is taken once")
         elif volume_suffix(link):
-            who = VolumeFile(link, tidy(link.name)).stem
             remedy = "remove the link, or put the scan itself there"
-            listing.note("problem", who, place, f"a link to {file}, which has another name", remedy)
+            listing.note("problem", tidy_stem(link), link, f"{reason}, which has another name", remedy)
     for folder in tree.locked:
-        place = relative(folder, root)
-        listing.note("problem", place.split("/")[0], place, "permission denied", "make it readable (chmod u+rx)")
+        top = relative(folder, root).split("/")[0]
+        listing.note("problem", top, folder, "permission denied", "make it readable (chmod u+rx)")
     for path in tree.files:
-        place, who = relative(path, root), VolumeFile(path, tidy(path.name)).stem
+        who = tidy_stem(path)
         if path.is_symlink() and not path.exists() and not path.suffix:
-            listing.note("problem", who, place, "a link to nothing", "mend the link, or remove it")
+            listing.note("problem", who, path, "a link to nothing", "mend the link, or remove it")
         elif _UNFINISHED.search(path.name):
             remedy = "finish or unpack it, or remove it"
-            listing.note("problem", who.split(".")[0], place, "no volume by its name: a part, or packed", remedy)
+            listing.note("problem", who.split(".")[0], path, "no volume by its name: a part, or packed", remedy)
         elif _ARCHIVE.search(path.name):
             what, stem = "an archive, not looked into", _ARCHIVE.sub("", path.name)
             if any(folder.parent == path.parent and folder.name.startswith(stem) for folder in tree.folders):
-                listing.note("quirk", "(archives)", place, what, f"beside {stem}, which it was unpacked to, it seems")
+                listing.note("quirk", "(archives)", path, what, f"beside {stem}, which it was unpacked to, it seems")
             else:
-                listing.note("problem", tidy(stem), place, what, "unpack it if it holds scans; if not, move it away")
-    for folder in tree.folders:
-        if volume_suffix(folder):
-            inside = [path for path in tree.files if path.parent == folder and volume_suffix(path)]
-            if len(inside) != 1:
-                reason = f"a folder with the name of a file, which holds {len(inside)} volumes"
-                name = VolumeFile(folder, tidy(folder.name)).stem
-                listing.note("problem", name, relative(folder, root), reason, "put the one volume in its place")
+                listing.note("problem", tidy(stem), path, what, "unpack it if it holds scans; if not, move it away")
+    for folder in filter(volume_suffix, tree.folders):
+        inside = [path for path in tree.files if path.parent == folder and volume_suffix(path)]
+        if len(inside) != 1:
+            reason = f"a folder with the name of a file, which holds {len(inside)} volumes"
+            listing.note("problem", tidy_stem(folder), folder, reason, "put the one volume in its place")
     return tree
-
-
-# --- people ----------------------------------------------------------------------------------------------------------
-
-
-def read_table_of_people(
-    listing: Listing, path: Path | None, name: Callable[[str], str] = canonical_patient_id
-) -> People | None:
-    """Read a table of people, if there is one, ids brought to one form by ``name``; note what is wrong with it.
-
-    Raises:
-        InputError: if the table cannot be read or has no column of ids.
-    """
-    if path is None:
-        return None
-    file = path.name
-
-    def complain(who: str, what: str, remedy: str) -> None:
-        listing.note("problem", who, file, what, remedy, False, "")
-
-    people = read_people(path, complain, name)
-    columns = sorted({column for rows in people.rows.values() for row in rows for column in row})
-    for fact, known in (("sex", SEX_COLUMNS), ("age", AGE_COLUMNS)):
-        words = [column for column in columns if fact in re.split(r"[\W_]+", column.casefold())]
-        if words and not {fold(column) for column in columns} & set(map(fold, known)):
-            some = ", ".join(words[:4])
-            listing.note("quirk", "(all)", file, f"{fact} is not read from {some}", f"name the column {fact} if it is")
-    return people
-
-
-def align(listing: Listing, people: People | None, patients: Iterable[str]) -> None:
-    """Match ids that are spelled differently in scans and table; note each."""
-    if people is None:
-        return
-    for patient, spelled in people.find(patients):
-        listing.note("quirk", patient, people.file, f"taken for {spelled!r} of the table", patient_id=patient)
-
-
-def _facts(listing: Listing, patient_id: str, file: str, row: Row) -> dict[str, Any]:
-    """Sex, age, diagnosis and site out of a table's row; what cannot be read is noted and left empty."""
-    result: dict[str, Any] = {
-        "site": pick(row, *SITE_COLUMNS),
-        "diagnosis": parse_diagnosis(pick(row, *DIAGNOSIS_COLUMNS)),
-    }
-    for name, parse, columns in (("sex", parse_sex, SEX_COLUMNS), ("age", parse_age, AGE_COLUMNS)):
-        try:
-            result[name] = parse(pick(row, *columns))
-        except ValueError as error:
-            result[name] = None
-            remedy = f"correct the table; kept without {name}"
-            who = listing.people.get(patient_id, patient_id)
-            listing.note("problem", who, file, str(error), remedy, False, patient_id)
-    if result["site"] is None and cohort_of(patient_id) == "adni":
-        result["site"] = patient_id[:3]
-    return result
-
-
-def describe_person(
-    listing: Listing,
-    people: People | None,
-    patient_id: str,
-    session: str | None = None,
-    date: str | None = None,
-    more: Row | None = None,
-) -> dict[str, Any]:
-    """Sex, age, diagnosis and site of a patient at a session; cells of the session's own table (``more``) win."""
-    row, differ = people.row(patient_id, session, date) if people else (None, [])
-    file, who = people.file if people else "", listing.people.get(patient_id, patient_id)
-    if people and row is None:
-        listing.note("problem", who, file, "has no row", "add one; kept with what else is known", False, patient_id)
-    missing = [name for name in differ if not (more and pick(more, name))]
-    if missing:
-        where = f"session {session}" if session or date else "one row"
-        reason = f"{' and '.join(missing)}: rows differ or are of other sessions, and none is surely this scan's"
-        remedy = f"keep one row, or name its session ({where}); left empty"
-        listing.note("problem", who, file, reason, remedy, False, patient_id)
-    return _facts(listing, patient_id, file, {**(row or {}), **(more or {})})
-
-
-def note_rows_without_scans(listing: Listing, people: People | None, patients: Iterable[str], what: str) -> None:
-    """Note everybody in a table who has nothing else."""
-    if people is None:
-        return
-    for patient in people.without(patients):
-        remedy = f"fetch the {what}, or drop the row"
-        listing.note("problem", people.spelled[patient], people.file, f"has a row but no {what}", remedy, True, patient)
-
-
-# --- one scan of several ---------------------------------------------------------------------------------------------
-
-
-def one_of_session(listing: Listing, scans: Sequence[Scan], rank: Callable[[Scan], tuple[Any, ...]]) -> list[Scan]:
-    """Keep one scan of each patient and session, the one of lowest rank.
-
-    Others are skipped by name. Where the rank does not decide, the first by name is kept, and that is a problem.
-    """
-    groups: dict[tuple[str, str | None], list[Scan]] = {}
-    for scan in scans:
-        groups.setdefault((scan.patient_id, scan.session), []).append(scan)
-    kept = []
-    for group in groups.values():
-        first, *others = sorted(group, key=lambda scan: (rank(scan), scan.image.name, scan.source))
-        kept.append(first)
-        for other in others:
-            used = f"{readable(first.image.name)} is used"
-            same = other.image.name.removesuffix(".gz") == first.image.name.removesuffix(".gz")
-            if same and other.image.parent == first.image.parent:
-                listing.note_scan("quirk", other, f"same scan, compressed and not: {used}", left_out=True)
-            elif rank(other) == rank(first):
-                reason = f"another T1w of this session: {used}, by name alone"
-                listing.note_scan("problem", other, reason, "which one is better is not known; remove the other")
-            else:
-                listing.note_scan("quirk", other, f"another T1w of this session: {used}", left_out=True)
-    return kept
-
-
-def select_sessions(listing: Listing, scans: Iterable[Scan], sessions: tuple[str, ...]) -> list[Scan]:
-    """Keep each patient's wanted sessions; the others are noted as left out by choice.
-
-    The first session is the one of the first date, else of the first name (``M6`` before ``M12``, ``pre`` before all),
-    else of the lowest age. Where none of these decides, what is not used is a problem.
-    """
-    kept: list[Scan] = []
-    patients: dict[str, list[Scan]] = {}
-    for scan in scans:
-        patients.setdefault(scan.patient_id, []).append(scan)
-    is_named = sessions not in (("all",), ("baseline",))
-    wanted = {*sessions, *map(spelled_alike, sessions)} if is_named else set()
-    remedy = "--sessions all takes every one"
-    asked = f"is not asked for (--sessions {','.join(sessions)})"
-    met = set()
-    for group in patients.values():
-        ordered, tied = in_order(group, lambda scan: scan.session, lambda scan: scan.date, lambda scan: scan.age)
-        if wrong := contradictions(group, lambda scan: scan.session, lambda scan: scan.date, lambda scan: scan.age):
-            reason = f"the names of its sessions and their {' and '.join(wrong)} say different orders"
-            listing.note_scan("problem", ordered[0], reason, "correct the table, or rename the sessions", False)
-        unsure = next((part for part in tied if ordered[0] in part), [])
-        taken = []
-        for scan in ordered:
-            names = {scan.session, spelled_alike(scan.session or "")}
-            met |= names
-            if sessions == ("all",) or (sessions == ("baseline",) and scan is ordered[0]) or names & wanted:
-                taken.append(scan)
-            elif sessions == ("baseline",) and scan in unsure:
-                names_of = [other.session or other.source for other in unsure]
-                reason = f"which of {' and '.join(names_of)} is the first is not known; {names_of[0]} is used"
-                how = "give their dates (acq_time in the sessions' table), number them, or name one with --sessions"
-                if any(re.fullmatch(r"(ses-)?\d{8}", name) for name in names_of):
-                    how = f"write dates as YYYYMMDD; or {how}"
-                listing.note_scan("problem", scan, reason, how)
-            else:
-                listing.note_scan("choice", scan, f"session {scan.session} {asked}", remedy)
-        if len(taken) > 1 and not tied:
-            taken = [replace(scan, visit=visit) for visit, scan in enumerate(taken)]
-        kept += taken
-    if is_named:
-        for name in sessions:
-            if spelled_alike(name) not in met and name not in met:
-                listing.note("problem", "(all)", "", f"nobody has a session {name}", "name one that there is", False)
-    return kept
-
-
-def drop_doubles(listing: Listing, scans: Iterable[Scan]) -> list[Scan]:
-    """Keep the first of scans that share subject and session; the others are problems."""
-    kept: dict[str, Scan] = {}
-    for scan in sorted(scans, key=lambda scan: (scan.key, scan.source)):
-        if scan.key in kept:
-            other = kept[scan.key].source
-            reason = f"double subject: {other} has the same id and session"
-            listing.note_scan("problem", scan, reason, "remove or rename one")
-        else:
-            kept[scan.key] = scan
-    return list(kept.values())
-
-
-def choose(listing: Listing, sessions: tuple[str, ...]) -> Listing:
-    """The end of every reader: each id and session once, and of each patient the sessions that are asked for."""
-    listing.scans = select_sessions(listing, drop_doubles(listing, listing.scans), sessions)
-    return listing

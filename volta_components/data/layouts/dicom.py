@@ -19,19 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from volta_components.data.identity import canonical_patient_id, cohort_of, is_worldwide
-from volta_components.data.layouts.common import (
-    LayoutOptions,
-    Listing,
-    Scan,
-    align,
-    choose,
-    describe_person,
-    look,
-    read_table_of_people,
-    relative,
-    slug,
-)
+from volta_components.data.identity import canonical_patient_id, cohort_of, grouped, is_worldwide
+from volta_components.data.layouts.common import LayoutOptions, Listing, Scan, look, relative, slug
 from volta_components.data.layouts.series import (
     MIN_SLICES,
     Folder,
@@ -45,9 +34,9 @@ from volta_components.data.layouts.series import (
     without_copies,
 )
 from volta_components.data.names import date_in, date_of_folders, split_visit
-from volta_components.data.tables import People, parse_age, parse_sex
+from volta_components.data.tables import parse_age, parse_sex
 from volta_components.data.volumes import volume_suffix
-from volta_components.data.walk import Tree, tidy
+from volta_components.data.walk import Tree, size_and_time, tidy
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
 
@@ -92,14 +81,18 @@ class _Series:
     shared: bool
     problem: tuple[str, str] | None
 
+    def text(self, name: str) -> str:
+        """What the header says under a name; empty where it says nothing."""
+        return str(self.facts.get(name) or "").strip()
+
     @property
     def study(self) -> str:
         """StudyInstanceUID; without one, the series is a study of its own."""
-        return str(self.facts.get("StudyInstanceUID") or self.uid)
+        return self.text("StudyInstanceUID") or self.uid
 
     @property
     def description(self) -> str:
-        return str(self.facts.get("SeriesDescription") or self.facts.get("ProtocolName") or "no description")
+        return self.text("SeriesDescription") or self.text("ProtocolName") or "no description"
 
     @property
     def is_3d(self) -> bool:
@@ -107,15 +100,19 @@ class _Series:
         return kind == "3D" or (kind is None and len(slices(self.images)) >= 60 and gap is not None and gap <= THIN)
 
     @property
+    def has_agent(self) -> bool:
+        """Whether a contrast agent was given, by its header or its name."""
+        text = f"{self.description} {self.text('ProtocolName')}"
+        return bool(self.text("ContrastBolusAgent") or _CONTRAST.search(text))
+
+    @property
     def rank(self) -> tuple[object, ...]:
         """Of a session's T1s the lowest is taken: 3-D, thin slices, no contrast agent, whole, no repeat."""
-        thick = max(
-            distance(self.images) or 0.0, float(self.facts.get("SliceThickness") or 0) if not self.is_3d else 0.0
-        )
-        text = f"{self.description} {self.facts.get('ProtocolName', '')}"
-        agent = bool(self.facts.get("ContrastBolusAgent")) or _CONTRAST.search(text) is not None
+        thickness = 0.0 if self.is_3d else float(self.text("SliceThickness") or 0)
+        thick = max(distance(self.images) or 0.0, thickness)
         is_thick = 0 if thick <= THIN else round(thick)
-        return not self.is_3d, is_thick, agent, self.problem is not None, bool(_REPEAT.search(self.description))
+        is_repeat = _REPEAT.search(self.description) is not None
+        return not self.is_3d, is_thick, self.has_agent, self.problem is not None, is_repeat
 
 
 def read(options: LayoutOptions) -> Listing:
@@ -131,36 +128,37 @@ def read(options: LayoutOptions) -> Listing:
     root = options.source
     listing = Listing(cohort=slug(options.name or root.resolve().name))
     tree = look(listing, root, options.follow_links)
-    folders = dicom_folders(tree)
+    folders = grouped(filter(may_be_dicom, tree.files), lambda path: path.parent)
     if not folders:
         raise InputError(f"{root}: no DICOM file in it or below; for NIfTI files use --layout bids or folder")
     series = _all_series(listing, options, folders)
-    who = _patients(listing, options, series)
-    people = read_table_of_people(listing, options.table, lambda text: _canonical(listing, text))
-    align(listing, people, who.values())
+    who = _patients(listing, options.patients, series)
+    listing.read_people(options.table, lambda text: _canonical(listing, text))
+    listing.match_ids(who.values())
     groups: dict[tuple[str, str], list[_Series]] = {}
     skipped: dict[str, list[str]] = {}
     sessions = _sessions(series, who, root)
     single = Counter((who[one.uid], one.description) for one in series if len(slices(one.images)) == 1)
     for one in series:
-        patient, place = who[one.uid], relative(one.folders[0], root)
+        patient = who[one.uid]
         listing.meet(patient)
         if reason := why_not_t1(one.facts, one.images):
             if (count := single[patient, one.description]) >= MIN_SLICES and len(slices(one.images)) == 1:
                 reason = f"{count} series of one slice each: every file has a SeriesInstanceUID of its own"
-            listing.note("skipped", patient, place, f"series {one.description!r} skipped: {reason}", patient_id=patient)
+            what = f"series {one.description!r} skipped: {reason}"
+            listing.note("skipped", patient, one.folders[0], what, patient_id=patient)
             if (why := f"{one.description!r}: {reason}") not in skipped.setdefault(patient, []):
                 skipped[patient].append(why)
         else:
             groups.setdefault((patient, sessions[one.uid]), []).append(one)
     for (patient, session), several in sorted(groups.items()):
-        _one_of_session(listing, options, patient, session, several, people)
-    _note_without_t1(listing, root, tree, series, {patient for patient, _ in groups}, skipped)
+        _one_of_session(listing, patient, session, several)
+    _note_without_t1(listing, tree, series, {patient for patient, _ in groups}, skipped)
     cohorts = {cohort_of(scan.patient_id) for scan in listing.scans}
     if options.name is None and len(cohorts) == 1 and (only := cohorts.pop()):
         listing.cohort = only
     listing.found = {"series": len(series), "T1 sessions": len(groups), "patients": len(set(who.values()))}
-    return choose(listing, options.sessions)
+    return listing.choose(options.sessions)
 
 
 def _canonical(listing: Listing, text: str) -> str:
@@ -172,15 +170,6 @@ def _canonical(listing: Listing, text: str) -> str:
 # --- which series ----------------------------------------------------------------------------------------------------
 
 
-def dicom_folders(tree: Tree) -> dict[Path, list[Path]]:
-    """The DICOM files of each folder that has some."""
-    folders: dict[Path, list[Path]] = {}
-    for path in tree.files:
-        if may_be_dicom(path):
-            folders.setdefault(path.parent, []).append(path)
-    return folders
-
-
 def _all_series(listing: Listing, options: LayoutOptions, folders: dict[Path, list[Path]]) -> list[_Series]:
     """Read all headers and put together what belongs together; name what is damaged, absent, doubled or uneven."""
     root = options.source
@@ -190,7 +179,7 @@ def _all_series(listing: Listing, options: LayoutOptions, folders: dict[Path, li
         catalogues = pool.map(lambda folder: _catalogue(folder, folders[folder], options), folders)
         bar = tqdm(catalogues, total=len(folders), unit="folder", desc="reading DICOM headers")
         for folder, found in zip(folders, bar, strict=True):
-            _note_bad_files(listing, root, folder, found)
+            _note_bad_files(listing, folder, found)
             facts[folder] = found.facts
             for image in found.images:
                 images.setdefault((image.series, image.patient), []).append(image)
@@ -205,35 +194,33 @@ def _all_series(listing: Listing, options: LayoutOptions, folders: dict[Path, li
             problem = why_not_whole(part, own)
             one = _Series(name, tuple(part), own, places, len(facts[places[0]]) > 1, problem)
             if why_not_t1(own, part) is None:
-                _note_folders(listing, root, one, [image for image in copies if image.uid in {i.uid for i in part}])
+                _note_folders(listing, one, [image for image in copies if image.uid in {i.uid for i in part}])
             result.append(one)
     return result
 
 
 def _apart(images: list[Image], root: Path) -> list[list[Image]]:
     """Images of one series; by their first folders where these have different images under one SOPInstanceUID."""
-    tops: dict[str, list[Image]] = {}
-    for image in images:
-        tops.setdefault(_first_part(image.path.parent, root), []).append(image)
+    tops = grouped(images, lambda image: _first_part(image.path.parent, root))
     counts = Counter(image.uid for image in images)
     return list(tops.values()) if len(tops) > 1 and max(counts.values()) > 1 else [images]
 
 
-def _note_folders(listing: Listing, root: Path, one: _Series, copies: list[Image]) -> None:
+def _note_folders(listing: Listing, one: _Series, copies: list[Image]) -> None:
     """Say that a series lies in several folders, or has copies of images."""
-    who, place = _first_part(one.folders[0], root), relative(one.folders[0], root)
+    who = _first_part(one.folders[0], listing.root)
     if copies:
         what = f"{len(copies)} doubled instances of series {one.description!r}"
         reason = f"{what}: copies with the same SOPInstanceUID, of which one is used"
-        listing.note("quirk", who, relative(copies[0].path.parent, root), reason, patient_id="")
+        listing.note("quirk", who, copies[0].path.parent, reason, patient_id="")
     if len(one.folders) > 1:
-        names = " and ".join(relative(folder, root) for folder in one.folders[:3])
+        names = " and ".join(listing.place(folder) for folder in one.folders[:3])
         reason = f"series {one.description!r} lies in {len(one.folders)} folders, taken together: {names}"
-        listing.note("quirk", who, place, reason, patient_id="")
+        listing.note("quirk", who, one.folders[0], reason, patient_id="")
 
 
-def _note_bad_files(listing: Listing, root: Path, folder: Path, found: Folder) -> None:
-    place, who = relative(folder, root), _first_part(folder, root)
+def _note_bad_files(listing: Listing, folder: Path, found: Folder) -> None:
+    who = _first_part(folder, listing.root)
     for bad, what, remedy in (
         (found.absent, "have no content", next(iter(found.absent.values()), "")),
         (found.damaged, f"are damaged ({next(iter(found.damaged.values()), '')})", "download the series again"),
@@ -242,33 +229,24 @@ def _note_bad_files(listing: Listing, root: Path, folder: Path, found: Folder) -
             count = len(found.images) + len(found.damaged) + len(found.absent)
             names = ", ".join(sorted(bad)[:3]) + (", ..." if len(bad) > 3 else "")
             reason = f"{len(bad)} of {count} DICOM files {what}: {names}"
-            listing.note("problem", who, place, reason, remedy, not found.images, "" if found.images else None)
+            listing.note("problem", who, folder, reason, remedy, not found.images, "" if found.images else None)
 
 
 def _catalogue(folder: Path, files: list[Path], options: LayoutOptions) -> Folder:
     """What a folder's files hold; kept for the next start."""
-    stamp = []
-    for path in files:
-        try:
-            status = path.stat()
-            stamp.append([tidy(path.name), status.st_size, status.st_mtime_ns])
-        except OSError:
-            stamp.append([tidy(path.name), None, None])
+    stamp = [[tidy(path.name), *size_and_time(path)] for path in files]
     key = hashlib.sha256(json.dumps(["5", relative(folder, options.source), stamp]).encode()).hexdigest()[:32]
     cache = options.work / f"{key}.json" if options.work else None
     if cache and cache.exists():
         kept = read_json(cache)
-        return Folder(
-            [_image(folder, image) for image in kept["images"]], kept["facts"], kept["damaged"], kept["absent"]
-        )
+        return Folder(**{**kept, "images": [_image(folder, image) for image in kept["images"]]})
     found = read_folder(files)
     names = [image.path.name for image in found.images]
-    if cache and options.temporary and not found.absent and all(tidy(name) == name for name in names):
-        whole = options.temporary / f"{key}.json"
-        images = [{**asdict(image), "path": image.path.name} for image in found.images]
-        write_json(whole, {"images": images, "facts": found.facts, "damaged": found.damaged, "absent": {}})
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        whole.replace(cache)
+    if cache and not found.absent and all(tidy(name) == name for name in names):
+        kept = asdict(found)
+        for image in kept["images"]:
+            image["path"] = image["path"].name
+        write_json(cache, kept)
     return found
 
 
@@ -318,29 +296,28 @@ def _first_part(folder: Path, root: Path) -> str:
     return tidy(parts[0]) if parts else tidy(root.resolve().name)
 
 
-def _patients(listing: Listing, options: LayoutOptions, series: list[_Series]) -> dict[str, str]:
-    """The patient of each series; whatever is guessed is a problem that names both ways out."""
-    root = options.source
-    tops = {one.uid: _first_part(one.folders[0], root) for one in series}
+def _patients(listing: Listing, source: str | None, series: list[_Series]) -> dict[str, str]:
+    """The patient of each series; whatever is guessed is a problem that names both ways out.
+
+    ``source`` is the option ``patients``.
+    """
+    tops = {one.uid: _first_part(one.folders[0], listing.root) for one in series}
     by_folder = {uid: _canonical(listing, top) for uid, top in tops.items()}
-    if options.patients == "folder":
+    if source == "folder":
         return by_folder
-    given: dict[str, list[_Series]] = {}
-    for one in series:
-        given.setdefault(str(one.facts.get("PatientID") or "").strip(), []).append(one)
     who: dict[str, str] = {}
     guesses: dict[str, str] = {}
-    for text, several in given.items():
+    for text, several in grouped(series, lambda one: one.text("PatientID")).items():
         patient = _canonical(listing, text)
-        studies = {str(one.facts.get("StudyInstanceUID")): tops[one.uid] for one in several}
+        studies = {one.text("StudyInstanceUID"): tops[one.uid] for one in several}
         people, is_confirmed = _same_person(several)
         is_apart = len(set(studies.values())) > 1
         # Folders that are visits by their names do not say who.
         folders_say_who = any(split_visit(top)[0] and not date_in(top) for top in studies.values())
-        if not text or (_NOBODY.fullmatch(text) and options.patients is None):
+        if not text or (_NOBODY.fullmatch(text) and source is None):
             who |= {one.uid: by_folder[one.uid] for one in several}
             why = f"PatientID {text!r} says nothing" if text else "there is no PatientID"
-        elif options.patients == "id" or is_worldwide(patient) or not (people or (is_apart and not is_confirmed)):
+        elif source == "id" or is_worldwide(patient) or not (people or (is_apart and not is_confirmed)):
             who |= {one.uid: patient for one in several}
             continue
         else:
@@ -351,12 +328,10 @@ def _patients(listing: Listing, options: LayoutOptions, series: list[_Series]) -
                 f"PatientID {text!r} has {people}" if people else f"PatientID {text!r} is in several folders ({places})"
             )
         guesses |= {one.uid: why for one in several}
-    shared: dict[str, set[str]] = {}
-    for one in series:
-        shared.setdefault(one.study, set()).add(who[one.uid])
-    for one in series:
-        if len(others := shared[one.study]) > 1:
-            guesses.setdefault(one.uid, f"one study (StudyInstanceUID) has the patients {' and '.join(sorted(others))}")
+    for several in grouped(series, lambda one: one.study).values():
+        if len(others := sorted({who[one.uid] for one in several})) > 1:
+            for one in several:
+                guesses.setdefault(one.uid, f"one study (StudyInstanceUID) has the patients {' and '.join(others)}")
     noted = set()
     for one in series:
         patient = who[one.uid]
@@ -364,7 +339,7 @@ def _patients(listing: Listing, options: LayoutOptions, series: list[_Series]) -
             noted.add((patient, guesses[one.uid]))
             reason = f"{guesses[one.uid]}: taken for {patient!r}"
             remedy = "if folders are people, say --patients-from folder; if it is right, --patients-from id"
-            listing.note("problem", patient, relative(one.folders[0], root), reason, remedy, False, patient)
+            listing.note("problem", patient, one.folders[0], reason, remedy, False, patient)
     return who
 
 
@@ -372,12 +347,10 @@ def _same_person(several: Iterable[_Series]) -> tuple[str, bool]:
     """What contradicts that series of one PatientID are of one person, and whether anything confirms it."""
     values: dict[str, set[str]] = {"sexes": set(), "birth dates": set(), "names": set()}
     for one in several:
-        names = ("PatientID", "PatientSex", "PatientBirthDate", "PatientName")
-        number, sex, born, name = (str(one.facts.get(name) or "").strip() for name in names)
-        name = name.strip("^ ").casefold()
-        values["sexes"] |= {sex.upper()[:1]} & {"F", "M"}
-        values["birth dates"] |= {born} - {""}
-        if name != number.casefold() and not _NOBODY.fullmatch(name):
+        name = one.text("PatientName").strip("^ ").casefold()
+        values["sexes"] |= {one.text("PatientSex").upper()[:1]} & {"F", "M"}
+        values["birth dates"] |= {one.text("PatientBirthDate")} - {""}
+        if name != one.text("PatientID").casefold() and not _NOBODY.fullmatch(name):
             values["names"].add(name)
     contradict = [f"{len(found)} {what}" for what, found in values.items() if len(found) > 1]
     return " and ".join(contradict), bool(values["birth dates"] or values["names"])
@@ -386,79 +359,65 @@ def _same_person(several: Iterable[_Series]) -> tuple[str, bool]:
 def _date(one: _Series, root: Path) -> str | None:
     """Day of the scan, by its header, else by its folders."""
     for name in ("AcquisitionDate", "AcquisitionDateTime", "SeriesDate", "StudyDate", "ContentDate"):
-        if found := date_in(str(one.facts.get(name) or "")[:8]):
+        if found := date_in(one.text(name)[:8]):
             return found
     return date_of_folders([tidy(part) for part in one.folders[0].relative_to(root).parts])
 
 
 def _sessions(series: Sequence[_Series], who: dict[str, str], root: Path) -> dict[str, str]:
     """The session of each series: the day, or where that is not known, the study."""
-    studies: dict[str, list[str]] = {}
-    for one in series:
-        if _date(one, root) is None:
-            studies.setdefault(who[one.uid], []).append(one.study)
-    result: dict[str, str] = {}
-    for one in series:
-        if day := _date(one, root):
-            result[one.uid] = f"ses-{day.replace('-', '')}"
-            continue
-        known = sorted(set(studies[who[one.uid]]))
-        number = known.index(one.study)
-        # Of several studies nobody knows which is the first; numbers would say so.
-        result[one.uid] = "ses-1" if len(known) == 1 else f"ses-undated{chr(ord('a') + number)}"
+    days = {one.uid: _date(one, root) for one in series}
+    result = {uid: f"ses-{day.replace('-', '')}" for uid, day in days.items() if day}
+    undated = [one for one in series if not days[one.uid]]
+    for several in grouped(undated, lambda one: who[one.uid]).values():
+        studies = sorted({one.study for one in several})
+        for one in several:
+            # Of several studies nobody knows which is the first; numbers would say so.
+            letter = chr(ord("a") + studies.index(one.study))
+            result[one.uid] = "ses-1" if len(studies) == 1 else f"ses-undated{letter}"
     return result
 
 
-def _one_of_session(
-    listing: Listing, options: LayoutOptions, patient: str, session: str, several: list[_Series], people: People | None
-) -> None:
+def _one_of_session(listing: Listing, patient: str, session: str, several: list[_Series]) -> None:
     """Take the best of a session's T1s; others are skipped, or problems where they are as good and of another kind."""
-    root = options.source
     several = sorted(several, key=lambda one: (one.rank, one.facts.get("SeriesNumber") or 0, one.uid))
     best = several[0]
-    studies = {str(one.facts.get("StudyInstanceUID")) for one in several if one.rank == best.rank}
+    studies = {one.text("StudyInstanceUID") for one in several if one.rank == best.rank}
     for other in several[1:]:
-        place = relative(other.folders[0], root)
         reason = f"series {other.description!r} skipped: of this session's T1s, {best.description!r} is used"
         reason += f" ({other.problem[0]})" if other.problem else ""
         is_tie = other.rank == best.rank and (other.description != best.description or len(studies) > 1)
         remedy = "which one is better is not known; remove the other" if is_tie else ""
-        listing.note("problem" if is_tie else "skipped", patient, place, reason, remedy, True, patient)
+        listing.note("problem" if is_tie else "skipped", patient, other.folders[0], reason, remedy, True, patient)
     if best.problem:
-        names = " and ".join(relative(folder, root) for folder in best.folders[:3])
+        names = " and ".join(listing.place(folder) for folder in best.folders[:3])
         listing.note("problem", patient, names, best.problem[0], best.problem[1], True, patient)
         return
-    scan = _scan(listing, options, patient, session, best, people)
+    scan = _scan(listing, patient, session, best)
     if not best.is_3d:
         gap = f"{distance(best.images) or 0:.1f} mm"
         listing.note_scan("quirk", scan, f"no 3-D scan: {len(slices(best.images))} slices {gap} apart")
-    if best.rank[2]:
+    if best.has_agent:
         listing.note_scan("quirk", scan, "with contrast agent, as it seems; there is no T1 without")
     listing.add(scan)
 
 
-def _scan(
-    listing: Listing, options: LayoutOptions, patient: str, session: str, series: _Series, people: People | None
-) -> Scan:
-    root = options.source
-    place, date = relative(series.folders[0], root), _date(series, root)
-    facts = describe_person(listing, people, patient, session, date)
-    if facts["sex"] is None:
-        try:
-            facts["sex"] = parse_sex(str(series.facts.get("PatientSex") or ""))
-        except ValueError as error:
-            listing.note("quirk", patient, place, f"{error} (PatientSex); left empty", patient_id=patient)
-    if facts["age"] is None:
-        try:
-            facts["age"] = parse_age(str(series.facts.get("PatientAge") or "")) or None
-        except ValueError as error:
-            listing.note("quirk", patient, place, f"{error} (PatientAge); left empty", patient_id=patient)
+def _scan(listing: Listing, patient: str, session: str, series: _Series) -> Scan:
+    """A series as a scan; what the table does not say of the person is taken from the header."""
+    folder, date = series.folders[0], _date(series, listing.root)
+    facts = listing.describe(patient, session, date)
+    for fact, name, parse in (("sex", "PatientSex", parse_sex), ("age", "PatientAge", parse_age)):
+        if facts[fact] is None:
+            try:
+                facts[fact] = parse(series.text(name)) or None
+            except ValueError as error:
+                listing.note("quirk", patient, folder, f"{error} ({name}); left empty", patient_id=patient)
     return Scan(
         subject_id="sub-" + re.sub(r"[^A-Za-z0-9]", "", f"{'ADNI' if cohort_of(patient) == 'adni' else ''}{patient}"),
         session=session,
         patient_id=patient,
-        image=series.folders[0],
-        source=place + (f"#{series.uid.split()[0]}" if series.shared else ""),
+        image=folder,
+        source=listing.place(folder) + (f"#{series.uid.split()[0]}" if series.shared else ""),
         series=tuple(image.path for image in series.images),
         date=date,
         **facts,
@@ -466,14 +425,10 @@ def _scan(
 
 
 def _note_without_t1(
-    listing: Listing,
-    root: Path,
-    tree: Tree,
-    series: list[_Series],
-    with_t1: set[str],
-    skipped: dict[str, list[str]],
+    listing: Listing, tree: Tree, series: list[_Series], with_t1: set[str], skipped: dict[str, list[str]]
 ) -> None:
     """Name everybody without a T1, and volumes that are no DICOM."""
+    root = listing.root
     for patient, reasons in sorted(skipped.items()):
         if patient not in with_t1:
             some = "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
@@ -490,8 +445,8 @@ def _note_without_t1(
             listing.note("problem", top, top, reason, "unpack or fetch its files, or remove the folder")
     for volume in tree.volumes():
         top = _first_part(volume.path.parent, root)
-        place, remedy = relative(volume.path, root), "use --layout folder"
+        reason, remedy = "no DICOM file, so not read", "use --layout folder"
         if top in tops:
-            listing.note("skipped", top, place, "no DICOM file, so not read", remedy, patient_id="")
+            listing.note("skipped", top, volume.path, reason, remedy, patient_id="")
         else:
-            listing.note("problem", top, place, "no DICOM file, so not read", remedy)
+            listing.note("problem", top, volume.path, reason, remedy)

@@ -9,23 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from volta_components.data.identity import canonical_patient_id, is_worldwide
+from volta_components.data.identity import canonical_patient_id, grouped, is_worldwide
 from volta_components.data.layouts.bids import ASIDE, plainness
-from volta_components.data.layouts.common import (
-    LabelFile,
-    LayoutOptions,
-    Listing,
-    Scan,
-    align,
-    choose,
-    describe_person,
-    look,
-    note_rows_without_scans,
-    one_of_session,
-    read_table_of_people,
-    relative,
-    slug,
-)
+from volta_components.data.layouts.common import LabelFile, LayoutOptions, Listing, Scan, look, slug
 from volta_components.data.names import Name, date_in, date_of_folders, maybe_one_person, parse_name, split_visit
 from volta_components.data.sessions import place
 from volta_components.data.tables import People
@@ -90,45 +76,37 @@ def read(options: LayoutOptions) -> Listing:
     tree = look(listing, root, options.follow_links)
     made = made_by_freesurfer(tree.volumes())
     for folder in sorted({path.parent for path in made}):
-        listing.note("skipped", "(FreeSurfer)", relative(folder, root), "made by FreeSurfer of the T1 that is taken")
+        listing.note("skipped", "(FreeSurfer)", folder, "made by FreeSurfer of the T1 that is taken")
     images, labels, others = ([v for v in volumes if v.path not in made] for volumes in _sorted_out(tree))
     if not images:
         contrasts = f", only {others[0].name} and the like" if others else ""
         raise InputError(
             f"{root}: no volume (.nii, .nii.gz, .mnc, .mgz) in it or below{contrasts}; for DICOM use --layout dicom"
         )
-    people = _people(listing, options)
-    found = identified(listing, root, images, people)
-    align(listing, people, (one.patient for one in found))
-    scans = [
-        Scan(
-            one.subject,
-            one.session,
-            one.patient,
-            one.volume.path,
-            relative(one.volume.path, root),
-            date=one.date,
-            **describe_person(listing, people, one.patient, one.session, one.date),
-        )
-        for one in found
-    ]
+    listing.read_people(_table(options))
+    found = identified(listing, images)
+    listing.match_ids(one.patient for one in found)
     names = {one.volume.path: one for one in found}
-    # Without a session, files of other names than BIDS' may be of several.
-    sure = [scan for scan in scans if scan.session or names[scan.image].name.is_bids]
-    unsure = [scan for scan in scans if scan not in sure]
-    for scan in one_of_session(listing, sure, lambda scan: _order(names[scan.image].name, scan)) + unsure:
+    sure: list[Scan] = []
+    unsure: list[Scan] = []
+    for path, one in names.items():
+        facts = listing.describe(one.patient, one.session, one.date)
+        scan = Scan(one.subject, one.session, one.patient, path, listing.place(path), date=one.date, **facts)
+        # Without a session, files of other names than BIDS' may be of several.
+        (sure if scan.session or one.name.is_bids else unsure).append(scan)
+    for scan in listing.one_of_session(sure, lambda scan: _order(names[scan.image].name, scan)) + unsure:
         listing.add(scan)
-    _other_contrasts(listing, root, others, found)
+    _other_contrasts(listing, others, found)
     for folder in sorted({path.parent for path in tree.files if path.suffix.lower() in (".dcm", ".ima")}):
         parts = folder.relative_to(root).parts
         if not parts or parts[0] not in ASIDE:
             who = tidy(parts[0]) if parts else "(all)"
-            listing.note("problem", who, relative(folder, root), "DICOM files, not read", "use --layout dicom for them")
+            listing.note("problem", who, folder, "DICOM files, not read", "use --layout dicom for them")
     if options.labels != "none":
-        _give_labels(listing, root, labels, names)
-    note_rows_without_scans(listing, people, listing.people, "volume")
+        _give_labels(listing, labels, names)
+    listing.note_rows_without_scans(listing.people, "volume")
     listing.found = {"volumes": len(images), "labels": len(labels)}
-    return choose(listing, options.sessions)
+    return listing.choose(options.sessions)
 
 
 def _sorted_out(tree: Tree) -> tuple[list[VolumeFile], list[VolumeFile], list[VolumeFile]]:
@@ -141,9 +119,10 @@ def _sorted_out(tree: Tree) -> tuple[list[VolumeFile], list[VolumeFile], list[Vo
         is_label = bool(set(parts) & _LABEL_FOLDERS or _LABEL.search(volume.stem))
         if is_label and not _BRAIN.search(volume.stem):
             labels.append(volume)
-        elif (parts and parts[0] in aside) or is_label or parse_name(volume.stem).is_other:
-            if not (parts and parts[0] in aside):
-                others.append(volume)
+        elif not aside.isdisjoint(parts[:1]):
+            continue
+        elif is_label or parse_name(volume.stem).is_other:
+            others.append(volume)
         else:
             images.append(volume)
     return images, labels, others
@@ -169,26 +148,24 @@ def _freesurfer_home(volume: VolumeFile) -> Path | None:
     return folder.parent if folder.name == "mri" and volume.path.suffix == ".mgz" else None
 
 
-def _people(listing: Listing, options: LayoutOptions) -> People | None:
-    table = options.table
-    if table is None:
-        names = ("participants.tsv", "participants.csv", "participants.xlsx")
-        table = next((path for name in names if (path := options.source / name).exists() or path.is_symlink()), None)
-    return read_table_of_people(listing, table if table and not is_hidden(table.name) else None)
+def _table(options: LayoutOptions) -> Path | None:
+    """The table of people to read, if there is one."""
+    paths = [options.source / f"participants.{kind}" for kind in ("tsv", "csv", "xlsx")]
+    table = options.table or next((path for path in paths if path.exists() or path.is_symlink()), None)
+    return table if table and not is_hidden(table.name) else None
 
 
 # --- who -------------------------------------------------------------------------------------------------------------
 
 
-def identified(listing: Listing, root: Path, images: Sequence[VolumeFile], people: People | None = None) -> list[Found]:
-    """Who each image below a folder is of, by its name or by its folders; guesses are problems."""
+def identified(listing: Listing, images: Sequence[VolumeFile]) -> list[Found]:
+    """Who each image below the listing's root is of, by its name or by its folders; guesses are problems."""
+    root, people = listing.root, listing.table
     places = {volume.path: _folders(volume, root) for volume in images}
-    holders: dict[str, set[tuple[str, ...]]] = {}
     crowd = Counter(places.values())
-    for volume in images:
-        holders.setdefault(volume.stem, set()).add(places[volume.path])
+    holders = ({places[volume.path] for volume in several} for several in grouped(images, lambda v: v.stem).values())
     # Folders with files of names that other folders have as well: there, names alone do not say who.
-    alike = sorted({place for several in holders.values() if len(several) > 1 for place in several})
+    alike = sorted({place for several in holders if len(several) > 1 for place in several})
     deepest = max(map(len, places.values()), default=0)
     levels = [{place[level : level + 1] for place in alike} for level in range(deepest)]
     found: list[Found] = []
@@ -200,11 +177,10 @@ def identified(listing: Listing, root: Path, images: Sequence[VolumeFile], peopl
         own = canonical_patient_id(volume.stem)
         if folders in alike and (time := next(filter(_is_time, folders), None)):
             session = session or _session(time)
-        if people and name.is_bids and not (name.session or name.entities or people.knows(name.subject)):
+        if name.is_bids and not (name.session or name.entities or people.knows(name.subject)):
             # A table that has sub-1_2 as a whole says that this is somebody's name.
             whole = volume.stem.removesuffix(f"_{name.contrast}")
             name = replace(name, subject=whole) if people.knows(whole) else name
-        by_table = people is not None and people.knows(name.subject)
         above = next((part for part in folders if _is_person(part, people)), None)
         home = _freesurfer_home(volume)
         if name.is_bids:
@@ -212,7 +188,7 @@ def identified(listing: Listing, root: Path, images: Sequence[VolumeFile], peopl
         elif is_worldwide(own):
             visit = date or split_visit(name.subject)[1]
             found.append(Found(volume, name, name.subject, session or _session(visit), own, date))
-        elif not by_table and (above or home or folders in alike):
+        elif not people.knows(name.subject) and (above or home or folders in alike):
             differ = [part for part, level in zip(folders, levels, strict=False) if level - {(part,)}]
             who = above or (tidy(home.name) if home else _who(differ, folders, name.subject))
             who = who or tidy(root.resolve().name)
@@ -221,10 +197,10 @@ def identified(listing: Listing, root: Path, images: Sequence[VolumeFile], peopl
             session = session or _session(date or "".join(rest))
             (found if above else plain).append(Found(volume, name, who, session, canonical_patient_id(who), date))
             if not (above or home):
-                _note_folder(listing, relative(volume.path, root), who, session if rest else None, name.subject)
+                _note_folder(listing, volume.path, who, session if rest else None, name.subject)
         else:
             plain.append(Found(volume, name, name.subject, session, canonical_patient_id(name.subject), date))
-    return found + _by_name(listing, root, plain, people)
+    return found + _by_name(listing, plain)
 
 
 def _folders(volume: VolumeFile, root: Path) -> tuple[str, ...]:
@@ -232,12 +208,12 @@ def _folders(volume: VolumeFile, root: Path) -> tuple[str, ...]:
     return tuple(tidy(part) for part in volume.folder.relative_to(root).parts)
 
 
-def _is_person(folder: str, people: People | None) -> bool:
+def _is_person(folder: str, people: People) -> bool:
     """Whether the name of a folder surely is somebody's."""
     return (
         re.fullmatch(r"sub-[A-Za-z0-9]+", folder) is not None
         or is_worldwide(canonical_patient_id(folder))
-        or (people is not None and people.knows(folder))
+        or people.knows(folder)
     )
 
 
@@ -265,7 +241,7 @@ def _session(text: str) -> str | None:
     return f"ses-{plain}" if plain else None
 
 
-def _note_folder(listing: Listing, place: str, who: str, session: str | None, file: str) -> None:
+def _note_folder(listing: Listing, place: Path, who: str, session: str | None, file: str) -> None:
     """Say that folders, not file names, told who a scan is of (``anna/T1.mgz``, ``bert/T1.mgz``)."""
     reason = f"other folders have files of these names too, so taken for {who}'s"
     if session:
@@ -278,14 +254,15 @@ def _note_folder(listing: Listing, place: str, who: str, session: str | None, fi
         listing.note("problem", who, place, f"{reason}, by the folder", f"{remedy}give a --table with {who}", False, "")
 
 
-def _by_name(listing: Listing, root: Path, plain: list[Found], people: People | None) -> list[Found]:
+def _by_name(listing: Listing, plain: list[Found]) -> list[Found]:
     """Join those whose names differ only in what looks like a visit, unless a table has each of them."""
-    bases: dict[str, list[Found]] = {}
-    for one in plain:
+
+    def base_of(one: Found) -> str:
         base, visit = split_visit(one.subject)
-        known = people is not None and people.knows(one.subject)
-        bases.setdefault(base if base and visit and not known else one.subject, []).append(one)
-    unknown = {one.subject for one in plain if not (people is not None and people.knows(one.subject))}
+        return base if base and visit and not listing.table.knows(one.subject) else one.subject
+
+    bases = grouped(plain, base_of)
+    unknown = {one.subject for one in plain if not listing.table.knows(one.subject)}
     if unsure := maybe_one_person(unknown & set(bases)):
         some = "; ".join(" and ".join(group) for group in unsure[:5]) + (" and more" if len(unsure) > 5 else "")
         reason = f"{some}: taken for different people, but may be scans of one"
@@ -294,7 +271,7 @@ def _by_name(listing: Listing, root: Path, plain: list[Found], people: People | 
     result = []
     for base, group in bases.items():
         patient = canonical_patient_id(base)
-        is_known = people is not None and people.knows(base)
+        is_known = listing.table.knows(base)
         subjects = sorted({one.subject for one in group})
         if subjects == [base] or (len(subjects) == 1 and not is_known):
             result += group
@@ -304,7 +281,7 @@ def _by_name(listing: Listing, root: Path, plain: list[Found], people: People | 
             reason = f"{some}: taken for one person, since their names differ only in what looks like a visit"
             bids = f"sub-{re.sub(r'[^A-Za-z0-9]', '', base)}_ses-..."
             remedy = f"if so, name them {bids}, or give a --table with {base}; if not, a --table with each of them"
-            listing.note("problem", base, relative(group[0].volume.path, root), reason, remedy, False, patient)
+            listing.note("problem", base, group[0].volume.path, reason, remedy, False, patient)
         visits = [split_visit(one.subject)[1] for one in group]
         # The word for the contrast is no part of a visit's name.
         if all(re.match(r"t1[_. -]", visit, re.IGNORECASE) for visit in visits):
@@ -322,38 +299,35 @@ def _order(name: Name, scan: Scan) -> tuple[object, ...]:
     return (bool(repeat), *plainness(scan)) if name.is_bids else (bool(repeat),)
 
 
-def _other_contrasts(listing: Listing, root: Path, others: Iterable[VolumeFile], found: list[Found]) -> None:
+def _other_contrasts(listing: Listing, others: Iterable[VolumeFile], found: list[Found]) -> None:
     """Set volumes aside whose names say that they are no T1 scans; whoever has nothing else is a problem."""
     known = {one.patient for one in found}
     subjects = {one.subject for one in found}
     timed = [one.volume.stem for one in found if re.search(r"[_. -]t\d+$", one.volume.stem, re.IGNORECASE)]
     visits = {split_visit(stem)[0] for stem in timed}
     for volume in others:
-        name, place = parse_name(volume.stem), relative(volume.path, root)
+        name, path = parse_name(volume.stem), volume.path
         patient = canonical_patient_id(name.subject)
         if name.contrast.lower() == "t2" and name.subject in visits:
             remedy = "name it ses-2 or T2w"
-            listing.note("problem", name.subject, place, "T2 may be a contrast or a time point", remedy, True, patient)
+            listing.note("problem", name.subject, path, "T2 may be a contrast or a time point", remedy, True, patient)
         elif _BRAIN.search(volume.stem):
-            listing.note("skipped", name.subject, place, "a mask of the brain, not of structures", patient_id="")
+            listing.note("skipped", name.subject, path, "a mask of the brain, not of structures", patient_id="")
         elif patient in known or name.subject in subjects:
-            listing.note(
-                "skipped", name.subject, place, f"no T1 scan by its name ({name.contrast})", patient_id=patient
-            )
+            listing.note("skipped", name.subject, path, f"no T1 scan by its name ({name.contrast})", patient_id=patient)
         else:
             remedy = "add the T1 scan, or name this one T1w if it is one"
             reason = f"has no T1 scan, only {name.contrast or 'a mask'}"
-            listing.note("problem", name.subject, place, reason, remedy, True, patient)
+            listing.note("problem", name.subject, path, reason, remedy, True, patient)
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 
-def _give_labels(listing: Listing, root: Path, labels: list[VolumeFile], names: dict[Path, Found]) -> None:
+def _give_labels(listing: Listing, labels: list[VolumeFile], names: dict[Path, Found]) -> None:
     """Give each scan the label of its name, else the one of its subject and session; note those without a scan."""
     chosen: dict[Path, VolumeFile] = {}
     for label in sorted(labels, key=lambda volume: ("hippocamp" not in volume.stem.lower(), volume.path)):
-        place = relative(label.path, root)
         stem, name = _LABEL.sub("", label.stem), parse_name(label.stem)
         same = [one for one in names.values() if one.volume.stem in (stem, label.stem)]
         if not same and name.is_bids:
@@ -364,10 +338,10 @@ def _give_labels(listing: Listing, root: Path, labels: list[VolumeFile], names: 
         if len(near) != 1:
             reason = "label of several images" if near else "label without image"
             remedy = "name it as its image" if near else "add the image"
-            listing.note("problem", name.subject if name.is_bids else stem, place, reason, remedy)
+            listing.note("problem", name.subject if name.is_bids else stem, label.path, reason, remedy)
         elif near[0].volume.path in chosen:
             reason = f"double label file: {chosen[near[0].volume.path].name} is used"
-            listing.note("problem", near[0].subject, place, reason, "remove one", False, near[0].patient)
+            listing.note("problem", near[0].subject, label.path, reason, "remove one", False, near[0].patient)
         else:
             chosen[near[0].volume.path] = label
     listing.scans = [

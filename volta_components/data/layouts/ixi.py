@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from volta_components.data.layouts.common import LayoutOptions, Listing, Scan, choose, look, relative
+from volta_components.data.layouts.common import LayoutOptions, Listing, Scan, look
 from volta_components.data.tables import Row, parse_age, parse_sex, pick, read_table
 from volta_components.data.walk import Tree
 from volta_components.errors import InputError
@@ -18,6 +19,7 @@ _NAME = re.compile(r"IXI(\d{1,4})-([A-Za-z]+)-(\d+)-T1$")
 # IXI's other contrasts.
 _OTHER = re.compile(r"-(T2|PD|MRA|DTI(-\d+)?)$")
 _CODES = {"1": "M", "2": "F"}
+_IDS = ("IXI_ID", "IXI ID", "ID")
 
 
 def read(options: LayoutOptions) -> Listing:
@@ -38,8 +40,7 @@ def read(options: LayoutOptions) -> Listing:
             scans.append((volume.path, match))
         elif not _OTHER.search(volume.stem):
             remedy = "name it as IXI does (IXI002-Guys-0828-T1.nii.gz), or move it away"
-            place = relative(volume.path, root)
-            listing.note("problem", volume.stem, place, "is not named as IXI names scans", remedy)
+            listing.note("problem", volume.stem, volume.path, "is not named as IXI names scans", remedy)
     if not scans:
         raise InputError(f"{root}: no file like IXI002-Guys-0828-T1.nii.gz; unpack IXI-T1.tar there")
     table = options.table or _find_table(tree)
@@ -48,12 +49,11 @@ def read(options: LayoutOptions) -> Listing:
         person = f"IXI{int(match[1]):03d}"
         sex, age = rows.get(person, (None, None))
         if person not in rows:
-            listing.note("quirk", person, relative(path, root), f"scan without a row in {table.name}")
-        listing.add(Scan(person, None, person, path, relative(path, root), site=match[2], sex=sex, age=age))
+            listing.note("quirk", person, path, f"scan without a row in {table.name}")
+        listing.add(Scan(person, None, person, path, listing.place(path), site=match[2], sex=sex, age=age))
     for person in sorted(set(rows) - {scan.subject_id for scan in listing.scans}):
-        listing.note(
-            "problem", person, table.name, "row without a T1 scan", "IXI itself has some of these; check yours"
-        )
+        remedy = "IXI itself has some of these; check yours"
+        listing.note("problem", person, table.name, "row without a T1 scan", remedy)
     sexes = [sex for sex, _ in rows.values()]
     listing.found = {
         "people in the table": len(rows),
@@ -62,7 +62,7 @@ def read(options: LayoutOptions) -> Listing:
         "T1 scans": len(scans),
         "T1 scans with sex": sum(scan.sex is not None for scan in listing.scans),
     }
-    return choose(listing, ("all",))
+    return listing.choose(("all",))
 
 
 def _find_table(tree: Tree) -> Path:
@@ -76,13 +76,11 @@ def _find_table(tree: Tree) -> Path:
 def _people(listing: Listing, table: Path) -> dict[str, tuple[str | None, float | None]]:
     """Sex and age of each id."""
 
-    def note(who: str, what: str, remedy: str) -> None:
-        listing.note("problem", who, table.name, what, remedy, False)
+    def note(who: str, what: str, remedy: str, patient: str | None = None) -> None:
+        listing.note("problem", who, table.name, what, remedy, False, patient)
 
-    rows = read_table(
-        table, lambda who, what, remedy: listing.note("problem", who, table.name, what, remedy, False, "")
-    )
-    if not rows or pick(rows[0], "IXI_ID", "IXI ID", "ID") is None:
+    rows = read_table(table, functools.partial(note, patient=""))
+    if not rows or pick(rows[0], *_IDS) is None:
         raise InputError(f"{table}: no column IXI_ID; is it IXI's own table?")
     sex_column = next((key for key in rows[0] if key.upper().startswith("SEX")), "SEX_ID (1=m, 2=f)")
     parsers: dict[str, Callable[[Row], Any]] = {
@@ -92,7 +90,7 @@ def _people(listing: Listing, table: Path) -> dict[str, tuple[str | None, float 
     found: dict[str, dict[str, list[Any]]] = {}
     counts: Counter[str] = Counter()
     for row in rows:
-        number = re.sub(r"\D", "", (pick(row, "IXI_ID", "IXI ID", "ID") or "").split(".")[0])
+        number = re.sub(r"\D", "", (pick(row, *_IDS) or "").split(".")[0])
         if not number:
             continue
         person = f"IXI{int(number):03d}"

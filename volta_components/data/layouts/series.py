@@ -7,7 +7,6 @@ takes a folder for a unit: a series in two folders, a copy of an image and a gap
 
 from __future__ import annotations
 
-import contextlib
 import filecmp
 import os
 import re
@@ -15,7 +14,7 @@ import shutil
 import subprocess
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,7 @@ def read_folder(files: Sequence[Path]) -> Folder:
             if (not path.exists() or path.stat().st_size < 1024) and (why := missing_content(path)):
                 folder.absent[path.name] = why[1]
                 continue
-            with _quiet(), path.open("rb") as stream:
+            with warnings.catch_warnings(action="ignore"), path.open("rb") as stream:
                 tags = [*FACTS, *_PLACES.split()]
                 data = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=tags)
                 _add(folder, path, data, stream.tell())
@@ -125,14 +124,8 @@ def read_folder(files: Sequence[Path]) -> Folder:
     return folder
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def _add(folder: Folder, path: Path, data: Any, start: int) -> None:
+    """Add a file to what a folder holds, by its header; its pixels begin at byte ``start``."""
     if "SeriesInstanceUID" not in data:
         folder.damaged[path.name] = "no series in its header"
         return
@@ -156,14 +149,11 @@ def _add(folder: Folder, path: Path, data: Any, start: int) -> None:
         facts["PixelSpacing"] = _plain(spacing)
     direction, places = _geometry(data)
     kind = "/".join([*map(str, facts.get("ImageType") or []), str(facts.get("EchoTime", ""))])
-    number = data.get("InstanceNumber")
+    number = None if data.get("InstanceNumber") is None else int(data.InstanceNumber)
     series, uid = str(data.SeriesInstanceUID), str(data.get("SOPInstanceUID") or path)
     patient = str(data.get("PatientID") or "").strip()
-    number = None if number is None else int(number)
-    sides = facts.get("PixelSpacing")
-    grid = f"{data.Rows}x{data.Columns} of {sides}"
-    image = Image(path, series, uid, patient, number, kind, direction, places, size, grid)
-    folder.images.append(image)
+    grid = f"{data.Rows}x{data.Columns} of {facts.get('PixelSpacing')}"
+    folder.images.append(Image(path, series, uid, patient, number, kind, direction, places, size, grid))
     folder.facts.setdefault(series, facts)
 
 
@@ -227,12 +217,8 @@ def without_copies(images: Sequence[Image]) -> tuple[list[Image], list[Image]]:
 
 def magnitude(images: Sequence[Image]) -> list[Image]:
     """Without phase, real and imaginary images, where there are others."""
-    others = [
-        image
-        for image in images
-        if not {"P", "PHASE", "R", "REAL", "I", "IMAGINARY"} & {*image.kind.upper().split("/")}
-    ]
-    return others or list(images)
+    parts = {"P", "PHASE", "R", "REAL", "I", "IMAGINARY"}
+    return [image for image in images if parts.isdisjoint(image.kind.upper().split("/"))] or list(images)
 
 
 def slices(images: Sequence[Image]) -> list[float]:
@@ -268,14 +254,10 @@ def why_not_whole(images: Sequence[Image], facts: dict[str, Any]) -> tuple[str, 
     usual = distance(images)
     if usual is None or (doubled := int((gaps <= 1e-3).sum())):
         if len({image.kind for image in images}) > 1:
-            return (
-                f"{len(places)} slices of several kinds at the same places (echoes?)",
-                "export them as series of their own",
-            )
-        return (
-            f"{doubled if usual else len(places)} slices lie where others do (doubled instances)",
-            f"{again}, or remove one of each",
-        )
+            reason = f"{len(places)} slices of several kinds at the same places (echoes?)"
+            return reason, "export them as series of their own"
+        reason = f"{doubled if usual else len(places)} slices lie where others do (doubled instances)"
+        return reason, f"{again}, or remove one of each"
     if (np.abs(gaps - usual) > max(0.05, 0.05 * usual)).any():
         at = int(np.argmax(gaps))
         missing = sum(round(gap / usual) - 1 for gap in gaps if gap > 1.5 * usual)
@@ -291,7 +273,7 @@ def why_not_whole(images: Sequence[Image], facts: dict[str, Any]) -> tuple[str, 
     return None
 
 
-def run_dcm2niix(folder: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def run_dcm2niix(folder: Path, output: Path) -> subprocess.CompletedProcess[str]:
     """Run dcm2niix on the files directly in a folder; outputs are named by series UID, identity is kept.
 
     Raises:
@@ -302,8 +284,8 @@ def run_dcm2niix(folder: Path, output: Path, *options: str) -> subprocess.Comple
     except ImportError:
         program = "dcm2niix"
     # -g i: the user's own dcm2niix defaults must not change what comes out
-    fixed = ["-g", "i", "-ba", "n", "-d", "0", "-z", "n", "-f", "%j"]
-    command = [program, *fixed, *options, "-o", str(output), str(folder)]
+    options = ["-g", "i", "-ba", "n", "-d", "0", "-z", "n", "-f", "%j", "-b", "n"]
+    command = [program, *options, "-o", str(output), str(folder)]
     try:
         return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     except FileNotFoundError as error:
@@ -329,27 +311,23 @@ def convert_series(files: Sequence[Path], output: Path) -> tuple[Path, list[str]
             link.symlink_to(path.resolve())
         except OSError:  # a file system without links
             shutil.copyfile(path, link)
-    done = run_dcm2niix(links, made, "-b", "n")
+    done = run_dcm2niix(links, made)
     found = sorted(made.glob("*.nii"))
-    if len(found) > 1:
-        plain = [path for path in found if not re.search(r"_(ph|ROI|i\d{5}|real|imaginary)", path.stem)]
-        found = plain or found
+    found = [path for path in found if not re.search(r"_(ph|ROI|i\d{5}|real|imaginary)", path.stem)] or found
+    again = "download the series again"
     if any("_Eq_" in path.stem for path in found):
-        raise UnusableVolume(folder, "slices missing, or uneven distances of slices", "download the series again")
+        raise UnusableVolume(folder, "slices missing, or uneven distances of slices", again)
     if not found:
-        raise UnusableVolume(folder, _complaint(done).replace(f"{links}{os.sep}", ""), "download the series again")
+        raise UnusableVolume(folder, _complaint(done).replace(f"{links}{os.sep}", ""), again)
     if len(found) > 1:
-        raise UnusableVolume(
-            folder,
-            f"its series becomes {len(found)} volumes (echoes, repeats, or images of several series)",
-            "convert it yourself and use --layout folder",
-        )
+        reason = f"its series becomes {len(found)} volumes (echoes, repeats, or images of several series)"
+        raise UnusableVolume(folder, reason, "convert it yourself and use --layout folder")
     try:
         thin = min(read_volume(found[0]).voxels.shape)
     except UnusableVolume as error:  # the user knows the folder, not the file in between
-        raise UnusableVolume(folder, error.reason, "download the series again") from error
+        raise UnusableVolume(folder, error.reason, again) from error
     if thin < MIN_SLICES:
-        raise UnusableVolume(folder, f"only {thin} slices: a localiser, or incomplete", "download the series again")
+        raise UnusableVolume(folder, f"only {thin} slices: a localiser, or incomplete", again)
     lines = {line.strip() for line in done.stdout.splitlines() if line.startswith("Warning") and _WARNINGS.search(line)}
     return found[0], [f"dcm2niix: {line.removeprefix('Warning:').strip()}"[:200] for line in sorted(lines)]
 
