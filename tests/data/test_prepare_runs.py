@@ -72,14 +72,18 @@ def test_an_output_among_the_scans_is_refused(tmp_path, layout):
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    import fcntl
-
     root = tiny.make_bids(tmp_path / "source", subjects=1, labels=False)
-    (tmp_path / "out/.prepare").mkdir(parents=True)
-    with (tmp_path / "out/.prepare/lock-1-of-1").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another volta3d prepare is at work"):
+    lock = tmp_path / "out/.prepare/lock-1-of-1"
+    hold = "import sys; from pathlib import Path; from volta_components.files import FolderLock\n"
+    hold += "FolderLock(Path(sys.argv[1])).take(''); print('taken', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", hold, str(lock)], **pipes) as other:
+        assert other.stdout.readline() == "taken\n"
+        with pytest.raises(InputError, match=rf"process {other.pid}\): another volta3d prepare is at work"):
             prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
+        other.communicate()
+    assert prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS) == 0
+    assert not lock.exists()
 
 
 def command(source, output, workers=2):

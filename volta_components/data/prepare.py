@@ -8,7 +8,6 @@ write ``datalist.json`` and the QC files.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import shutil
@@ -33,7 +32,7 @@ from volta_components.data.skull import attach_masks
 from volta_components.data.tables import KNOWN_DIAGNOSES, parse_diagnosis
 from volta_components.data.worker import STATE, Task, finished, read_record, run
 from volta_components.errors import InputError
-from volta_components.files import free_bytes, read_json, write_json
+from volta_components.files import FolderLock, free_bytes, read_json, write_json
 
 
 def prepare(
@@ -246,20 +245,15 @@ def _lock(state: Path, index: int, n_shards: int) -> Iterator[Path]:
     """Hold this shard's lock; give its folder for temporary files, empty, and remove it at the end."""
     name = f"{index + 1}-of-{n_shards}"
     temporary = state / f"temporary-{name}"
-    with (state / f"lock-{name}").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{state.parent}: another volta3d prepare is at work there; wait for it") from None
-        except OSError:  # a file system without locks
-            pass
+    lock = FolderLock(state / f"lock-{name}")
+    lock.take("another volta3d prepare is at work there; wait for it")
+    try:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            (state / f"lock-{name}").unlink(missing_ok=True)
+        temporary.mkdir()
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        lock.release()
 
 
 def _check_space(target: Path, settings: Settings, tasks: Sequence[Task]) -> None:
