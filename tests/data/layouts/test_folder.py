@@ -128,6 +128,12 @@ def test_only_other_contrasts_are_refused(tmp_path):
         listed(tmp_path, "p1_T2w.nii")
 
 
+@pytest.mark.parametrize("place, taken", [("A", "A/scan.nii"), ("A/old", "A/old/scan.nii")])
+def test_a_label_belongs_to_the_image_beside_it(tmp_path, place, taken):
+    listing = listed(tmp_path, "A/scan.nii", "A/old/scan.nii", f"{place}/scan_label.nii")
+    assert [scan.source for scan in listing.scans if scan.labels] == [taken]
+
+
 def test_labels_belong_to_their_subject_and_session(tmp_path):
     listing = listed(
         tmp_path,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -333,8 +334,8 @@ def _give_labels(listing: Listing, labels: list[VolumeFile], names: dict[Path, F
         if not same and name.is_bids:
             same = [one for one in names.values() if (one.subject, one.session) == (name.subject, name.session)]
             same = [one for one in same if one.name.entities.get("run") == name.entities.get("run")] or same
-        shared = [_shared(one.volume.path, label.path) for one in same]
-        near = [one for one, depth in zip(same, shared, strict=True) if depth == max(shared)]
+        nearness = [_nearness(one.volume.path, label.path) for one in same]
+        near = [one for one, found in zip(same, nearness, strict=True) if found == max(nearness)]
         if len(near) != 1:
             reason = "label of several images" if near else "label without image"
             remedy = "name it as its image" if near else "add the image"
@@ -350,7 +351,7 @@ def _give_labels(listing: Listing, labels: list[VolumeFile], names: dict[Path, F
     ]
 
 
-def _shared(one: Path, other: Path) -> int:
-    """How many folders two paths share from the top."""
-    pairs = zip(one.parent.parts, other.parent.parts, strict=False)
-    return next((number for number, (a, b) in enumerate(pairs) if a != b), len(one.parent.parts))
+def _nearness(one: Path, other: Path) -> tuple[int, bool]:
+    """How many folders two paths share from the top, and whether they share all of them."""
+    common = Path(os.path.commonpath([one.parent, other.parent]))
+    return len(common.parts), one.parent == other.parent
