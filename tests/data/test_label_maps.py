@@ -138,6 +138,12 @@ def test_folders_of_freesurfer_are_named_after_their_subjects(tmp_path):
     assert {path.name for path in found.values()} == {"aparc+aseg.mgz"}
 
 
+def test_anatomies_are_named_alike_whatever_the_case_of_the_suffix(tmp_path):
+    for name in ("A.NII", "B.nii", "C.Nii.GZ"):
+        (tmp_path / name).touch()
+    assert list(find_label_maps(tmp_path)) == ["A", "B", "C"]
+
+
 def test_a_folder_without_maps_and_no_folder(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match="holds no label maps"):

@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from volta_components.data.resample import resample
-from volta_components.data.volumes import UnusableVolume, canonical, read_volume, volume_suffix, whole_numbers
+from volta_components.data.volumes import (
+    UnusableVolume,
+    canonical,
+    read_volume,
+    volume_stem,
+    volume_suffix,
+    whole_numbers,
+)
 from volta_components.errors import InputError
 
 # FreeSurfer's number, left and right (the same twice where a structure has no side), of each structure.
@@ -168,14 +175,13 @@ def find_label_maps(folder: Path) -> dict[str, Path]:
         raise InputError(f"--anatomies {folder}: no such folder; give a folder of label maps (.nii.gz or .mgz)")
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
-        suffix = volume_suffix(path)
-        if suffix is None or not path.is_file() or path.name.startswith("."):
+        if volume_suffix(path) is None or not path.is_file() or path.name.startswith("."):
             continue
         if path.parent.name == "mri":
-            if path.name.removesuffix(suffix) in ("aparc+aseg", "aseg", "aparc.DKTatlas+aseg", "synthseg"):
+            if volume_stem(path) in ("aparc+aseg", "aseg", "aparc.DKTatlas+aseg", "synthseg"):
                 found.setdefault(path.parent.parent.name, []).append(path)
             continue
-        found.setdefault(_plain_name(path.name.removesuffix(suffix)), []).append(path)
+        found.setdefault(_plain_name(volume_stem(path)), []).append(path)
     if not found:
         raise InputError(
             f"--anatomies {folder}: holds no label maps; give a folder with .nii, .nii.gz or .mgz files in "
