@@ -101,7 +101,8 @@ class FinishRun:
         if not self.path.is_file():
             return
         before = read_json(self.path)
-        check_settings(before.get("settings", {}), self.settings, f"{self.path} is of a finished run", "the folder")
+        reason = f"{self.path} is of a finished run with other settings (name, there, here)"
+        check_settings(before.get("settings", {}), self.settings, reason, "the folder")
         self._before = before
         logger.info("%s is of the same run, which is finished: nothing is trained", self.path)
         length, epochs = engine.state.epoch_length, engine.state.max_epochs

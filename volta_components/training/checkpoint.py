@@ -250,7 +250,8 @@ class ResumableCheckpoint:
     def _restore(self, engine: Engine, items: Sequence[Any]) -> None:
         assert self.path is not None
         state = self._read()
-        check_settings(state["settings"], self.settings, f"{self.path} belongs to a run", "the checkpoint")
+        reason = f"{self.path} belongs to a run with other settings (name, there, here)"
+        check_settings(state["settings"], self.settings, reason, "the checkpoint")
         check_stamps(self.path, items, state.get("stamps"), self._stamps)
         for name, item in self.objects.items():
             item.load_state_dict(state[name])

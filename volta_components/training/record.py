@@ -136,13 +136,13 @@ def other_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tu
     return [(name.removeprefix("config."), str(there.get(name)), str(here.get(name))) for name in names]
 
 
-def check_settings(there: Mapping[str, Any], here: Mapping[str, Any], owner: str, remains: str) -> None:
+def check_settings(there: Mapping[str, Any], here: Mapping[str, Any], reason: str, remains: str) -> None:
     """Refuse to resume a run with other settings.
 
     Args:
         there: those of the run.
         here: those of the command.
-        owner: what the run is known by, for the message.
+        reason: what is said of them, and where; a list of name, there and here follows.
         remains: what to remove of the run to start again.
 
     Raises:
@@ -150,7 +150,7 @@ def check_settings(there: Mapping[str, Any], here: Mapping[str, Any], owner: str
     """
     if rows := other_settings(there, here):
         raise InputError.many(
-            f"{owner} with other settings (name, there, here)",
+            reason,
             rows,
             f"Choose another run_name (--run_name NAME), or remove {remains} to start again.",
         )
