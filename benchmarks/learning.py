@@ -24,14 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import cyclopts
+import numpy as np
 
 from benchmarks.learning_bound import train_bound
+from benchmarks.learning_pairs import differences, find_heads, read_heads
 from volta_components.data.datalist import datalist_hash
 from volta_components.data.phantom.command import phantom
 from volta_components.data.phantom.labels import find_label_maps
 from volta_components.data.prepare import prepare
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_json, write_json, write_text
+from volta_components.inference.probes import Features, Probes
 
 CONFIGS = Path(__file__).resolve().parents[1] / "bundles" / "pretrain" / "configs"
 RESULTS = Path(__file__).resolve().parent / "results" / "learning.md"
@@ -202,7 +205,7 @@ def finished(folder: Path) -> list[dict[str, Any]]:
     runs = []
     for found in folder.glob("*/found.json"):
         epochs = int(read_json(found.with_name("settings.json"))["ids"]["epochs"])
-        runs.append({**read_json(found), "epochs": epochs})
+        runs.append({**read_json(found), "epochs": epochs, "encoder": found.with_name("encoder.safetensors")})
     return sorted(runs, key=lambda each: (each["epochs"], list(ROWS).index(each["name"]), each["seed"]))
 
 
@@ -245,13 +248,30 @@ def cell(runs: Sequence[dict[str, Any]], encoder: str, label: str, embedding: st
     return f"{mean:.2f} ({min(row['low'] for row in rows):.2f} to {max(row['high'] for row in rows):.2f})"
 
 
-def table(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines of the table, a row for each setting; random weights and plain voxels first."""
+def voxel_rows(scored: Path) -> list[dict[str, Any]]:
+    """What the scored heads' own voxels tell, all of them; ``evaluate.json`` asks four a patch and axis."""
+    items, voxels = read_heads(scored)
+    features = Features("voxels", "voxels", voxels.reshape(len(voxels), -1), components=100)
+    probes = Probes(items, [features], neighbours=20, seed=0)
+    return [*probes.same_subject(), *probes.numbers("contrast", [item["contrast"] for item in items])]
+
+
+def table(runs: Sequence[dict[str, Any]], voxels: list[dict[str, Any]]) -> list[str]:
+    """Lines of the table, a row for each setting; random weights and plain voxels first.
+
+    Args:
+        runs: as ``finished`` gives them.
+        voxels: as ``voxel_rows`` gives them.
+    """
     health = ("loss_reconstruction", "global_predicted", "patch_predicted")
     lines = [f"| setting | epochs | seeds | masked error | global | patch | {' | '.join(ASKED)} |"]
     lines.append("|---" * (6 + len(ASKED)) + "|")
-    for encoder, name in (("random", "random weights"), ("voxels", "plain voxels")):
-        cells = [cell(runs[:1], encoder, *asked) for asked in ASKED.values()]
+    for encoder, name, own in (
+        ("random", "random weights", runs[:1]),
+        ("voxels", "voxels, all", [{"rows": voxels}]),
+        ("voxels", "voxels, four a patch and axis", runs[:1]),
+    ):
+        cells = [cell(own, encoder, *asked) for asked in ASKED.values()]
         lines.append(f"| {name} | - | - | - | - | - | {' | '.join(cells)} |")
     for name, epochs in dict.fromkeys((each["name"], each["epochs"]) for each in runs):
         own = [each for each in runs if (each["name"], each["epochs"]) == (name, epochs)]
@@ -297,11 +317,21 @@ def main(
     output.mkdir(parents=True, exist_ok=True)
     if not only_table:
         scored = scored_heads(anatomies.resolve(), output.resolve(), heads)
+        voxels = voxel_rows(scored)
         for seed in seeds:
             for name in rows:
                 pretrain(name, seed, epochs, anatomies.resolve(), scored, output.resolve(), device, workers)
-                print("\n".join(table(finished(output))), flush=True)
-    lines = table(finished(output))
+                print("\n".join(table(finished(output), voxels)), flush=True)
+    runs = finished(output)
+    items, voxels = read_heads(output / "heads")
+    who = np.array([item["subject_id"] for item in items])
+    people = {item["subject_id"]: item["patient_id"] for item in items}
+    hits = [find_heads(run["encoder"], who, voxels) for run in runs]
+    lines = [
+        *table(runs, voxel_rows(output / "heads")),
+        BESIDE,
+        *differences(runs, hits, [*map(people.get, np.unique(who))]),
+    ]
     print("\n".join(lines))
     if results is not None:
         write_text(results, "\n".join([HEADER.format(heads=heads), *lines]) + "\n")
@@ -318,12 +348,18 @@ which scans are one head* is supervised, on the same network and heads, by a con
 heads: what this network could know.
 
 - same head: share of scans whose nearest neighbour is the same head, lying otherwise, by another scanner (chance 0.01);
-  by the summary, by the mean of all tokens, by the means of tokens place by place (of voxels: all of them), and by
-  standardised principal components of these places (whitened). Of a quarter of the heads, one scan is stripped of its
-  skull and the other is not;
+  by the summary, by the mean of all tokens, by the means of tokens place by place, and by standardised principal
+  components of these places (whitened); by voxels, in place of any of these. Of a quarter of the heads, one scan is
+  stripped of its skull and the other is not;
 - same person: share of scans whose nearest neighbour of another head grew from the same anatomy (chance 0.24);
 - hippocampal volume: Pearson's r across anatomies; hippocampus in the patch: share of variance beyond position;
 - contrast: Pearson's r of the scanner's brightness of grey over white matter; lower is better.
+"""
+
+BESIDE = """
+Beside *reconstruction alone*, of the same seeds: the difference in the share of heads found, with a 95 % interval.
+People, their heads and the seeds are drawn with replacement, the same ones for both; with four people and two seeds
+such intervals are rather too narrow.
 """
 
 

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 from monai.bundle import ConfigParser
 
 from benchmarks import learning
 from volta_components.errors import InputError
+from volta_components.files import write_json
 
 
 def probe(label: str, encoder: str, embedding: str, way: str, value: float) -> dict[str, Any]:
@@ -91,11 +95,26 @@ def test_the_table_has_means_over_seeds_and_the_widest_interval() -> None:
         }
         for value in (0.4, 0.6)
     ]
-    lines = learning.table(runs)
+    lines = learning.table(runs, [probe("same subject", "voxels", "voxels", "whitened", 0.7)])
     assert "0.30 (0.20 to 0.40)" in lines[2] and lines[2].startswith("| random weights")
-    assert lines[3].count("0.85 (0.75 to 0.95)") == 1
-    assert lines[4].startswith("| two scanners | 50 | 2 | 0.040 | 0.100 | 0.200 |")
-    assert "0.50 (0.30 to 0.70)" in lines[4]
+    assert lines[3].startswith("| voxels, all") and lines[3].count("0.70 (0.60 to 0.80)") == 1
+    assert lines[4].startswith("| voxels, four") and lines[4].count("0.85 (0.75 to 0.95)") == 1
+    assert lines[5].startswith("| two scanners | 50 | 2 | 0.040 | 0.100 | 0.200 |")
+    assert "0.50 (0.30 to 0.70)" in lines[5]
+
+
+def test_voxels_find_the_same_head_where_it_looks_alike(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    heads, items = rng.random((6, 2, 3, 4)), []
+    for number, (head, scan) in enumerate(itertools.product(range(6), range(2))):
+        voxels = heads[head] + 0.01 * rng.random((2, 3, 4))
+        nib.save(nib.Nifti1Image(voxels.astype(np.float32), np.eye(4)), tmp_path / f"{number}.nii.gz")
+        who = {"subject_id": f"s{head}", "patient_id": f"p{head // 2}", "fold": head // 2}
+        items.append({**who, "image": f"{number}.nii.gz", "contrast": float(scan)})
+    write_json(tmp_path / "datalist.json", {"training": items})
+    rows = {(row["label"], row["probe"]): row["value"] for row in learning.voxel_rows(tmp_path)}
+    assert rows["same subject", "nearest"] == rows["same subject", "whitened"] == 1
+    assert rows["same patient", "nearest"] < 1 and ("contrast", "ridge") in rows
 
 
 def test_a_run_that_fails_says_why(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def _features(tables: Mapping[str, EmbeddingTable]) -> list[Features]:
     return found + [Features("voxels", "voxels", table.matrix("voxels"), _COMPONENTS) for table in with_voxels[:1]]
 
 
-class _Probes:
+class Probes:
     """The questions that can be asked of a datalist's items, each giving rows of the report."""
 
     def __init__(
@@ -340,7 +340,7 @@ def probe_report(
     Raises:
         InputError: if nothing can be asked, or a label has too few of a class.
     """
-    probes = _Probes(items, _features(tables), neighbours, seed)
+    probes = Probes(items, _features(tables), neighbours, seed)
     rows = list(probes.classes(targets))
     for key in numbers:
         rows += probes.numbers(key, [_number(item.get(key)) for item in items])

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far the settings of ``learning.py`` are above reconstruction alone at finding heads: paired, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.study.results import draw, replicates
+from volta_components.bundle import load_encoder
+from volta_components.downstream.metrics import interval
+from volta_components.files import read_json
+from volta_components.inference.probes import finds_same_subject
+
+BASE = "reconstruction alone"
+WAYS = ("summary", "places", "whitened")
+Hits = Mapping[str, NDArray[np.float64]]
+
+
+def read_heads(scored: Path) -> tuple[list[dict[str, Any]], NDArray[np.float32]]:
+    """Items of the scored heads, and their voxels ``[n, D, H, W]``."""
+    items = read_json(scored / "datalist.json")["training"]
+    return items, np.stack([nib.load(scored / item["image"]).get_fdata(dtype=np.float32) for item in items])
+
+
+@torch.inference_mode()
+def find_heads(encoder: Path, heads: NDArray[np.str_], voxels: NDArray[np.float32]) -> Hits:
+    """Share of each head's scans whose nearest neighbour is another scan of it, ``[heads]``, in each of ``WAYS``.
+
+    Args:
+        encoder: file of weights.
+        heads: ``[n]``, whose scan each one is.
+        voxels: ``[n, D, H, W]``.
+    """
+    network = load_encoder(encoder).eval()
+    tokens = torch.cat([network.encode(part[:, None]) for part in torch.from_numpy(voxels).split(16)])
+    places, summary = tokens.flatten(1).numpy(), network.summarise(tokens).numpy()
+    cohort = np.full(len(heads), "")
+    found = {
+        "summary": finds_same_subject(summary, heads, cohort)[0],
+        "places": finds_same_subject(places, heads, cohort)[0],
+        "whitened": finds_same_subject(places, heads, cohort, components=100)[0],
+    }
+    names = np.unique(heads)
+    return {way: np.array([each[heads == name].mean() for name in names]) for way, each in found.items()}
+
+
+def differences(runs: Sequence[Mapping[str, Any]], hits: Sequence[Hits], people: Sequence[str]) -> list[str]:
+    """Lines of the table: each setting beside reconstruction alone, of as many epochs and the same seeds.
+
+    Args:
+        runs: as ``learning.finished`` gives them.
+        hits: of each run, see ``find_heads``.
+        people: anatomy of each head; people, their heads and the seeds are drawn with replacement, the same ones for
+            both.
+    """
+    by_setting: dict[tuple[int, str], dict[int, Hits]] = {}
+    for run, found in zip(runs, hits, strict=True):
+        by_setting.setdefault((run["epochs"], run["name"]), {})[run["seed"]] = found
+    lines = [f"| setting | epochs | seeds | {' | '.join(WAYS)} |", "|---" * (3 + len(WAYS)) + "|"]
+    for (epochs, name), own in by_setting.items():
+        base = by_setting.get((epochs, BASE), {})
+        seeds = sorted(own.keys() & base.keys())
+        if name == BASE or not seeds:
+            continue
+        draws, cells = draw(people, len(seeds), 1), []
+        for way in WAYS:
+            scores = [np.array([[each[seed][way] for seed in seeds]]) for each in (own, base)]
+            ours, theirs = (replicates("dice", np.zeros(len(people)), each, draws) for each in scores)
+            low, high = interval(ours[1] - theirs[1])
+            cells.append(f"{ours[0] - theirs[0]:+.2f} ({low:+.2f} to {high:+.2f})")
+        lines.append(f"| {name} | {epochs} | {len(seeds)} | {' | '.join(cells)} |")
+    return lines
