@@ -27,7 +27,7 @@ import cyclopts
 import numpy as np
 
 from benchmarks.learning_bound import train_bound
-from benchmarks.learning_pairs import differences, find_heads, read_heads
+from benchmarks.learning_pairs import VOXELS, differences, find_by_encoder, find_heads, read_heads
 from volta_components.data.datalist import datalist_hash
 from volta_components.data.phantom.command import phantom
 from volta_components.data.phantom.labels import find_label_maps
@@ -268,7 +268,7 @@ def table(runs: Sequence[dict[str, Any]], voxels: list[dict[str, Any]]) -> list[
     lines.append("|---" * (6 + len(ASKED)) + "|")
     for encoder, name, own in (
         ("random", "random weights", runs[:1]),
-        ("voxels", "voxels, all", [{"rows": voxels}]),
+        ("voxels", VOXELS, [{"rows": voxels}]),
         ("voxels", "voxels, four a patch and axis", runs[:1]),
     ):
         cells = [cell(own, encoder, *asked) for asked in ASKED.values()]
@@ -326,12 +326,10 @@ def main(
     items, voxels = read_heads(output / "heads")
     who = np.array([item["subject_id"] for item in items])
     people = {item["subject_id"]: item["patient_id"] for item in items}
-    hits = [find_heads(run["encoder"], who, voxels) for run in runs]
-    lines = [
-        *table(runs, voxel_rows(output / "heads")),
-        BESIDE,
-        *differences(runs, hits, [*map(people.get, np.unique(who))]),
-    ]
+    hits = [find_by_encoder(run["encoder"], voxels, who) for run in runs]
+    flat = voxels.reshape(len(voxels), -1)
+    paired = differences(runs, hits, find_heads(flat, flat, who), [*map(people.get, np.unique(who))])
+    lines = [*table(runs, voxel_rows(output / "heads")), BESIDE, *paired]
     print("\n".join(lines))
     if results is not None:
         write_text(results, "\n".join([HEADER.format(heads=heads), *lines]) + "\n")

@@ -18,7 +18,7 @@ from volta_components.downstream.metrics import interval
 from volta_components.files import read_json
 from volta_components.inference.probes import finds_same_subject
 
-BASE = "reconstruction alone"
+BASE, VOXELS = "reconstruction alone", "voxels, all"
 WAYS = ("summary", "places", "whitened")
 Hits = Mapping[str, NDArray[np.float64]]
 
@@ -29,18 +29,14 @@ def read_heads(scored: Path) -> tuple[list[dict[str, Any]], NDArray[np.float32]]
     return items, np.stack([nib.load(scored / item["image"]).get_fdata(dtype=np.float32) for item in items])
 
 
-@torch.inference_mode()
-def find_heads(encoder: Path, heads: NDArray[np.str_], voxels: NDArray[np.float32]) -> Hits:
+def find_heads(summary: NDArray[Any], places: NDArray[Any], heads: NDArray[np.str_]) -> Hits:
     """Share of each head's scans whose nearest neighbour is another scan of it, ``[heads]``, in each of ``WAYS``.
 
     Args:
-        encoder: file of weights.
+        summary: ``[n, D]``.
+        places: ``[n, D]``, features that say where.
         heads: ``[n]``, whose scan each one is.
-        voxels: ``[n, D, H, W]``.
     """
-    network = load_encoder(encoder).eval()
-    tokens = torch.cat([network.encode(part[:, None]) for part in torch.from_numpy(voxels).split(16)])
-    places, summary = tokens.flatten(1).numpy(), network.summarise(tokens).numpy()
     cohort = np.full(len(heads), "")
     found = {
         "summary": finds_same_subject(summary, heads, cohort)[0],
@@ -51,16 +47,29 @@ def find_heads(encoder: Path, heads: NDArray[np.str_], voxels: NDArray[np.float3
     return {way: np.array([each[heads == name].mean() for name in names]) for way, each in found.items()}
 
 
-def differences(runs: Sequence[Mapping[str, Any]], hits: Sequence[Hits], people: Sequence[str]) -> list[str]:
+@torch.inference_mode()
+def find_by_encoder(encoder: Path, voxels: NDArray[np.float32], heads: NDArray[np.str_]) -> Hits:
+    """The same by an encoder's summary and tokens of voxels ``[n, D, H, W]``."""
+    network = load_encoder(encoder).eval()
+    tokens = torch.cat([network.encode(part[:, None]) for part in torch.from_numpy(voxels).split(16)])
+    return find_heads(network.summarise(tokens).numpy(), tokens.flatten(1).numpy(), heads)
+
+
+def differences(
+    runs: Sequence[Mapping[str, Any]], hits: Sequence[Hits], voxels: Hits, people: Sequence[str]
+) -> list[str]:
     """Lines of the table: each setting beside reconstruction alone, of as many epochs and the same seeds.
 
     Args:
         runs: as ``learning.finished`` gives them.
         hits: of each run, see ``find_heads``.
+        voxels: hits by the heads' own voxels.
         people: anatomy of each head; people, their heads and the seeds are drawn with replacement, the same ones for
             both.
     """
-    by_setting: dict[tuple[int, str], dict[int, Hits]] = {}
+    by_setting: dict[tuple[int, str], dict[int, Hits]] = {
+        (run["epochs"], VOXELS): {each["seed"]: voxels for each in runs} for run in runs
+    }
     for run, found in zip(runs, hits, strict=True):
         by_setting.setdefault((run["epochs"], run["name"]), {})[run["seed"]] = found
     lines = [f"| setting | epochs | seeds | {' | '.join(WAYS)} |", "|---" * (3 + len(WAYS)) + "|"]

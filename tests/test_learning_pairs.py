@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from method_helpers import IMAGE, tiny_network
 
-from benchmarks.learning_pairs import BASE, WAYS, differences, find_heads
+from benchmarks.learning_pairs import BASE, VOXELS, WAYS, differences, find_by_encoder
 from volta_components.method.weights import save_encoder
 
 
@@ -25,8 +25,10 @@ def test_differences_are_paired_by_seed_and_by_head() -> None:
         run("one seed", 1, [0.5, 0.0, 0.5, 0.0]),
         run("another seed", 7, [1.0, 1.0, 1.0, 1.0]),
     ]
-    lines = differences([each[0] for each in pairs], [each[1] for each in pairs], ["a", "a", "b", "b"])[2:]
-    assert len(lines) == 2
+    voxels = run(VOXELS, 0, [0.25, 0.25, 0.75, 0.25])[1]
+    lines = differences([each[0] for each in pairs], [each[1] for each in pairs], voxels, ["a", "a", "b", "b"])[2:]
+    assert len(lines) == 3
+    assert lines.pop(0).startswith(f"| {VOXELS} | 50 | 2 | +0.00 (")
     # Head by head and seed by seed it is the same difference, so that no draw gives another.
     assert lines[0] == "| better by a half | 50 | 2 | " + " | ".join(["+0.50 (+0.50 to +0.50)"] * 3) + " |"
     # By hand: the last head is half below. b is drawn twice in a quarter of the samples, and of four draws of its two
@@ -43,7 +45,7 @@ def test_heads_are_found_where_their_scans_are_nearest(tmp_path: Path) -> None:
     scans[9] = heads[3] + 0.1 * rng.random(
         heads.shape[1:]
     )  # e's second scan looks as d's first, which has a nearer one
-    found = find_heads(tmp_path / "encoder.safetensors", np.array([*"abcde"] * 2), scans)
+    found = find_by_encoder(tmp_path / "encoder.safetensors", scans, np.array([*"abcde"] * 2))
     for way in ("places", "summary"):
         assert found[way][:4].tolist() == [1, 1, 1, 1] and found[way][4] <= 0.5
     assert set(found) == set(WAYS)
