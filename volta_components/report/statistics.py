@@ -7,6 +7,7 @@ Patients are resampled within folds, and the same resample serves every init: di
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -159,7 +160,9 @@ def delong(pairs: Sequence[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]) -> 
         if counts.min() < 2:
             return math.nan
         try:
-            *_, auc_first, auc_second, info = Delong_test(labels, first, second, n_boot=1)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # of that bootstrap's one sample
+                *_, auc_first, auc_second, info = Delong_test(labels, first, second, n_boot=1)
         except FloatingPointError:  # a zero variance, and its one bootstrap sample has a single class
             return math.nan
         if info["var_diff"] is None:
