@@ -15,6 +15,7 @@ this project: heads and encoders of another are not told apart.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -25,9 +26,10 @@ from typing import Any
 
 import cyclopts
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.learning_bound import train_bound
-from benchmarks.learning_pairs import VOXELS, differences, find_by_encoder, find_heads, read_heads
+from benchmarks.learning_pairs import VOXELS, differences, read_heads
 from volta_components.data.datalist import datalist_hash
 from volta_components.data.phantom.command import phantom
 from volta_components.data.phantom.labels import find_label_maps
@@ -248,27 +250,26 @@ def cell(runs: Sequence[dict[str, Any]], encoder: str, label: str, embedding: st
     return f"{mean:.2f} ({min(row['low'] for row in rows):.2f} to {max(row['high'] for row in rows):.2f})"
 
 
-def voxel_rows(scored: Path) -> list[dict[str, Any]]:
-    """What the scored heads' own voxels tell, all of them; ``evaluate.json`` asks four a patch and axis."""
-    items, voxels = read_heads(scored)
+def voxel_rows(items: Sequence[dict[str, Any]], voxels: NDArray[np.float32]) -> list[dict[str, Any]]:
+    """What the heads' own voxels ``[n, D, H, W]`` tell, all of them; ``evaluate.json`` asks four a patch and axis."""
     features = Features("voxels", "voxels", voxels.reshape(len(voxels), -1), components=100)
     probes = Probes(items, [features], neighbours=20, seed=0)
     return [*probes.same_subject(), *probes.numbers("contrast", [item["contrast"] for item in items])]
 
 
-def table(runs: Sequence[dict[str, Any]], voxels: list[dict[str, Any]]) -> list[str]:
+def table(runs: Sequence[dict[str, Any]], of_voxels: list[dict[str, Any]]) -> list[str]:
     """Lines of the table, a row for each setting; random weights and plain voxels first.
 
     Args:
         runs: as ``finished`` gives them.
-        voxels: as ``voxel_rows`` gives them.
+        of_voxels: as ``voxel_rows`` gives them.
     """
     health = ("loss_reconstruction", "global_predicted", "patch_predicted")
     lines = [f"| setting | epochs | seeds | masked error | global | patch | {' | '.join(ASKED)} |"]
     lines.append("|---" * (6 + len(ASKED)) + "|")
     for encoder, name, own in (
         ("random", "random weights", runs[:1]),
-        ("voxels", VOXELS, [{"rows": voxels}]),
+        ("voxels", VOXELS, [{"rows": of_voxels}]),
         ("voxels", "voxels, four a patch and axis", runs[:1]),
     ):
         cells = [cell(own, encoder, *asked) for asked in ASKED.values()]
@@ -315,21 +316,14 @@ def main(
     if unknown := [name for name in rows if name not in ROWS]:
         raise InputError(f"--rows {unknown[0]}: choose {', '.join(ROWS)}")
     output.mkdir(parents=True, exist_ok=True)
-    if not only_table:
-        scored = scored_heads(anatomies.resolve(), output.resolve(), heads)
-        voxels = voxel_rows(scored)
-        for seed in seeds:
-            for name in rows:
-                pretrain(name, seed, epochs, anatomies.resolve(), scored, output.resolve(), device, workers)
-                print("\n".join(table(finished(output), voxels)), flush=True)
+    scored = output / "heads" if only_table else scored_heads(anatomies.resolve(), output.resolve(), heads)
+    items, voxels = read_heads(scored)
+    of_voxels = voxel_rows(items, voxels)
+    for seed, name in () if only_table else itertools.product(seeds, rows):
+        pretrain(name, seed, epochs, anatomies.resolve(), scored, output.resolve(), device, workers)
+        print("\n".join(table(finished(output), of_voxels)), flush=True)
     runs = finished(output)
-    items, voxels = read_heads(output / "heads")
-    who = np.array([item["subject_id"] for item in items])
-    people = {item["subject_id"]: item["patient_id"] for item in items}
-    hits = [find_by_encoder(run["encoder"], voxels, who) for run in runs]
-    flat = voxels.reshape(len(voxels), -1)
-    paired = differences(runs, hits, find_heads(flat, flat, who), [*map(people.get, np.unique(who))])
-    lines = [*table(runs, voxel_rows(output / "heads")), BESIDE, *paired]
+    lines = [*table(runs, of_voxels), BESIDE, *differences(runs, items, voxels)]
     print("\n".join(lines))
     if results is not None:
         write_text(results, "\n".join([HEADER.format(heads=heads), *lines]) + "\n")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from benchmarks.study.results import draw, replicates
 from volta_components.bundle import load_encoder
 from volta_components.downstream.metrics import interval
-from volta_components.files import read_json
+from volta_components.files import read_json, write_json
 from volta_components.inference.probes import finds_same_subject
 
 BASE, VOXELS = "reconstruction alone", "voxels, all"
@@ -48,27 +48,50 @@ def find_heads(summary: NDArray[Any], places: NDArray[Any], heads: NDArray[np.st
 
 
 @torch.inference_mode()
-def find_by_encoder(encoder: Path, voxels: NDArray[np.float32], heads: NDArray[np.str_]) -> Hits:
+def find_by_encoder(encoder: Path, heads: NDArray[np.str_], voxels: NDArray[np.float32]) -> Hits:
     """The same by an encoder's summary and tokens of voxels ``[n, D, H, W]``."""
     network = load_encoder(encoder).eval()
     tokens = torch.cat([network.encode(part[:, None]) for part in torch.from_numpy(voxels).split(16)])
     return find_heads(network.summarise(tokens).numpy(), tokens.flatten(1).numpy(), heads)
 
 
+def hits_of_run(run: Mapping[str, Any], heads: NDArray[np.str_], voxels: NDArray[np.float32]) -> Hits:
+    """The same by the encoder of a run; found once, and kept beside it for these heads."""
+    path = run["encoder"].with_name("hits.json")
+    kept = read_json(path) if path.is_file() else {}
+    if kept.get("heads") != run["heads"]:
+        found = find_by_encoder(run["encoder"], heads, voxels)
+        kept = {"heads": run["heads"], "hits": {way: each.tolist() for way, each in found.items()}}
+        write_json(path, kept)
+    return {way: np.array(each) for way, each in kept["hits"].items()}
+
+
 def differences(
-    runs: Sequence[Mapping[str, Any]], hits: Sequence[Hits], voxels: Hits, people: Sequence[str]
+    runs: Sequence[Mapping[str, Any]], items: Sequence[Mapping[str, Any]], voxels: NDArray[np.float32]
 ) -> list[str]:
     """Lines of the table: each setting beside reconstruction alone, of as many epochs and the same seeds.
 
     Args:
         runs: as ``learning.finished`` gives them.
-        hits: of each run, see ``find_heads``.
-        voxels: hits by the heads' own voxels.
-        people: anatomy of each head; people, their heads and the seeds are drawn with replacement, the same ones for
-            both.
+        items: the scored heads' scans; people, their heads and the seeds are drawn with replacement, the same ones for
+            both sides of a difference.
+        voxels: ``[n, D, H, W]`` of these.
     """
+    heads = np.array([item["subject_id"] for item in items])
+    people = {item["subject_id"]: item["patient_id"] for item in items}
+    flat = voxels.reshape(len(voxels), -1)
+    by_voxels = find_heads(flat, flat, heads)
+    return paired_lines(
+        runs, [hits_of_run(run, heads, voxels) for run in runs], by_voxels, [people[name] for name in np.unique(heads)]
+    )
+
+
+def paired_lines(
+    runs: Sequence[Mapping[str, Any]], hits: Sequence[Hits], by_voxels: Hits, people: Sequence[str]
+) -> list[str]:
+    """The lines from hits of each run and of the heads' own voxels; ``people`` has the anatomy of each head."""
     by_setting: dict[tuple[int, str], dict[int, Hits]] = {
-        (run["epochs"], VOXELS): {each["seed"]: voxels for each in runs} for run in runs
+        (run["epochs"], VOXELS): {each["seed"]: by_voxels for each in runs} for run in runs
     }
     for run, found in zip(runs, hits, strict=True):
         by_setting.setdefault((run["epochs"], run["name"]), {})[run["seed"]] = found

@@ -14,6 +14,7 @@ import pytest
 from monai.bundle import ConfigParser
 
 from benchmarks import learning
+from benchmarks.learning_pairs import read_heads
 from volta_components.errors import InputError
 from volta_components.files import write_json
 
@@ -112,7 +113,7 @@ def test_voxels_find_the_same_head_where_it_looks_alike(tmp_path: Path) -> None:
         who = {"subject_id": f"s{head}", "patient_id": f"p{head // 2}", "fold": head // 2}
         items.append({**who, "image": f"{number}.nii.gz", "contrast": float(scan)})
     write_json(tmp_path / "datalist.json", {"training": items})
-    rows = {(row["label"], row["probe"]): row["value"] for row in learning.voxel_rows(tmp_path)}
+    rows = {(row["label"], row["probe"]): row["value"] for row in learning.voxel_rows(*read_heads(tmp_path))}
     assert rows["same subject", "nearest"] == rows["same subject", "whitened"] == 1
     assert rows["same patient", "nearest"] < 1 and ("contrast", "ridge") in rows
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from method_helpers import IMAGE, tiny_network
 
-from benchmarks.learning_pairs import BASE, VOXELS, WAYS, differences, find_by_encoder
+from benchmarks.learning_pairs import BASE, VOXELS, WAYS, hits_of_run, paired_lines
 from volta_components.method.weights import save_encoder
 
 
@@ -26,7 +26,7 @@ def test_differences_are_paired_by_seed_and_by_head() -> None:
         run("another seed", 7, [1.0, 1.0, 1.0, 1.0]),
     ]
     voxels = run(VOXELS, 0, [0.25, 0.25, 0.75, 0.25])[1]
-    lines = differences([each[0] for each in pairs], [each[1] for each in pairs], voxels, ["a", "a", "b", "b"])[2:]
+    lines = paired_lines([each[0] for each in pairs], [each[1] for each in pairs], voxels, ["a", "a", "b", "b"])[2:]
     assert len(lines) == 3
     assert lines.pop(0).startswith(f"| {VOXELS} | 50 | 2 | +0.00 (")
     # Head by head and seed by seed it is the same difference, so that no draw gives another.
@@ -42,10 +42,15 @@ def test_heads_are_found_where_their_scans_are_nearest(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     heads = rng.random((5, *IMAGE)).astype(np.float32)
     scans = np.concatenate([heads, heads + 0.01 * rng.random(heads.shape).astype(np.float32)])
-    scans[9] = heads[3] + 0.1 * rng.random(
-        heads.shape[1:]
-    )  # e's second scan looks as d's first, which has a nearer one
-    found = find_by_encoder(tmp_path / "encoder.safetensors", scans, np.array([*"abcde"] * 2))
+    # e's second scan looks as d's first, which has a nearer one.
+    scans[9] = heads[3] + 0.1 * rng.random(heads.shape[1:])
+    names, finished = np.array([*"abcde"] * 2), {"encoder": tmp_path / "encoder.safetensors", "heads": "1"}
+    found = hits_of_run(finished, names, scans)
     for way in ("places", "summary"):
         assert found[way][:4].tolist() == [1, 1, 1, 1] and found[way][4] <= 0.5
     assert set(found) == set(WAYS)
+    # Kept for these heads, and found again for others.
+    kept = hits_of_run(finished, names, scans[::-1])
+    assert all(np.array_equal(kept[way], found[way]) for way in WAYS)
+    others = hits_of_run(finished | {"heads": "2"}, names, np.concatenate([scans[:5], scans[:5]]))
+    assert others["places"].tolist() == [1] * 5

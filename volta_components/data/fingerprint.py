@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from volta_components.data.identity import loose_person
+from volta_components.data.identity import loose_person, who
 
 BITS = 512
 _DIGITS = BITS // 4
@@ -173,8 +173,5 @@ def near_copies_of(
     kept = [[i for i, item in enumerate(items) if item.get("fingerprint")] for items in lists]
     prints = [[str(items[i]["fingerprint"]) for i in chosen] for items, chosen in zip(lists, kept, strict=True)]
 
-    def person(item: Mapping[str, Any]) -> str:
-        return loose_person(str(item["patient_id"]), str(item.get("cohort") or ""))
-
     pairs = [(kept[0][i], kept[-1][j]) for i, j in near_copies(*prints)]
-    return [(i, j) for i, j in pairs if person(lists[0][i]) != person(lists[-1][j])]
+    return [(i, j) for i, j in pairs if loose_person(*who(lists[0][i])) != loose_person(*who(lists[-1][j]))]

@@ -251,12 +251,13 @@ class _Reader:
         return tuple(shape)
 
     def _voxel_type(self) -> np.dtype[Any]:
+        unknown = self._refuse(f"unknown voxel type {int(self.fields['datatype'])}", "convert it again")
         try:
             dtype = self.fields.get_data_dtype()
-        except Exception:
-            dtype = np.dtype(np.void)  # of no size
+        except Exception as error:
+            raise unknown from error
         if dtype.itemsize == 0 or (dtype.kind == "V" and dtype.fields is None):
-            raise self._refuse(f"unknown voxel type {int(self.fields['datatype'])}", "convert it again")
+            raise unknown
         check_dtype(self.path, dtype)
         return dtype
 

@@ -107,6 +107,11 @@ def exact_person(patient_id: str, cohort: str = "") -> str:
     return canonical if not cohort or is_worldwide(canonical) else f"{cohort}/{canonical}"
 
 
+def who(item: Mapping[str, Any]) -> tuple[str, str]:
+    """Patient and cohort of an item; an empty text where the cohort is not known."""
+    return str(item["patient_id"]), str(item.get("cohort") or "")
+
+
 def loose_person(patient_id: str, cohort: str = "") -> str:
     """The same for everybody who may be one person by their ids: without case, separators, prefixes and zero padding.
 
@@ -176,7 +181,7 @@ def same_people(items: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     for item in items:
         patient = item["patient_id"]
         people.add(patient)
-        for key in (f"id {loose_person(str(patient), str(item.get('cohort') or ''))}", *voxel_hashes(item)):
+        for key in (f"id {loose_person(*who(item))}", *voxel_hashes(item)):
             people.merge(patient, holder.setdefault(key, patient))
     first = {patient: min(group, key=str) for group in people.subsets() for patient in group}
     return {patient: first[patient] for patient in people}

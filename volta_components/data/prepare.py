@@ -23,7 +23,7 @@ import joblib
 from volta_components.data.datalist import load_datalist
 from volta_components.data.finish import finish, report_nothing_left
 from volta_components.data.geometry import axis_codes
-from volta_components.data.identity import loose, loose_person, unfit_id
+from volta_components.data.identity import loose, loose_person, unfit_id, who
 from volta_components.data.layouts import Layout, LayoutOptions, Listing, Scan, reader
 from volta_components.data.nifti import DTYPES
 from volta_components.data.overlaps import check_folds, check_phantom_name
@@ -276,7 +276,7 @@ def _patients_of(paths: Sequence[Path | str]) -> dict[str, str]:
         key: datalist.name
         for datalist in map(load_datalist, paths)
         for item in datalist.content["training"]
-        for key in _spellings(item["patient_id"], str(item.get("cohort") or ""))
+        for key in _spellings(*who(item))
     }
 
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from volta_components.data.fingerprint import near_copies_of
-from volta_components.data.identity import canonical_patient_id, loose_person, same_people, voxel_hashes
+from volta_components.data.identity import canonical_patient_id, loose_person, same_people, voxel_hashes, who
 from volta_components.errors import InputError
-from volta_components.training.people import who
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from volta_components.data.identity import exact_person, loose_person, voxel_hashes
+from volta_components.data.identity import exact_person, loose_person, voxel_hashes, who
 from volta_components.errors import InputError
 
 # Of a record: keys of people by their ids, and by their ids in any spelling; of their scans' voxels; what scans look
@@ -37,11 +37,6 @@ def patient_key(patient_id: str, cohort: str = "") -> str:
 
 def _key(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
-
-
-def who(item: Mapping[str, Any]) -> tuple[str, str]:
-    """Patient and cohort of an item; an empty text where the cohort is not known."""
-    return str(item["patient_id"]), str(item.get("cohort") or "")
 
 
 def patient_keys(item: Mapping[str, Any]) -> set[str]:

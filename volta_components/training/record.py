@@ -149,11 +149,8 @@ def check_settings(there: Mapping[str, Any], here: Mapping[str, Any], reason: st
         InputError: listing the settings that differ.
     """
     if rows := other_settings(there, here):
-        raise InputError.many(
-            reason,
-            rows,
-            f"Choose another run_name (--run_name NAME), or remove {remains} to start again.",
-        )
+        remedy = f"Choose another run_name (--run_name NAME), or remove {remains} to start again."
+        raise InputError.many(reason, rows, remedy)
 
 
 def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -126,10 +126,10 @@ def load_head(name: str, path: str) -> Head:
 
 def lookup_codes(head: Head, voxels: torch.Tensor) -> torch.Tensor:
     """The nearest voxel's code, ``[X, Y, Z]`` uint8, at ``[3, X, Y, Z]`` fractional voxels; air beyond the map."""
-    flat = torch.zeros(voxels.shape[1:], dtype=torch.int32, device=voxels.device)
-    for along, length in zip(voxels, head.codes.shape, strict=True):
-        # The outermost voxels are air: what lies beyond may as well be there.
-        flat.mul_(length).add_(along.add(0.5).clamp_(0, length - 1).to(torch.int32))
+    shape = head.codes.shape
+    # The outermost voxels are air: what lies beyond may as well be there.
+    x, y, z = (along.add(0.5).clamp_(0, n - 1).to(torch.int32) for along, n in zip(voxels, shape, strict=True))
+    flat = x.mul_(shape[1]).add_(y).mul_(shape[2]).add_(z)
     return look_up(head.codes_on(voxels.device).reshape(-1), flat)
 
 
