@@ -101,7 +101,7 @@ def test_weights_of_patients_are_not_denied(weights: dict[str, Path], tmp_path: 
     assert original[original.index("## Limits") :].splitlines()[3] in limits
 
 
-COST = {"hours": 1.25, "peak_memory_gib": 6.5, "hardware": "NVIDIA H100"}
+COST = {"hours": 1.25, "peak_memory_gib": 6.5, "hardware": "NVIDIA H100", "code_versions": ["1+aaa", "1+bbb"]}
 
 
 @pytest.mark.parametrize("shows_scans", [True, False])
@@ -124,6 +124,7 @@ def test_picture_time_and_memory_are_the_trainings(
     assert (
         "| time | 1.25 h of training |" in card and "| hardware | NVIDIA H100 |" in card and words_in_tables(card) == []
     )
+    assert "; the run was resumed by other code: 1+aaa, 1+bbb |" in card
     copies = list(folder.rglob("*.png"))
     shown = "![What was drawn.](weights.png)" in card
     if phantom or not shows_scans:

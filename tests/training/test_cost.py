@@ -7,11 +7,13 @@ import resource
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from ignite.engine import Engine, Events
 
+from volta_components.training import cost as module
 from volta_components.training.checkpoint import ResumableCheckpoint
 from volta_components.training.cost import cost_metrics, time_and_memory, training_cost
 
@@ -22,8 +24,13 @@ def test_without_a_clock_nothing_is_said() -> None:
     assert cost_metrics({}) == {}
 
 
-def test_hours_add_up_over_a_resume_without_the_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each epoch takes half an hour, the pause between the parts a day; memory is the larger of both parts."""
+def test_hours_add_up_over_a_resume_without_the_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each epoch takes half an hour, the pause between the parts a day; memory is the larger of both parts.
+
+    Each part is trained by another version of the code, which the second part says.
+    """
     clock, memory = [1000.0], [3 * 2**20]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
@@ -34,12 +41,13 @@ def test_hours_add_up_over_a_resume_without_the_pause(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(resource, "getrusage", lambda who: Usage())
 
-    def part(stop_after: int) -> dict[str, float]:
+    def part(stop_after: int, version: str) -> dict[str, Any]:
         def step(engine: Engine, batch: object) -> None:
             clock[0] += 1800
 
+        monkeypatch.setattr(module, "code_version", lambda: version)
         engine = Engine(step)
-        found: dict[str, float] = {}
+        found: dict[str, Any] = {}
         ResumableCheckpoint(tmp_path / "checkpoint.pt", {}, {}).attach(engine)
         engine.add_event_handler(Events.COMPLETED, lambda: found.update(time_and_memory(engine)))
 
@@ -52,10 +60,16 @@ def test_hours_add_up_over_a_resume_without_the_pause(tmp_path: Path, monkeypatc
             engine.run([0], max_epochs=4)
         return found
 
-    assert part(stop_after=3) == {}
+    assert part(stop_after=3, version="1+aaa") == {}
+    assert "trained by code" not in caplog.text
     clock[0] += 24 * 3600
     memory[0] = 2**20
-    assert part(stop_after=4) == pytest.approx({"hours": 2.0, "peak_memory_gib": 3.0})
+    assert part(stop_after=4, version="1+bbb") == {
+        "hours": pytest.approx(2.0),
+        "peak_memory_gib": 3.0,
+        "code_versions": ["1+aaa", "1+bbb"],
+    }
+    assert "was trained by code 1+aaa, and goes on with 1+bbb" in caplog.text
 
 
 def test_mlflow_gets_the_numbers(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from volta_components.distributed import mean_over_processes, process_count, pro
 from volta_components.errors import InputError
 from volta_components.files import FolderLock, atomic_path, free_bytes, keep_copy, remove_partials
 from volta_components.training.archive import DamagedArchiveError, read_archive, write_archive
-from volta_components.training.cost import start_clock, time_and_memory
+from volta_components.training.cost import code_versions, start_clock, time_and_memory
 from volta_components.training.record import check_settings, plain_settings
 from volta_components.training.stamps import check_stamps, make_stamps
 
@@ -260,6 +260,10 @@ class ResumableCheckpoint:
         engine.load_state_dict(state["engine"])
         start_clock(engine, state.get("cost", {}))
         logger.info("resumed %s at mini-batch %d", self.path, engine.state.iteration)
+        *earlier, now = code_versions(engine)
+        if earlier:
+            text = "%s was trained by code %s, and goes on with %s: a run by one of them alone may give other numbers"
+            logger.warning(text, self.path, ", ".join(earlier), now)
 
     def _check_space(self) -> None:
         """Before the long work: does a checkpoint fit, and do the three that there are while one is replaced?"""

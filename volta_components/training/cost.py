@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training took: time, memory, and on what."""
+"""What a training took: time, memory, on what, and by which versions of the code."""
 
 from __future__ import annotations
 
@@ -12,21 +12,27 @@ from typing import Any
 import torch
 from ignite.engine import Engine
 
+from volta_components.training.record import code_version
 from volta_components.training.tracking import hardware
 
 
-def start_clock(engine: Any, before: Mapping[str, float]) -> None:
+def start_clock(engine: Any, before: Mapping[str, Any]) -> None:
     """Begin to count at the start of a run; ``before`` is what a resumed run has taken already, or empty."""
     engine.state.cost_before = dict(before)
     engine.state.started_at = time.monotonic()
 
 
-def time_and_memory(engine: Any) -> dict[str, float]:
+def code_versions(engine: Any) -> list[str]:
+    """Versions of the code that have trained a run, in order: several if it was resumed by another one."""
+    return list(dict.fromkeys([*engine.state.cost_before.get("code_versions", []), code_version()]))
+
+
+def time_and_memory(engine: Any) -> dict[str, Any]:
     """What a run has taken so far; empty if its clock was not started.
 
     Returns:
         ``hours``, without the pauses of a run that was resumed; ``peak_memory_gib``, the most that the first process
-        has held: on the GPU when it trains there, otherwise in the host's memory.
+        has held: on the GPU when it trains there, otherwise in the host's memory; ``code_versions``.
     """
     started = getattr(engine.state, "started_at", None)
     if started is None:
@@ -36,12 +42,14 @@ def time_and_memory(engine: Any) -> dict[str, float]:
     return {
         "hours": before.get("hours", 0.0) + hours,
         "peak_memory_gib": max(before.get("peak_memory_gib", 0.0), _peak_memory_gib(engine)),
+        "code_versions": code_versions(engine),
     }
 
 
 def training_cost(engine: Engine) -> dict[str, Any]:
     """``time_and_memory`` with the ``hardware``, for the record of a finished run; empty if nothing is known."""
-    numbers = {name: round(value, 4) for name, value in time_and_memory(engine).items()}
+    found = time_and_memory(engine)
+    numbers = {name: round(value, 4) if isinstance(value, float) else value for name, value in found.items()}
     return {**numbers, "hardware": hardware()} if numbers else {}
 
 
