@@ -30,6 +30,7 @@ _MODULES = {
     "volta_components.training.schedules": ("CosineSchedule", "LinearSchedule"),
     "volta_components.method.networks": ("VoltaViT", "make_teacher", "parameter_groups"),
     "volta_components.method.weights": ("find_encoder", "load_encoder", "read_record"),
+    "volta_components.downstream.amp": ("AmpInferer",),
     "volta_components.downstream.classification": ("labelled_items", "score_only"),
     "volta_components.downstream.label_maps": ("check_label_maps", "labelled_parts"),
     "volta_components.downstream.leaks": ("Origin", "check_encoder", "check_origin"),

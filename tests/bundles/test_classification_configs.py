@@ -156,11 +156,13 @@ def test_the_method_is_in_the_config():
 
 @pytest.mark.parametrize("amp", [True, False])
 def test_the_type_of_mixed_precision_can_be_chosen(amp, prepared, encoder, tmp_path):
+    """MONAI's own is CUDA's, whatever the device: on a CPU the inferer does it."""
     for bundle in BUNDLES:
         made = workflow(bundle, ("train",), prepared, encoder, tmp_path, amp=amp, amp_dtype="$torch.float16")
         for name in ("train#trainer", "validate#evaluator", "results#scoring"):
             engine = made.parser.get_parsed_content(name)
-            assert (engine.amp, engine.amp_kwargs) == (amp, {"dtype": torch.float16})
+            assert (engine.amp, engine.amp_kwargs) == (False, {"dtype": torch.float16})
+            assert (engine.inferer.amp, engine.inferer.dtype) == (amp, torch.float16)
         settings = made.parser.get_parsed_content("settings")
         assert (settings["amp"], settings["config"]["amp_dtype"]) == (amp, "$torch.float16")
         assert read_json(configs(bundle, "train")[0])["amp_dtype"] == "$torch.bfloat16"

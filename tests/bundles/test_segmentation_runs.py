@@ -87,8 +87,9 @@ def test_every_scan_is_loaded_once_whatever_the_epochs_and_workers(
     assert loads == {path.name: 1 for path in (labelled / "images").iterdir()}
 
 
-def test_it_learns(labelled: Path, tmp_path: Path) -> None:
-    """Bright ellipsoids, told apart by the side they are on."""
+@pytest.mark.parametrize("amp", [False, True])
+def test_it_learns(amp: bool, labelled: Path, tmp_path: Path) -> None:
+    """Bright ellipsoids, told apart by the side they are on; on a CPU, in bfloat16 as well."""
     run(
         ("train", "unet_scratch"),
         labelled,
@@ -98,6 +99,7 @@ def test_it_learns(labelled: Path, tmp_path: Path) -> None:
         image_size=[32, 16, 16],
         learning_rate=0.02,
         foreground_share=0.9,
+        amp=amp,
     )
     metrics = read_json(tmp_path / "run" / "result.json")["metrics"]
     assert metrics["mean_dice"] > 0.7 and metrics["hd95_failures"] == 0
