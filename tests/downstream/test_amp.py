@@ -27,5 +27,5 @@ def test_products_are_of_numbers_rounded_to_bfloat16_and_losses_get_float32() ->
 
 
 def test_float16_needs_a_gpu() -> None:
-    with pytest.raises(InputError, match="float16 is for GPUs.*--amp False"):
+    with pytest.raises(InputError, match=r"float16 is for GPUs.*--amp False"):
         AmpInferer(SimpleInferer(), amp=True, dtype=torch.float16)(torch.ones(1, 1), nn.Identity())
