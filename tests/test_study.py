@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 
 from benchmarks.study import cost
 from benchmarks.study.__main__ import main
-from benchmarks.study.plan import OWN_IDS, TASKS, Size, Study, split_anatomies
+from benchmarks.study.plan import LEARNS_NOTHING, OWN_IDS, TASKS, UNTRAINED, Size, Study, split_anatomies
 from benchmarks.study.results import Cell, draw, last_gain, replicates, write_results
 from volta_components.cli import read
 from volta_components.errors import InputError
@@ -72,11 +72,12 @@ def test_every_step_is_a_command_that_a_user_could_type(size, tmp_path, monkeypa
     seeds = [words[words.index("--seed") + 1] for words in heads.values()]
     assert len(set(seeds)) == 3  # no head is in two of them
     pretrainings = [step.words for step in steps if "monai.bundle" in step.words]
-    assert len(pretrainings) == study.size.pretrainings
-    for number, words in enumerate(pretrainings):
+    encoders = [*range(study.size.pretrainings), UNTRAINED]
+    for number, words in zip(encoders, pretrainings, strict=True):
         options = dict(itertools.pairwise(words))
         assert json.loads(options["--leave_out"].replace("'", '"')) == scored
-        assert options["--seed"] == str(number)
+        assert options["--seed"] == ("0" if number == UNTRAINED else str(number))
+        assert {f"--{name}" for name in LEARNS_NOTHING}.isdisjoint(options) == (number != UNTRAINED)
         files = json.loads(options["--config_file"].replace("'", '"'))
         assert all(Path(file).is_file() for file in files)
         parser = ConfigParser()
@@ -93,7 +94,9 @@ def test_every_step_is_a_command_that_a_user_could_type(size, tmp_path, monkeypa
         assert options["--folds"] == "1" and options["--datalist"] == str(study.datalist(task))
         first = options["--encoder"] == str(study.encoder(0))
         assert set(TASKS[task]).isdisjoint(inits) != first  # what starts from scratch is trained once
-    pretrained = len(study.size.pretrained) * study.size.pretrainings
+        untrained = options["--encoder"] == str(study.encoder(UNTRAINED))
+        assert (inits == study.size.untrained) == untrained or study.size.untrained == study.size.pretrained
+    pretrained = len(study.size.pretrained) * study.size.pretrainings + len(study.size.untrained)
     each = (pretrained + 2) * study.size.seeds * len(study.size.fractions)
     assert trained == dict.fromkeys(TASKS, each)
 
@@ -216,16 +219,17 @@ def test_the_last_quarter_says_whether_a_curve_still_rises():
 
 
 def fill(writer: Writer, study: Study, folder: Path) -> None:
-    """A store as the study leaves it: VolTA ahead by 0.1 of Dice, no difference in the classes."""
+    """A store as the study leaves it: VolTA ahead by 0.1 of Dice, half of it untrained too; none in the classes."""
     for task in TASKS:
-        for number, seed, fraction in itertools.product(range(2), range(2), study.size.fractions):
+        for number, seed, fraction in itertools.product((0, 1, UNTRAINED), range(2), study.size.fractions):
             for init in ("volta", *(TASKS[task] if number == 0 else ())):
-                noise = np.random.default_rng([number, seed, int(10 * fraction), len(init)])
+                ahead = 0.1 * (init == "volta") - 0.05 * (number == UNTRAINED)
+                noise = np.random.default_rng([len(str(number)), number == 1, seed, int(10 * fraction), len(init)])
                 rows = []
                 for head in range(16):
                     row = {"subject_id": f"sub-{head:02d}", "patient_id": f"A{head % 4}", "session": "1"}
                     if task == "harp_hippocampus":
-                        dice = 0.5 + 0.1 * (init == "volta") + noise.normal(0, 0.01)
+                        dice = 0.5 + ahead + noise.normal(0, 0.01)
                         row |= {"dice": dice, "hd95": 3.0}
                     else:
                         row |= {"label": head // 4 % 2, "score": noise.random(), "prediction": 1}
@@ -251,14 +255,22 @@ def test_the_page_of_results_is_made_from_mlflow_alone(tmp_path):
     page = write_results(study).read_text()
     with (study.root / "results.csv").open() as stream:
         rows = {(row["task"], row["fraction"], row["init"]): row for row in csv.DictReader(stream)}
-    assert len(rows) == 3 * 2 * 3
+    assert len(rows) == 3 * 2 * 4
     ahead = rows["harp_hippocampus", "0.2", "volta"]
     assert float(ahead["difference"]) == pytest.approx(0.1, abs=0.02) and float(ahead["difference_low"]) > 0.05
-    assert ahead["runs"] == "4" and rows["harp_hippocampus", "1.0", "unetr_scratch"]["runs"] == "2"
+    assert float(ahead["untrained"]) == pytest.approx(0.05, abs=0.02)
+    assert 0 < float(ahead["untrained_low"]) < float(ahead["untrained"]) < float(ahead["untrained_high"])
+    control = rows["harp_hippocampus", "0.2", "untrainedvolta"]
+    assert float(control["difference"]) == pytest.approx(0.05, abs=0.02) and control["untrained"] == ""
+    assert (
+        ahead["runs"] == "4"
+        and control["runs"] == "2"
+        and rows["harp_hippocampus", "1.0", "unetr_scratch"]["runs"] == "2"
+    )
     assert rows["harp_hippocampus", "0.2", "unetr_scratch"]["difference"] == ""
     even = rows["ixi_sex", "1.0", "volta"]
     assert float(even["difference_low"]) < 0 < float(even["difference_high"])
-    assert page.count("| VolTA-3D |") == 6 and "With four anatomies" in page
+    assert page.count("| VolTA-3D |") == page.count("| Untrained encoder |") == 6 and "With four anatomies" in page
     assert all((study.root / f"curves_{task}.png").stat().st_size > 1000 for task in TASKS)
 
 

@@ -116,7 +116,8 @@ def table(study: Study) -> list[tuple[str, int, float]]:
     rows = [("pretraining", study.size.pretrainings, study.size.pretrainings * pretraining(study) / 3600)]
     each = study.size.seeds * len(study.size.fractions)
     for task, scratch in TASKS.items():
-        inits = [*product(study.size.pretrained, [study.size.pretrainings]), *product(scratch, [1])]
+        inits = [(init, study.size.pretrainings + (init in study.size.untrained)) for init in study.size.pretrained]
+        inits += product(scratch, [1])
         rows += [
             (f"{task}, {init}", each * times, times * fine_tuning(study, task, init) / 3600) for init, times in inits
         ]

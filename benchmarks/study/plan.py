@@ -23,6 +23,10 @@ TASKS = {
 }
 # The whole recipe; benchmarks/learning.py says what each part of it is worth.
 RECIPE = ("synthetic", "recommended")
+# In place of the number of a pretraining: one that learns nothing. What starts from its encoder differs from what
+# starts from a pretrained one by the weights alone; what starts from scratch also trains its encoder at another rate.
+UNTRAINED = "untrained"
+LEARNS_NOTHING = {"epochs": 1, "warmup_epochs": 0, "learning_rate": 0, "final_learning_rate": 0}
 # Nothing is chosen, so nobody is held out for it: the last model is the result. What would be the validation's curve is
 # that of the scored heads.
 NOTHING_CHOSEN = {"validation_fraction": 0.0, "validate#dataset#data": "$@parts.scored"}
@@ -47,6 +51,7 @@ class Size:
         seeds: of fine-tuning.
         pretrainings: seeds of pretraining.
         pretrained: inits that start from an encoder.
+        untrained: those of them that start from an untrained one as well.
         overlays: of the bundles, before the ids below.
         pretrain, classification, harp_hippocampus: ids.
     """
@@ -60,6 +65,7 @@ class Size:
     seeds: int
     pretrainings: int
     pretrained: list[str]
+    untrained: list[str]
     overlays: list[str]
     pretrain: dict[str, Any]
     classification: dict[str, Any]
@@ -125,13 +131,15 @@ class Study:
         name = "with_masks" if task == "harp_hippocampus" else "with_labels"
         return self.root / "data" / name / "datalist.json"
 
-    def encoder(self, number: int) -> Path:
-        """The weights of a pretraining."""
+    def encoder(self, number: int | str) -> Path:
+        """The weights of a pretraining, or of ``UNTRAINED``."""
         return self.root / f"pretrain_{number}" / "models" / "encoder_phantom_study.safetensors"
 
     @staticmethod
-    def experiment(task: str, number: int = 0) -> str:
+    def experiment(task: str, number: int | str = 0) -> str:
         """MLflow's experiment of a task and a pretraining; what starts from scratch is with the first."""
+        if number == UNTRAINED:
+            return f"study_{task}_{UNTRAINED}"
         return f"study_{task}" + (f"_pretrained_{number}" if number else "")
 
     def overlay(self, bundle: str) -> Path:
@@ -176,20 +184,23 @@ class Study:
             words = ["merge", str(data / name), str(data / "training"), "--output", str(self.datalist(task))]
             words += ["--name", "phantom_study", "--hold-out"]
             steps.append(_volta3d(f"One data set, in which heads of {name} are fold 0", *words))
-        steps += [self._pretraining(number, scored) for number in range(self.size.pretrainings)]
+        encoders: list[int | str] = [*range(self.size.pretrainings), UNTRAINED]
+        steps += [self._pretraining(number, scored) for number in encoders]
         for task, scratch in TASKS.items():
-            for number in range(self.size.pretrainings):
-                inits = [*self.size.pretrained, *(scratch if number == 0 else ())]
+            for number in encoders:
+                inits = self.size.untrained if number == UNTRAINED else self.size.pretrained
+                inits = [*inits, *(scratch if number == 0 else ())]
                 steps += [self._crossval(task, number, inits, seed) for seed in range(self.size.seeds)]
         experiments = ",".join(["volta3d_pretrain", *map(self.experiment, TASKS)])
         words = ["report", "--output", str(self.root / "report"), "--tracking-uri", self.store]
         steps.append(_volta3d("Report, of the first pretraining", *words, "--experiments", experiments))
         return steps
 
-    def _pretraining(self, number: int, left_out: Sequence[str]) -> Step:
+    def _pretraining(self, number: int | str, left_out: Sequence[str]) -> Step:
         folder = self.root / f"pretrain_{number}"
-        ids = {
-            "seed": number,
+        ids: dict[str, Any] = {
+            **(LEARNS_NOTHING if number == UNTRAINED else {}),
+            "seed": 0 if number == UNTRAINED else number,
             "run_name": folder.name,
             "suffix": "_phantom_study",
             "anatomies": self.anatomies,
@@ -201,15 +212,17 @@ class Study:
         }
         options = [word for name, value in ids.items() for word in (f"--{name}", str(value))]
         words = ("python", "-m", "monai.bundle", "run", "--config_file", str(self.configs("pretrain", *RECIPE)))
-        return Step(f"Pretraining, seed {number}", (*words, *options))
+        title = "An encoder that learns nothing" if number == UNTRAINED else f"Pretraining, seed {number}"
+        return Step(title, (*words, *options))
 
-    def _crossval(self, task: str, number: int, inits: Sequence[str], seed: int) -> Step:
+    def _crossval(self, task: str, number: int | str, inits: Sequence[str], seed: int) -> Step:
         words = ["crossval", "--bundle", f"bundles/{task}", "--datalist", str(self.datalist(task)), "--folds", "1"]
         words += ["--inits", ",".join(inits), "--fractions", ",".join(map(str, self.size.fractions))]
         words += ["--overlays", ",".join([*self.size.overlays, str(self.overlay(task))]), "--seed", str(seed)]
         words += ["--encoder", str(self.encoder(number)), "--jobs", str(self.jobs), "--output", str(self.root)]
         words += ["--tracking-uri", self.store, "--experiment", self.experiment(task, number)]
-        return _volta3d(f"{task}, pretraining {number}, seed {seed}", *words)
+        start = "untrained" if number == UNTRAINED else f"pretraining {number}"
+        return _volta3d(f"{task}, {start}, seed {seed}", *words)
 
 
 def _volta3d(title: str, *words: str) -> Step:
