@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -16,6 +17,7 @@ from volta_components.downstream.metrics import (
     Resampling,
     auroc,
     auroc_interval,
+    auroc_within,
     interval,
     score_intervals,
     score_mask,
@@ -137,6 +139,37 @@ def test_intervals_of_dice_and_hd95_are_scipys_over_patients(rng):
         ends = (expected.confidence_interval.low, expected.confidence_interval.high)
         assert found[name] == pytest.approx(ends, abs=0.08 * (ends[1] - ends[0]))
     assert score_intervals(rows[:2], patients[:2]) == {}  # one patient
+
+
+def test_an_interval_is_of_the_mean_beside_it_also_where_patients_have_different_numbers_of_scans():
+    """27 patients of one good scan, three of ten bad ones: the mean over scans is (27 * 0.9 + 30 * 0.5) / 57."""
+    rows = [{"dice": 0.9, "hd95": 1.0}] * 27 + [{"dice": 0.5, "hd95": 1.0}] * 30
+    patients = [f"one{place}" for place in range(27)] + [f"ten{place // 10}" for place in range(30)]
+    low, high = score_intervals(rows, patients)["mean_dice"]
+    mean = (27 * 0.9 + 30 * 0.5) / 57
+    assert 0.55 < low < mean < high < 0.9
+
+
+def test_pairs_are_compared_within_their_group_only(rng):
+    """Against all pairs, one by one; and groups whose scores differ by their shares of a class alone say nothing."""
+    label, score, group = rng.integers(0, 2, 40), rng.normal(size=40), rng.integers(0, 4, 40)
+    weights = rng.integers(0, 3, (5, 40))
+    expected = []
+    for weight in weights:
+        wins, pairs = 0.0, 0.0
+        for one, zero in itertools.product(np.flatnonzero(label == 1), np.flatnonzero(label == 0)):
+            if group[one] == group[zero]:
+                times = weight[one] * weight[zero]
+                wins += times * ((score[one] > score[zero]) + 0.5 * (score[one] == score[zero]))
+                pairs += times
+        expected.append(wins / pairs)
+    assert auroc_within(label, score, group, weights) == pytest.approx(expected)
+    label = np.concatenate([np.arange(20) < ones for ones in (6, 9, 11, 14)]).astype(int)
+    group = np.repeat(range(4), 20)
+    told = np.array([label[group != each].mean() for each in group])  # a model that knows the other folds' shares
+    assert float(auroc_within(label, told, group)) == 0.5
+    assert float(auroc(label, told)) < 0.4
+    assert math.isnan(auroc_within([0, 0, 1], [1, 2, 3], [0, 0, 1]))
 
 
 def test_interval_covers_the_true_auroc_about_as_often_as_it_says(rng):

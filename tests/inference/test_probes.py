@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 
-from volta_components.downstream.metrics import auroc_interval
+from volta_components.downstream.metrics import Resampling, auroc_within, interval
 from volta_components.errors import InputError
 from volta_components.inference.embeddings import EmbeddingTable
 from volta_components.inference.probes import out_of_fold_scores, probe_report
@@ -178,10 +178,15 @@ def test_the_report_has_a_row_for_each_combination(
     known = [i for i, item in enumerate(items) if item["diagnosis"] in ("CN", "AD")]
     truth = np.array([items[i]["diagnosis"] == "AD" for i in known]).astype(int)
     features = tables["volta"].matrix("summary+mean")[known]
-    scores = out_of_fold_scores(features, truth, np.array([items[i]["fold"] for i in known]), "knn", 5)
-    interval = auroc_interval(truth, scores, [items[i]["patient_id"] for i in known], seed=0)
-    assert (row["value"], row["low"], row["high"]) == interval
-    assert row["value"] == pytest.approx(roc_auc_score(truth, scores))
+    folds = np.array([items[i]["fold"] for i in known])
+    scores = out_of_fold_scores(features, truth, folds, "knn", 5)
+    patients = [items[i]["patient_id"] for i in known]
+    weights = Resampling(patients, seed=0).weights(patients)
+    assert (row["low"], row["high"]) == interval(auroc_within(truth, scores, folds, weights))
+    # Pairs within each fold, as often as there are pairs of a one and a zero.
+    areas = [roc_auc_score(truth[folds == fold], scores[folds == fold]) for fold in np.unique(folds)]
+    pairs = [truth[folds == fold].sum() * (1 - truth[folds == fold]).sum() for fold in np.unique(folds)]
+    assert row["value"] == pytest.approx(np.average(areas, weights=pairs))
 
     printed = capsys.readouterr().out.splitlines()
     table = printed[: 1 + len(everything)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -90,15 +89,14 @@ def summarise_scores(rows: Sequence[Mapping[str, float]], penalty: float) -> dic
 def score_intervals(rows: Sequence[Mapping[str, float]], patients: Sequence[str]) -> dict[str, tuple[float, float]]:
     """95 % bootstrap intervals of ``mean_dice`` and ``hd95``, where two patients or more have a value.
 
-    Scans of one patient are averaged first.
+    They are means over scans, and so is what an interval is of; patients are drawn, each with all of their scans.
     """
     result = {}
     for name, key in (("mean_dice", "dice"), ("hd95", "hd95")):
         known = [(patient, row[key]) for patient, row in zip(patients, rows, strict=True) if not math.isnan(row[key])]
-        scans = Counter(patient for patient, _ in known)
-        if len(scans) > 1:
-            owners = [patient for patient, _ in known]
-            weights = Resampling(owners).weights(owners) / [scans[patient] for patient in owners]
+        owners = [patient for patient, _ in known]
+        if len(set(owners)) > 1:
+            weights = Resampling(owners).weights(owners)
             result[name] = interval(weighted_mean(np.array([value for _, value in known]), weights))
     return result
 
@@ -165,6 +163,34 @@ def auroc(labels: ArrayLike, scores: ArrayLike, weights: ArrayLike = 1.0) -> Arr
     ones, zeros = (np.add.reduceat((given * which)[..., order], starts, axis=-1) for which in (positive, ~positive))
     ahead = ones * (zeros.cumsum(axis=-1) - zeros / 2)
     return ratio(ahead.sum(-1), ones.sum(-1) * zeros.sum(-1))
+
+
+def auroc_within(labels: ArrayLike, scores: ArrayLike, groups: ArrayLike, weights: ArrayLike = 1.0) -> Array:
+    """AUROC of pairs *of the same group*: every pair of a one and a zero counts once.
+
+    Scores of different folds come from different models and are not compared: where shares of a class differ between
+    folds, a model that knows nothing but these shares would be below 0.5. Unlike a mean over groups it is defined when
+    some group has none of a class, as happens in small ones.
+
+    Args:
+        labels: ``[n]``, 0 or 1.
+        scores: ``[n]``, higher for label 1.
+        groups: ``[n]``, such as the fold of each row.
+        weights: ``[..., n]``, as for ``auroc``.
+
+    Returns:
+        ``[...]``; NaN where no group has both classes.
+    """
+    positive, values, owner = np.asarray(labels).astype(bool), np.asarray(scores, dtype=float), np.asarray(groups)
+    given = np.asarray(weights, dtype=float) * np.ones(len(values))
+    wins, pairs = np.zeros(given.shape[:-1]), np.zeros(given.shape[:-1])
+    for group in np.unique(owner):
+        here = owner == group
+        weight = given[..., here]
+        number = weight[..., positive[here]].sum(-1) * weight[..., ~positive[here]].sum(-1)
+        wins = wins + np.nan_to_num(auroc(positive[here], values[here], weight)) * number
+        pairs = pairs + number
+    return ratio(wins, pairs)
 
 
 def share(hits: ArrayLike, among: ArrayLike, weights: ArrayLike = 1.0) -> Array:

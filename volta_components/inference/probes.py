@@ -19,7 +19,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
-from volta_components.downstream.metrics import Resampling, auroc_interval, interval
+from volta_components.downstream.metrics import Resampling, auroc_within, interval
 from volta_components.errors import InputError
 from volta_components.files import write_json
 from volta_components.inference.embeddings import EmbeddingTable
@@ -154,15 +154,6 @@ def finds_same_subject(
     return np.where(asked, found, np.nan), np.where(asked, chance, np.nan)
 
 
-def _correlation(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Pearson's r of ``[n]`` numbers for each row of ``[samples, n]`` weights; 0 where predictions do not vary."""
-    share = weights / weights.sum(axis=-1, keepdims=True)
-    first, second = truth - (share @ truth)[..., None], predicted - (share @ predicted)[..., None]
-    scale = np.sqrt((share * first**2).sum(axis=-1) * (share * second**2).sum(axis=-1))
-    covariance = (share * first * second).sum(axis=-1)
-    return np.divide(covariance, scale, out=np.zeros_like(scale), where=scale > 1e-12 * np.abs(truth).max())
-
-
 def _questions(
     items: Sequence[Mapping[str, Any]], targets: Mapping[str, Sequence[str]]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -212,7 +203,7 @@ class Probes:
         return Resampling(patients, seed=self.seed).weights(patients)
 
     def classes(self, targets: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Any]]:
-        """AUROC of each label, out of fold."""
+        """AUROC of each label, out of fold, of pairs of scans in the same fold."""
         for label, known, truth in _questions(self.items, targets):
             folds = self.folds[known]
             if len(np.unique(truth)) < 2:
@@ -221,6 +212,7 @@ class Probes:
             if label not in targets and fewest < 2:
                 print(f"{label}: too few in some folds to be probed")
                 continue
+            weights = self._weights(known)
             for each in self.features:
                 for probe in ("knn", "linear"):
                     matrix = each.matrix[known]
@@ -230,23 +222,28 @@ class Probes:
                         )
                     except InputError as error:
                         raise InputError(f"label {label!r}: {error}") from error
-                    figures = auroc_interval(truth, scores, list(self.patients[known]), seed=self.seed)
+                    figures = auroc_within(truth, scores, folds), *interval(auroc_within(truth, scores, folds, weights))
                     row = self._row(label, each, probe, "auroc", known, figures, chance=0.5)
                     yield row | {"positive": int(truth.sum())}
 
     def numbers(self, name: str, values: Sequence[float | None]) -> Iterator[dict[str, Any]]:
-        """Pearson's r between numbers and what a ridge regression says of them, out of fold."""
+        """Share of the variance of numbers that a ridge regression explains, out of fold.
+
+        Beside it stands the mean of the other folds, which is what a regression says that knows nothing. (Pearson's r
+        would be far below 0 for it: where held-out numbers are high, the mean of the others is low.)
+        """
         known = np.array([value is not None and bool(np.isfinite(value)) for value in values])
         truth = np.array([value for value, there in zip(values, known, strict=True) if there], dtype=float)
         folds = self.folds[known]
         if len(truth) < 10 or len(np.unique(folds)) < 2 or truth.std() == 0:
             return
         weights = self._weights(known)
+        naive = np.array([(value - truth[folds != fold].mean()) ** 2 for value, fold in zip(truth, folds, strict=True)])
         for each in self.features:
             told = out_of_fold_scores(each.matrix[known], truth, folds, "ridge", components=each.components)
-            r = float(_correlation(truth, told, np.ones(len(truth))))
-            figures = (r, *interval(_correlation(truth, told, weights)))
-            yield self._row(name, each, "ridge", "r", known, figures, chance=0.0)
+            errors = (truth - told) ** 2
+            figures = (1 - errors.sum() / naive.sum(), *interval(1 - (weights @ errors) / (weights @ naive)))
+            yield self._row(name, each, "ridge", "r2", known, figures, chance=0.0)
 
     def same_subject(self) -> Iterator[dict[str, Any]]:
         """Share of scans whose nearest neighbour is another scan of the same subject: the same head, seen again.
@@ -334,7 +331,7 @@ def probe_report(
             fills a patch are asked too.
 
     Returns:
-        A row for each question, encoder, kind of embedding and probe: ``measure`` (``auroc``, ``r``, ``share`` or
+        A row for each question, encoder, kind of embedding and probe: ``measure`` (``auroc``, ``share`` or
         ``r2``), ``value``, its 95 % interval over patients ``low`` and ``high``, and what ``chance`` gives.
 
     Raises:

@@ -39,7 +39,7 @@ LAST = {
 }
 
 PROBES = {"knn": "k-NN"}
-MEASURES = {"auroc": "AUROC", "r": "Pearson's r", "share": "share found", "r2": "R² beyond position"}
+MEASURES = {"auroc": "AUROC", "share": "share found", "r2": "R²"}
 
 
 @dataclass

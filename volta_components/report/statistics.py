@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from sklearn.calibration import calibration_curve
 
-from volta_components.downstream.metrics import Array, Resampling, auroc, interval, ratio, share
+from volta_components.downstream.metrics import Array, Resampling, auroc, auroc_within, interval, share
 
 FEWEST = 20  # patients that a bootstrap interval needs
 BINS = 10  # of a reliability diagram
@@ -201,22 +201,10 @@ def _mean(items: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
 
 
 def pair_auroc(tables: Sequence[pd.DataFrame], weights: Sequence[NDArray[Any]] | None = None) -> Array:
-    """AUROC of a few subjects of each fold: every pair of a one and a zero *of the same fold* counts once.
-
-    Scores of different folds come from different networks and are never compared. Unlike a mean over folds it is
-    defined when some fold has none of a class, as happens in small groups.
-    """
-    weights = [np.ones(len(table)) for table in tables] if weights is None else weights
-    wins: Any = 0.0
-    pairs: Any = 0.0
-    for table, weight in zip(tables, weights, strict=True):
-        positive = table["label"].to_numpy().astype(bool)
-        if positive.all() or not positive.any():
-            continue
-        number = weight[..., positive].sum(-1) * weight[..., ~positive].sum(-1)
-        wins = wins + np.nan_to_num(auroc(positive, table["score"].to_numpy(float), weight)) * number
-        pairs = pairs + number
-    return ratio(np.asarray(wins), np.asarray(pairs))
+    """AUROC of a few subjects of each fold, a table each; see ``auroc_within``."""
+    label, score = (np.concatenate([table[name].to_numpy(float) for table in tables]) for name in ("label", "score"))
+    folds = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    return auroc_within(label, score, folds, 1.0 if weights is None else np.concatenate(list(weights), axis=-1))
 
 
 def calibration_error(labels: NDArray[Any], scores: NDArray[Any]) -> float:
