@@ -48,6 +48,7 @@ FORMS: dict[str, Callable[[Size, torch.device, Path], Step]] = {
     "this project, bfloat16, 8 volumes": lambda size, device, _: ours(size, device, HALF, compiled=True, batch=8).step,
     "this project, bfloat16, from disk": lambda size, device, folder: ours(size, device, HALF, folder=folder).step,
     "DINOv2-style peer, bfloat16": lambda size, device, _: peer(size, device, HALF),
+    "DINOv2-style peer, bfloat16, this project's views": lambda size, device, _: peer(size, device, HALF, True),
     "views by MONAI's dictionary transforms": lambda size, device, _: monai_views(size, device),
     "views by this project": lambda size, device, _: our_views(size, device),
     "starter model by MONAI's sliding window, float32": lambda size, device, _: Starter(device).stock,
@@ -81,6 +82,7 @@ ROWS: list[tuple[str, str, str, str, str]] = [
     ),
     ("a step, read from disk / in memory", "<= 1.05", "this project, bfloat16, from disk", OURS, "seconds"),
     ("a step, DINOv2-style peer / this project", "> 1.2", "DINOv2-style peer, bfloat16", OURS, "seconds"),
+    ("the same with this project's views", "", "DINOv2-style peer, bfloat16, this project's views", OURS, "seconds"),
     (
         "hippocampus inference, starter model, stock / this project",
         ">= 2",
@@ -96,7 +98,7 @@ ROWS: list[tuple[str, str, str, str, str]] = [
         "seconds",
     ),
     (
-        "fine-tuning epoch, UNETR, stock / this project",
+        "fine-tuning epoch, UNETR, stock / this project, which freezes half of the blocks",
         ">= 1.5",
         "fine-tuning as MONAI's tutorial, float32",
         "fine-tuning by the bundle, bfloat16",

@@ -116,14 +116,16 @@ def our_views(size: Size, device: torch.device) -> Callable[[], None]:
 
 
 def monai_chain(size: Size, local: bool) -> t.Compose:
-    """Dictionary transforms that make one global or local crop."""
-    keys, side = ["image"], (size.local,) * 3
+    """A dictionary transform that makes one global or local crop; of a local one it computes no more than that crop."""
     turned = {"rotate_range": [math.radians(5)] * 3, "padding_mode": "zeros", "mode": "bilinear", "prob": 1.0}
-    if local:
-        zoom = t.RandAffined(keys, scale_range=[(-0.4, 0.4)] * 3, **turned)
-        crop = t.RandSpatialCropd(keys, side, random_size=False)
-        return t.Compose([zoom, crop, t.ResizeWithPadOrCropd(keys, side)])
-    return t.Compose([t.RandAffined(keys, translate_range=[4] * 3, scale_range=[0.05] * 3, **turned)])
+    if not local:
+        return t.Compose([t.RandAffined(["image"], translate_range=[4] * 3, scale_range=[0.05] * 3, **turned)])
+    anywhere = [(side - size.local) / 2 for side in size.image]
+    zoom = [(-0.4, 0.4)] * 3
+    crop = t.RandAffined(
+        ["image"], spatial_size=(size.local,) * 3, translate_range=anywhere, scale_range=zoom, **turned
+    )
+    return t.Compose([crop])
 
 
 def monai_intensity(strong: bool) -> t.Compose:

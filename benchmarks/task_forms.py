@@ -15,13 +15,14 @@ from monai import transforms as t
 from monai.bundle import ConfigParser
 from monai.data import CacheDataset
 from monai.data import DataLoader as MonaiLoader
-from monai.inferers import SlidingWindowInferer
+from monai.inferers import SimpleInferer, SlidingWindowInferer
 from monai.losses import DiceCELoss
 from nilearn.datasets import load_mni152_template
 from step_forms import Size, volume_of
 from torch import Tensor, nn
 
 from volta_components.data.load import LoadScand
+from volta_components.downstream.amp import AmpInferer
 from volta_components.downstream.networks import VoltaUNETR
 from volta_components.downstream.segmentation import FloatWindowInferer
 from volta_components.downstream.start import freeze_for, load_model
@@ -74,8 +75,9 @@ class Starter:
     @torch.no_grad()
     def ours(self) -> Tensor:
         """The bundle's inferer, with ``--amp True``."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
-            return FloatWindowInferer(**self.window, mirrored=True)(self.image, self.network).argmax(dim=1)
+        inferer = AmpInferer(FloatWindowInferer(**self.window, mirrored=True), amp=True)
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+            return inferer(self.image, self.network).argmax(dim=1)
 
     def dice(self) -> float:
         """Of both masks, hippocampi of both sides together."""
@@ -89,11 +91,11 @@ def unetr_inference(size: Size, device: torch.device, stock: bool) -> Callable[[
     network = VoltaUNETR(img_size=(side,) * 3, **sizes_of(size)).to(device).eval()
     image = torch.rand(1, 1, *(side * 5 // 3,) * 3, device=device)
     kind = SlidingWindowInferer if stock else FloatWindowInferer
-    inferer = kind((side,) * 3, 4, 0.5, mode="gaussian")
+    inferer = AmpInferer(kind((side,) * 3, 4, 0.5, mode="gaussian"), amp=not stock)
 
     @torch.no_grad()
     def step() -> None:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=not stock):
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda" and not stock):
             inferer(image, network)
 
     return step
@@ -142,11 +144,14 @@ def fine_tuning(size: Size, device: torch.device, folder: Path, stock: bool, amp
         freeze_for(network, "volta", size.layers // 2)
         optimizer = torch.optim.AdamW(parameter_groups(network, 1e-5), lr=1e-4)
 
+    mixed = amp and not stock
+    inferer = AmpInferer(SimpleInferer(), mixed)
+
     def step() -> None:
         for batch in loader:
             optimizer.zero_grad()
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp and not stock):
-                found = loss(network(batch["image"].to(device)), batch["label"].to(device))
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=mixed and device.type == "cuda"):
+                found = loss(inferer(batch["image"].to(device), network), batch["label"].to(device))
             found.backward()
             optimizer.step()
             found.item()
