@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the benchmarks and print their tables; ``--full`` takes the paper's sizes (12 GiB) and the long ones (hours)."""
+"""Run the benchmarks and print their tables.
+
+``--full`` takes the paper's sizes (12 GiB) and the long ones (hours), and writes ``results``, which the pages cite.
+Without it, small sizes are printed only.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+PRINTED_ONLY = ["--output", os.devnull]
 # script, arguments for a quick look (None: only with --full), arguments with --full
 BENCHMARKS: dict[str, tuple[str, list[str] | None, list[str]]] = {
     "A step of pretraining": (
         "step.py",
-        ["--output", str(RESULTS / "step.md")],
-        ["--size", "paper", "--output", str(RESULTS / "step_paper.md")],
+        PRINTED_ONLY,
+        ["--size", "paper", "--output", str(RESULTS / "step.md")],
     ),
     "The loader": ("loader.py", [], ["--size", "paper"]),
     "The start, by the size of the data": (
@@ -24,8 +30,8 @@ BENCHMARKS: dict[str, tuple[str, list[str] | None, list[str]]] = {
         [],
     ),
     "Time to import": ("import_time.py", [], []),
-    "Throughput of preparation": ("prepare_throughput.py", [], []),
-    "Phantoms a second": ("phantom_throughput.py", ["--volumes", "5"], []),
+    "Throughput of preparation": ("prepare_throughput.py", PRINTED_ONLY, []),
+    "Phantoms a second": ("phantom_throughput.py", ["--volumes", "5", *PRINTED_ONLY], []),
     "How hard the phantoms' labels are": ("phantom_effects.py", None, []),
     "What keeps the global branch alive": ("collapse.py", None, []),
 }
@@ -33,8 +39,8 @@ BENCHMARKS: dict[str, tuple[str, list[str] | None, list[str]]] = {
 
 def main() -> None:
     """Run the benchmarks, each in a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="the paper's sizes, and the long ones")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="the paper's sizes and the long ones, written to results")
     options = parser.parse_args()
     for title, (script, small, full) in BENCHMARKS.items():
         arguments = full if options.full else small

@@ -47,7 +47,7 @@ COMMANDS = {
     "fetch": ("volta_components.data.fetch.command:fetch", "Download open data, checked, with its licence."),
     "phantom": ("volta_components.data.phantom.command:phantom", "Make a BIDS data set of synthetic heads."),
     "prepare": ("volta_components.data.prepare:prepare", "Turn a data set into checked volumes and a datalist."),
-    "check": ("volta_components.data.overlaps:check", "Prove that no patient is in two datalists."),
+    "check": ("volta_components.data.overlaps:check", "Look for patients that are in two datalists."),
     "merge": ("volta_components.data.overlaps:merge", "Join prepared data sets into one datalist."),
     "pack-data": ("volta_components.data.shards:pack_data", "Put prepared volumes into a few large tar files."),
     "crossval": ("volta_components.crossval.command:crossval", "Train a bundle over folds, inits and fractions."),

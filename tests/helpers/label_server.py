@@ -28,6 +28,8 @@ ROOT = Path(__file__).parents[2]
 LABEL = ROOT / ".venv-label"
 FORM = "application/x-www-form-urlencoded"
 HARP = "harp_hippocampus_phantom_tiny"
+# What the page's requests name: the model that ships, which is served where no bundle is given.
+STARTER = "harp_hippocampus_phantom"
 CLASSES = {"ixi_sex_phantom_tiny": ["male", "female"], "aibl_ad_phantom_tiny": ["healthy", "ad"]}
 # Sizes at which a training takes seconds; packed as an overlay, as the quick start's sizes are.
 SMALL: dict[str, Any] = {

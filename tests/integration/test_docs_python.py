@@ -72,7 +72,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for place in ("scans", f"bids/sub-{number:02d}/anat"):
             item = write_scan(folder / place, f"sub-{number:02d}", *head(shape, affine, number), affine)
             Path(item["label"]).unlink()
-    make_prepared(folder / "data" / "labelled")
+    make_prepared(folder / "data" / "ixi")
     return folder
 
 
@@ -109,7 +109,7 @@ def test_every_block_of_the_guide_runs(
     assert names["attention"].mean() == pytest.approx(1, abs=0.05)
 
     # The classifier's numbers: whose they are, that nobody is fitted on himself, and the AUROC by counting pairs.
-    items = load_datalist(workplace / "data" / "labelled").items
+    items = load_datalist(workplace / "data" / "ixi").items
     assert names["female"].tolist() == [item["sex"] == "F" for item in items]
     scores, female = names["scores"], names["female"]
     pairs = [(a > b) + 0.5 * (a == b) for a in scores[female] for b in scores[~female]]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import socket
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from label_server import STARTER, page_blocks
 from packed import ROOT, random_weights
 
 from volta_components.errors import InputError
@@ -73,6 +75,20 @@ def test_the_demos_models_are_served_as_copies_that_stay(serve: ModuleType, repo
     changed.write_bytes(changed.read_bytes() + b" ")
     write_json(changed.with_suffix(".json"), {**record, "sha256": sha256_file(changed)})
     assert [path for path, _ in serve.trained_models(HARP, repository)] == [changed, model]
+
+
+def test_the_page_asks_for_models_that_are_served(serve: ModuleType, repository: Path) -> None:
+    """With the model that ships, and the quick start's beside it."""
+    models = repository / "bundles" / HARP / "models"
+    models.mkdir()
+    for kind in ("pt", "json"):
+        shutil.copy(ROOT / "bundles" / HARP / "models" / f"model_starter.{kind}", models)
+    trained(HARP, models)
+    trained("ixi_sex", repository / "bundles" / "ixi_sex" / "models")
+    served = [path.name for path in serve.choose_bundles("", repository, repository / "copies")]
+    assert served == [STARTER, "ixi_sex_phantom_tiny"]
+    requests = "\n".join(block.text for block in page_blocks())
+    assert set(re.findall(r"8000/(?:infer|train)/(\w+)", requests)) == set(served)
 
 
 def test_bundles_that_cannot_be_served_are_listed(serve: ModuleType, repository: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from csv_rows import read_rows
 from doc_blocks import Block
-from label_server import CLASSES, HARP, ROOT, SMALL, Server, command, environment, page_blocks, running
+from label_server import CLASSES, HARP, ROOT, SMALL, STARTER, Server, command, environment, page_blocks, running
 from labelled_scans import centred_affine, head
 from monai.bundle import ConfigParser
 from scipy import ndimage
@@ -122,7 +122,7 @@ def test_a_mask_is_that_of_the_bundle(server: Server, bundles: dict[str, Path], 
 def test_the_pages_requests(server: Server, studies: Path, tmp_path: Path) -> None:
     name = "sub-IXI002_T1w"
     by_hand = page_blocks()[1]
-    info, nothing, classes = run_block(by_hand, server, tmp_path, SCAN=name)
+    info, nothing, classes = run_block(by_hand, server, tmp_path, SCAN=name, **{STARTER: HARP})
     assert set(json.loads(info)["models"]) == {HARP, *CLASSES} and nothing == ""
     mask, again = nib.load(tmp_path / "mask.nii.gz"), server.mask(name, tmp_path)
     assert np.array_equal(np.asarray(mask.dataobj), np.asarray(again.dataobj))
@@ -302,7 +302,7 @@ def test_a_second_training_goes_on_from_the_first(server: Server, bundles: dict[
 def test_the_pages_training(server: Server, bundles: dict[str, Path], tmp_path: Path) -> None:
     model = bundles[HARP] / "models" / "model.pt"
     before = sha256_file(model)
-    started, listed = run_block(page_blocks()[3], server, tmp_path)
+    started, listed = run_block(page_blocks()[3], server, tmp_path, **{STARTER: HARP})
     task = json.loads(started)["id"]
     assert task in [row["id"] for row in json.loads(listed)]
     assert server.ended(task)["status"] == "DONE", server.log.read_text()[-5000:]

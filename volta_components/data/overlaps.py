@@ -113,7 +113,7 @@ def check(
     volumes: bool = False,
     deep: bool = False,
 ) -> int:
-    """Prove that datalists share no patient and no voxels.
+    """Look for patients and voxels that are in two datalists, by id and by hash.
 
     Patients are compared by canonical id, whatever its form (002_S_0295, sub-ADNI002S0295, file names); volumes by the
     hash of their voxels, so that one scan under two ids is found too, also within one datalist. Volumes of different

@@ -155,7 +155,7 @@ def _read_other(path: Path, assume_orientation: str | None) -> Volume:
             image = nib.load(path)
         except ImportError as error:
             reason = f"its format needs another package ({error})"
-            raise UnusableVolume(path, reason, "pip install h5py for MINC 2") from error
+            raise UnusableVolume(path, reason, "install that package, or convert the file") from error
         except ImageFileError as error:
             raise UnusableVolume(path, f"not a volume file ({error})", "check what was downloaded") from error
         if not isinstance(image, nib.spatialimages.SpatialImage):
