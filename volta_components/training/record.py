@@ -72,13 +72,21 @@ def calling_config(caller: str) -> ConfigParser:
 
     MONAI gives expressions no access to the config that they stand in, so the parser is looked for among the callers.
     """
+    parser = find_calling_config()
+    if parser is None:
+        raise RuntimeError(f"{caller} must be called by an expression in a config")
+    return parser
+
+
+def find_calling_config() -> ConfigParser | None:
+    """As ``calling_config``; None where no expression is being evaluated."""
     frame = inspect.currentframe()
     while frame is not None:
         parser = frame.f_locals.get("self")
         if isinstance(parser, ConfigParser):
             return parser
         frame = frame.f_back
-    raise RuntimeError(f"{caller} must be called by an expression in a config")
+    return None
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
