@@ -18,7 +18,7 @@ from prepared import ROOT
 
 from volta_components.data.datalist import load_datalist
 from volta_components.data.load import LoadScand
-from volta_components.errors import InputError
+from volta_components.errors import InputError, find_input_error
 from volta_components.files import read_json
 
 
@@ -100,6 +100,15 @@ def test_evaluation_without_a_record_or_a_threshold_says_what_is_missing(trained
         assert "has no threshold" in str(caught.value.__cause__)
     found = evaluated(trained, prepared, encoder, tmp_path / "d", lambda record: "none", allow_leak=True, threshold=0.3)
     assert found["metrics"]["threshold"] == 0.3 and found["leak"] == "allowed"
+
+
+def test_another_question_than_the_models_is_not_scored(trained, prepared, encoder, tmp_path):
+    other = {"label_key": "sex", "classes": ["F", "M"], "pool": "mean"}
+    with pytest.raises(RuntimeError) as caught:
+        evaluated(trained, prepared, encoder, tmp_path / "a", lambda record: None, **other)
+    rows = [line.split() for line in str(find_input_error(caught.value)).splitlines()]
+    assert ["label_key", "diagnosis", "sex"] in rows and ["pool", "summary", "mean"] in rows
+    assert "classes" in {row[0] for row in rows}
 
 
 def inference(trained: Path, source: Any, output: Path, **changes: Any) -> list[dict[str, str]]:

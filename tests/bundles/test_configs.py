@@ -152,6 +152,22 @@ def test_a_checkpoint_is_refused_whatever_id_has_changed(
     assert len(refused) > 150
 
 
+@pytest.mark.parametrize("bundle", ["pretrain", "ixi_sex", "aibl_ad", "harp_hippocampus"])
+def test_what_changes_predictions_is_a_setting_of_their_journal(bundle: str, tmp_path: Path) -> None:
+    def settings(**changes: Any) -> dict[str, Any]:
+        parser = ConfigParser()
+        parser.read_config(str(CONFIGS[bundle] / "inference.json"))
+        parser.update({"source": [], "output_dir": str(tmp_path), "ckpt_dir": str(tmp_path), **changes})
+        return dict(parser.get_parsed_content("journal").settings)
+
+    first = settings()
+    assert first == settings(source=[str(tmp_path)], num_workers=3, check_volumes=False, suffix="_other")
+    network = ["num_heads", *(["summary_heads"] if bundle != "harp_hippocampus" else [])]
+    task = {"pretrain": ["save_attention"], "harp_hippocampus": ["mirrored", "largest_part", "amp", "window_overlap"]}
+    for name in ("assume_orientation", "spacing", *network, *task.get(bundle, ["pool", "threshold"])):
+        assert first != settings(**{name: 2}), name
+
+
 def test_what_is_harmless_is_an_id_and_has_a_reason() -> None:
     known = {"_meta_", "tracking_uri", "save_execute_config", "is_not_rank0"}  # of MONAI's
     for configs in CONFIGS.values():

@@ -108,6 +108,11 @@ def test_scans_of_the_same_file_name_get_masks_of_their_own(finished: Path, tmp_
         infer(finished, tmp_path / "raw", tmp_path / "again")
 
 
+def test_a_model_is_not_used_at_another_spacing_than_it_was_trained_at(finished: Path, tmp_path: Path) -> None:
+    with input_error("was trained with other settings", "spacing      1.0", "2.0", "volume_size"):
+        infer(finished, tmp_path / "any", tmp_path / "out", spacing=2.0, volume_size=[16, 16, 16])
+
+
 def test_bad_scans_are_all_named_before_any_is_segmented(finished: Path, labelled: Path, tmp_path: Path) -> None:
     shutil.copytree(labelled / "images", tmp_path / "scans")
     for name in ("sub-0003_ses-M000.nii", "sub-0007_ses-M000.nii"):

@@ -23,6 +23,7 @@ from volta_components.data.fingerprint import fingerprint
 from volta_components.data.load import LoadScand
 from volta_components.data.prepare import prepare
 from volta_components.errors import InputError
+from volta_components.files import read_json, sha256_file, write_json
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -132,7 +133,7 @@ def test_monai_reads_the_datalist(prepared):
     items = load_decathlon_datalist(str(output / "datalist.json"), True, "training")
     assert items[0]["image"] == str(output / "images/sub-ADNI002S0295_ses-M000.nii")
     assert Path(items[0]["label"]).exists()
-    assert not [key for key in items[0] if key.startswith(("image_", "label_"))]
+    assert not [key for key in items[0] if key.startswith(("image_", "label_")) and key != "label_sha256"]
 
 
 def test_bids_items_say_who_they_are_of(prepared):
@@ -248,6 +249,45 @@ def test_folder_layout_with_labels_and_a_table(tmp_path):
     assert ("carl", "unknown sex code 'x'") in reasons and ("carl", "age 'abc' is not a number") in reasons
     assert ("dora", "label without image") in reasons and ("carl", "image without label") in reasons
     assert ("emil", "has a row but no volume") in reasons
+
+
+def test_a_corrected_label_map_makes_another_data_set(tmp_path):
+    root, output = tmp_path / "source", tmp_path / "out"
+    tiny.save_head(root / "images" / "anna.nii.gz", "RAS")
+    shape, affine = tiny.grid("RAS")
+    label = tiny.harp_label(shape, affine, -1) + 2 * tiny.harp_label(shape, affine, 1)
+
+    def prepared_hash() -> str:
+        assert prepare("folder", str(root), str(output), **OPTIONS) == 0
+        return load_datalist(output).hash
+
+    def save(label: np.ndarray) -> None:
+        tiny.save(root / "labels" / "anna.nii.gz", label, affine, np.uint8)
+
+    save(label)
+    first = prepared_hash()
+    (item,) = load_datalist(output).items
+    assert item["label_sha256"] == sha256_file(item["label"])
+    # Another label map of the same size that nobody prepared.
+    check_volumes(load_datalist(output), deep=True)
+    content = bytearray(Path(item["label"]).read_bytes())
+    content[-1] ^= 1
+    Path(item["label"]).write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"1 files of 1 items(.|\n)*labels/anna.nii +its content is not what was prepared"
+    ):
+        check_volumes(load_datalist(output), deep=True)
+    # Corrected where it came from, and prepared again.
+    label[tuple(np.argwhere(label == 1)[0])] = 0
+    save(label)
+    assert prepared_hash() != first
+    check_volumes(load_datalist(output), deep=True)
+    # A data set that was prepared without this hash stays as it is.
+    record = output / ".prepare" / "records" / "anna.json"
+    write_json(record, {key: value for key, value in read_json(record).items() if key != "label_sha256"})
+    older = prepared_hash()
+    assert "label_sha256" not in load_datalist(output).items[0] and older == prepared_hash()
+    check_volumes(load_datalist(output), deep=True)
 
 
 def test_patients_of_another_datalist_are_left_out_in_any_form(prepared, tmp_path):

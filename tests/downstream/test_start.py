@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from fine_tuning import SIZES, make_encoder
 from ignite.engine import Engine
+from monai.bundle import ConfigParser
 from monai.networks.nets import UNETR
 from torch import nn
 
@@ -21,7 +23,7 @@ from volta_components.downstream.start import (
     save_model,
     tuning_groups,
 )
-from volta_components.errors import InputError
+from volta_components.errors import InputError, find_input_error
 from volta_components.method.networks import VoltaViT
 from volta_components.method.weights import load_encoder, save_encoder
 
@@ -184,3 +186,38 @@ def test_models_are_plain_tensors_with_a_record_and_load_whole_or_not_at_all(tmp
     (tmp_path / "model.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:-1] + b"x")
     with pytest.raises(InputError, match="changed or cut"):
         load_model(other, tmp_path / "model.pt")
+
+
+def test_weights_are_not_used_under_other_settings_than_they_were_trained_with(tmp_path):
+    settings = {"spacing": 2, "volume_size": [8, 8, 8], "classes": ["M", "F"], "epochs": 3}
+    save_model(tmp_path / "model.pt", nn.Linear(3, 2), {"provenance": {"settings": settings}})
+
+    def load(**ids):
+        parser = ConfigParser(
+            {
+                "path": str(tmp_path / "model.pt"),
+                "network": {"_target_": "torch.nn.Linear"} | {"in_features": 3, "out_features": 2},
+                "imports": ["$from volta_components.downstream.start import load_model"],
+                "model": "$load_model(@network, @path)",
+                **ids,
+            }
+        )
+        return parser.get_parsed_content("model")
+
+    same = {"spacing": "$4 / 2", "volume_size": [8, 8, 8], "classes": ["M", "F"], "epochs": 5, "pool": "mean"}
+    assert load(**same)["provenance"]["settings"] == settings
+    assert load()["provenance"]["settings"] == settings
+    told = (
+        r"model\.pt was trained with other settings(?s:.)*spacing +2 +1\.0\n +classes +\['M', 'F'\] +\['CN', 'AD'\]\n"
+    )
+    with pytest.raises(RuntimeError) as caught:  # MONAI's
+        load(**same | {"spacing": 1.0, "classes": ["CN", "AD"]})
+    assert re.search(told, str(find_input_error(caught.value)))
+
+
+def test_other_heads_than_those_trained_are_refused(tmp_path):
+    sizes = {"img_size": (16, 16, 16), "hidden_size": 24, "mlp_dim": 24, "num_layers": 1, "decoder": False}
+    save_encoder(tmp_path / "encoder.safetensors", VoltaViT(num_heads=2, summary_heads=2, **sizes), {})
+    assert load_model(VoltaViT(num_heads=2, summary_heads=2, **sizes), tmp_path / "encoder.safetensors")
+    with pytest.raises(InputError, match=r"other settings(?s:.)*num_heads +2 +4\n"):
+        load_model(VoltaViT(num_heads=4, summary_heads=2, **sizes), tmp_path / "encoder.safetensors")

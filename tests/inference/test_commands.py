@@ -16,6 +16,7 @@ from csv_rows import read_rows
 from inference_bundles import embed, segment
 
 from volta_components.cli import main
+from volta_components.errors import InputError
 
 
 def test_commands_run_from_within_a_bundle_and_tell_what_they_made(
@@ -115,3 +116,23 @@ def test_only_what_is_missing_is_segmented(
     assert [Path(row["file"]) for row in rows] == sorted(scans.iterdir())
     assert len(after) == 3
     assert [name for name in before if after[name] == before[name]] == sorted(before)[1:]
+
+
+def test_scans_of_one_name_do_not_take_each_others_masks(sides_bundle: Path, scans: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    files = []
+    for name, scan in zip(("anna", "bob"), sorted(scans.iterdir()), strict=True):
+        files.append(tmp_path / "fs" / name / f"T1{''.join(scan.suffixes)}")
+        files[-1].parent.mkdir(parents=True)
+        shutil.copy(scan, files[-1])
+    assert segment([files[0]], output, bundle=sides_bundle) == 0
+    mask = output / "T1_hippocampus.nii.gz"
+    made = mask.read_bytes()
+    with pytest.raises(InputError, match=rf"{files[1]} +{mask} +is of {files[0]}"):
+        segment([files[1]], output, bundle=sides_bundle)
+    assert mask.read_bytes() == made
+    assert segment(files, output, bundle=sides_bundle) == 0
+    assert mask.read_bytes() == made and (output / "bob" / mask.name).is_file()
+    # The table keeps who was segmented by an earlier command.
+    assert segment([files[1]], output, bundle=sides_bundle) == 0
+    assert {Path(row["file"]) for row in read_rows(output / "volumes.csv")} == set(files)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,30 @@ def test_a_dicom_series_in_two_folders_is_one_scan_and_gaps_are_named(tmp_path: 
         chosen(tmp_path / "ds", tmp_path / "out")
     assert str(tmp_path / "ds/P2/A") in str(error.value)
     assert chosen(tmp_path / "ds", tmp_path / "out", skip_bad=True) == ["sub-P1_ses-20060418.nii"]
+
+
+def test_series_of_two_folders_under_one_name_are_named(tmp_path: Path) -> None:
+    shape, affine = tiny.grid("RAS", (1.0, 1.0, 1.0), (20, 22, 24))
+    output, sites = tmp_path / "out", [tmp_path / "siteA", tmp_path / "siteB"]
+    for seed, site in enumerate(sites):
+        tiny.write_series(site / "1", tiny.head(shape, affine, seed=seed), affine, patient="P1")
+    output.mkdir()
+    told = (
+        rf"1 of 2 scans(.|\n)*{sites[1]}/1 +sub-P1_ses-20060418: another(.|\n)*in {sites[0]}/1 +give each an --output"
+    )
+    with pytest.raises(InputError, match=told):
+        choose_scans(expand_source(sites, output), output, skip_bad=False)
+    converted = output / "converted" / "sub-P1_ses-20060418.nii"
+    first = converted.read_bytes()
+    with pytest.raises(InputError, match=told.replace("of 2", "of 1")):
+        chosen(sites[1], output)
+    assert chosen(sites[0], output) == [converted.name] and converted.read_bytes() == first
+    # Of the same folder, what has changed is converted again.
+    tiny.write_series(sites[0] / "1", tiny.head(shape, affine, seed=2), affine, patient="P1")
+    assert chosen(sites[0], output) == [converted.name] and converted.read_bytes() != first
+    # One scan in two folders is one scan.
+    shutil.copytree(sites[0], tmp_path / "copy")
+    assert chosen(tmp_path / "copy", output) == [converted.name]
 
 
 def test_ids_come_from_names_as_in_prepare(tmp_path: Path) -> None:

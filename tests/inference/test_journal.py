@@ -11,6 +11,7 @@ import pytest
 import torch
 from monai.data import Dataset
 
+from volta_components.errors import InputError
 from volta_components.inference.journal import Journal
 
 SETTINGS = {"spacing": 1.0, "dtype": torch.bfloat16}
@@ -33,7 +34,7 @@ def unfinished(path: Path, items: list[dict[str, Any]], **changes: Any) -> tuple
     weights.parent.mkdir(parents=True, exist_ok=True)
     weights.write_bytes(changes.pop("weights", b"weights"))
     dataset = Dataset(list(items))
-    journal = Journal(path, SETTINGS | changes)
+    journal = Journal(path, root=changes.pop("root", ""), settings=SETTINGS | changes)
     assert not journal.has_begun
     journal.begin(dataset, weights)
     assert journal.has_begun
@@ -90,8 +91,47 @@ def test_rows_of_other_items_stay(tmp_path: Path, items: list[dict[str, Any]]) -
     path = filled(tmp_path, items)
     journal, rest = unfinished(path, items[1:])
     assert rest == items[2:]
-    assert journal.rows() == [[0.1, "b"]]
+    assert journal.rows() == [[0.1, "b"], [1e-7, "a"]]
     assert unfinished(path, items)[1] == items[2:]
+    # One that does not hold is in no table.
+    for change in ({"weights": b"others"}, {}):
+        path = filled(tmp_path, items)
+        if not change:
+            os.utime(items[0]["image"], ns=(1, 1))
+        assert unfinished(path, items[2:], **change)[0].rows() == ([] if change else [[0.1, "b"]])
+
+
+def test_no_result_is_written_over_that_of_another_volume(tmp_path: Path, items: list[dict[str, Any]]) -> None:
+    path = filled(tmp_path, items)
+    mask = tmp_path / "mask.nii"
+    (tmp_path / "bob").mkdir()
+    bob = {"image": str(tmp_path / "bob" / "a.nii.gz"), "subject_id": "bob", "session": None}
+    Path(bob["image"]).write_bytes(b"another")
+    with pytest.raises(InputError, match=rf"{bob['image']} +{mask} +is of {items[0]['image']}\n") as error:
+        unfinished(path, [bob, items[2]])
+    assert "results of 1 scans" in str(error.value) and "another --output" in str(error.value)
+    # Whatever weights the other result is of. Nothing was lost by that.
+    with pytest.raises(InputError, match="is of"):
+        unfinished(path, [bob], weights=b"others")
+    assert unfinished(path, items)[1] == items[2:]
+    # In folders of their own, both are kept.
+    assert unfinished(path, [items[0], bob], root=tmp_path)[1] == [bob]
+    mask.unlink()
+    assert unfinished(path, [bob])[1] == [bob]
+
+
+def test_an_edited_result_is_not_made_again(tmp_path: Path, items: list[dict[str, Any]]) -> None:
+    path = filled(tmp_path, items)
+    mask = tmp_path / "mask.nii"
+    os.utime(mask, ns=(1, 1))  # as a copy
+    assert unfinished(path, items)[1] == items[2:]
+    mask.write_bytes(b"MASK")
+    for weights in (b"weights", b"others"):
+        with pytest.raises(InputError, match=rf"{items[0]['image']} +{mask} +was changed after it was made"):
+            unfinished(path, items, weights=weights)
+    assert unfinished(path, items[1:])[0].rows() == [[0.1, "b"]]
+    mask.unlink()
+    assert unfinished(path, items)[1] == [items[0], items[2]]
 
 
 @pytest.mark.parametrize("cut", [2, 30, 120])

@@ -59,6 +59,19 @@ def test_exchanged_files_are_all_named(items: list[dict[str, Any]], tmp_path: Pa
     assert "--run_name" in remedy
 
 
+def test_a_label_map_of_the_same_size_is_compared_by_its_hash(items: list[dict[str, Any]], tmp_path: Path) -> None:
+    label, before = Path(items[3]["label"]), make_stamps(items)
+    known = [*items[:3], {**items[3], "label_sha256": sha256_file(label)}]
+    os.utime(label, ns=(1, 1))
+    check_stamps(tmp_path / "checkpoint.pt", known, before, make_stamps(known))
+    label.write_bytes(b"LABEL")
+    os.utime(label, ns=(1, 1))
+    with pytest.raises(InputError, match=r"\(1 of 5\)(.|\n)*label.nii +another content"):
+        check_stamps(tmp_path / "checkpoint.pt", known, before, make_stamps(known))
+    # Data sets of earlier versions have no hash of it.
+    check_stamps(tmp_path / "checkpoint.pt", items, before, make_stamps(items))
+
+
 def test_an_older_checkpoint_has_no_stamps(items: list[dict[str, Any]], tmp_path: Path) -> None:
     check_stamps(tmp_path / "checkpoint.pt", items, None, make_stamps(items))
 

@@ -15,7 +15,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from volta_components.data.datalist import Datalist, no_datalist, uneven_skulls
 from volta_components.data.geometry import by
-from volta_components.data.items import PATHS
+from volta_components.data.items import HASH_OF, PATHS
 from volta_components.data.nifti import DTYPES
 from volta_components.data.places import file_of, header_of, place_of, sha256_of, volume_of
 from volta_components.data.remote import forget, is_remote
@@ -92,7 +92,7 @@ def unusable_volumes(
                     if deep or not is_sure:
                         _check_voxels(item[kind], kind)
                     if deep:
-                        _check_hash(item[kind], item.get("sha256") if kind == "image" else None)
+                        _check_hash(item[kind], item.get(HASH_OF[kind]))
                 except UnusableVolume as error:
                     found.append((str(item["subject_id"]), str(item[kind]), error.reason))
         return found

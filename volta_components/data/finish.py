@@ -149,6 +149,7 @@ def _item(scan: Scan, record: Mapping[str, Any], cohort: str, marks: Sequence[st
         "voxels_sha256": record["voxels_sha256"],
         # Records of earlier versions have none.
         **({"fingerprint": record["fingerprint"]} if "fingerprint" in record else {}),
+        **({"label_sha256": record["label_sha256"]} if record.get("label_sha256") else {}),
     }
 
 

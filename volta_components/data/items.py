@@ -15,6 +15,8 @@ from typing import Any, overload
 import numpy as np
 
 PATHS = ("image", "label")
+# Where an item has the hash of each; data sets of earlier versions have none of label maps.
+HASH_OF = {"image": "sha256", "label": "label_sha256"}
 _BLOCK = 64  # items that are compressed together: most of what they say is the same
 _decode = json.JSONDecoder().decode
 

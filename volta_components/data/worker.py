@@ -179,9 +179,10 @@ def _write(task: Task, done: Prepared, quirks: list[tuple[str, str]]) -> dict[st
         voxels, slope = np.round(done.image * top).astype(dtype), 1 / top
     names = [f"images/{scan.key}.nii"]
     digest = _place(task, names[0], lambda path: _write_nifti(path, voxels, done.affine, done.code, slope))
+    label_digest = None
     if (label := done.label) is not None:
         names.append(f"labels/{scan.key}.nii")
-        _place(task, names[1], lambda path: _write_nifti(path, label, done.affine, done.code))
+        label_digest = _place(task, names[1], lambda path: _write_nifti(path, label, done.affine, done.code))
     _place(task, f"qc/thumbnails/{scan.key}.png", lambda path: path.write_bytes(picture))
     hashes = [sha256_file(path) for path in _image_files(scan)]
     source_hash = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -189,6 +190,7 @@ def _write(task: Task, done: Prepared, quirks: list[tuple[str, str]]) -> dict[st
         "image": names[0],
         "label": None if label is None else names[1],
         "sha256": digest,
+        "label_sha256": label_digest,
         "source_sha256": source_hash,
         "voxels_sha256": done.digest,
         "fingerprint": fingerprint(done.image, settings.spacing),

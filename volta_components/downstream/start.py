@@ -22,6 +22,7 @@ from volta_components.method.monai_versions import fit_cross_attention, freeze_c
 from volta_components.method.networks import parameter_groups
 from volta_components.method.weights import LoadReport, load_pretrained, read_record, read_weights, write_weights
 from volta_components.training.archive import write_archive
+from volta_components.training.record import find_calling_config, plain_settings
 from volta_components.training.tracking import hide_folders
 
 logger = logging.getLogger(__name__)
@@ -179,11 +180,36 @@ def save_model(path: str | os.PathLike[str], network: nn.Module, record: Mapping
     write_weights(path, state, lambda target: write_archive(state, target), {"network": about, **record})
 
 
+# Ids that change what weights compute, or what their numbers mean, and the shape of no weight.
+AS_TRAINED = (
+    *("spacing", "volume_size", "global_size", "image_size", "input_extent_mm", "patch_size"),
+    *("num_heads", "summary_heads", "pool", "label_key", "classes", "class_names"),
+)
+
+
+def other_than_trained(record: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows (id, trained with, here) of ``AS_TRAINED`` that differ; one that either side does not have is left out.
+
+    Args:
+        record: the JSON beside the weights.
+        values: ids of the config that uses them.
+    """
+    return _others((record.get("provenance") or {}).get("settings") or {}, values)
+
+
+def _others(there: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    here = plain_settings({name: values[name] for name in AS_TRAINED if name in values and name in there})
+    return [(name, str(there[name]), str(value)) for name, value in here.items() if value != there[name]]
+
+
 def load_model(network: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Load a trained network's weights, all of them, after verifying their hash; the JSON beside them, empty for none.
 
+    Called by an expression in a config, it compares the config with the settings that the weights were trained with.
+
     Raises:
-        InputError: if the file is missing, damaged, changed, could run code, or is of another network.
+        InputError: if the file is missing, damaged, changed, could run code, is of another network, or was trained with
+            other settings.
     """
     path = Path(path)
     if not path.is_file():
@@ -206,6 +232,16 @@ def load_model(network: nn.Module, path: str | os.PathLike[str]) -> dict[str, An
             rows,
             "Add the overlays that it was trained with (tiny.json, swin_scratch.json, ...) to --config_file.",
             limit=8,
+        )
+    parser = find_calling_config()
+    values = {} if parser is None else {name: parser.get_parsed_content(name) for name in AS_TRAINED if name in parser}
+    made, config = record.get("network") or {}, getattr(plain, "config", {})
+    others = other_than_trained(record, values) + _others(made.get("config", made), config)
+    if others:
+        raise InputError.many(
+            f"{path} was trained with other settings (id, trained with, here)",
+            dict.fromkeys(others),
+            "Add the overlays that it was trained with to --config_file (--overlays), or give the same (--ID VALUE).",
         )
     plain.load_state_dict(state)
     logger.info("%s: %d weights loaded", path, len(state))

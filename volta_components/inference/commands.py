@@ -26,7 +26,7 @@ def embed(
     """Turn scans into embeddings: embeddings.csv and embeddings.npz, with a row for each scan.
 
     Scans may have any orientation and spacing. An interrupted command, or one that is given more scans, does only what
-    is missing.
+    is missing. Tables keep the scans of earlier commands with the same output.
 
     Args:
         source: Folders (of scans, or of DICOM series), scans, datalists, or patterns in quotes such as
@@ -55,10 +55,7 @@ def embed(
     from volta_components.inference.apply import apply_bundle, find_bundle
 
     root = find_bundle(bundle, "bundles/pretrain", ("type", "feature"), trust)
-    count = apply_bundle(
-        root, source, Path(output), overlays, device, skip_bad, assume_orientation, changes, follow_links
-    )
-    print(f"{count} embeddings in {Path(output).resolve() / 'embeddings.csv'} and .npz")
+    apply_bundle(root, source, Path(output), overlays, device, skip_bad, assume_orientation, changes, follow_links)
     return 0
 
 
@@ -78,7 +75,7 @@ def segment(
     """Outline both hippocampi: NAME_hippocampus.nii.gz on the grid of each scan (1 left, 2 right), and volumes.csv.
 
     Scans may have any orientation and spacing. An interrupted command, or one that is given more scans, does only what
-    is missing.
+    is missing. Tables keep the scans of earlier commands with the same output.
 
     Args:
         source: Folders (of scans, or of DICOM series), scans, datalists, or patterns in quotes such as

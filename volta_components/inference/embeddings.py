@@ -137,6 +137,7 @@ class EmbeddingTable(ResultTable):
         with atomic_path(Path(self.path).with_suffix(".npz")) as temporary, temporary.open("wb") as binary:
             np.savez(binary, **columns, **arrays)  # type: ignore[arg-type]
         print_marks([(row["file"], row["marks"]) for row in rows], len(rows))
+        print(f"{len(rows)} embeddings in {self.path} and .npz")
 
 
 def embedding_picture(

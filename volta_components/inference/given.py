@@ -21,7 +21,7 @@ from volta_components.data.layouts.series import convert_series, may_be_dicom
 from volta_components.data.volumes import UnusableVolume, volume_suffix
 from volta_components.data.walk import walk
 from volta_components.errors import InputError
-from volta_components.files import partial_prefix, remove_partials
+from volta_components.files import partial_prefix, read_json, remove_partials, write_json
 from volta_components.inference.scans import (
     Row,
     bad_scans,
@@ -122,7 +122,10 @@ def _scans_of(part: Path, target: Path, follow_links: bool) -> tuple[list[Path],
 
 
 def _convert_dicom(root: Path, target: Path, follow_links: bool) -> tuple[list[Path], list[Row]]:
-    """Convert the T1 series below a folder to NIfTI in ``target/converted``, as ``volta3d prepare`` chooses them."""
+    """Convert the T1 series below a folder to NIfTI in ``target/converted``, as ``volta3d prepare`` chooses them.
+
+    A JSON beside each names the folder of its series: another folder's, under the same PatientID and date, is bad.
+    """
     files: list[Path] = []
     remove_partials(target)
     with tempfile.TemporaryDirectory(prefix=partial_prefix(), dir=target) as name:
@@ -148,6 +151,13 @@ def _convert_dicom(root: Path, target: Path, follow_links: bool) -> tuple[list[P
             place.parent.mkdir(exist_ok=True)
             # The same volume as before stays, and with it what was made of it.
             if not place.is_file() or not filecmp.cmp(path, place, shallow=False):
+                origin, folder = place.with_suffix(".json"), str(scan.image.absolute())
+                other = read_json(origin)["source"] if place.is_file() and origin.is_file() else folder
+                if other != folder:
+                    reason = f"{scan.key}: another scan of this name is in {other}"
+                    rows.append((folder, reason, f"give each an --output of its own, or remove {place}"))
+                    continue
+                write_json(origin, {"source": folder})
                 path.replace(place)
             files.append(place)
     print(f"{root}: {len(files)} T1 series converted to {target / CONVERTED}, {len(skipped)} other series skipped")

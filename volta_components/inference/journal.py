@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from monai.data import Dataset
 
+from volta_components.data.volumes import volume_stem
+from volta_components.errors import InputError
 from volta_components.files import atomic_path, sha256_file, sha256_json
 from volta_components.training.record import code_version
 
@@ -29,17 +32,26 @@ class Journal:
     when its files are written. A row holds as long as weights, settings, code version, the volume's file (size and time
     of its last change), its item and the files made of it are what they were. Remove the journal to start again.
 
+    Results have the names of their volumes. Before anything is made, a volume is refused whose result would be written
+    over that of another volume, or over one that somebody has edited.
+
     Args:
         path: the file, ``.jsonl``.
         settings: whatever results depend on beside weights.
+        root: results have the folders that their volumes have below this one (see ``result_root``); empty for none,
+            ``None`` where no files are made of volumes.
     """
 
-    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], settings: Mapping[str, Any], root: str | os.PathLike[str] | None = None
+    ) -> None:
         self.path = Path(path)
         self.settings = json.loads(json.dumps(dict(settings), default=str))
+        self.root = root
         self.run = ""
         self._items: dict[str, Item] = {}
         self._lines: dict[str, Line] = {}
+        self._others: list[Line] = []
 
     @property
     def has_begun(self) -> bool:
@@ -47,13 +59,23 @@ class Journal:
         return bool(self._items)
 
     def begin(self, dataset: Dataset, weights: str | os.PathLike[str]) -> None:
-        """Leave those items in a dataset whose row is missing or does not hold; do it before an evaluator is built."""
+        """Leave those items in a dataset whose row is missing or does not hold; do it before an evaluator is built.
+
+        Raises:
+            InputError: listing the volumes whose results would be written over others.
+        """
         items: Sequence[Item] = dataset.data
         facts = {"settings": self.settings, "weights": sha256_file(weights), "code_version": code_version()}
         self.run = sha256_json(facts)
         self._items = {_key(item["image"]): item for item in items}
         marks = {key: self._mark(item) for key, item in self._items.items()}
-        self._lines = {key: line for key, line in self._read().items() if key not in marks or _holds(line, marks[key])}
+        lines = self._read()
+        held = {key for key, mark in marks.items() if key in lines and _holds(lines[key], mark)}
+        self._check_results([key for key in marks if key not in held], lines)
+        self._lines = {key: line for key, line in lines.items() if key not in marks or key in held}
+        # What an item of another volume says is not known here.
+        others = [(line, {**self._mark({"image": key}), "item": line["item"]}) for key, line in self._lines.items()]
+        self._others = [line for line, mark in others if line["file"] not in marks and _holds(line, mark)]
         if self.path.is_file():
             with atomic_path(self.path) as temporary, temporary.open("w", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(line) + "\n" for line in self._lines.values())
@@ -62,17 +84,48 @@ class Journal:
             print(f"{done} of {len(items)} volumes are done already, by {self.path}")
 
     def add(self, file: str | os.PathLike[str], row: Any, outputs: Iterable[str | os.PathLike[str]] = ()) -> None:
-        """Keep a volume's row (anything that JSON holds); it holds while the ``outputs`` of the volume are there."""
+        """Keep a volume's row (anything that JSON holds); it holds while its ``outputs`` are what they are now."""
         key = _key(file)
-        made = [str(Path(output).absolute()) for output in outputs]
-        self._lines[key] = {**self._mark(self._items[key]), "file": key, "outputs": made, "row": row}
+        about = {"file": key, "name": self._name(key), "made": list(map(_made, outputs)), "row": row}
+        self._lines[key] = {**self._mark(self._items[key]), **about}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(self._lines[key]) + "\n")
 
     def rows(self) -> list[Any]:
-        """The rows of the run's items that have one, in order of the items."""
-        return [self._lines[key]["row"] for key in self._items if key in self._lines]
+        """The rows that hold: of the run's items, in their order; then of other volumes, which earlier runs made."""
+        own = [self._lines[key] for key in self._items if key in self._lines]
+        return [line["row"] for line in (*own, *self._others)]
+
+    def _name(self, key: str) -> str | None:
+        """What the results of a volume are called, without what is added to it."""
+        if self.root is None:
+            return None
+        path = Path(key)
+        folder = os.path.relpath(path.parent, self.root) if self.root else ""
+        return os.path.normpath(Path(folder, volume_stem(path)))
+
+    def _check_results(self, files: Sequence[str], lines: Mapping[str, Line]) -> None:
+        """Refuse what would be written over results of another volume, or over edited ones."""
+        by_name: dict[str, list[Line]] = defaultdict(list)
+        for line in lines.values():
+            if line["name"] is not None:
+                by_name[line["name"]].append(line)
+        rows = []
+        for file in files:
+            for line in by_name.get(self._name(file) or "", ()):
+                for made in line["made"]:
+                    if line["file"] != file and Path(made[0]).is_file():
+                        rows.append((file, made[0], f"is of {line['file']}"))
+                    elif Path(made[0]).is_file() and not _as_made(made):
+                        rows.append((file, made[0], "was changed after it was made"))
+        if rows:
+            raise InputError.many(
+                f"results of {len(rows)} scans would be written over others (scan, result that is there, why it stays)",
+                rows,
+                "Give another --output, or all scans of one name in one command: then their results get folders. Move "
+                "a result away, or remove it, to have it made again.",
+            )
 
     def _mark(self, item: Item) -> dict[str, Any]:
         """What a row depends on."""
@@ -93,14 +146,31 @@ class Journal:
         for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 line = json.loads(text)
-                lines[line["file"]] = {name: line[name] for name in (*MARK, "file", "outputs", "row")}
+                lines[line["file"]] = {name: line[name] for name in (*MARK, "file", "name", "made", "row")}
             except (json.JSONDecodeError, KeyError, TypeError):
                 continue
         return lines
 
 
 def _holds(line: Line, mark: Mapping[str, Any]) -> bool:
-    return all(line[name] == mark[name] for name in MARK) and all(Path(path).is_file() for path in line["outputs"])
+    return all(line[name] == mark[name] for name in MARK) and all(map(_as_made, line["made"]))
+
+
+def _made(output: str | os.PathLike[str]) -> list[Any]:
+    """What is kept of a result: path, size, time of its last change, hash."""
+    path = Path(output).absolute()
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns, sha256_file(path)]
+
+
+def _as_made(made: Sequence[Any]) -> bool:
+    """Whether a result is there as it was made. It is read only where its time is another, as after a copy."""
+    path, size, changed, digest = made
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return False
+    return status.st_size == size and (status.st_mtime_ns == changed or sha256_file(path) == digest)
 
 
 def _key(file: Any) -> str:

@@ -44,8 +44,6 @@ KEPT = ("LICENSE", "configs/*.json", "configs/logging.conf", "docs/*")
 TEXT = (".json", ".md", ".txt", ".yml", ".conf", "")
 # What stays as it is in a packed bundle: where its own weights lie.
 NOT_BAKED = ("_desc_", "suffix", "encoder_path", "bundle_root")
-# What must agree between the weights' settings and the packed inference, beside the network itself.
-GRID = ("spacing", "volume_size", "global_size", "image_size", "input_extent_mm", "patch_size", "pool")
 # An absolute path within a text. In quotes one name after "/" is enough, unless the text is joined to something, as in
 # @bundle_root + '/models'; elsewhere it takes two, since "/" also divides and separates. /usr and the like are the same
 # everywhere, and /path/to is a placeholder.
@@ -390,17 +388,11 @@ def _check_fit(
     """Build the packed config's network and load the packed weights into it, all of them, or raise ``InputError``."""
     from monai.bundle import ConfigParser
 
-    from volta_components.downstream.start import load_model
+    from volta_components.downstream.start import load_model, other_than_trained
 
     named = f"overlays {', '.join(_stems(overlays))}" if overlays else "no overlays"
     advice = f"{weights} does not fit the configs with {named}; name those that it was trained with (--overlays)"
-    settings = record["provenance"]["settings"]
-    rows = [
-        (name, str(settings[name]), str(inference[name]))
-        for name in GRID
-        if name in settings and name in inference and settings[name] != inference[name]
-    ]
-    if rows:
+    if rows := other_than_trained(record, inference):
         raise InputError.many(f"{advice}. Id, weights, configs", rows, "")
     parser = ConfigParser()
     parser.read_config(str(folder / "configs" / "inference.json"))

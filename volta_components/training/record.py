@@ -23,15 +23,15 @@ from volta_components.training.people import facts_of
 
 # Ids that may differ when a run is resumed, each group with the reason. Every other id of a config is compared.
 HARMLESS: dict[str, tuple[str, ...]] = {
-    "Names and places. What lies there counts: the hash of the datalist and of the encoder.": (
+    "Names and places. What lies there counts: the hash of the datalist, of the encoder and, of a scan, its file.": (
         *("bundle_root", "run_name", "experiment_name", "output_dir", "ckpt_dir", "model_path", "suffix"),
-        *("dataset_dir", "datalist_path", "anatomies", "encoder_path", "encoder"),
+        *("dataset_dir", "datalist_path", "anatomies", "encoder_path", "encoder", "source"),
     ),
     "Where and how fast it is computed. The same samples are drawn, in the same order.": (
         *("device", "render_device", "num_workers", "cache", "compile_blocks", "views_together"),
     ),
     "What is looked at, and how often.": (
-        *("deep_check", "checkpoint_minutes", "picture_interval", "log_interval"),
+        *("check_volumes", "deep_check", "checkpoint_minutes", "picture_interval", "log_interval"),
         *("show_all_below", "collapse_grace_epochs", "collapse_patience_epochs"),
     ),
     "Checks that end a run or let it pass. Whether patients have leaked is a tag of the run.": (
@@ -72,13 +72,21 @@ def calling_config(caller: str) -> ConfigParser:
 
     MONAI gives expressions no access to the config that they stand in, so the parser is looked for among the callers.
     """
+    parser = find_calling_config()
+    if parser is None:
+        raise RuntimeError(f"{caller} must be called by an expression in a config")
+    return parser
+
+
+def find_calling_config() -> ConfigParser | None:
+    """As ``calling_config``; None where no expression is being evaluated."""
     frame = inspect.currentframe()
     while frame is not None:
         parser = frame.f_locals.get("self")
         if isinstance(parser, ConfigParser):
             return parser
         frame = frame.f_back
-    raise RuntimeError(f"{caller} must be called by an expression in a config")
+    return None
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:

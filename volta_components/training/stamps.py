@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from tqdm.contrib.concurrent import thread_map
 
+from volta_components.data.items import HASH_OF, PATHS
 from volta_components.data.places import file_of, sha256_of
 from volta_components.errors import InputError
 
-KINDS = ("image", "label")
 ABSENT = (-1, -1)
 
 
@@ -25,7 +25,7 @@ def _files(items: Sequence[Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
     """Items, and which of their keys are files, in order; anatomies, which are read once, have none."""
     for item in items:
         if isinstance(item, Mapping):
-            yield from ((item, kind) for kind in KINDS if isinstance(item.get(kind), str))
+            yield from ((item, kind) for kind in PATHS if isinstance(item.get(kind), str))
 
 
 def make_stamps(items: Sequence[Any]) -> Tensor:
@@ -51,7 +51,7 @@ def check_stamps(path: Path, items: Sequence[Any], there: Tensor | None, here: T
     """Refuse to resume with other files than a run began with.
 
     A file of the same size and time is taken as the same. One with another time is read, and its hash compared with
-    the datalist's: a copy or a touched file costs no more than this. A label map has no hash there; its size decides.
+    the datalist's: a copy or a touched file costs no more than this. Without a hash there, its size decides.
 
     Args:
         path: the checkpoint, for the message.
@@ -75,7 +75,7 @@ def check_stamps(path: Path, items: Sequence[Any], there: Tensor | None, here: T
             return (*who, "is missing")
         if before != now:
             return (*who, f"{now:,} bytes, {before:,} when the run began")
-        known = item.get("sha256") if kind == "image" else None
+        known = item.get(HASH_OF[kind])
         if known and sha256_of(item[kind]) != known:
             return (*who, "another content")
         return None
