@@ -240,7 +240,7 @@ def test_bundles_are_read_without_data_and_have_all_properties(
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    made = workflow(downloaded, bundle, kind, names)
+    made = workflow(downloaded, bundle, kind, names, device="cpu")  # a text, as the command line gives it
     made.initialize()
     assert made.check_properties() == []
     assert list((tmp_path / "empty").iterdir()) == []

@@ -99,7 +99,7 @@ class VoltaTrainer(Trainer):
 
     def __init__(
         self,
-        device: torch.device,
+        device: torch.device | str,
         max_epochs: int,
         train_data_loader: DataLoader,
         student: nn.Module,
@@ -123,6 +123,7 @@ class VoltaTrainer(Trainer):
         drop_path_rate: float = 0.0,
         train_handlers: Sequence[Any] | None = None,
     ) -> None:
+        device = torch.device(device)
         if accumulation_steps < 1:
             raise InputError(f"accumulation_steps {accumulation_steps} is not a positive number")
         if log_interval < 1:
