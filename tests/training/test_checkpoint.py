@@ -223,6 +223,23 @@ def test_within_an_epoch_a_checkpoint_lies_at_the_end_of_the_first_window_after_
     assert saved == [6, 11, 17, 22]
 
 
+def test_processes_that_write_nothing_read_numbers_as_seldom_as_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mini-batches of one minute, windows of three, a checkpoint every four minutes; one epoch of eleven."""
+    read: dict[int, list[int]] = {0: [], 1: []}
+    for rank, iterations in read.items():
+        clock = SimpleNamespace(now=0.0)
+        monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda clock=clock: clock.now))
+        monkeypatch.setattr(checkpoint, "process_rank", lambda rank=rank: rank)
+        engine: Any = Engine(lambda *_, clock=clock: setattr(clock, "now", clock.now + 60))
+        engine.read_numbers = lambda e=engine, seen=iterations: seen.append(e.state.iteration)
+        ResumableCheckpoint(tmp_path / "c.pt", {}, {}, minutes=4, window=3).attach(engine)
+        engine.run(range(11), max_epochs=1)
+        (tmp_path / "c.pt").unlink(missing_ok=True)
+    assert read == {0: [6, 11], 1: [6, 11]}
+
+
 def test_a_checkpoint_is_written_beside_the_training_never_two_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

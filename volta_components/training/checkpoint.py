@@ -185,6 +185,8 @@ class ResumableCheckpoint:
 
     def save(self, engine: Engine) -> None:
         """Begin to write the checkpoint, atomically, from the first process; ``finish`` waits until it is there."""
+        # In every process: one that was due for ever would read numbers at the end of each window.
+        self._last_save = time.monotonic()
         if hasattr(engine, "read_numbers"):
             engine.read_numbers()
         if process_rank() or self.path is None:
@@ -215,7 +217,6 @@ class ResumableCheckpoint:
         state["cost"] = time_and_memory(engine)
         self.finish()
         self._writing = self._thread.submit(self._write, state)
-        self._last_save = time.monotonic()
 
     def _write(self, state: Mapping[str, Any]) -> None:
         assert self.path is not None
