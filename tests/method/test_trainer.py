@@ -28,6 +28,7 @@ from method_helpers import (
 )
 from monai.transforms import Compose, RandGaussianNoised
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from volta_components.errors import InputError
 from volta_components.method.air import AirTokens
@@ -158,6 +159,14 @@ def test_what_a_graph_records_is_the_same_step(options: dict[str, Any]) -> None:
 def test_a_graph_is_refused_where_there_is_no_gpu() -> None:
     with pytest.raises(InputError, match="cuda_graph: it needs a single process with a GPU"):
         tiny_run(count=2, epochs=1, cuda_graph=True)
+
+
+def test_a_wrapped_student_is_not_recorded_though_its_process_is_alone(one_process: None) -> None:
+    """As ``torchrun --nproc_per_node 1`` leaves it."""
+    parts, gpu = tiny_run(count=2, epochs=1), torch.device("cuda")
+    assert parts.trainer._can_be_graphed(gpu)
+    parts.trainer.student = DistributedDataParallel(parts.student)
+    assert not parts.trainer._can_be_graphed(gpu)
 
 
 def test_dropped_paths_follow_from_seed_and_mini_batch_alone() -> None:

@@ -179,11 +179,11 @@ class VoltaTrainer(Trainer):
         self._unread: list[dict[str, Any]] = []
         self._unread_summaries: list[Tensor] = []
         self._check_sizes(compile_blocks)
-        fits = device.type == "cuda" and process_count() == 1 and self.views.air is None and not drop_path_rate
+        fits = self._can_be_graphed(device)
         if cuda_graph and not fits:
             raise InputError(
-                "cuda_graph: it needs a single process with a GPU, no drop_path_rate, and no views#air, with which "
-                "each head has other tokens; leave it out"
+                "cuda_graph: it needs a single process with a GPU, no multi_gpu_train.json, no drop_path_rate, and "
+                "no views#air, with which each head has other tokens; leave it out"
             )
         self._graphed = GraphedFunction(self._graphed_learn) if fits and cuda_graph is not False else None
         self._names: list[str] = []
@@ -191,6 +191,11 @@ class VoltaTrainer(Trainer):
             for network in (self.plain_student.network, teacher.network):
                 network.compile_blocks()
         self.add_event_handler(Events.EPOCH_STARTED, self._epoch_started)
+
+    def _can_be_graphed(self, device: torch.device) -> bool:
+        # torchrun's only process has the wrapper too, whose backward pass is more than kernels.
+        alone = process_count() == 1 and not isinstance(self.student, DistributedDataParallel)
+        return device.type == "cuda" and alone and self.views.air is None and not self.drop_path_rate
 
     def _check_sizes(self, compile_blocks: bool) -> None:
         """Crops can be cut into patches, and masked, before anything is recorded of the run."""
