@@ -148,6 +148,8 @@ class VoltaTrainer(Trainer):
         self.student = student
         self.teacher = teacher
         self.optimizer = optimizer
+        # Now: the groups of a checkpoint may lack the word.
+        self._is_decayed = [group.get("decayed", group["weight_decay"] > 0) for group in optimizer.param_groups]
         self.views = views
         self.loss = loss.to(device)
         self.learning_rate = learning_rate
@@ -277,9 +279,9 @@ class VoltaTrainer(Trainer):
         output: dict[str, Any] = found
         if is_last:
             rate = self.learning_rate(step)
-            for group in self.optimizer.param_groups:
+            for group, is_decayed in zip(self.optimizer.param_groups, self._is_decayed, strict=True):
                 group["lr"] = rate
-                if self.weight_decay is not None and group["weight_decay"] > 0:
+                if self.weight_decay is not None and is_decayed:
                     group["weight_decay"] = self.weight_decay(step)
             output["learning_rate"] = rate
             output["gradient_norm"] = self._step()
