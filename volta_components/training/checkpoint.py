@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints from which a training resumes bit by bit."""
+"""Checkpoints from which a training resumes; on a CPU, bit by bit."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 class ResumableCheckpoint:
-    """Saves a run so that the same command, started again, resumes it bit for bit.
+    """Saves a run so that the same command, started again, resumes it; on a CPU, bit for bit.
+
+    On a GPU a resumed run has the same samples, masks and schedules as an unbroken one. Its weights differ by rounding,
+    as those of any two runs there: attention's gradient is added up in another order in each (not measured).
 
     MONAI's ``CheckpointSaver`` writes in place, so a run that is killed while saving loses its only checkpoint.
     Ignite's ``Checkpoint`` with ``DiskSaver(atomic=True)`` renames, but removes the older file before it writes the new
