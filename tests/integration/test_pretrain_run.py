@@ -172,7 +172,7 @@ def test_two_processes_train_resume_and_export(workplace: Workplace) -> None:
     done = fresh_process(
         "torch.distributed.run",
         *("--standalone", "--nproc_per_node", "2", "-m", "monai.bundle"),
-        *workplace.arguments("--run_name", "torchrun", configs=SHARED),
+        *workplace.arguments("--run_name", "torchrun", "--device", "cpu", configs=SHARED),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert_equal_runs(workplace, "pair", "torchrun")
