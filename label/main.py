@@ -46,7 +46,7 @@ from volta_components.files import read_json, sha256_file
 from volta_components.inference.masks import marks_of_result
 from volta_components.inference.tables import marks_of
 from volta_components.method.weights import read_record, read_weights
-from volta_components.sharing.annotation import STATS, renumber
+from volta_components.sharing.annotation import STATS, renumber, split_scans
 
 logger = logging.getLogger(__name__)
 
@@ -236,8 +236,8 @@ class VoltaTrainTask(BundleTrainTask):
 
     The model before is kept as ``models/model_HASH.pt``, with its record, where clients can choose it. The learning
     rate is a tenth of the bundle's (``learning_rate`` of the request changes it) and stays there: a schedule that rises
-    from zero and falls back to it would train a few scans for a few epochs at next to nothing. Of two or more scans at
-    least one validates; a single one validates itself. No data set is read but the studies.
+    from zero and falls back to it would train a few scans for a few epochs at next to nothing. Of two or more patients
+    at least one validates; a single one validates itself. No data set is read but the studies.
 
     Args:
         bundle: the bundle's folder.
@@ -284,10 +284,7 @@ class VoltaTrainTask(BundleTrainTask):
     def _partition_datalist(
         self, datalist: list[Any], request: Mapping[str, Any], shuffle: bool = False
     ) -> tuple[list[Any], list[Any]]:
-        share = float(request.get("val_split", 0.2))
-        count = min(max(1, round(share * len(datalist))), len(datalist) - 1) if share > 0 else 0
-        training, validation = datalist[: len(datalist) - count], datalist[len(datalist) - count :]
-        return training, validation or training
+        return split_scans(datalist, float(request.get("val_split", 0.2)))
 
     def _update_overrides(self, overrides: dict[str, Any]) -> dict[str, Any]:
         rate = float(self._request.get("learning_rate") or self._rate)

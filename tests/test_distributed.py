@@ -19,7 +19,16 @@ from torch import distributed as dist
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
-from volta_components.distributed import gather_objects, gather_rows, mean_over_processes, process_count, process_rank
+from volta_components.distributed import (
+    gather_objects,
+    gather_rows,
+    join_processes,
+    local_device,
+    mean_over_processes,
+    process_count,
+    process_rank,
+)
+from volta_components.errors import InputError
 from volta_components.method.koleo import KoLeoLoss
 from volta_components.method.losses import (
     CentredTargets,
@@ -115,6 +124,28 @@ def test_alone_every_collective_is_the_identity() -> None:
     assert (process_count(), process_rank()) == (1, 0)
     assert mean_over_processes(value) is value
     assert gather_rows(value) is value
+
+
+def test_each_process_has_a_gpu_of_its_own_or_an_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert local_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert local_device() == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(InputError, match=r"process 2 of this machine finds 1 GPUs.*--nproc_per_node 1.*--device cpu"):
+        local_device()
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda:1", "nccl")])
+def test_processes_talk_as_their_device_needs(monkeypatch: pytest.MonkeyPatch, device: str, backend: str) -> None:
+    """Also where there is a GPU that is not used."""
+    seen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(str(device)))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend: seen.append(backend))
+    join_processes(device)
+    assert seen == [backend, *([device] if backend == "nccl" else [])]
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from volta_components.errors import InputError
+
 T = TypeVar("T")
 
 
@@ -65,13 +67,26 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def local_device() -> torch.device:
-    """The device of this process, one of those that ``torchrun`` has started: a GPU of its own, or the CPU."""
-    return torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
+    """The device of this process, one of those that ``torchrun`` has started: a GPU of its own, or the CPU.
+
+    Raises:
+        InputError: if there are GPUs, but fewer than processes.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    place, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if place >= count:
+        raise InputError(
+            f"process {place + 1} of this machine finds {count} GPUs, and each needs its own: start torchrun with "
+            f"--nproc_per_node {count}, or train on the CPU (--device cpu)"
+        )
+    return torch.device(f"cuda:{place}")
 
 
-def join_processes(device: torch.device) -> None:
-    """Join the processes that ``torchrun`` has started; used by ``multi_gpu_train.json``."""
+def join_processes(device: torch.device | str) -> None:
+    """Join the processes that ``torchrun`` has started, to compute on a device; for ``multi_gpu_train.json``."""
+    device = torch.device(device)
     if not dist.is_initialized():
-        dist.init_process_group(backend="nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group(backend="nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from labelled_scans import make_labelled, make_quick_start
 from monai.bundle import ConfigParser
 from prepared import PRETRAIN, make_prepared
 from segmentation_bundle import run
-from torch import distributed as dist
 
 from volta_components.method.networks import VoltaViT
 from volta_components.method.weights import save_encoder
@@ -56,14 +54,6 @@ def tiny_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def schema() -> Path:
     """The form that a bundle's ``metadata.json`` must have."""
     return Path(__file__).parents[1] / "resources" / "bundle_metadata_schema.json"
-
-
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    """A process group of this process alone, as ``initialize`` of the multi-GPU overlay makes it."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -98,6 +98,11 @@ class BundleProcess:
         assert self._process.exitcode is not None
         return self._process.exitcode
 
+    def send_signal(self, number: int) -> None:
+        """A signal to this process alone."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
     def kill(self) -> None:
         """SIGKILL: no handler runs, nothing is flushed."""
         self._process.kill()

@@ -223,7 +223,21 @@ def test_each_cohort_is_told_from_the_rest(
     assert known["label"] == "cohort:of M" and known["value"] > 0.9
 
 
-@pytest.mark.parametrize("change", [lambda i: {"sex": "M"}, lambda i: {"sex": None}])
+def test_a_rare_class_does_not_cost_the_other_labels(
+    cohort: tuple[dict[str, EmbeddingTable], list[dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three scans with dementia, two of them in the same fold."""
+    tables, items = cohort
+    folds = [item["fold"] for item in items]
+    first, second = [i for i, fold in enumerate(folds) if fold == 0][:2]
+    demented = {first, second, folds.index(1)}
+    items = [{**item, "diagnosis": "AD" if i in demented else "CN"} for i, item in enumerate(items)]
+    rows = probe_report(tables, items, {"diagnosis": ["CN", "AD"], "sex": ["M", "F"]}, tmp_path / "probes.json")
+    assert "sex" in {row["label"] for row in rows} and "diagnosis" not in {row["label"] for row in rows}
+    assert "diagnosis: left out; without one of the folds, 1 of one class remain" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [lambda i: {"sex": "M"}, lambda i: {"sex": None}, lambda i: {"sex": "MF"[i == 0]}])
 def test_a_report_without_any_label_is_refused(
     cohort: tuple[dict[str, EmbeddingTable], list[dict[str, Any]]],
     tmp_path: Path,
@@ -232,6 +246,6 @@ def test_a_report_without_any_label_is_refused(
     tables, items = cohort
     alone = [f"sub-{i}" for i in range(len(items))]
     items = [{**item, **change(i), "subject_id": alone[i], "patient_id": alone[i]} for i, item in enumerate(items)]
-    with pytest.raises(InputError, match="no label of sex has both classes in the datalist; give --targets"):
+    with pytest.raises(InputError, match=r"no label of sex has both classes .* give --targets, or use fewer"):
         probe_report(tables, items, {"sex": ["M", "F"]}, tmp_path / "probes.json")
     assert not (tmp_path / "probes.json").exists()

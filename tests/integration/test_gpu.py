@@ -173,7 +173,7 @@ def test_heads_are_rendered_on_the_gpu(folder: Path) -> None:
     files = configs("pretrain", "train", "tiny", "synthetic")
     places = ("--anatomies", str(folder / "anatomies"), "--output_dir", str(folder / "runs" / "endless"))
     places += ("--encoder_path", str(folder / "endless.safetensors"))
-    options = ("--epochs", "1", "--heads_per_epoch", "8", "--render_device", "cuda:0", "--num_workers", "0")
+    options = ("--epochs", "1", "--heads_per_epoch", "8", "--render_device", "cuda", "--num_workers", "0")
     run("-m", "monai.bundle", "run", "--config_file", files, *places, *options)
     assert (folder / "endless.safetensors").is_file()
 

@@ -172,7 +172,7 @@ def test_two_processes_train_resume_and_export(workplace: Workplace) -> None:
     done = fresh_process(
         "torch.distributed.run",
         *("--standalone", "--nproc_per_node", "2", "-m", "monai.bundle"),
-        *workplace.arguments("--run_name", "torchrun", configs=SHARED),
+        *workplace.arguments("--run_name", "torchrun", "--device", "cpu", configs=SHARED),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert_equal_runs(workplace, "pair", "torchrun")
@@ -181,6 +181,23 @@ def test_two_processes_train_resume_and_export(workplace: Workplace) -> None:
     assert state["engine"]["iteration"] == EPOCHS * 4
     assert state["settings"]["processes"] == 2
     assert isinstance(load_encoder(workplace.encoder("torchrun")), VoltaViT)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on the CPU; gloo")
+def test_sigterm_to_one_of_two_processes_ends_both_at_the_same_window(workplace: Workplace) -> None:
+    """Windows of 3 and 1 in epochs of four; numbers are read every second mini-batch."""
+    name = "signalled"
+    first, second = start_pair(workplace, "--run_name", name, "--epochs", "500", "--log_interval", "2")
+    while not workplace.iteration(name):
+        assert first.is_alive, first.output[-3000:]
+        time.sleep(0.05)
+    second.send_signal(signal.SIGTERM)
+    assert [first.wait(timeout=60), second.wait(timeout=60)] == [1, 143], first.output[-3000:] + second.output[-3000:]
+    place = workplace.iteration(name)
+    assert place % 4 in (0, 3) and place < 500 * 4
+    for process in (first, second):
+        assert f"saved at mini-batch {place}; the same command resumes there" in process.output
+        assert "Traceback" not in process.output
 
 
 CURVES = {

@@ -12,11 +12,11 @@ import torch
 from fake_mlflow import FakeMLFlow
 from ignite.engine import Engine, Events
 from matplotlib.image import imread
-from method_helpers import IMAGE, assert_equal_states, tiny_run
+from method_helpers import IMAGE, assert_equal_states, tiny_network, tiny_run
 
 from volta_components.method import monitoring
 from volta_components.method.masking import GroupMask
-from volta_components.method.monitoring import ReconstructionCheck, ReconstructionPicture
+from volta_components.method.monitoring import ReconstructionCheck, ReconstructionPicture, restore
 
 
 def test_pictures_are_drawn_and_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,6 +34,16 @@ def test_pictures_are_drawn_and_change_nothing(tmp_path: Path, monkeypatch: pyte
     assert picture.shape[0] > 100
     assert picture[..., 0].std() > 0.05
     assert_equal_states(drawn.teacher.state_dict(), plain.teacher.state_dict())
+
+
+def test_a_reconstruction_is_the_whole_network_s_and_training_resumes_as_before() -> None:
+    network = tiny_network()
+    image = torch.rand(6, 1, *IMAGE)
+    expected = restore(network, image)
+    network.drop_paths(0.9)
+    network.train()
+    assert torch.equal(restore(network, image), expected)
+    assert all(module.training for module in network.modules())
 
 
 class StubNetwork:

@@ -24,10 +24,12 @@ from method_helpers import (
     make_views,
     record_gradients,
     tiny_run,
+    tiny_student,
     tiny_views,
 )
 from monai.transforms import Compose, RandGaussianNoised
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from volta_components.errors import InputError
 from volta_components.method.air import AirTokens
@@ -39,6 +41,7 @@ from volta_components.method.losses import (
     SinkhornTargets,
 )
 from volta_components.method.masking import GroupMask
+from volta_components.method.networks import parameter_groups
 from volta_components.method.trainer import ReadOut
 from volta_components.method.views import CropGeometry
 from volta_components.training.sampling import derived_seed
@@ -158,6 +161,14 @@ def test_what_a_graph_records_is_the_same_step(options: dict[str, Any]) -> None:
 def test_a_graph_is_refused_where_there_is_no_gpu() -> None:
     with pytest.raises(InputError, match="cuda_graph: it needs a single process with a GPU"):
         tiny_run(count=2, epochs=1, cuda_graph=True)
+
+
+def test_a_wrapped_student_is_not_recorded_though_its_process_is_alone(one_process: None) -> None:
+    """As ``torchrun --nproc_per_node 1`` leaves it."""
+    parts, gpu = tiny_run(count=2, epochs=1), torch.device("cuda")
+    assert parts.trainer._can_be_graphed(gpu)
+    parts.trainer.student = DistributedDataParallel(parts.student)
+    assert not parts.trainer._can_be_graphed(gpu)
 
 
 def test_dropped_paths_follow_from_seed_and_mini_batch_alone() -> None:
@@ -413,16 +424,21 @@ def test_mixed_precision_on_the_cpu_is_close_to_single_precision() -> None:
     assert losses[True] == pytest.approx(losses[False], rel=0.02)
 
 
-def test_weight_decay_follows_its_schedule() -> None:
+@pytest.mark.parametrize("first", [0.04, 0.0])
+def test_weight_decay_follows_its_schedule(first: float) -> None:
     seen: list[tuple[float, ...]] = []
-    parts = tiny_run(count=4, epochs=2, weight_decay=CosineSchedule(0.04, 0.4, 4))
+    student = tiny_student()
+    optimizer = torch.optim.AdamW(parameter_groups(student, first), lr=0.0)
+    parts = tiny_run(
+        count=4, epochs=2, weight_decay=CosineSchedule(first, 0.4, 4), student=student, optimizer=optimizer
+    )
     inner = parts.optimizer.step
     parts.optimizer.step = lambda: (
         seen.append(tuple(group["weight_decay"] for group in parts.optimizer.param_groups)),
         inner(),
     )
     parts.trainer.run()
-    expected = [0.4 - 0.36 * (1 + math.cos(math.pi * step / 3)) / 2 for step in range(4)]
+    expected = [0.4 - (0.4 - first) * (1 + math.cos(math.pi * step / 3)) / 2 for step in range(4)]
     assert [decay for decay, _ in seen] == pytest.approx(expected)
     assert {exempt for _, exempt in seen} == {0.0}
 

@@ -121,6 +121,31 @@ def test_inits_with_unequal_training_are_an_alarm(writer, run):
     assert str(alarm) == "Unequal training: The inits do not have the same epochs: volta 20, vit_scratch 5."
 
 
+def test_runs_of_several_versions_of_the_code_are_noted(writer, run):
+    run("volta", 0)
+    run("volta", 1, code_version="0.2.0+def")
+    run("vit_scratch", 0)
+    run("vit_scratch", 1)
+    study = only_study(writer)
+    assert study.alarms == [] and [note for note in study.notes if "code" in note] == [
+        "Mixed code: not all runs were trained by the same version of the code: 0.1.0+abc (1 run of volta, 2 runs of "
+        "vit_scratch); 0.2.0+def (1 run of volta). Differences between them may come from the code."
+    ]
+
+
+def test_pretrained_inits_of_several_encoders_are_noted(writer, run):
+    run("volta", 0)
+    run("volta", 0, variant="frozen")
+    run("volta", 0, variant="gentle", encoder_sha256="b" * 64)
+    run("vit_scratch", 0)
+    study = only_study(writer)
+    assert study.alarms == []
+    [note] = [note for note in study.notes if "encoder" in note]
+    assert note.startswith("Different encoders: pretrained inits did not start from the same one: ")
+    assert {"volta", "frozen"} == {*note.split(": ")[2].split(" from eeeeeeeeeeee")[0].split(" and ")}
+    assert "gentle from bbbbbbbbbbbb" in note and "scratch" not in note
+
+
 def test_seeds_of_a_fold_are_averaged_before_anything_else(writer, run, tmp_path):
     seeds = {0: (0, 1000), 1: (1,)}  # crossval's second seed is done for one fold only
     tables = {}

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
 import shutil
@@ -27,7 +26,6 @@ from volta_components.files import partial_prefix
 from volta_components.method.collapse import CollapseMonitor
 from volta_components.method.koleo import KoLeoLoss
 from volta_components.method.losses import GlobalAlignmentLoss, SinkhornTargets
-from volta_components.training import checkpoint
 from volta_components.training.checkpoint import ResumableCheckpoint
 
 
@@ -177,50 +175,6 @@ def save_settings(path: Path, settings: dict[str, Any]) -> None:
     parts.trainer.state.iteration = 2
     parts.checkpoint.save(parts.trainer)
     parts.checkpoint.finish()
-
-
-def test_ends_of_epochs_have_a_checkpoint_after_so_many_minutes_and_the_last_always(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Epochs of four minutes; a resumed run waits again."""
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    saved: list[int] = []
-
-    def run(stop_after: int, minutes: float, name: str) -> list[int]:
-        saved.clear()
-
-        def save(state: Any, target: IO[bytes]) -> None:
-            saved.append(state["engine"]["iteration"])
-            torch.serialization.save(state, target)
-
-        monkeypatch.setattr(torch, "save", save)
-        engine = Engine(lambda *_: setattr(clock, "now", clock.now + 240))
-        ResumableCheckpoint(tmp_path / name, {}, {}, minutes=minutes).attach(engine)
-        engine.add_event_handler(Events.EPOCH_COMPLETED(once=stop_after), lambda e: e.terminate())
-        engine.run([0], max_epochs=9)
-        return list(saved)
-
-    assert run(9, 0, "each.pt") == [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    assert run(5, 10, "some.pt") == [3]
-    clock.now += 1e6
-    assert run(9, 10, "some.pt") == [6, 9]
-
-
-def test_within_an_epoch_a_checkpoint_lies_at_the_end_of_the_first_window_after_so_many_minutes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Mini-batches of one minute, windows of three, epochs of eleven."""
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: clock.now))
-    saved: list[int] = []
-    monkeypatch.setattr(torch, "save", lambda state, target: saved.append(state["engine"]["iteration"]))
-    monkeypatch.setattr(checkpoint, "atomic_path", contextlib.nullcontext)
-    engine = Engine(lambda *_: setattr(clock, "now", clock.now + 60))
-    ResumableCheckpoint(tmp_path / "c.pt", {}, {}, minutes=4, window=3).attach(engine)
-    engine.run(range(11), max_epochs=2)
-    # 6: the first end of a window after 4 minutes; 11: the end of the epoch; 17 = 11 + 6; 22: the last.
-    assert saved == [6, 11, 17, 22]
 
 
 def test_a_checkpoint_is_written_beside_the_training_never_two_at_a_time(

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ignite.engine import Engine, Events
 
 from volta_components.training import cost as module
 from volta_components.training.checkpoint import ResumableCheckpoint
-from volta_components.training.cost import cost_metrics, time_and_memory, training_cost
+from volta_components.training.cost import cost_metrics, start_clock, time_and_memory, training_cost
 
 
 def test_without_a_clock_nothing_is_said() -> None:
@@ -70,6 +71,16 @@ def test_hours_add_up_over_a_resume_without_the_pause(
         "code_versions": ["1+aaa", "1+bbb"],
     }
     assert "was trained by code 1+aaa, and goes on with 1+bbb" in caplog.text
+
+
+def test_memory_is_that_of_the_run_s_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "max_memory_allocated", lambda device=None: 2**30 * (1 + torch.device(device).index)
+    )
+    engine: Any = Engine(lambda engine, batch: None)
+    start_clock(engine, {})
+    engine.state.device = "cuda:1"
+    assert time_and_memory(engine)["peak_memory_gib"] == 2.0
 
 
 def test_mlflow_gets_the_numbers(tmp_path: Path) -> None:

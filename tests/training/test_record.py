@@ -108,6 +108,17 @@ def test_names_comments_and_handlers_that_only_watch_change_nothing() -> None:
     assert other_settings(changed(), same) == []
 
 
+def test_a_run_is_resumed_with_or_without_a_recorded_graph() -> None:
+    """As the error of a mini-batch that cannot be recorded advises."""
+    plain = {"train": {"trainer": {"_target_": "VoltaTrainer", "amp": "@amp"}}}
+    without = {"train": {"trainer": {**plain["train"]["trainer"], "cuda_graph": False}}}
+    assert settings_of(plain) == settings_of(without)
+    # Checkpoints from before it was harmless have it.
+    old = settings_of(plain)
+    old["config"]["train.trainer.cuda_graph"] = True
+    assert other_settings(old, settings_of(without)) == []
+
+
 def test_people_see_values_and_a_hash_of_the_rest() -> None:
     shown = shown_settings(changed())
     assert len(shown.pop("config")) == 12

@@ -28,10 +28,14 @@ from volta_components.training.tracking import (
     TrainingRecord,
     command_line,
     describe_run,
+    device_of,
     find_mlflow_handler,
     group_metrics,
+    hardware,
     hide_folders,
 )
+
+CPU = torch.device("cpu")
 
 
 def test_a_command_reads_as_it_was_typed_and_names_no_folders() -> None:
@@ -113,6 +117,16 @@ def test_means_over_processes_are_taken_on_the_device(monkeypatch: pytest.Monkey
     assert seen == ["meta", "meta"]  # the mini-batch's, and the epoch's
 
 
+def test_hardware_is_what_the_run_computes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with two GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: f"GPU {device}")
+    assert "cores" in hardware(CPU)
+    engine: Any = Engine(lambda e, b: None)
+    engine.state.device = "cuda:1"
+    assert hardware(device_of(engine)) == "GPU cuda:1"
+
+
 def test_the_mlflow_handler_is_found_once_it_has_a_run() -> None:
     engine = Engine(lambda e, b: None)
     assert find_mlflow_handler(engine) is None
@@ -182,7 +196,7 @@ def test_runs_that_begin_together_share_their_data_sets(tmp_path: Path) -> None:
             handler = SimpleNamespace(client=own, cur_run=run, artifacts=(), _log_params=lambda params: None)
             together.wait()
             tags = {"bundle": f"bundle{number}"}
-            describe_run(handler, {}, tags, {"training": [{"subject_id": "a", "patient_id": "a"}]})
+            describe_run(handler, {}, tags, {"training": [{"subject_id": "a", "patient_id": "a"}]}, CPU)
 
         with ThreadPoolExecutor(processes) as pool:
             list(pool.map(describe, runs))

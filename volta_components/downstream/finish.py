@@ -23,6 +23,7 @@ from volta_components.training.cost import cost_metrics
 from volta_components.training.record import check_settings
 from volta_components.training.tracking import (
     describe_run,
+    device_of,
     find_mlflow_handler,
     group_metrics,
     prepare_handlers,
@@ -117,7 +118,7 @@ class FinishRun:
         self._is_described = True
         parts = {} if self.results is None else vars(self.results.parts)
         data = {name: items for name, items in parts.items() if name != "unused"}
-        describe_run(handler, self.settings, self.tags, data)
+        describe_run(handler, self.settings, self.tags, data, device_of(engine))
 
     def _iteration_completed(self, engine: Engine) -> None:
         output: Any = engine.state.output

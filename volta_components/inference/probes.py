@@ -203,25 +203,31 @@ class Probes:
         return Resampling(patients, seed=self.seed).weights(patients)
 
     def classes(self, targets: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Any]]:
-        """AUROC of each label, out of fold, of pairs of scans in the same fold."""
+        """AUROC of each label, out of fold, of pairs of scans in the same fold.
+
+        Labels that are too rare for it are left out, with a word why.
+        """
         for label, known, truth in _questions(self.items, targets):
             folds = self.folds[known]
             if len(np.unique(truth)) < 2:
                 continue
             fewest = min(np.bincount(truth[folds != fold], minlength=2).min() for fold in np.unique(folds))
-            if label not in targets and fewest < 2:
-                print(f"{label}: too few in some folds to be probed")
+            if fewest < 2:
+                print(
+                    f"{label}: left out; without one of the folds, {fewest} of one class remain and two are needed; "
+                    "use fewer folds or more subjects"
+                )
+                continue
+            if all(len(np.unique(truth[folds == fold])) < 2 for fold in np.unique(folds)):
+                print(f"{label}: left out; no fold has both classes, and only scans of one fold are compared")
                 continue
             weights = self._weights(known)
             for each in self.features:
                 for probe in ("knn", "linear"):
                     matrix = each.matrix[known]
-                    try:
-                        scores = out_of_fold_scores(
-                            matrix, truth, folds, probe, self.neighbours, self.seed, each.components
-                        )
-                    except InputError as error:
-                        raise InputError(f"label {label!r}: {error}") from error
+                    scores = out_of_fold_scores(
+                        matrix, truth, folds, probe, self.neighbours, self.seed, each.components
+                    )
                     figures = auroc_within(truth, scores, folds), *interval(auroc_within(truth, scores, folds, weights))
                     row = self._row(label, each, probe, "auroc", known, figures, chance=0.5)
                     yield row | {"positive": int(truth.sum())}
@@ -335,7 +341,7 @@ def probe_report(
         ``r2``), ``value``, its 95 % interval over patients ``low`` and ``high``, and what ``chance`` gives.
 
     Raises:
-        InputError: if nothing can be asked, or a label has too few of a class.
+        InputError: if nothing can be asked.
     """
     probes = Probes(items, _features(tables), neighbours, seed)
     rows = list(probes.classes(targets))
@@ -350,7 +356,10 @@ def probe_report(
     rows += probes.same_subject()
     rows += probes.tokens(labelled)
     if not rows:
-        raise InputError(f"no label of {', '.join(targets)} has both classes in the datalist; give --targets")
+        raise InputError(
+            f"no label of {', '.join(targets)} has both classes in the datalist, two of each without any fold; give "
+            "--targets, or use fewer folds or more subjects"
+        )
     rows = [row | {"leak": leak} for row in rows]
     write_json(path, rows)
     columns = "{label:<25} {encoder:<8} {embedding:<13} {probe:<8} {measure:<8} "

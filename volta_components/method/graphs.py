@@ -55,10 +55,12 @@ class GraphedFunction:
             place.copy_(one)
         self._calls += 1
         if self._calls <= self.WARM_UP:
-            self._stream.wait_stream(torch.cuda.current_stream())
+            # Of the arguments' device, which need not be the current one.
+            current = torch.cuda.current_stream(self._stream.device)
+            self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
                 self._results = self.function(*self._arguments)
-            torch.cuda.current_stream().wait_stream(self._stream)
+            current.wait_stream(self._stream)
             return self._results
         if self._graph is None:
             self._graph = self._record()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
+from monai.networks.utils import eval_mode
 from torch.utils.data import default_collate
 
 from volta_components.distributed import process_rank
@@ -23,8 +24,9 @@ from volta_components.training.tracking import find_mlflow_handler
 
 
 def restore(network: VoltaViT, image: torch.Tensor) -> torch.Tensor:
-    """The network's reconstruction ``[B, 1, D, H, W]`` of a masked image of the same shape."""
-    return network.decode(network.encode(image), network.token_grid(image))
+    """The whole network's reconstruction ``[B, 1, D, H, W]`` of a masked image of the same shape; no gradient."""
+    with eval_mode(network):  # in training, stochastic depth leaves out blocks
+        return network.decode(network.encode(image), network.token_grid(image))
 
 
 @dataclass(eq=False)

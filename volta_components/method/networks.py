@@ -357,7 +357,7 @@ class VoltaTeacher(VoltaStudent):
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Two groups for the optimiser: with weight decay, and without.
+    """Two groups for the optimiser: with weight decay, and without. ``decayed`` says so, as a decay may begin at 0.
 
     Biases, norms, the position embedding, the CLS-style token and frozen parameters are not decayed (``method.md``,
     section 6; as DINO).
@@ -370,8 +370,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
         exempt = parameter.ndim <= 1 or name.endswith(("position_embeddings", "cls_token"))
         (plain if exempt else decayed).append(parameter)
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay, "decayed": True},
+        {"params": plain, "weight_decay": 0.0, "decayed": False},
     ]
 
 

@@ -99,7 +99,7 @@ class VoltaTrainer(Trainer):
 
     def __init__(
         self,
-        device: torch.device,
+        device: torch.device | str,
         max_epochs: int,
         train_data_loader: DataLoader,
         student: nn.Module,
@@ -123,6 +123,7 @@ class VoltaTrainer(Trainer):
         drop_path_rate: float = 0.0,
         train_handlers: Sequence[Any] | None = None,
     ) -> None:
+        device = torch.device(device)
         if accumulation_steps < 1:
             raise InputError(f"accumulation_steps {accumulation_steps} is not a positive number")
         if log_interval < 1:
@@ -147,6 +148,8 @@ class VoltaTrainer(Trainer):
         self.student = student
         self.teacher = teacher
         self.optimizer = optimizer
+        # Now: the groups of a checkpoint may lack the word.
+        self._is_decayed = [group.get("decayed", group["weight_decay"] > 0) for group in optimizer.param_groups]
         self.views = views
         self.loss = loss.to(device)
         self.learning_rate = learning_rate
@@ -178,11 +181,11 @@ class VoltaTrainer(Trainer):
         self._unread: list[dict[str, Any]] = []
         self._unread_summaries: list[Tensor] = []
         self._check_sizes(compile_blocks)
-        fits = device.type == "cuda" and process_count() == 1 and self.views.air is None and not drop_path_rate
+        fits = self._can_be_graphed(device)
         if cuda_graph and not fits:
             raise InputError(
-                "cuda_graph: it needs a single process with a GPU, no drop_path_rate, and no views#air, with which "
-                "each head has other tokens; leave it out"
+                "cuda_graph: it needs a single process with a GPU, no multi_gpu_train.json, no drop_path_rate, and "
+                "no views#air, with which each head has other tokens; leave it out"
             )
         self._graphed = GraphedFunction(self._graphed_learn) if fits and cuda_graph is not False else None
         self._names: list[str] = []
@@ -190,6 +193,11 @@ class VoltaTrainer(Trainer):
             for network in (self.plain_student.network, teacher.network):
                 network.compile_blocks()
         self.add_event_handler(Events.EPOCH_STARTED, self._epoch_started)
+
+    def _can_be_graphed(self, device: torch.device) -> bool:
+        # torchrun's only process has the wrapper too, whose backward pass is more than kernels.
+        alone = process_count() == 1 and not isinstance(self.student, DistributedDataParallel)
+        return device.type == "cuda" and alone and self.views.air is None and not self.drop_path_rate
 
     def _check_sizes(self, compile_blocks: bool) -> None:
         """Crops can be cut into patches, and masked, before anything is recorded of the run."""
@@ -271,9 +279,9 @@ class VoltaTrainer(Trainer):
         output: dict[str, Any] = found
         if is_last:
             rate = self.learning_rate(step)
-            for group in self.optimizer.param_groups:
+            for group, is_decayed in zip(self.optimizer.param_groups, self._is_decayed, strict=True):
                 group["lr"] = rate
-                if self.weight_decay is not None and group["weight_decay"] > 0:
+                if self.weight_decay is not None and is_decayed:
                     group["weight_decay"] = self.weight_decay(step)
             output["learning_rate"] = rate
             output["gradient_norm"] = self._step()

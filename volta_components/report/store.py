@@ -396,15 +396,36 @@ def _find_mixed_rows(study: Study) -> None:
                     f"{text}. Start volta3d crossval again to train all of them with the same settings.",
                 )
             )
+    versions: dict[str, list[str]] = defaultdict(list)
+    for run in study.runs:
+        versions[run.tags.get("code_version", "an unknown version")].append(run.variant)
+    if len(versions) > 1:
+        parts = (f"{version} ({_by_variant(study, variants)})" for version, variants in sorted(versions.items()))
+        study.notes.append(
+            f"Mixed code: not all runs were trained by the same version of the code: {'; '.join(parts)}. Differences "
+            "between them may come from the code."
+        )
+
+
+def _by_variant(study: Study, variants: list[str]) -> str:
+    counts = Counter(variants)
+    return ", ".join(f"{_runs(counts[variant], '')} of {variant}" for variant in study.variants if counts[variant])
 
 
 def _find_unequal_training(study: Study) -> None:
-    """Inits are compared at the same number of epochs and the same batch size."""
+    """Inits are compared at the same number of epochs and the same batch size, and from the same encoder."""
     for key, what in {"epochs": "epochs", "batch_size": "batch size"}.items():
         budgets = {variant: {run.params.get(key, "?") for run in study.select(variant)} for variant in study.variants}
         if len({frozenset(value) for value in budgets.values() if value}) > 1:
             text = ", ".join(f"{variant} {'/'.join(sorted(value))}" for variant, value in budgets.items() if value)
             study.alarms.append(Alarm("Unequal training", f"The inits do not have the same {what}: {text}."))
+    encoders: dict[str, list[str]] = defaultdict(list)
+    for variant in study.variants:
+        for sha in sorted({run.tags.get("encoder_sha256", "") for run in study.select(variant)} - {""}):
+            encoders[sha].append(variant)
+    if len(encoders) > 1:
+        text = ", ".join(f"{' and '.join(variants)} from {sha[:12]}" for sha, variants in encoders.items())
+        study.notes.append(f"Different encoders: pretrained inits did not start from the same one: {text}.")
 
 
 def _find_runs_by_hand(study: Study) -> None:

@@ -23,7 +23,7 @@ from volta_components.downstream.segmentation import SHOWN, SegmentationResults
 from volta_components.downstream.splits import Item
 from volta_components.errors import InputError
 from volta_components.files import sha256_file, sha256_json, write_json
-from volta_components.inference.scans import find_volumes
+from volta_components.inference.scans import find_volumes, who_and_when
 from volta_components.method.monai_versions import fit_cross_attention
 from volta_components.method.weights import read_record, read_weights
 from volta_components.training.people import facts_of, joined
@@ -88,6 +88,28 @@ def renumber(
 
 def _plain(name: str) -> str:
     return " ".join(name.replace("_", " ").casefold().split())
+
+
+def split_scans(items: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
+    """Part labelled scans into those to train on and those that validate; no patient is on both sides.
+
+    Patients are recognised by the names of their scans, as ``volta3d segment`` does. The last ones validate, as many as
+    it takes for the share, but never all. Without a share, or with a single patient, the training scans validate.
+
+    Args:
+        items: with ``image``, a path.
+        share: of the scans, for validation.
+    """
+    names, _ = who_and_when([Path(item["image"]) for item in items])
+    patients = [split_visit(name)[0] or name for name, _ in names]
+    count = max(1, round(share * len(items))) if share > 0 else 0
+    chosen: set[str] = set()
+    for patient in list(dict.fromkeys(patients))[:0:-1]:
+        if sum(each in chosen for each in patients) < count:
+            chosen.add(patient)
+    training = [item for item, patient in zip(items, patients, strict=True) if patient not in chosen]
+    validation = [item for item, patient in zip(items, patients, strict=True) if patient in chosen]
+    return training, validation or training
 
 
 class SaveModel:

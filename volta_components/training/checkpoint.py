@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints from which a training resumes bit by bit."""
+"""Checkpoints from which a training resumes; on a CPU, bit by bit."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 class ResumableCheckpoint:
-    """Saves a run so that the same command, started again, resumes it bit for bit.
+    """Saves a run so that the same command, started again, resumes it; on a CPU, bit for bit.
+
+    On a GPU a resumed run has the same samples, masks and schedules as an unbroken one. Its weights differ by rounding,
+    as those of any two runs there: attention's gradient is added up in another order in each (not measured).
 
     MONAI's ``CheckpointSaver`` writes in place, so a run that is killed while saving loses its only checkpoint.
     Ignite's ``Checkpoint`` with ``DiskSaver(atomic=True)`` renames, but removes the older file before it writes the new
@@ -63,7 +66,8 @@ class ResumableCheckpoint:
     (``read_numbers``) are read first, so that a run that has diverged is not saved.
 
     With a ``window``, Ctrl-C and a scheduler's SIGTERM lose nothing: the accumulation window is finished and saved
-    before the run ends. A second Ctrl-C ends it at once. The loader's workers receive these signals too and must wait:
+    before the run ends; several processes agree on it when they next read their numbers (``log_interval``). A second
+    Ctrl-C ends it at once. The loader's workers receive these signals too and must wait:
     see ``volta_components.training.sampling.signals_wait``.
 
     Args:
@@ -100,6 +104,7 @@ class ResumableCheckpoint:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self._signal: int | None = None
+        self._all_stop = False
         self._before: dict[signal.Signals, Any] = {}
         self._lock: FolderLock | None = None
         self._stamps = torch.empty(0, 2, dtype=torch.int64)
@@ -115,12 +120,12 @@ class ResumableCheckpoint:
         if self.window:
             engine.add_event_handler(Events.STARTED, self._listen)
             engine.add_event_handler(Events.COMPLETED, self._restore_signals)
-            engine.add_event_handler(Events.ITERATION_COMPLETED, self._window_completed)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
         engine.add_event_handler(Events.COMPLETED, self._completed)
 
     def _listen(self) -> None:
-        self._signal = None
+        self._signal, self._all_stop = None, False
         if threading.current_thread() is not threading.main_thread():
             return
 
@@ -141,12 +146,17 @@ class ResumableCheckpoint:
             signal.signal(number, handler)
         self._before = {}
 
-    def _is_asked_to_stop(self, engine: Any) -> bool:
-        """Whether any process was: they must stop together, or some would wait for the others."""
+    def _is_asked_to_stop(self, engine: Any, ask: bool) -> bool:
+        """Whether any process was: they must stop together, or some would wait for the others.
+
+        Several processes only know what they found when they were last told to ``ask``, which waits for the device.
+        """
         if process_count() == 1:
             return self._signal is not None
-        asked = torch.tensor(float(self._signal is not None), device=engine.state.device)
-        return bool(mean_over_processes(asked) > 0)
+        if ask:
+            asked = torch.tensor(float(self._signal is not None), device=engine.state.device)
+            self._all_stop = bool(mean_over_processes(asked) > 0)
+        return self._all_stop
 
     def _stop(self, engine: Engine) -> None:
         self.finish()
@@ -157,20 +167,23 @@ class ResumableCheckpoint:
             raise SystemExit(128 + signal.SIGTERM)
         raise KeyboardInterrupt(message)
 
-    def _window_completed(self, engine: Engine) -> None:
+    def _iteration_completed(self, engine: Any) -> None:
         length = engine.state.epoch_length
         place = engine.state.iteration % length if length else 0
         # The end of an epoch has its own checkpoint, after what other handlers do there.
-        if not place or place % self.window:
+        if not place:
             return
-        self._save_if_due(engine, self._is_asked_to_stop(engine))
+        # The trainer has just read its numbers: nothing more is waited for. A window may end elsewhere.
+        stop = self._is_asked_to_stop(engine, ask=engine.state.iteration % getattr(engine, "log_interval", 1) == 0)
+        if place % self.window == 0:
+            self._save_if_due(engine, stop)
 
     def _epoch_completed(self, engine: Engine) -> None:
         if engine.state.epoch == engine.state.max_epochs:
             self.save(engine)
             self.finish()
         else:
-            self._save_if_due(engine, bool(self.window) and self._is_asked_to_stop(engine))
+            self._save_if_due(engine, bool(self.window) and self._is_asked_to_stop(engine, ask=True))
 
     def _save_if_due(self, engine: Engine, stop: bool) -> None:
         if stop or time.monotonic() - self._last_save >= 60 * self.minutes:
@@ -185,6 +198,8 @@ class ResumableCheckpoint:
 
     def save(self, engine: Engine) -> None:
         """Begin to write the checkpoint, atomically, from the first process; ``finish`` waits until it is there."""
+        # In every process: one that was due for ever would read numbers at the end of each window.
+        self._last_save = time.monotonic()
         if hasattr(engine, "read_numbers"):
             engine.read_numbers()
         if process_rank() or self.path is None:
@@ -215,7 +230,6 @@ class ResumableCheckpoint:
         state["cost"] = time_and_memory(engine)
         self.finish()
         self._writing = self._thread.submit(self._write, state)
-        self._last_save = time.monotonic()
 
     def _write(self, state: Mapping[str, Any]) -> None:
         assert self.path is not None

@@ -13,7 +13,7 @@ import torch
 from ignite.engine import Engine
 
 from volta_components.training.record import code_version
-from volta_components.training.tracking import hardware
+from volta_components.training.tracking import device_of, hardware
 
 
 def start_clock(engine: Any, before: Mapping[str, Any]) -> None:
@@ -50,7 +50,7 @@ def training_cost(engine: Engine) -> dict[str, Any]:
     """``time_and_memory`` with the ``hardware``, for the record of a finished run; empty if nothing is known."""
     found = time_and_memory(engine)
     numbers = {name: round(value, 4) if isinstance(value, float) else value for name, value in found.items()}
-    return {**numbers, "hardware": hardware()} if numbers else {}
+    return {**numbers, "hardware": hardware(device_of(engine))} if numbers else {}
 
 
 def cost_metrics(cost: Mapping[str, Any]) -> dict[str, float]:
@@ -59,7 +59,7 @@ def cost_metrics(cost: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _peak_memory_gib(engine: Any) -> float:
-    if torch.device(getattr(engine.state, "device", "cpu")).type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
+    if (device := device_of(engine)).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -22,6 +22,7 @@ from volta_components.files import sha256_json
 from volta_components.training.people import facts_of
 
 # Ids that may differ when a run is resumed, each group with the reason. Every other id of a config is compared.
+# A checkpoint may hold one of them from before it was listed here: it is not compared either.
 HARMLESS: dict[str, tuple[str, ...]] = {
     "Names and places. What lies there counts: the hash of the datalist, of the encoder and, of a scan, its file.": (
         *("bundle_root", "run_name", "experiment_name", "output_dir", "ckpt_dir", "model_path", "suffix"),
@@ -29,6 +30,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     ),
     "Where and how fast it is computed. The same samples are drawn, in the same order.": (
         *("device", "render_device", "num_workers", "cache", "compile_blocks", "views_together"),
+        "train#trainer#cuda_graph",
     ),
     "What is looked at, and how often.": (
         *("check_volumes", "deep_check", "checkpoint_minutes", "picture_interval", "log_interval"),
@@ -91,7 +93,7 @@ def find_calling_config() -> ConfigParser | None:
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a merged config says of a run, without following its expressions; see ``run_settings``."""
-    harmless = {name for names in HARMLESS.values() for name in names}
+    harmless = _harmless_names()
     values: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for name, value in config.items():
@@ -102,9 +104,16 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
                 break
             value = config[value[1:]]
         for path, leaf in flatten_settings({name: _without_watchers(value)}).items():
+            if path in harmless:
+                continue
             is_text = isinstance(leaf, str) and leaf.startswith(("@", "$", "%"))
             (rest if is_text or name in WORKFLOW else values)[path] = leaf
     return {**values, "config": rest}
+
+
+def _harmless_names() -> set[str]:
+    """``HARMLESS``, dotted as in settings."""
+    return {name.replace("#", ".") for names in HARMLESS.values() for name in names}
 
 
 def _without_watchers(block: Any) -> Any:
@@ -141,7 +150,9 @@ def other_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tu
     there, here = flatten_settings(there), flatten_settings(here)
     absent = object()  # which is not the same as null
     names = sorted(n for n in there.keys() | here.keys() if there.get(n, absent) != here.get(n, absent))
-    return [(name.removeprefix("config."), str(there.get(name)), str(here.get(name))) for name in names]
+    rows = [(name.removeprefix("config."), str(there.get(name)), str(here.get(name))) for name in names]
+    harmless = _harmless_names()
+    return [row for row in rows if row[0] not in harmless]
 
 
 def check_settings(there: Mapping[str, Any], here: Mapping[str, Any], reason: str, remains: str) -> None:

@@ -107,6 +107,7 @@ def describe_run(
     settings: Mapping[str, Any],
     tags: Mapping[str, Any],
     data: Mapping[str, Sequence[Mapping[str, Any]]],
+    device: torch.device,
 ) -> None:
     """Give MLflow a run's settings, tags and data sets, and say what its experiment is.
 
@@ -115,6 +116,7 @@ def describe_run(
         settings: see ``run_settings``. Those that MLflow has already are left as they are.
         tags: by name.
         data: items of each part, such as ``training``. MLflow gets their number and hash, not the items.
+        device: where the run computes.
     """
     from mlflow.tracking.context.registry import resolve_tags
 
@@ -123,7 +125,7 @@ def describe_run(
     params = [(name, value) for name, value in shown_settings(settings).items() if name not in known]
     for start in range(0, len(params), MLFLOW_BATCH):
         handler._log_params(dict(params[start : start + MLFLOW_BATCH]))
-    made = {"command": command_line(sys.orig_argv), "hardware": hardware()}
+    made = {"command": command_line(sys.orig_argv), "hardware": hardware(device)}
     for name, value in {**resolve_tags(), **made, **tags}.items():
         client.set_tag(run_id, name, hide_folders(str(value)))
     # The merged config, which MONAI uploads at the end.
@@ -186,10 +188,15 @@ def _dataset_input(name: str, datalist: str, part: str, items: Sequence[Mapping[
     return DatasetInput(dataset, [InputTag("mlflow.data.context", part)])
 
 
-def hardware() -> str:
-    """The GPU's name, or the processor's with the number of cores that may be used."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+def device_of(engine: Any) -> torch.device:
+    """Where an engine computes; configs and commands may name it by a text."""
+    return torch.device(getattr(engine.state, "device", None) or "cpu")
+
+
+def hardware(device: torch.device) -> str:
+    """The name of a device: the GPU's, or the processor's with the number of cores that may be used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return f"{platform.machine()} processor, {joblib.cpu_count()} cores"
 
 
@@ -231,7 +238,7 @@ class TrainingRecord:
         mlflow_handler = find_mlflow_handler(engine)
         if mlflow_handler is not None and not self._described:
             items = getattr(getattr(engine.state.dataloader, "dataset", None), "data", [])
-            describe_run(mlflow_handler, self.settings, self.tags, {"training": items})
+            describe_run(mlflow_handler, self.settings, self.tags, {"training": items}, device_of(engine))
         self._described = True
         if engine.state.iteration % self.interval == 0:
             means = _means(self._recent, engine.state.device)
