@@ -17,7 +17,7 @@ from volta_components.distributed import gather_objects, process_rank
 from volta_components.downstream.splits import Item, Parts
 from volta_components.downstream.start import save_model
 from volta_components.files import write_csv, write_json
-from volta_components.method.weights import keep_picture
+from volta_components.method.weights import keep_other_weights, keep_picture
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +138,7 @@ class FoldResults:
     def keep(self, record: Mapping[str, Any], caption: str = "", shows_scans: bool = True) -> None:
         """Write the model, if it is kept, with what its record says besides, and the run's picture with its caption."""
         if self.model_path is not None and process_rank() == 0:
+            keep_other_weights(self.model_path, self.record)
             picture = keep_picture(self.model_path, self.folder / PICTURES / PICTURE, caption, shows_scans)
             save_model(self.model_path, self.network, {**self.record, **picture, **record})
             logger.info("model written to %s", self.model_path)
