@@ -371,6 +371,26 @@ def test_merging_holds_out_the_first_data_set_whole(tmp_path):
     again = write(tmp_path / "d", [item(0, cohort="held"), item(9, cohort="held")], "held")
     with pytest.raises(InputError, match=r"1 patients are in different folds(?s:.)*--exclude-patients-of"):
         merge(held, again, output=tmp_path / "e", hold_out=True)
+@pytest.mark.parametrize(
+    ("theirs", "ours", "what"),
+    [
+        ({"sex": "M"}, {"sex": "F", "session": "ses-1"}, "sub-0000  sex"),
+        ({"source_sha256": "a"}, {"source_sha256": "b"}, r"sub-0000  voxels of session \(none\)"),
+        ({"sex": "M", "session": "1", "sha256": "a"}, {"sex": "M", "session": "2", "sha256": "b"}, None),
+        ({"sex": "M", "cohort": "bids"}, {"sex": "F", "cohort": "site_b"}, None),
+    ],
+)
+def test_merging_does_not_make_one_person_of_two(tmp_path, theirs, ours, what):
+    """Folders called ``bids``, prepared without ``--name``, have one cohort name."""
+    one = write(tmp_path / "a", [{**item(0, cohort="bids"), **theirs}, item(1, cohort="bids")], "bids")
+    two = write(tmp_path / "b", [{**item(0, cohort="bids", fold=1), **ours}, item(2, cohort="bids")], "bids")
+    if what is None:
+        merge(one, two, output=tmp_path / "c", refold=True)
+    else:
+        with pytest.raises(InputError, match=f"(?s)1 patients of one id.*{what}.*--name NAME"):
+            merge(one, two, output=tmp_path / "c", refold=True)
+
+
 
 
 def test_merging_asks_whether_the_volumes_are_there(tmp_path):
