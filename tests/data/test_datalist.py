@@ -315,9 +315,10 @@ def test_merging_spares_its_inputs_and_keeps_the_mark_of_phantoms(tmp_path):
     for output in (two, two.parent):
         with pytest.raises(InputError, match="is one of the datalists to merge"):
             merge(str(one), str(two), output=str(output), name="phantom_both")
-    (tmp_path / "c/.prepare").mkdir(parents=True)
-    with pytest.raises(InputError, match="holds a prepared data set"):
-        merge(str(one), str(two), output=str(tmp_path / "c"), name="phantom_both")
+    for kind in (".prepare", "shards"):
+        (tmp_path / kind / kind).mkdir(parents=True)
+        with pytest.raises(InputError, match="holds a prepared or packed data set"):
+            merge(str(one), str(two), output=str(tmp_path / kind), name="phantom_both")
     with pytest.raises(InputError, match=r"--name both: these are phantoms.* try phantom_both"):
         merge(str(one), str(two), output=str(tmp_path / "d"), name="both")
     merge(str(one), str(two), output=str(tmp_path / "d"), name="phantom_both")

@@ -232,9 +232,10 @@ def merge(
     inputs = [datalist.path.resolve() for datalist in loaded]
     if target.resolve() in inputs:
         raise InputError(f"--output {target} is one of the datalists to merge; choose another")
-    if target.name == "datalist.json" and (target.parent / ".prepare").is_dir():
+    if target.name == "datalist.json" and any((target.parent / kind).is_dir() for kind in (".prepare", "shards")):
         raise InputError(
-            f"--output {target}: the folder holds a prepared data set, whose own datalist would be lost; choose another"
+            f"--output {target}: the folder holds a prepared or packed data set, whose own datalist would be lost; "
+            "choose another"
         )
     files = [
         (str(item["subject_id"]), str(item[kind]))
@@ -263,13 +264,13 @@ def merge(
             doubles,
             "Remove one of each from its source and prepare that one again.",
         )
-    clashing = {row[1] for row in uncertain}
     if rows := _contradictions(loaded):
         raise InputError.many(
             f"{len(rows)} patients of one id and one cohort name cannot be one person",
             rows,
             "Prepare one of the data sets again with a name of its own (volta3d prepare --name NAME).",
         )
+    clashing = {row[1] for row in uncertain}
     shared = {row[1] for row in certain if row[0] == "patient"}
     items, excluded = [], []
     for datalist in loaded:
@@ -322,7 +323,6 @@ def merge(
     return 0
 
 
-def check_phantom_name(name: str, is_phantom: bool) -> None:
 def _contradictions(datalists: Sequence[Datalist]) -> list[tuple[str, str, str]]:
     """Rows (patient, what differs, where) of people whom datalists share by id and cohort, and who are not the same.
 
@@ -348,6 +348,7 @@ def _contradictions(datalists: Sequence[Datalist]) -> list[tuple[str, str, str]]
     return rows
 
 
+def check_phantom_name(name: str, is_phantom: bool) -> None:
     """The name of a data set of phantoms says so: by it, runs, reports and packed weights are marked.
 
     Raises:
