@@ -186,11 +186,27 @@ def test_files_that_are_no_datalist(tmp_path, content, message):
         ([{**item(0), "subject_id": "$print()"}], r"has a \$"),
         ([{**item(0), "patient_id": "a\tb"}], "control characters"),
         ([{**item(0), "session": "ses-\x7f1"}], "control characters"),
+        ([item(0, fold="1")], "fold is '1', not a whole number without quotes"),
+        ([item(0, fold=True)], "fold is True, not a whole number"),
+        ([item(0, label=None)], "label is null; leave it out"),
+        ([{**item(0), "session": 1}], "session is 1, not a text in quotes or null"),
+        ([{**item(0), "patient_id": 7}], "patient_id is 7, not a text in quotes"),
     ],
 )
 def test_datalists_that_contradict_themselves(tmp_path, items, message):
     with pytest.raises(InputError, match=message):
         load_datalist(write(tmp_path, items))
+
+
+def test_a_label_may_be_a_number(tmp_path):
+    (entry,) = load_datalist(write(tmp_path, [item(0, label=1)])).items
+    assert entry["label"] == 1 and entry["image"] == str(tmp_path / "images/0.nii")
+
+
+@pytest.mark.parametrize("changes", [{"n_folds": "2"}, {"n_folds": 0}, {"seed": None}, {"n_folds": True}])
+def test_numbers_of_a_datalist_are_numbers(tmp_path, changes):
+    with pytest.raises(InputError, match="whole numbers without quotes are needed"):
+        load_datalist(write(tmp_path, [item(0)], **changes))
 
 
 def test_another_shape_or_spacing_than_wanted(tmp_path):
@@ -355,23 +371,6 @@ def test_merging_refuses_what_would_leak(tmp_path):
         merge(str(one), output=str(tmp_path / "h"))
 
 
-def test_merging_holds_out_the_first_data_set_whole(tmp_path):
-    held = write(tmp_path / "a", [item(i, fold=i, cohort="held") for i in range(3)], "held", True)
-    others = [
-        write(tmp_path / name, [item(i + 10 * place, fold=i % 2, cohort=name) for i in range(4)], name, True)
-        for place, name in ((1, "b"), (2, "c"))
-    ]
-    words = ["merge", str(held), *map(str, others), "--output", str(tmp_path / "all"), "--hold-out"]
-    assert main(words) == 0
-    made = load_datalist(tmp_path / "all")
-    assert made.n_folds == 2
-    training, scored = made.split(0)
-    assert {entry["cohort"] for entry in scored} == {"held"} and len(scored) == 3
-    assert {entry["cohort"] for entry in training} == {"b", "c"} and len(training) == 8
-    assert main([*words, "--refold"]) == 2
-    again = write(tmp_path / "d", [item(0, cohort="held"), item(9, cohort="held")], "held")
-    with pytest.raises(InputError, match=r"1 patients are in different folds(?s:.)*--exclude-patients-of"):
-        merge(held, again, output=tmp_path / "e", hold_out=True)
 @pytest.mark.parametrize(
     ("theirs", "ours", "what"),
     [
@@ -392,6 +391,23 @@ def test_merging_does_not_make_one_person_of_two(tmp_path, theirs, ours, what):
             merge(one, two, output=tmp_path / "c", refold=True)
 
 
+def test_merging_holds_out_the_first_data_set_whole(tmp_path):
+    held = write(tmp_path / "a", [item(i, fold=i, cohort="held") for i in range(3)], "held", True)
+    others = [
+        write(tmp_path / name, [item(i + 10 * place, fold=i % 2, cohort=name) for i in range(4)], name, True)
+        for place, name in ((1, "b"), (2, "c"))
+    ]
+    words = ["merge", str(held), *map(str, others), "--output", str(tmp_path / "all"), "--hold-out"]
+    assert main(words) == 0
+    made = load_datalist(tmp_path / "all")
+    assert made.n_folds == 2
+    training, scored = made.split(0)
+    assert {entry["cohort"] for entry in scored} == {"held"} and len(scored) == 3
+    assert {entry["cohort"] for entry in training} == {"b", "c"} and len(training) == 8
+    assert main([*words, "--refold"]) == 2
+    again = write(tmp_path / "d", [item(0, cohort="held"), item(9, cohort="held")], "held")
+    with pytest.raises(InputError, match=r"1 patients are in different folds(?s:.)*--exclude-patients-of"):
+        merge(held, again, output=tmp_path / "e", hold_out=True)
 
 
 def test_merging_asks_whether_the_volumes_are_there(tmp_path):
