@@ -217,7 +217,7 @@ class ClassificationResults(FoldResults):
             f"sensitivity {metrics['sensitivity']:.3f}, specificity {metrics['specificity']:.3f} at "
             f"{metrics['threshold']:.3f}, {counted(self.scores.items)}; {self.folder / 'predictions.csv'}"
         )
-        self.write_metrics(metrics, leak, summary)
+        self.write_metrics(metrics, record, leak, summary)
         return metrics
 
     def _score(self, threshold: float) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:

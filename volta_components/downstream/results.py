@@ -155,10 +155,21 @@ class FoldResults:
             facts = ([item.get(key) for key in FACTS] for item in items)
             write_csv(path, [*FACTS, *columns], ([*who, *row] for who, row in zip(facts, rows, strict=True)))
 
-    def write_metrics(self, metrics: Mapping[str, float], leak: str, summary: str, **more: Any) -> None:
-        """Write ``metrics.json`` of a trained model, with what ``check_model`` said and more, and print the summary."""
+    def write_metrics(
+        self, metrics: Mapping[str, float], model: Mapping[str, Any], leak: str, summary: str, **more: Any
+    ) -> None:
+        """Write ``metrics.json`` of a trained model, and print the summary.
+
+        ``model`` is the record beside it; ``leak`` what ``check_model`` said. The config's record names the data set.
+        """
         if process_rank() == 0:
-            content = {"metrics": metrics, **more, "leak": leak, "scored": len(self.parts.scored)}
+            data = self.record.get("provenance", {})
+            origin = {
+                "model_sha256": model.get("sha256"),
+                "datalist_name": data.get("cohort"),
+                "datalist_hash": data.get("datalist_hash"),
+            }
+            content = {"metrics": metrics, **more, "leak": leak, "scored": len(self.parts.scored), **origin}
             write_json(self.folder / "metrics.json", content)
             whole = sum(self.subjects.values())
             folds = sorted({str(item.get("fold")) for item in self.parts.scored})
