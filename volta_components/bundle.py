@@ -25,6 +25,7 @@ _MODULES = {
     "volta_components.data.checks": ("check_volumes",),
     "volta_components.data.datalist": ("cohort_weights", "load_datalist"),
     "volta_components.training.endless": ("anatomies_datalist",),
+    "volta_components.training.ids": ("check_ids",),
     "volta_components.training.record": ("provenance", "run_settings"),
     "volta_components.training.stores": ("prepare_tracking",),
     "volta_components.training.schedules": ("CosineSchedule", "LinearSchedule"),

@@ -68,6 +68,8 @@ def test_overlays_are_a_few_lines_and_change_ids_that_exist() -> None:
         assert overlay.pop("_desc_")
         known = set(train) | {"+initialize", "finalize"} | (set(unet) if name in ("unet_scratch", "tiny") else set())
         assert set(overlay) <= known
+        if name in ("frozen", "full", "gentle"):
+            assert name in overlay.pop("run_name")
         if name in ("unetr_scratch", "frozen", "full"):
             assert len(overlay) == 1
 

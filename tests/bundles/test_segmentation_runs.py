@@ -29,7 +29,7 @@ from benchmarks.study.plan import OWN_IDS
 from volta_components.data.datalist import load_datalist, make_content
 from volta_components.data.load import LoadScand
 from volta_components.downstream.networks import VoltaUNETR
-from volta_components.files import read_json, write_json
+from volta_components.files import read_json, sha256_file, write_json
 from volta_components.training.people import patient_key
 from volta_components.training.tracking import group_metrics
 
@@ -222,6 +222,11 @@ def test_a_trained_model_is_scored_again(
             assert metrics.pop(f"{name}_low") <= metrics[name] <= metrics.pop(f"{name}_high")
     assert {name: result["metrics"][name] for name in metrics} == metrics
     assert (content["leak"], content["scored"]) == ("none", 2)
+    assert content["model_sha256"] == sha256_file(finished / "models" / "model.pt")
+    data = load_datalist(labelled)
+    assert (content["datalist_name"], content["datalist_hash"]) == (data.name, data.hash)
+    made = workflow(("train", "evaluate"), labelled, tmp_path / "eval", **changes, fold="all")
+    assert made.parser.get_parsed_content("run_name") == f"volta_foldall_{data.name}"
     assert "Dice" in capsys.readouterr().out
     with input_error("trained or pretrained on 2 of the 2 scored patients", "sub-0001"):
         run(("train", "evaluate"), labelled, tmp_path / "other", fold=1, **changes)

@@ -18,6 +18,10 @@ from volta_components.crossval.execute import Outcome
 from volta_components.crossval.plan import Run
 
 
+def record(name: str) -> dict[str, Any]:
+    return {"of": name, "provenance": {"settings": {"run": name}}}
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The fake bundle and its datalist; a run ends at once, and leaves a model that tells its name."""
@@ -33,7 +37,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             if not failed:
                 (run.folder / "models").mkdir(exist_ok=True)
                 (run.folder / "models" / "model_tiny.pt").write_bytes(run.name.encode())
-                (run.folder / "models" / "model_tiny.json").write_text(json.dumps({"of": run.name}))
+                (run.folder / "models" / "model_tiny.json").write_text(json.dumps(record(run.name)))
                 (run.folder / "models" / "model_tiny.png").write_bytes(run.name.encode())
             yield Outcome(run, "failed" if failed else "finished")
 
@@ -52,10 +56,13 @@ def test_the_first_inits_model_at_the_largest_fraction(place: Path, capsys: pyte
     assert main([*WORDS, "--adopt", "1"]) == 0
     model = place / "fake" / "models" / "model_tiny.pt"
     assert model.read_bytes() == model.with_suffix(".png").read_bytes() == b"volta_fold1_frac1_seed1"
-    assert json.loads(model.with_suffix(".json").read_text()) == {"of": "volta_fold1_frac1_seed1"}
+    assert json.loads(model.with_suffix(".json").read_text()) == record("volta_fold1_frac1_seed1")
     assert "fake/models/model_tiny.pt: the model of volta_fold1_frac1_seed1" in capsys.readouterr().out
     assert main([*WORDS, "--adopt", "0"]) == 0
     assert model.read_bytes() == b"volta_fold0_frac1_seed0"
+    (kept,) = model.parent.glob("model_tiny_*.pt")
+    assert kept.read_bytes() == kept.with_suffix(".png").read_bytes() == b"volta_fold1_frac1_seed1"
+    assert f"seed0; the one before is kept as {kept.name}" in capsys.readouterr().out
 
 
 def test_not_of_an_unfinished_crossval_nor_of_a_fold_that_is_not_run(

@@ -186,11 +186,27 @@ def test_files_that_are_no_datalist(tmp_path, content, message):
         ([{**item(0), "subject_id": "$print()"}], r"has a \$"),
         ([{**item(0), "patient_id": "a\tb"}], "control characters"),
         ([{**item(0), "session": "ses-\x7f1"}], "control characters"),
+        ([item(0, fold="1")], "fold is '1', not a whole number without quotes"),
+        ([item(0, fold=True)], "fold is True, not a whole number"),
+        ([item(0, label=None)], "label is null; leave it out"),
+        ([{**item(0), "session": 1}], "session is 1, not a text in quotes or null"),
+        ([{**item(0), "patient_id": 7}], "patient_id is 7, not a text in quotes"),
     ],
 )
 def test_datalists_that_contradict_themselves(tmp_path, items, message):
     with pytest.raises(InputError, match=message):
         load_datalist(write(tmp_path, items))
+
+
+def test_a_label_may_be_a_number(tmp_path):
+    (entry,) = load_datalist(write(tmp_path, [item(0, label=1)])).items
+    assert entry["label"] == 1 and entry["image"] == str(tmp_path / "images/0.nii")
+
+
+@pytest.mark.parametrize("changes", [{"n_folds": "2"}, {"n_folds": 0}, {"seed": None}, {"n_folds": True}])
+def test_numbers_of_a_datalist_are_numbers(tmp_path, changes):
+    with pytest.raises(InputError, match="whole numbers without quotes are needed"):
+        load_datalist(write(tmp_path, [item(0)], **changes))
 
 
 def test_another_shape_or_spacing_than_wanted(tmp_path):
@@ -315,9 +331,10 @@ def test_merging_spares_its_inputs_and_keeps_the_mark_of_phantoms(tmp_path):
     for output in (two, two.parent):
         with pytest.raises(InputError, match="is one of the datalists to merge"):
             merge(str(one), str(two), output=str(output), name="phantom_both")
-    (tmp_path / "c/.prepare").mkdir(parents=True)
-    with pytest.raises(InputError, match="holds a prepared data set"):
-        merge(str(one), str(two), output=str(tmp_path / "c"), name="phantom_both")
+    for kind in (".prepare", "shards"):
+        (tmp_path / kind / kind).mkdir(parents=True)
+        with pytest.raises(InputError, match="holds a prepared or packed data set"):
+            merge(str(one), str(two), output=str(tmp_path / kind), name="phantom_both")
     with pytest.raises(InputError, match=r"--name both: these are phantoms.* try phantom_both"):
         merge(str(one), str(two), output=str(tmp_path / "d"), name="both")
     merge(str(one), str(two), output=str(tmp_path / "d"), name="phantom_both")
@@ -352,6 +369,26 @@ def test_merging_refuses_what_would_leak(tmp_path):
         merge(str(one), str(small), output=str(tmp_path / "h"))
     with pytest.raises(InputError, match="two datalists or more"):
         merge(str(one), output=str(tmp_path / "h"))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "what"),
+    [
+        ({"sex": "M"}, {"sex": "F", "session": "ses-1"}, "sub-0000  sex"),
+        ({"source_sha256": "a"}, {"source_sha256": "b"}, r"sub-0000  voxels of session \(none\)"),
+        ({"sex": "M", "session": "1", "sha256": "a"}, {"sex": "M", "session": "2", "sha256": "b"}, None),
+        ({"sex": "M", "cohort": "bids"}, {"sex": "F", "cohort": "site_b"}, None),
+    ],
+)
+def test_merging_does_not_make_one_person_of_two(tmp_path, theirs, ours, what):
+    """Folders called ``bids``, prepared without ``--name``, have one cohort name."""
+    one = write(tmp_path / "a", [{**item(0, cohort="bids"), **theirs}, item(1, cohort="bids")], "bids")
+    two = write(tmp_path / "b", [{**item(0, cohort="bids", fold=1), **ours}, item(2, cohort="bids")], "bids")
+    if what is None:
+        merge(one, two, output=tmp_path / "c", refold=True)
+    else:
+        with pytest.raises(InputError, match=f"(?s)1 patients of one id.*{what}.*--name NAME"):
+            merge(one, two, output=tmp_path / "c", refold=True)
 
 
 def test_merging_holds_out_the_first_data_set_whole(tmp_path):

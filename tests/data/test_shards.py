@@ -97,6 +97,32 @@ def test_what_is_whole_is_kept_and_what_is_damaged_is_written_again(
     assert (out / "datalist.json").read_bytes() == listed
 
 
+def test_another_data_set_is_not_overwritten(data: Path, tmp_path: Path) -> None:
+    other = make_other(tmp_path)
+    pack_data(data, tmp_path / "packed")
+    before = {path: path.read_bytes() for folder in (tmp_path / "packed", other) for path in folder.rglob("*.*")}
+    (tmp_path / "prepared/.prepare").mkdir(parents=True)
+    for source, output in ((other, tmp_path / "packed"), (data, other), (data, tmp_path / "prepared")):
+        with pytest.raises(InputError, match=f"--output {output}: holds another data set"):
+            pack_data(source, output)
+    assert {path: path.read_bytes() for path in before} == before
+    content = read_json(data / "datalist.json")  # the same volumes in other folds are the same shards
+    content["training"][0]["fold"] = 1 - content["training"][0]["fold"]
+    write_json(data / "datalist.json", {**content, "hash": datalist_hash(content)})
+    pack_data(data, tmp_path / "packed")
+    assert load_datalist(tmp_path / "packed").items[0]["fold"] == content["training"][0]["fold"]
+
+
+def test_a_volume_may_have_a_long_name(data: Path, tmp_path: Path) -> None:
+    content = read_json(data / "datalist.json")
+    old, name = data / content["training"][3]["image"], f"images/{'ä' * 60}.nii"
+    old.rename(data / name)
+    content["training"][3]["image"] = name
+    write_json(data / "datalist.json", {**content, "hash": datalist_hash(content)})
+    pack_data(data, tmp_path / "packed")
+    check_volumes(load_datalist(tmp_path / "packed"), deep=True)
+
+
 def test_damage_within_a_shard_is_named(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "packed"
     pack_data(data, out, shard_mb=1)

@@ -45,6 +45,19 @@ def test_a_session_is_found_in_any_spelling():
     assert [item["session"] for item in labelled.items] == ["ses-M006", "ses-M06"]
 
 
+@pytest.mark.parametrize(
+    ("values", "classes"),
+    [((0, 1), [0, 1]), ((False, True), [False, True]), (("0", "1"), [0, 1]), ((0, 1), ["0", "1"])],
+)
+def test_classes_may_be_numbers_or_booleans(values, classes):
+    facts = zip("abcdef", [*values, *values, None, 2], strict=True)
+    labelled = labelled_items(datalist(*(scan(who, "1", apoe=value) for who, value in facts)), "apoe", classes)
+    assert [item["label"] for item in labelled.items] == [0, 1, 0, 1]
+    assert [reason for _, reason in labelled.left_out] == ["apoe is not known", "apoe is 2"]
+    with pytest.raises(InputError, match=r"no scan with apoe 7 or 8(?s:.)*needs apoe 7 and 8"):
+        labelled_items(datalist(scan("a", "1", apoe=values[0])), "apoe", [7, 8])
+
+
 def test_everybody_is_scored_by_name_or_by_none_and_a_fold_alone():
     items = [{"patient_id": f"p{i // 2}", "fold": i // 2 % 3} for i in range(12)]
     assert len(score_only(items, "all").scored) == len(score_only(items, None).scored) == 12

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from ignite.engine import Engine
 from volta_components.downstream.finish import FinishRun
 from volta_components.downstream.results import FoldResults, Results
 from volta_components.downstream.splits import Parts
+from volta_components.downstream.start import load_model
 from volta_components.errors import InputError
 from volta_components.files import read_json
 
@@ -48,5 +50,48 @@ def test_a_finished_run_is_scored_once_and_not_trained_again(tmp_path):
     assert [row["epoch"] for row in content["history"]] == [1, 2, 3]
     assert run({"size": (1, 2)}) == 0
     assert calls == [3]
-    with pytest.raises(InputError, match=r"other settings(?s:.)*size  \[1, 2\]  \[1, 3\]"):
+    with pytest.raises(
+        InputError, match=r"other settings(?s:.)*size  \[1, 2\]  \[1, 3\](?s:.)*--run_name NAME; --suffix"
+    ):
         run({"size": (1, 3)})
+
+
+def test_models_of_two_runs_are_both_kept_and_a_finished_run_knows_its_own(tmp_path, caplog):
+    model = tmp_path / "models" / "model.pt"
+
+    class OneModel(FoldResults):
+        def __call__(self, engine: Engine) -> Results:
+            self.keep({})
+            return Results({}, [])
+
+    def run(fold: int) -> None:
+        engine: Any = Engine(lambda engine, batch: {"loss": torch.tensor(batch)})
+        engine.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        scoring: Any = SimpleNamespace(network=torch.nn.Linear(1, 1))
+        results = OneModel(
+            parts=Parts([], [], []),
+            scoring=scoring,
+            output_dir=tmp_path / str(fold),
+            model_path=model,
+            record={"provenance": {"settings": {"fold": fold}}},
+        )
+        caplog.clear()
+        FinishRun({"fold": fold}, {}, results=results).attach(engine)
+        engine.run([0.0], max_epochs=1)
+
+    run(0)
+    run(0)
+    assert "another run" not in caplog.text and len(list(model.parent.iterdir())) == 2
+    first = model.read_bytes()
+    run(1)
+    (kept,) = model.parent.glob("model_*.pt")
+    assert kept.read_bytes() == first and f"kept as {kept}" in caplog.text
+    assert load_model(torch.nn.Linear(1, 1), kept)["provenance"]["settings"] == {"fold": 0}
+    run(0)
+    assert f"{model} has the model of another run; this run's is {kept}" in caplog.text
+    kept.unlink()
+    run(0)
+    assert "to have this run's again, remove the folder and start again, or train it under another name" in caplog.text
+    model.unlink()
+    run(1)
+    assert f"{model} is missing; to have this run's again" in caplog.text

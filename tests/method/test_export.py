@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 from method_helpers import flat, tiny_run
 
 from volta_components.errors import InputError
-from volta_components.files import sha256_file
+from volta_components.files import read_json, sha256_file
 from volta_components.method.export import EncoderExport
 from volta_components.method.monitoring import ReconstructionPicture
 from volta_components.method.weights import load_encoder
@@ -40,6 +42,26 @@ def test_the_last_picture_and_the_cost_are_kept_with_the_encoder(tmp_path: Path)
     EncoderExport(path, networks, "student", dict, tmp_path / "none").attach(again.trainer)
     again.trainer.run()
     assert not beside.exists() and "picture" not in json.loads(path.with_suffix(".json").read_text())
+
+
+def test_an_encoder_of_another_run_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "models" / "encoder.safetensors"
+
+    def export(settings: dict[str, Any]) -> bytes:
+        parts = tiny_run(count=2, epochs=1)
+        networks = {"teacher": parts.teacher.network}
+        EncoderExport(path, networks, "teacher", partial(provenance, settings, "abc", [])).attach(parts.trainer)
+        parts.trainer.run()
+        return path.read_bytes()
+
+    first = export({"epochs": 300})
+    assert export({"epochs": 300}) == first and len(list(path.parent.iterdir())) == 2
+    export({"epochs": 1})
+    kept = path.with_stem(f"encoder_{hashlib.sha256(first).hexdigest()[:8]}")
+    assert f"kept as {kept}" in caplog.text and kept.read_bytes() == first
+    assert read_json(kept.with_suffix(".json"))["provenance"]["settings"] == {"epochs": 300}
+    assert read_json(path.with_suffix(".json"))["provenance"]["settings"] == {"epochs": 1}
+    load_encoder(kept)
 
 
 def test_the_export_at_the_end_of_a_run(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def test_freesurfer_labels_on_freesurfers_grid(tmp_path):
     ("change", "message"),
     [
         (lambda a: np.where(a == 1, 2, np.where(a == 2, 1, 0)), "left and right are swapped"),
+        (lambda a: a > 0, "has both sides under one label; give the right one 2"),
         (lambda a: a * 3, r"labels \[0, 3, 6\]"),
         (lambda a: np.stack([a, a], -1), "4 axes instead of 3"),
     ],
@@ -46,6 +47,14 @@ def test_masks_that_cannot_be_used(tmp_path, change, message):
     nib.save(nib.Nifti1Image(change(np.asanyarray(truth.dataobj)).astype(np.uint8), truth.affine), tmp_path / "m.nii")
     with pytest.raises(InputError, match=message):
         read_mask(tmp_path / "m.nii", truth)
+
+
+def test_a_tool_may_find_one_side_only(tmp_path):
+    _, truth = brain(0)
+    left = (np.asanyarray(truth.dataobj) == 1).astype(np.uint8)
+    nib.save(nib.Nifti1Image(left, truth.affine), tmp_path / "m.nii")
+    found = score(read_mask(tmp_path / "m.nii", truth), truth)
+    assert found["dice_left"] == 1 and found["failures"] == 1
 
 
 def test_a_mask_elsewhere_in_the_world_is_not_a_failed_one(tmp_path):

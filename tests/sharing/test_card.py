@@ -185,3 +185,12 @@ def test_metrics_of_a_later_evaluation_come_into_the_card(weights: dict[str, Pat
     assert "Scored again, 7 scans; **patients that it was trained on may be among them**" in card
     assert "| mean_dice | 0.5 | 0.400 to 0.600 |" in card and "| hd95_failures | 1 |  |" in card
     assert "mean_dice_low" not in card
+    own = {"model_sha256": sha256_file(weights["harp_hippocampus"]), "datalist_name": "clinic"}
+    for place, named in (("c_phantom", own), ("d_phantom", {"model_sha256": "0" * 64})):
+        write_json(tmp_path / "metrics.json", {"metrics": numbers, "leak": "none", "scored": 7, **named})
+        words = ROOT / "bundles/harp_hippocampus", tmp_path / place, ["tiny"], weights["harp_hippocampus"]
+        if named is own:
+            assemble(*words, tmp_path / "metrics.json")
+        else:
+            with pytest.raises(InputError, match=r"metrics.json: numbers of another model \(00000000"):
+                assemble(*words, tmp_path / "metrics.json")

@@ -157,11 +157,14 @@ def crossval(
 
 def _adopt(run: Run, bundle: Path) -> None:
     """Copy a finished run's model, its record and its picture to the bundle's ``models``."""
+    from volta_components.method.weights import keep_other_weights, read_record  # imports torch
+
     models = sorted(path for path in (run.folder / "models").glob("*.pt") if not path.name.startswith("."))
     if len(models) != 1:
         raise InputError(f"{run.folder / 'models'}: {len(models)} models; --adopt needs exactly one")
-    is_there = (bundle / "models" / models[0].name).exists()
+    target = bundle / "models" / models[0].name
+    kept = keep_other_weights(target, read_record(models[0]))
     beside = [models[0].with_suffix(suffix) for suffix in (".json", ".png")]
     for path in (models[0], *(path for path in beside if path.exists())):
-        copy_file(path, bundle / "models" / path.name)
-    print(f"{bundle / 'models' / models[0].name}: the model of {run.name}{', in place of another' * is_there}")
+        copy_file(path, target.with_name(path.name))
+    print(f"{target}: the model of {run.name}{f'; the one before is kept as {kept.name}' if kept else ''}")

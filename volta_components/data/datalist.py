@@ -183,6 +183,10 @@ def check_content(path: Path, content: Mapping[str, Any]) -> None:
         is_three = isinstance(value, list) and len(value) == 3
         if not is_three or not all(isinstance(n, int | float) and n > 0 for n in value):
             raise InputError(f"{path}: {key} is {value!r} instead of three positive numbers; prepare it again")
+    if not is_count(content["n_folds"]) or content["n_folds"] < 1 or not is_count(content["seed"]):
+        raise InputError(
+            f"{path}: n_folds {content['n_folds']!r}, seed {content['seed']!r}: whole numbers without quotes are needed"
+        )
     rows: list[tuple[str, str]] = []
     folds: dict[str, int] = {}
     seen: set[tuple[str, Any]] = set()
@@ -195,6 +199,9 @@ def check_content(path: Path, content: Mapping[str, Any]) -> None:
         needed = ("image", "subject_id", "patient_id", "fold")
         if lacking := [key for key in needed if not isinstance(item.get(key), str | int)]:
             rows.append((name, f"lacks {', '.join(lacking)}"))
+            continue
+        if wrong := _wrong_types(item):
+            rows.append((name, "; ".join(wrong)))
             continue
         if not 0 <= item["fold"] < content["n_folds"]:
             rows.append((name, f"fold {item['fold']} where folds 0 to {content['n_folds'] - 1} exist"))
@@ -210,6 +217,25 @@ def check_content(path: Path, content: Mapping[str, Any]) -> None:
         raise InputError.many(
             f"{path}: {len(rows)} of {len(content['training'])} items are wrong", rows, "Prepare the data set again."
         )
+
+
+def is_count(value: object) -> bool:
+    """Whether a value of JSON is a whole number from 0 on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _wrong_types(item: Mapping[str, Any]) -> list[str]:
+    """What of an item that was written by hand is of another type than ``volta3d prepare`` writes."""
+    wrong = [] if is_count(item["fold"]) else [f"fold is {item['fold']!r}, not a whole number without quotes"]
+    for key in ("image", "subject_id", "patient_id"):
+        if not isinstance(item[key], str):
+            wrong.append(f"{key} is {item[key]!r}, not a text in quotes")
+    if "label" in item and item["label"] is None:  # a number may be the class, for a bundle of the user's own
+        wrong.append("label is null; leave it out where there is none")
+    for key in ("session", "site", "cohort"):
+        if not isinstance(item.get(key), str | None):
+            wrong.append(f"{key} is {item[key]!r}, not a text in quotes or null")
+    return wrong
 
 
 def make_content(

@@ -126,7 +126,8 @@ class PackedItems(Sequence[dict[str, Any]]):
             return values[0]
         item: dict[str, Any] = dict(zip(self._kinds[kind], values))
         if self._root is not None:
-            item.update({key: str(self._root / item[key]) for key in PATHS if key in item and "://" not in item[key]})
+            paths = {key: item[key] for key in PATHS if isinstance(item.get(key), str)}
+            item.update({key: str(self._root / path) for key, path in paths.items() if "://" not in path})
         return item
 
     def _block(self, number: int) -> bytes:

@@ -7,6 +7,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -231,9 +232,10 @@ def merge(
     inputs = [datalist.path.resolve() for datalist in loaded]
     if target.resolve() in inputs:
         raise InputError(f"--output {target} is one of the datalists to merge; choose another")
-    if target.name == "datalist.json" and (target.parent / ".prepare").is_dir():
+    if target.name == "datalist.json" and any((target.parent / kind).is_dir() for kind in (".prepare", "shards")):
         raise InputError(
-            f"--output {target}: the folder holds a prepared data set, whose own datalist would be lost; choose another"
+            f"--output {target}: the folder holds a prepared or packed data set, whose own datalist would be lost; "
+            "choose another"
         )
     files = [
         (str(item["subject_id"]), str(item[kind]))
@@ -261,6 +263,12 @@ def merge(
             f"{len(doubles)} volumes are there twice",
             doubles,
             "Remove one of each from its source and prepare that one again.",
+        )
+    if rows := _contradictions(loaded):
+        raise InputError.many(
+            f"{len(rows)} patients of one id and one cohort name cannot be one person",
+            rows,
+            "Prepare one of the data sets again with a name of its own (volta3d prepare --name NAME).",
         )
     clashing = {row[1] for row in uncertain}
     shared = {row[1] for row in certain if row[0] == "patient"}
@@ -313,6 +321,31 @@ def merge(
     if clashing:
         print(f"{len(clashing)} ids were in two cohorts; the cohort's name was put in front of them")
     return 0
+
+
+def _contradictions(datalists: Sequence[Datalist]) -> list[tuple[str, str, str]]:
+    """Rows (patient, what differs, where) of people whom datalists share by id and cohort, and who are not the same.
+
+    They are of two sexes, or one session of theirs has other voxels. Ids that are unique worldwide are not looked at.
+    """
+    facts: dict[tuple[str, str], dict[int, dict[str, set[str]]]] = {}
+    for i, datalist in enumerate(datalists):
+        for item in datalist.content["training"]:
+            patient = _patient(item)
+            if is_worldwide(patient):
+                continue
+            person = facts.setdefault((str(item.get("cohort", datalist.name)), patient), {})
+            known = person.setdefault(i, defaultdict(set))
+            if item.get("sex"):
+                known["sex"].add(str(item["sex"]))
+            known[f"voxels of session {item.get('session') or '(none)'}"] |= voxel_hashes(item)
+    rows = []
+    for (_, patient), held in sorted(facts.items()):
+        for (i, one), (j, other) in combinations(sorted(held.items()), 2):
+            known_of_both = [fact for fact in sorted({*one} & {*other}) if one[fact] and other[fact]]
+            if differ := [fact for fact in known_of_both if one[fact].isdisjoint(other[fact])]:
+                rows.append((patient, ", ".join(differ), f"{datalists[i].path} and {datalists[j].path}"))
+    return rows
 
 
 def check_phantom_name(name: str, is_phantom: bool) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from volta_components.data.datalist import load_datalist, make_content
+from volta_components.data.datalist import Datalist, load_datalist, make_content
 from volta_components.data.places import place_of, sha256_of
 from volta_components.data.unusable import UnusableVolume
 from volta_components.errors import InputError
@@ -50,6 +50,7 @@ def pack_data(datalist: Path | str, output: Path | str, shard_mb: int = 1000) ->
     is_fit = all(item.get("sha256") and place_of(item["image"]) is None for item in loaded.items)
     if loaded.content.get("rendered") or not is_fit:
         raise InputError(f"{loaded.path}: give a datalist of volta3d prepare, each volume a file with its hash")
+    _check_output(target, loaded)
     shards: list[list[dict[str, Any]]] = []
     filled = 0
     for item in tqdm(loaded.items, desc="looking at sizes", leave=False):
@@ -77,6 +78,18 @@ def pack_data(datalist: Path | str, output: Path | str, shard_mb: int = 1000) ->
     return 0
 
 
+def _check_output(target: Path, datalist: Datalist) -> None:
+    """Refuse a folder that holds another data set than the packed volumes of this one."""
+    is_other = (target / ".prepare").is_dir()
+    if (target / "datalist.json").exists() and not is_other:
+        before = load_datalist(target).items
+        is_packed = all(place_of(item["image"]) is not None for item in before)
+        hashes = ({item.get("sha256") for item in items} for items in (before, datalist.items))
+        is_other = not is_packed or next(hashes) != next(hashes)
+    if is_other:
+        raise InputError(f"--output {target}: holds another data set; choose another folder, or remove that one first")
+
+
 def _packed(item: Mapping[str, Any], shard: str, target: Path) -> dict[str, Any]:
     kept = {key: value for key, value in item.items() if key not in ("start", "size")}
     if "label" in kept:
@@ -90,7 +103,10 @@ def _write_shard(path: Path, members: Sequence[Mapping[str, Any]]) -> None:
             content = Path(item["image"]).read_bytes()
             if hashlib.sha256(content).hexdigest() != item["sha256"]:
                 raise UnusableVolume(item["image"], "its content is not what was prepared", "prepare it again")
-            info = tarfile.TarInfo(Path(item["image"]).name)
+            name = Path(item["image"]).name
+            if len(os.fsencode(name)) > tarfile.LENGTH_NAME:  # volumes are found by their place
+                name = item["sha256"] + "".join(Path(name).suffixes[-2:])
+            info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
 

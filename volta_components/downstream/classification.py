@@ -38,18 +38,19 @@ class Labelled:
     left_out: list[tuple[str, str]]
 
 
-def labelled_items(datalist: Datalist, key: str, classes: Sequence[str], sessions: str = "first") -> Labelled:
+def labelled_items(datalist: Datalist, key: str, classes: Sequence[object], sessions: str = "first") -> Labelled:
     """The datalist's items that belong to one of the classes.
 
     Args:
         datalist: the prepared data set; an empty one has none of them.
         key: where items have their class: ``sex``, ``diagnosis``.
-        classes: values of ``key``; the second one is the positive class.
+        classes: values of ``key``, compared as text: 1 and "1" are the same; the second one is the positive class.
         sessions: which scans of a patient: ``first`` (the baseline, whatever its class), ``all``, or a session's name.
 
     Raises:
         InputError: if no item has ``key`` at all, or a class has nobody.
     """
+    names = [str(name) for name in classes]
     items: list[Item] = []
     left_out: list[tuple[str, str]] = []
     seen: set[str] = set()
@@ -61,19 +62,19 @@ def labelled_items(datalist: Datalist, key: str, classes: Sequence[str], session
             left_out.append((item_name(item), "not the patient's first session"))
         elif sessions not in SESSIONS and spelled_alike(session or "") != spelled_alike(sessions):
             left_out.append((item_name(item), f"session {session}"))
-        elif not isinstance(value, str) or value not in classes:
-            left_out.append((item_name(item), f"{key} is {value or 'not known'}"))
+        elif str(value) not in names:
+            left_out.append((item_name(item), f"{key} is {'not known' if value in (None, '') else value}"))
         else:
-            items.append({**item, "label": list(classes).index(value)})
+            items.append({**item, "label": names.index(str(value))})
     counts = Counter(int(item["label"]) for item in items)
-    missing = [name for index, name in enumerate(classes) if not counts[index]]
+    missing = [name for index, name in enumerate(names) if not counts[index]]
     if missing and len(datalist):
         values = Counter(str(item.get(key)) for item in datalist.items)
         raise InputError.many(
             f"{datalist.path}: no scan with {key} {' or '.join(missing)} among {len(datalist)} items; the values of "
             f"{key} are {', '.join(f'{value} ({count})' for value, count in sorted(values.items()))}",
             left_out or [(item_name(item), f"{key} is {item.get(key)}") for item in items],
-            f"This bundle needs {key} {' and '.join(classes)}: give participants.tsv (or the sessions' tables) with it "
+            f"This bundle needs {key} {' and '.join(names)}: give participants.tsv (or the sessions' tables) with it "
             "to volta3d prepare, or set label_key and classes in the config.",
             limit=10,
         )
@@ -216,7 +217,7 @@ class ClassificationResults(FoldResults):
             f"sensitivity {metrics['sensitivity']:.3f}, specificity {metrics['specificity']:.3f} at "
             f"{metrics['threshold']:.3f}, {counted(self.scores.items)}; {self.folder / 'predictions.csv'}"
         )
-        self.write_metrics(metrics, leak, summary)
+        self.write_metrics(metrics, record, leak, summary)
         return metrics
 
     def _score(self, threshold: float) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:

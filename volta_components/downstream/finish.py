@@ -18,9 +18,10 @@ from volta_components.distributed import mean_over_processes, process_rank
 from volta_components.downstream.results import FoldResults
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
+from volta_components.method.weights import is_of_run, read_record
 from volta_components.training.checkpoint import remove_checkpoints
 from volta_components.training.cost import cost_metrics
-from volta_components.training.record import check_settings
+from volta_components.training.record import check_settings, shown_settings
 from volta_components.training.tracking import (
     describe_run,
     device_of,
@@ -105,10 +106,26 @@ class FinishRun:
         reason = f"{self.path} is of a finished run with other settings (name, there, here)"
         check_settings(before.get("settings", {}), self.settings, reason, "the folder")
         self._before = before
+        if process_rank() == 0:
+            self._look_for_model()
         logger.info("%s is of the same run, which is finished: nothing is trained", self.path)
         length, epochs = engine.state.epoch_length, engine.state.max_epochs
         assert length is not None and epochs is not None
         engine.load_state_dict({"iteration": epochs * length, "epoch_length": length, "max_epochs": epochs})
+
+    def _look_for_model(self) -> None:
+        """Say where a finished run's model is, if another's has taken its place, or how to have it again."""
+        assert self.results is not None
+        if self.results.model_path is None:
+            return
+        path, settings = Path(self.results.model_path), shown_settings(self.settings)
+        places = [path, *sorted(path.parent.glob(f"{path.stem}_*{path.suffix}"))]
+        own = [place for place in places if place.is_file() and is_of_run(read_record(place), settings)]
+        if path not in own:
+            again = "remove the folder and start again, or train it under another name (--run_name NAME --suffix _NAME)"
+            what = "has the model of another run" if path.is_file() else "is missing"
+            hint = f"this run's is {own[0]} (--model_path takes it)" if own else f"to have this run's again, {again}"
+            logger.warning("%s %s; %s", path, what, hint)
 
     def _describe(self, engine: Engine) -> None:
         """Parameters, tags and scans of each part to MLflow, once."""

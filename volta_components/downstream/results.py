@@ -17,7 +17,7 @@ from volta_components.distributed import gather_objects, process_rank
 from volta_components.downstream.splits import Item, Parts
 from volta_components.downstream.start import save_model
 from volta_components.files import write_csv, write_json
-from volta_components.method.weights import keep_picture
+from volta_components.method.weights import keep_other_weights, keep_picture
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +138,7 @@ class FoldResults:
     def keep(self, record: Mapping[str, Any], caption: str = "", shows_scans: bool = True) -> None:
         """Write the model, if it is kept, with what its record says besides, and the run's picture with its caption."""
         if self.model_path is not None and process_rank() == 0:
+            keep_other_weights(self.model_path, self.record)
             picture = keep_picture(self.model_path, self.folder / PICTURES / PICTURE, caption, shows_scans)
             save_model(self.model_path, self.network, {**self.record, **picture, **record})
             logger.info("model written to %s", self.model_path)
@@ -154,10 +155,21 @@ class FoldResults:
             facts = ([item.get(key) for key in FACTS] for item in items)
             write_csv(path, [*FACTS, *columns], ([*who, *row] for who, row in zip(facts, rows, strict=True)))
 
-    def write_metrics(self, metrics: Mapping[str, float], leak: str, summary: str, **more: Any) -> None:
-        """Write ``metrics.json`` of a trained model, with what ``check_model`` said and more, and print the summary."""
+    def write_metrics(
+        self, metrics: Mapping[str, float], model: Mapping[str, Any], leak: str, summary: str, **more: Any
+    ) -> None:
+        """Write ``metrics.json`` of a trained model, and print the summary.
+
+        ``model`` is the record beside it; ``leak`` what ``check_model`` said. The config's record names the data set.
+        """
         if process_rank() == 0:
-            content = {"metrics": metrics, **more, "leak": leak, "scored": len(self.parts.scored)}
+            data = self.record.get("provenance", {})
+            origin = {
+                "model_sha256": model.get("sha256"),
+                "datalist_name": data.get("cohort"),
+                "datalist_hash": data.get("datalist_hash"),
+            }
+            content = {"metrics": metrics, **more, "leak": leak, "scored": len(self.parts.scored), **origin}
             write_json(self.folder / "metrics.json", content)
             whole = sum(self.subjects.values())
             folds = sorted({str(item.get("fold")) for item in self.parts.scored})

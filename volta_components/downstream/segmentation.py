@@ -171,7 +171,7 @@ class SegmentationResults(FoldResults):
             f"HD95 {distance}, {int(metrics['hd95_failures'])} of {2 * len(rows)} sides without a mask, "
             f"{counted(self.table.items)}; {self.folder / 'predictions' / 'scores.csv'}"
         )
-        self.write_metrics(metrics, leak, summary, hd95_penalty_mm=self.penalty)
+        self.write_metrics(metrics, record, leak, summary, hd95_penalty_mm=self.penalty)
         return metrics
 
     def _draw(self, rows: Sequence[Mapping[str, float]]) -> None:

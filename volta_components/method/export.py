@@ -15,7 +15,7 @@ from torch import nn
 
 from volta_components.distributed import process_rank
 from volta_components.errors import InputError
-from volta_components.method.weights import keep_picture, save_encoder
+from volta_components.method.weights import keep_other_weights, keep_picture, save_encoder
 from volta_components.training.cost import cost_metrics, training_cost
 from volta_components.training.tracking import find_mlflow_handler
 
@@ -60,12 +60,14 @@ class EncoderExport:
         if process_rank():
             return
         more = {"exported": self.export, "epochs": engine.state.epoch, "iterations": engine.state.iteration}
+        provenance = {**self.provenance(), **more}
+        keep_other_weights(self.path, {"provenance": provenance})
         cost = training_cost(engine)
         facts: dict[str, Any] = {"cost": cost} if cost else {}
         if self.pictures is not None:
             picture = Path(self.pictures) / f"reconstruction_{engine.state.epoch:04d}.png"
             facts |= keep_picture(self.path, picture, CAPTION.format(engine.state.epoch), shows_scans=True)
-        save_encoder(self.path, self.networks[self.export], {**self.provenance(), **more}, **facts)  # type: ignore[arg-type]
+        save_encoder(self.path, self.networks[self.export], provenance, **facts)  # type: ignore[arg-type]
         logger.info("encoder written to %s", self.path)
         mlflow_handler = find_mlflow_handler(engine)
         if mlflow_handler is not None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, copy_file, read_json, sha256_file, write_json
+from volta_components.files import atomic_path, copy_file, keep_copy, read_json, sha256_file, sha256_json, write_json
 from volta_components.method.monai_versions import fit_cross_attention
 from volta_components.method.networks import VoltaViT, resample_position_embedding
 from volta_components.training.archive import DamagedArchiveError, read_archive
@@ -89,6 +89,37 @@ def write_weights(
             **record,
         }
         write_json(path.with_suffix(".json"), content)
+
+
+def is_of_run(record: Mapping[str, Any], settings: Any) -> bool:
+    """Whether a record of weights is of the run with these settings, as ``provenance`` gives them."""
+    theirs = (record.get("provenance") or {}).get("settings")
+    return sha256_json([theirs]) == sha256_json([settings])
+
+
+def keep_other_weights(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Path | None:
+    """Before weights are written: keep those of another run that lie there, with all that is beside them.
+
+    Args:
+        path: where weights will be written.
+        record: will be written beside them.
+
+    Returns:
+        ``NAME_HASH``, the copy; None if nothing was kept.
+    """
+    path = Path(path)
+    try:
+        before = read_record(path)
+    except InputError:
+        before = {}
+    if not path.is_file() or is_of_run(before, (record.get("provenance") or {}).get("settings")):
+        return None
+    kept = path.with_stem(f"{path.stem}_{sha256_file(path)[:8]}")
+    for suffix in (path.suffix, ".json", ".png"):
+        if path.with_suffix(suffix).is_file():
+            keep_copy(path.with_suffix(suffix), kept.with_suffix(suffix))
+    logger.warning("%s has weights of another run, which are kept as %s", path, kept)
+    return kept
 
 
 def keep_picture(weights: str | os.PathLike[str], picture: Path, caption: str, shows_scans: bool) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def read_mask(path: Path, truth: nib.Nifti1Image) -> nib.Nifti1Image:
     """A label map with left = 1 and right = 2 on the truth's grid.
 
     Raises:
-        InputError: if labels are others, or left and right are swapped.
+        InputError: if labels are others, left and right are swapped, or one label has both sides.
     """
     source = _load(path)
     values = np.rint(np.asanyarray(source.dataobj)).astype(np.int64)
@@ -177,12 +177,15 @@ def read_mask(path: Path, truth: nib.Nifti1Image) -> nib.Nifti1Image:
     if left.any() and right.any() and centre_x(left, source.affine) > centre_x(right, source.affine):
         raise InputError("left and right are swapped")
     image = nib.Nifti1Image(values.astype(np.uint8), source.affine)
-    if image.shape == truth.shape and np.allclose(image.affine, truth.affine, atol=1e-3):
-        return image
-    resampled = resample_from_to(image, (truth.shape[:3], truth.affine), order=0)
-    if values.any() and not np.asanyarray(resampled.dataobj).any():
-        raise InputError("lies outside the scan")
-    return resampled
+    if image.shape != truth.shape or not np.allclose(image.affine, truth.affine, atol=1e-3):
+        image = resample_from_to(image, (truth.shape[:3], truth.affine), order=0)
+        if values.any() and not np.asanyarray(image.dataobj).any():
+            raise InputError("lies outside the scan")
+    mask, true = (np.asanyarray(volume.dataobj) for volume in (image, truth))
+    has_right = (values == RIGHT).any()
+    if not has_right and (true == LEFT).any() and ((mask == LEFT) & (true == RIGHT)).any():
+        raise InputError(f"has both sides under one label; give the right one {RIGHT}")
+    return image
 
 
 def _find(folder: Path, name: str, subject: str) -> Path | None:

@@ -105,7 +105,7 @@ def pack(
         model: The weights; models/model.pt by default (pretrain: models/encoder.safetensors), with the suffix that the
             overlays give it. The JSON of the same name beside it is needed.
         metrics: A JSON of numbers for the model card besides those of the training run: metrics.json of evaluate.json,
-            or probes.json of the pretrain bundle.
+            or probes.json of the pretrain bundle. Numbers of another model are refused.
         large_files: Address under which the weights will be hosted beside the zip. They are left out of the zip, and
             large_files.yml in it points there.
         source: Address under which the zip will be hosted, for model_info.json.
@@ -268,6 +268,9 @@ def assemble(
     _write_weights(weights, target / "models" / "model.pt", record)
     _check_fit(target, weights, inference, record, overlays)
     later = None if metrics is None else read_json(metrics)
+    scored = later.get("model_sha256") if isinstance(later, dict) else None
+    if scored not in (None, record["sha256"], sha256_file(target / "models" / "model.pt")):
+        raise InputError(f"{metrics}: numbers of another model ({scored[:8]}...) than {weights}; score this one again")
     copy_picture(weights, target, record)
     fill_card(target, bundle.resolve().name, _stems(overlays), later)
     return target

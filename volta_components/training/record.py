@@ -168,7 +168,8 @@ def check_settings(there: Mapping[str, Any], here: Mapping[str, Any], reason: st
         InputError: listing the settings that differ.
     """
     if rows := other_settings(there, here):
-        remedy = f"Choose another run_name (--run_name NAME), or remove {remains} to start again."
+        names = "--run_name NAME; --suffix _NAME, if its weights shall have a name of their own too"
+        remedy = f"Choose another run_name ({names}), or remove {remains} to start again."
         raise InputError.many(reason, rows, remedy)
 
 

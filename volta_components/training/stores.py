@@ -13,6 +13,7 @@ from pathlib import Path
 
 from volta_components.errors import InputError
 from volta_components.files import atomic_path
+from volta_components.training.ids import check_ids
 from volta_components.training.record import calling_config
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,8 @@ def check_store(tracking_uri: str) -> None:
 
 
 def prepare_tracking() -> None:
-    """``prepare_store`` for the config in which this is called as an expression; does nothing without tracking."""
+    """``check_ids`` for the config in which this is called as an expression; ``prepare_store`` if it is tracked."""
+    check_ids()
     parser = calling_config("prepare_tracking")
     if "tracking_uri" in parser:  # MONAI adds it where there is tracking; the variable comes first, as MONAI has it
         prepare_store(os.environ.get("MLFLOW_TRACKING_URI") or str(parser.get_parsed_content("tracking_uri")))

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ids that a command gives a config. MONAI takes any: a misspelt one changes nothing, and 'false' counts as true."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
+
+from volta_components.errors import InputError
+from volta_components.training.record import calling_config, flatten_settings
+
+# What MONAI reads or adds, whether or not a file has it.
+_TRACKING: Any = DEFAULT_MLFLOW_SETTINGS["configs"]
+OF_MONAI = {ConfigParser.meta_key, "initialize", "run", "finalize", *_TRACKING}
+SWITCHES = ("true", "false", "yes", "no")
+
+
+def check_ids() -> None:
+    """Refuse what a command gave the config in which this is called as an expression, and which does nothing.
+
+    That is an id that no file of the config has and nothing refers to, a text instead of a boolean, and an ``init``
+    without its overlay. ``monai.bundle run`` names the files. A ``ConfigWorkflow`` made in Python does not keep their
+    names: then every config beside the first one counts, and an ``init`` is not looked at.
+
+    Raises:
+        InputError: naming all of them.
+    """
+    config = calling_config("check_ids").get()
+    files, are_named = _config_files()
+    if rows := wrong_ids(config, files, are_named):
+        raise InputError.many("the config cannot take what it was given", rows, "Nothing was read or trained.")
+
+
+def wrong_ids(config: Mapping[str, Any], files: Sequence[Path], are_named: bool) -> list[tuple[str, str]]:
+    """Rows (id, what is wrong with it and its remedy); see ``check_ids``."""
+    own: dict[str, Any] = {}
+    for path in files:
+        content = ConfigParser.load_config_file(path)
+        own |= {re.split("#|::", name.lstrip("+"))[0]: value for name, value in content.items()}
+    rows = []
+    if files:
+        place = ", ".join(path.name for path in files) if are_named else str(files[0].parent)
+        known = own.keys() | OF_MONAI | {*re.findall(r"@(\w+)", str(config))}
+        for name in sorted(config.keys() - known):
+            close = difflib.get_close_matches(name, own, n=1)
+            hint = f"; did you mean --{close[0]}?" if close else ""
+            rows.append((f"--{name}", f"no such id in {place}{hint}"))
+    given = {name: value for name, value in config.items() if name != ConfigParser.meta_key}
+    for name, value in flatten_settings(given).items():
+        if not isinstance(value, str) or value.startswith(("$", "@", "%")):
+            continue
+        if value.lower() in SWITCHES or isinstance(own.get(name), bool):
+            rows.append((f"--{name.replace('.', '#')}", f"{value!r} is a text; write True or False"))
+    init = config.get("init")
+    if are_named and init != own.get("init", init):
+        rows.append(("--init", f"it has the init {own['init']!r}; add configs/{init}.json to --config_file instead"))
+    return rows
+
+
+def _config_files() -> tuple[list[Path], bool]:
+    """Files of the config whose ``initialize`` runs, and whether they are known by name; see ``check_ids``."""
+    found: list[Path] = []
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "create_workflow" and (given := frame.f_locals.get("config_file")):
+            return [Path(given)] if isinstance(given, (str, Path)) else [Path(path) for path in given], True
+        workflow = frame.f_locals.get("self")
+        if isinstance(workflow, ConfigWorkflow):
+            found = sorted(workflow.config_root_path.glob("*.json"))
+        frame = frame.f_back
+    return found, False
