@@ -219,8 +219,12 @@ def command(bundle: str, names: tuple[str, ...], **settings: Any) -> list[str]:
     return [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, *options]
 
 
+# A command takes no ids that only an overlay has which it does not name.
+OWN_SIZES = {name: value for name, value in SIZES.items() if not name.startswith("swin_")}
+
+
 def process_settings(prepared: Path, encoder: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    return {**SIZES, "dataset_dir": prepared, "encoder_path": encoder, "output_dir": output, **changes}
+    return {**OWN_SIZES, "dataset_dir": prepared, "encoder_path": encoder, "output_dir": output, **changes}
 
 
 @pytest.mark.slow
@@ -238,7 +242,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(prepared, encoder, 
     assert checkpoint.exists() and not (tmp_path / "cut" / "result.json").exists(), (tmp_path / "log.txt").read_text()
     done = torch.load(checkpoint, weights_only=True)["engine"]["iteration"] // 2
     assert 1 <= done < 12
-    resumed = run("ixi_sex", ("train",), prepared, encoder, tmp_path / "cut", epochs=12)
+    resumed = run("ixi_sex", ("train",), prepared, encoder, tmp_path / "cut", OWN_SIZES, epochs=12)
     assert resumed["history"] == whole["history"]
     assert resumed["metrics"] == whole["metrics"]
     assert not checkpoint.exists()

@@ -381,7 +381,7 @@ def test_more_processes_than_scans_of_a_part_end_before_training(
 def test_two_processes_train_and_score_together(labelled: Path, tmp_path: Path) -> None:
     """The command line, as a user types it, from the repository root."""
     changes = {**SIZES, "epochs": 1, "dataset_dir": str(labelled), "output_dir": str(tmp_path / "run")}
-    words = [f"--{key}={value}" for key, value in changes.items()]
+    words = [f"--{key}={value}" for key, value in changes.items() if not key.startswith("unet_")]
     files = [f"bundles/harp_hippocampus/configs/{n}.json" for n in ("train", "unetr_scratch", "multi_gpu_train")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
