@@ -277,8 +277,9 @@ def test_the_export_tells_where_it_comes_from(workplace: Workplace, unbroken: st
 def use(workplace: Workplace, config: str, unbroken: str, *options: str) -> BundleProcess:
     log = workplace.folder / f"log{next(workplace.logs)}.txt"
     places = ["--dataset_dir", str(workplace.data), "--encoder_path", str(workplace.encoder(unbroken))]
-    names = ("hidden_size", "mlp_dim", "num_layers", "num_heads", "summary_heads", "global_size")
-    places += [word for name in names for word in (f"--{name}", str(TINY_SIZES[name]))]
+    names = ("hidden_size", "mlp_dim", "num_layers", "num_heads", "summary_heads", "global_size", "volume_size")
+    known = read_json(PRETRAIN / f"{config}.json")
+    places += [word for name in names if name in known for word in (f"--{name}", str(TINY_SIZES[name]))]
     arguments = ["run", "--config_file", str(PRETRAIN / f"{config}.json"), *places, "--num_workers", "0"]
     return BundleProcess([*arguments, "--device", "$torch.device('cpu')", *options], ROOT, log)
 
