@@ -214,7 +214,8 @@ def draw_curves(path: Path, metric: str, found: Mapping[tuple[str, float], tuple
                     axes.plot(epochs, values, color=colours[variant], marker="o", markersize=2.5, label=called(variant))
             axes.set(xlabel="epoch", title=f"{fraction:.0%} of the anatomies")
         panels[0].set_ylabel(METRICS[metric])
-        panels[0].legend(loc="best")
+        lines, labels = panels[0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=min(3, len(labels)))
         figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
