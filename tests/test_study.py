@@ -270,6 +270,10 @@ def test_the_page_of_results_is_made_from_mlflow_alone(tmp_path):
     assert rows["harp_hippocampus", "0.2", "unetr_scratch"]["difference"] == ""
     even = rows["ixi_sex", "1.0", "volta"]
     assert float(even["difference_low"]) < 0 < float(even["difference_high"])
+    scores = pd.read_csv(study.root / "scores.csv")
+    assert len(scores) == 16 * (len(TASKS) * 2 * (3 * 2 + 2 * 2))  # heads of runs: by three encoders, and from scratch
+    own = scores[(scores.task == "harp_hippocampus") & (scores.fraction == 0.2) & (scores.init == "volta")]
+    assert own.score.mean() == pytest.approx(float(ahead["value"]), abs=1e-4)
     assert page.count("| VolTA-3D |") == page.count("| Untrained encoder |") == 6 and "With four anatomies" in page
     assert all((study.root / f"curves_{task}.png").stat().st_size > 1000 for task in TASKS)
 

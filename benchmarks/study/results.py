@@ -190,6 +190,19 @@ def last_gain(epochs: Array, values: Array) -> float:
     return float(values[-1] - np.interp(0.75 * epochs[-1], epochs, values))
 
 
+def score_tables(task: str, cells: Mapping[tuple[str, float], Cell]) -> list[pd.DataFrame]:
+    """The scores of every head by every run, for those who would compute other intervals."""
+    tables = []
+    for (variant, fraction), cell in cells.items():
+        column = "score" if cell.metric == "auroc" else "dice"
+        kept = [*HEAD, "patient_id", *(["label"] if cell.metric == "auroc" else [])]
+        for (number, seed), run in cell.runs.items():
+            scores = run.table[kept].assign(score=run.table[column].astype(float).round(4))
+            about = {"task": task, "init": variant, "fraction": fraction, "pretraining": number, "seed": seed}
+            tables.append(scores.assign(**about)[[*about, *kept, "score"]])
+    return tables
+
+
 def called(variant: str) -> str:
     """How an init is called in the tables and figures."""
     if not variant.startswith(UNTRAINED):
@@ -220,7 +233,7 @@ def draw_curves(path: Path, metric: str, found: Mapping[tuple[str, float], tuple
 
 
 def write_results(study: Study) -> Path:
-    """Write ``results.md``, ``results.csv`` and a figure of learning curves for each task.
+    """Write ``results.md``, ``results.csv``, ``scores.csv`` and a figure of learning curves for each task.
 
     Returns:
         The page.
@@ -230,10 +243,12 @@ def write_results(study: Study) -> Path:
     """
     store = Store(study.store)
     rows: list[dict[str, Any]] = []
+    scores: list[pd.DataFrame] = []
     lines = ["# The study", "", *(__doc__ or "").split("\n\n", 1)[1].strip().splitlines()]
     for task in TASKS:
         cells = read_cells(study, store, task)
         found = curves(cells, store)
+        scores += score_tables(task, cells)
         metric = next(iter(cells.values())).metric
         draw_curves(study.root / f"curves_{task}.png", metric, found)
         gains = {key: last_gain(*points) for key, points in found.items()}
@@ -259,7 +274,8 @@ def write_results(study: Study) -> Path:
         "",
         "`last quarter`: what the curve has gained over the last quarter of the epochs; near 0 at the plateau.",
     ]
-    with atomic_path(study.root / "results.csv") as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False)
+    for name, table in (("results", pd.DataFrame(rows)), ("scores", pd.concat(scores))):
+        with atomic_path(study.root / f"{name}.csv") as temporary:
+            table.to_csv(temporary, index=False)
     write_text(study.root / "results.md", "\n".join(lines) + "\n")
     return study.root / "results.md"
