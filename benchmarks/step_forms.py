@@ -37,7 +37,7 @@ from volta_components.method.masking import GroupMask
 from volta_components.method.networks import VoltaStudent, VoltaViT, make_teacher, parameter_groups
 from volta_components.method.projection import ProjectionHead
 from volta_components.method.trainer import VoltaTrainer
-from volta_components.method.views import CropGeometry, DrawViewsd, IntensityAugment, ViewGenerator
+from volta_components.method.views import CropGeometry, DrawViewsd, IntensityAugment, ViewGenerator, Views
 from volta_components.training.sampling import KeyedDataLoader, KeyedDataset
 
 
@@ -105,12 +105,12 @@ def generator_of(size: Size) -> ViewGenerator:
     )
 
 
-def our_views(size: Size, device: torch.device) -> Callable[[], None]:
+def our_views(size: Size, device: torch.device) -> Callable[[], Views]:
     """This project's views of one volume, the drawing included, which training leaves to the loader's workers."""
     views, volume, count = generator_of(size), volume_of(size).to(device), iter(range(10**6))
 
-    def step() -> None:
-        views(volume, default_collate([views.draw(size.image, (1, next(count)))]))
+    def step() -> Views:
+        return views(volume, default_collate([views.draw(size.image, (1, next(count)))]))
 
     return step
 

@@ -18,10 +18,9 @@ from collections.abc import Callable
 
 import torch
 from monai.transforms import Compose
-from step_forms import PATCH, Size, generator_of, monai_chain, monai_intensity, volume_of
+from step_forms import PATCH, Size, monai_chain, monai_intensity, our_views, volume_of
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import default_collate
 
 from volta_components.method.networks import resample_position_embedding
 
@@ -113,24 +112,24 @@ def koleo(summaries: Tensor) -> Tensor:
     return -((unit - unit[nearest]).norm(dim=-1) + 1e-8).log().mean()
 
 
-def peer(size: Size, device: torch.device, dtype: torch.dtype, our_views: bool = False) -> Callable[[], None]:
-    """The peer's step; with ``our_views``, its crops are this project's, so that networks and losses are compared."""
+def peer(size: Size, device: torch.device, dtype: torch.dtype, with_our_views: bool = False) -> Callable[[], None]:
+    """The peer's step; ``with_our_views``, its crops are this project's, so that networks and losses are compared."""
     student = PeerNetwork(size).to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
     volume, count = volume_of(size)[0], math.prod(side // 16 for side in size.image)
     chains = [Compose([monai_chain(size, local), monai_intensity(True)]) for local in (False, True)]
 
-    views, here, drawn = generator_of(size), volume_of(size).to(device), itertools.count()
+    views = our_views(size, device)
 
     def by_chain(chain: Compose, number: int) -> Tensor:
         made = [chain({"image": volume})["image"].as_tensor() for _ in range(number)]
         return torch.stack(made).to(device)
 
     def crops() -> tuple[Tensor, Tensor]:
-        if not our_views:
+        if not with_our_views:
             return by_chain(chains[0], 2), by_chain(chains[1], size.num_local)
-        made = views(here, default_collate([views.draw(size.image, (1, next(drawn)))]))
+        made = views()
         return made.student[:, 0], made.local[:, 0]
 
     def step() -> None:

@@ -48,6 +48,11 @@ def config_of(**changes: Any) -> ConfigParser:
     return parser
 
 
+def engine_autocast(device: torch.device, amp: bool) -> torch.autocast:
+    """What MONAI's trainers and evaluators open around a bundle's inferer: CUDA's autocast, and nothing on a CPU."""
+    return torch.autocast("cuda", dtype=torch.bfloat16, enabled=amp and device.type == "cuda")
+
+
 class Starter:
     """The starter model's inference on the MNI template: a real head, and a mask of both hippocampi."""
 
@@ -76,7 +81,7 @@ class Starter:
     def ours(self) -> Tensor:
         """The bundle's inferer, with ``--amp True``."""
         inferer = AmpInferer(FloatWindowInferer(**self.window, mirrored=True), amp=True)
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+        with engine_autocast(self.device, amp=True):
             return inferer(self.image, self.network).argmax(dim=1)
 
     def dice(self) -> float:
@@ -95,7 +100,7 @@ def unetr_inference(size: Size, device: torch.device, stock: bool) -> Callable[[
 
     @torch.no_grad()
     def step() -> None:
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=device.type == "cuda" and not stock):
+        with engine_autocast(device, amp=not stock):
             inferer(image, network)
 
     return step
@@ -150,7 +155,7 @@ def fine_tuning(size: Size, device: torch.device, folder: Path, stock: bool, amp
     def step() -> None:
         for batch in loader:
             optimizer.zero_grad()
-            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=mixed and device.type == "cuda"):
+            with engine_autocast(device, mixed):
                 found = loss(inferer(batch["image"].to(device), network), batch["label"].to(device))
             found.backward()
             optimizer.step()

@@ -101,6 +101,11 @@ class Cell:
         """Of any of the runs, which all score the same heads."""
         return next(iter(self.runs.values())).table
 
+    @property
+    def column(self) -> str:
+        """Where a run's table has each head's score."""
+        return "score" if self.metric == "auroc" else "dice"
+
     def scores(self, seeds: Sequence[int], heads: pd.DataFrame) -> Array:
         """``[pretrainings, seeds, heads]``.
 
@@ -111,7 +116,6 @@ class Cell:
         Raises:
             InputError: if a run is missing, or has scored other heads.
         """
-        column = "score" if self.metric == "auroc" else "dice"
         rows = []
         for number in sorted({number for number, _ in self.runs}):
             rows.append([])
@@ -121,7 +125,7 @@ class Cell:
                     raise InputError(f"pretraining {number}, seed {seed}: no finished run; start the study again")
                 if not run.table[HEAD].equals(heads):
                     raise InputError(f"{run.name} has scored other heads than the runs beside it")
-                rows[-1].append(run.table[column].to_numpy(float))
+                rows[-1].append(run.table[self.column].to_numpy(float))
         return np.array(rows)
 
 
@@ -194,10 +198,9 @@ def score_tables(task: str, cells: Mapping[tuple[str, float], Cell]) -> list[pd.
     """The scores of every head by every run, for those who would compute other intervals."""
     tables = []
     for (variant, fraction), cell in cells.items():
-        column = "score" if cell.metric == "auroc" else "dice"
         kept = [*HEAD, "patient_id", *(["label"] if cell.metric == "auroc" else [])]
         for (number, seed), run in cell.runs.items():
-            scores = run.table[kept].assign(score=run.table[column].astype(float).round(4))
+            scores = run.table[kept].assign(score=run.table[cell.column].astype(float).round(4))
             about = {"task": task, "init": variant, "fraction": fraction, "pretraining": number, "seed": seed}
             tables.append(scores.assign(**about)[[*about, *kept, "score"]])
     return tables
@@ -267,8 +270,8 @@ def write_results(study: Study) -> Path:
                 for name in ("difference", "untrained")
             ]
             scored = "{value:.3f} ({low:.3f} to {high:.3f})".format(**row)
-            cells = (f"{row['fraction']:.0%}", called(row["init"]), scored, *beside, f"{gain:+.3f}")
-            lines.append(f"| {' | '.join(cells)} |")
+            texts = (f"{row['fraction']:.0%}", called(row["init"]), scored, *beside, f"{gain:+.3f}")
+            lines.append(f"| {' | '.join(texts)} |")
         lines += ["", f"![Score of the held-out heads by epoch](curves_{task}.png)"]
     lines += [
         "",

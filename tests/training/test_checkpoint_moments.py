@@ -16,12 +16,18 @@ from volta_components.training import checkpoint
 from volta_components.training.checkpoint import ResumableCheckpoint
 
 
-def test_ends_of_epochs_have_a_checkpoint_after_so_many_minutes_and_the_last_always(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Epochs of four minutes; a resumed run waits again."""
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The checkpoint's clock: ``now``, in seconds."""
     clock = SimpleNamespace(now=0.0)
     monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_ends_of_epochs_have_a_checkpoint_after_so_many_minutes_and_the_last_always(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
+) -> None:
+    """Epochs of four minutes; a resumed run waits again."""
     saved: list[int] = []
 
     def run(stop_after: int, minutes: float, name: str) -> list[int]:
@@ -45,11 +51,9 @@ def test_ends_of_epochs_have_a_checkpoint_after_so_many_minutes_and_the_last_alw
 
 
 def test_within_an_epoch_a_checkpoint_lies_at_the_end_of_the_first_window_after_so_many_minutes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
 ) -> None:
     """Mini-batches of one minute, windows of three, epochs of eleven."""
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: clock.now))
     saved: list[int] = []
     monkeypatch.setattr(torch, "save", lambda state, target: saved.append(state["engine"]["iteration"]))
     monkeypatch.setattr(checkpoint, "atomic_path", contextlib.nullcontext)
@@ -61,15 +65,14 @@ def test_within_an_epoch_a_checkpoint_lies_at_the_end_of_the_first_window_after_
 
 
 def test_processes_that_write_nothing_read_numbers_as_seldom_as_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace
 ) -> None:
     """Mini-batches of one minute, windows of three, a checkpoint every four minutes; one epoch of eleven."""
     read: dict[int, list[int]] = {0: [], 1: []}
     for rank, iterations in read.items():
-        clock = SimpleNamespace(now=0.0)
-        monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda clock=clock: clock.now))
+        clock.now = 0.0
         monkeypatch.setattr(checkpoint, "process_rank", lambda rank=rank: rank)
-        engine: Any = Engine(lambda *_, clock=clock: setattr(clock, "now", clock.now + 60))
+        engine: Any = Engine(lambda *_: setattr(clock, "now", clock.now + 60))
         engine.read_numbers = lambda e=engine, seen=iterations: seen.append(e.state.iteration)
         ResumableCheckpoint(tmp_path / "c.pt", {}, {}, minutes=4, window=3).attach(engine)
         engine.run(range(11), max_epochs=1)

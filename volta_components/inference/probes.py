@@ -154,6 +154,11 @@ def finds_same_subject(
     return np.where(asked, found, np.nan), np.where(asked, chance, np.nan)
 
 
+def _explained(errors: np.ndarray, naive: np.ndarray, weights: np.ndarray) -> tuple[float, float, float]:
+    """Share of the squared errors ``naive [n]`` that is not in ``errors [n]``, and its interval over the weights."""
+    return float(1 - errors.sum() / naive.sum()), *interval(1 - (weights @ errors) / (weights @ naive))
+
+
 def _questions(
     items: Sequence[Mapping[str, Any]], targets: Mapping[str, Sequence[str]]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -244,11 +249,12 @@ class Probes:
         if len(truth) < 10 or len(np.unique(folds)) < 2 or truth.std() == 0:
             return
         weights = self._weights(known)
-        naive = np.array([(value - truth[folds != fold].mean()) ** 2 for value, fold in zip(truth, folds, strict=True)])
+        others = {fold: truth[folds != fold].mean() for fold in np.unique(folds)}
+        naive = (truth - [others[fold] for fold in folds]) ** 2
         for each in self.features:
             told = out_of_fold_scores(each.matrix[known], truth, folds, "ridge", components=each.components)
             errors = (truth - told) ** 2
-            figures = (1 - errors.sum() / naive.sum(), *interval(1 - (weights @ errors) / (weights @ naive)))
+            figures = _explained(errors, naive, weights)
             yield self._row(name, each, "ridge", "r2", known, figures, chance=0.0)
 
     def same_subject(self) -> Iterator[dict[str, Any]]:
@@ -278,7 +284,7 @@ class Probes:
                 return
             errors, naive = errors_beyond_position(table.tokens, table.shares, folds)
             weights = self._weights(table.known)
-            figures = (1 - errors.sum() / naive.sum(), *interval(1 - (weights @ errors) / (weights @ naive)))
+            figures = _explained(errors, naive, weights)
             each = Features(encoder, "tokens", np.empty(0))
             yield self._row("hippocampus in the patch", each, "ridge", "r2", table.known, figures, chance=0.0)
 
