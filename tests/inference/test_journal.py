@@ -87,18 +87,45 @@ def test_what_a_row_depends_on(tmp_path: Path, items: list[dict[str, Any]]) -> N
     assert unfinished(path, items)[1] == items[1:]
 
 
-def test_rows_of_other_items_stay(tmp_path: Path, items: list[dict[str, Any]]) -> None:
+def test_rows_of_other_items_stay(
+    tmp_path: Path, items: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
     path = filled(tmp_path, items)
     journal, rest = unfinished(path, items[1:])
     assert rest == items[2:]
     assert journal.rows() == [[0.1, "b"], [1e-7, "a"]]
     assert unfinished(path, items)[1] == items[2:]
-    # One that does not hold is in no table.
-    for change in ({"weights": b"others"}, {}):
-        path = filled(tmp_path, items)
-        if not change:
-            os.utime(items[0]["image"], ns=(1, 1))
-        assert unfinished(path, items[2:], **change)[0].rows() == ([] if change else [[0.1, "b"]])
+    assert not capsys.readouterr().err
+
+
+def test_rows_of_other_items_that_do_not_hold_are_named(
+    tmp_path: Path, items: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = (item["image"] for item in items[:2])
+    path = filled(tmp_path, items)
+    assert unfinished(path, items[2:], weights=b"others")[0].rows() == []
+    told = capsys.readouterr().err
+    assert "2 scans of earlier commands are not in the table any more" in told
+    assert [told.count(f"{file}  made with other weights, settings or code") for file in (a, b)] == [1, 1]
+    path = filled(tmp_path, items)
+    (tmp_path / "mask.nii").write_bytes(b"MASK")
+    assert unfinished(path, items[2:])[0].rows() == [[0.1, "b"]]
+    assert f"{a}  its result was changed or removed" in capsys.readouterr().err
+    path = filled(tmp_path, items)
+    os.utime(a, ns=(1, 1))
+    assert unfinished(path, items[2:])[0].rows() == [[0.1, "b"]]
+    assert f"{a}  the scan was changed" in capsys.readouterr().err
+
+
+def test_the_row_of_a_scan_that_is_gone_stays(
+    tmp_path: Path, items: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = filled(tmp_path, items)
+    for item in items[:2]:
+        Path(item["image"]).unlink()
+    journal, rest = unfinished(path, items[2:])
+    assert rest == items[2:] and journal.rows() == [[0.1, "b"], [1e-7, "a"]]
+    assert not capsys.readouterr().err
 
 
 def test_no_result_is_written_over_that_of_another_volume(tmp_path: Path, items: list[dict[str, Any]]) -> None:

@@ -24,9 +24,12 @@ CONTENT: dict[str, Any] = {
     "init": "volta",
     "suffix": "",
     "loss": {"_target_": "DiceLoss", "softmax": True},
+    "train": {"dataset": {"_target_": "Dataset", "data": []}, "length": 3},
+    "targets": {"sex": ["M", "F"]},
     "initialize": ["$volta.check_ids()"],
     "run": [],
 }
+NO_ID = "no such id in train.json"
 
 
 def refusal(call: Any) -> str:
@@ -40,8 +43,9 @@ def refusal(call: Any) -> str:
 @pytest.mark.parametrize(
     ("given", "row"),
     [
-        ({"epoch": 9}, ("--epoch", "no such id in train.json; did you mean --epochs?")),
-        ({"unheard": 9}, ("--unheard", "no such id in train.json")),
+        ({"epoch": 9}, ("--epoch", f"{NO_ID}; did you mean --epochs?")),
+        ({"unheard": 9}, ("--unheard", NO_ID)),
+        ({"train": {**CONTENT["train"], "lenght": 9}}, ("--train#lenght", f"{NO_ID}; did you mean --train#length?")),
         ({"cache": "nope"}, ("--cache", "'nope' is a text; write True or False")),
         ({"amp": "False"}, ("--amp", "'False' is a text; write True or False")),
         ({"loss": {"softmax": "false"}}, ("--loss#softmax", "'false' is a text; write True or False")),
@@ -69,6 +73,8 @@ def test_what_does_nothing_is_named(given: dict[str, Any], row: tuple[str, str],
             "finalize": [],
         },
         {"rate": 3, "epochs": "$@rate * 2"},
+        {"targets": {"handedness": ["L", "R"]}, "loss": {"_target_": "DiceLoss", "jaccard": True}},
+        {"train": {**CONTENT["train"], "other": 3}, "epochs": "$@train#other"},
     ],
 )
 def test_whatever_has_an_effect_is_taken(given: dict[str, Any], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,8 @@ class Journal:
     of its last change), its item and the files made of it are what they were. Remove the journal to start again.
 
     Results have the names of their volumes. Before anything is made, a volume is refused whose result would be written
-    over that of another volume, or over one that somebody has edited.
+    over that of another volume, or over one that somebody has edited. A volume that is not given again keeps its row as
+    long as the row holds, also when its file is gone; those whose row does not are named.
 
     Args:
         path: the file, ``.jsonl``.
@@ -73,9 +75,12 @@ class Journal:
         held = {key for key, mark in marks.items() if key in lines and _holds(lines[key], mark)}
         self._check_results([key for key in marks if key not in held], lines)
         self._lines = {key: line for key, line in lines.items() if key not in marks or key in held}
-        # What an item of another volume says is not known here.
-        others = [(line, {**self._mark({"image": key}), "item": line["item"]}) for key, line in self._lines.items()]
-        self._others = [line for line, mark in others if line["file"] not in marks and _holds(line, mark)]
+        lost = {key: reason for key in self._lines.keys() - marks if (reason := self._why_lost(self._lines[key]))}
+        self._others = [line for key, line in self._lines.items() if key not in marks and key not in lost]
+        if lost:
+            headline = f"{len(lost)} scans of earlier commands are not in the table any more (scan, why)"
+            remedy = "Give them as well to have them made again; their files stay until then."
+            print(InputError.many(headline, sorted(lost.items()), remedy), file=sys.stderr)
         if self.path.is_file():
             with atomic_path(self.path) as temporary, temporary.open("w", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(line) + "\n" for line in self._lines.values())
@@ -127,12 +132,23 @@ class Journal:
                 "a result away, or remove it, to have it made again.",
             )
 
+    def _why_lost(self, line: Line) -> str | None:
+        """Why the row of a volume that is not given now does not hold; that its file is gone changes nothing."""
+        if line["run"] != self.run:
+            return "made with other weights, settings or code"
+        mark = self._mark({"image": line["file"]})
+        if mark["size"] >= 0 and any(line[name] != mark[name] for name in ("size", "mtime_ns")):
+            return "the scan was changed"
+        if not all(map(_as_made, line["made"])):
+            return "its result was changed or removed"
+        return None
+
     def _mark(self, item: Item) -> dict[str, Any]:
         """What a row depends on."""
         about = {name: value for name, value in item.items() if name != "image"}
         try:
             status = Path(str(item["image"])).stat()
-        except OSError:  # whoever reads the volume says what is wrong with it
+        except OSError:  # gone; whoever reads the volume says so
             size = changed = -1
         else:
             size, changed = status.st_size, status.st_mtime_ns

@@ -41,15 +41,19 @@ def check_ids() -> None:
 def wrong_ids(config: Mapping[str, Any], files: Sequence[Path], are_named: bool) -> list[tuple[str, str]]:
     """Rows (id, what is wrong with it and its remedy); see ``check_ids``."""
     own: dict[str, Any] = {}
+    parts: set[str] = set()
     for path in files:
-        content = ConfigParser.load_config_file(path)
-        own |= {re.split("#|::", name.lstrip("+"))[0]: value for name, value in content.items()}
+        for name, value in ConfigParser.load_config_file(path).items():
+            words = re.split("#|::", name.lstrip("+"))
+            own[words[0]] = value
+            parts |= {f"{words[0]}#{part}" for part in (*words[1:2], *(value if isinstance(value, dict) else ()))}
     rows = []
     if files:
         place = ", ".join(path.name for path in files) if are_named else str(files[0].parent)
-        known = own.keys() | OF_MONAI | {*re.findall(r"@(\w+)", str(config))}
-        for name in sorted(config.keys() - known):
-            close = difflib.get_close_matches(name, own, n=1)
+        known = own.keys() | parts | OF_MONAI | {*re.findall(r"@(\w+(?:#\w+)?)", str(config))}
+        names = {*config, *(f"{group}#{part}" for group in config for part in _components(config[group]))}
+        for name in sorted(names - known):
+            close = difflib.get_close_matches(name, parts if "#" in name else own, n=1)
             hint = f"; did you mean --{close[0]}?" if close else ""
             rows.append((f"--{name}", f"no such id in {place}{hint}"))
     given = {name: value for name, value in config.items() if name != ConfigParser.meta_key}
@@ -62,6 +66,16 @@ def wrong_ids(config: Mapping[str, Any], files: Sequence[Path], are_named: bool)
     if are_named and init != own.get("init", init):
         rows.append(("--init", f"it has the init {own['init']!r}; add configs/{init}.json to --config_file instead"))
     return rows
+
+
+def _components(value: Any) -> list[str]:
+    """The names in a group of components, such as ``train``; what MONAI builds itself may be given any argument."""
+    is_group = isinstance(value, Mapping) and "_target_" not in value
+    return (
+        list(value)
+        if is_group and any(isinstance(part, Mapping) and "_target_" in part for part in value.values())
+        else []
+    )
 
 
 def _config_files() -> tuple[list[Path], bool]:
