@@ -97,8 +97,24 @@ def test_every_step_is_a_command_that_a_user_could_type(size, tmp_path, monkeypa
         untrained = options["--encoder"] == str(study.encoder(UNTRAINED))
         assert (inits == study.size.untrained) == untrained or study.size.untrained == study.size.pretrained
     pretrained = len(study.size.pretrained) * study.size.pretrainings + len(study.size.untrained)
-    each = (pretrained + 2) * study.size.seeds * len(study.size.fractions)
-    assert trained == dict.fromkeys(TASKS, each)
+    each = study.size.seeds * len(study.size.fractions)
+    assert trained == {task: (pretrained + len(scratch)) * each for task, scratch in TASKS.items()}
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("init", ["volta", "frozen", "gentle", "full"])
+def test_an_init_is_put_beside_its_own_network_from_scratch(task, init):
+    """Of the same settings of the network; the others are about training."""
+    configs = ROOT / "bundles" / task / "configs"
+
+    def network(name: str) -> dict[str, Any]:
+        parser = ConfigParser()
+        parser.read_config([str(configs / "train.json"), *([] if name == "volta" else [str(configs / f"{name}.json")])])
+        parser.parse()
+        return {**parser.ref_resolver.get_item("network_def").get_config(), "pool": parser.get("pool")}
+
+    assert network(init) == network(Study.scratch(task, init))
+    assert Study.scratch(task, UNTRAINED + init) == Study.scratch(task, init)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -255,7 +271,7 @@ def test_the_page_of_results_is_made_from_mlflow_alone(tmp_path):
     page = write_results(study).read_text()
     with (study.root / "results.csv").open() as stream:
         rows = {(row["task"], row["fraction"], row["init"]): row for row in csv.DictReader(stream)}
-    assert len(rows) == 3 * 2 * 4
+    assert len(rows) == 2 * (4 + 5 + 5)
     ahead = rows["harp_hippocampus", "0.2", "volta"]
     assert float(ahead["difference"]) == pytest.approx(0.1, abs=0.02) and float(ahead["difference_low"]) > 0.05
     assert float(ahead["untrained"]) == pytest.approx(0.05, abs=0.02)
@@ -271,7 +287,7 @@ def test_the_page_of_results_is_made_from_mlflow_alone(tmp_path):
     even = rows["ixi_sex", "1.0", "volta"]
     assert float(even["difference_low"]) < 0 < float(even["difference_high"])
     scores = pd.read_csv(study.root / "scores.csv")
-    assert len(scores) == 16 * (len(TASKS) * 2 * (3 * 2 + 2 * 2))  # heads of runs: by three encoders, and from scratch
+    assert len(scores) == 16 * sum(2 * (3 * 2 + len(scratch) * 2) for scratch in TASKS.values())  # heads of runs
     own = scores[(scores.task == "harp_hippocampus") & (scores.fraction == 0.2) & (scores.init == "volta")]
     assert own.score.mean() == pytest.approx(float(ahead["value"]), abs=1e-4)
     assert page.count("| VolTA-3D |") == page.count("| Untrained encoder |") == 6 and "With four anatomies" in page

@@ -18,9 +18,11 @@ EVERY = 5
 # Bundles, and their baselines from scratch; the first is the pretrained network without its pretraining.
 TASKS = {
     "harp_hippocampus": ("unetr_scratch", "unet_scratch"),
-    "ixi_sex": ("vit_scratch", "swin_scratch"),
-    "aibl_ad": ("vit_scratch", "swin_scratch"),
+    "ixi_sex": ("vit_scratch", "vit_mean_scratch", "swin_scratch"),
+    "aibl_ad": ("vit_scratch", "vit_mean_scratch", "swin_scratch"),
 }
+# Classifiers that see the mean of the patch tokens; from scratch, their network is another one.
+OF_THE_MEAN = {"frozen", "gentle"}
 # The whole recipe; benchmarks/learning.py says what each part of it is worth.
 RECIPE = ("synthetic", "recommended")
 # In place of the number of a pretraining: one that learns nothing. What starts from its encoder differs from what
@@ -134,6 +136,12 @@ class Study:
     def encoder(self, number: int | str) -> Path:
         """The weights of a pretraining, or of ``UNTRAINED``."""
         return self.root / f"pretrain_{number}" / "models" / "encoder_phantom_study.safetensors"
+
+    @staticmethod
+    def scratch(task: str, init: str) -> str:
+        """The network of an init without its pretraining."""
+        by_mean = "vit_mean_scratch"
+        return by_mean if init.removeprefix(UNTRAINED) in OF_THE_MEAN and by_mean in TASKS[task] else TASKS[task][0]
 
     @staticmethod
     def experiment(task: str, number: int | str = 0) -> str:

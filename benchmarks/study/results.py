@@ -155,7 +155,6 @@ def score_rows(task: str, cells: Mapping[tuple[str, float], Cell], samples: int 
     These are the same network from scratch (``difference``), and the same training from an untrained encoder.
     """
     rows = []
-    scratch = TASKS[task][0]
     seeds = sorted({seed for cell in cells.values() for _, seed in cell.runs})
     pretrainings = len({number for cell in cells.values() for number, _ in cell.runs})
     first = next(iter(cells.values()))
@@ -168,7 +167,7 @@ def score_rows(task: str, cells: Mapping[tuple[str, float], Cell], samples: int 
         for variant, (value, values) in found.items():
             row = {"task": task, "fraction": fraction, "init": variant, "metric": first.metric, "value": value}
             row |= dict(zip(("low", "high"), interval(values), strict=True))
-            for name, base in (("difference", scratch), ("untrained", UNTRAINED + variant)):
+            for name, base in (("difference", Study.scratch(task, variant)), ("untrained", UNTRAINED + variant)):
                 if base in found and variant != base:
                     row[name] = value - found[base][0]
                     ends = interval(values - found[base][1])

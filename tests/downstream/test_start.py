@@ -20,6 +20,7 @@ from volta_components.downstream.start import (
     freeze_encoder,
     freeze_for,
     load_model,
+    pool_of,
     save_model,
     tuning_groups,
 )
@@ -186,6 +187,16 @@ def test_models_are_plain_tensors_with_a_record_and_load_whole_or_not_at_all(tmp
     (tmp_path / "model.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:-1] + b"x")
     with pytest.raises(InputError, match="changed or cut"):
         load_model(other, tmp_path / "model.pt")
+
+
+def test_a_classifiers_record_says_what_its_head_sees(tmp_path):
+    sizes = {"img_size": (8, 8, 8), "patch_size": (4, 4, 4), "hidden_size": 16, "mlp_dim": 16, "num_layers": 1}
+    for pool in ("mean", "summary"):
+        network = VoltaClassifier(pool=pool, num_heads=2, summary_heads=2, **sizes)
+        save_model(tmp_path / f"{pool}.pt", network, {})
+        assert pool_of(tmp_path / f"{pool}.pt") == pool
+    save_model(tmp_path / "other.pt", nn.Linear(3, 2), {})
+    assert pool_of(tmp_path / "other.pt") == pool_of(tmp_path / "none.pt") == "summary"
 
 
 def test_weights_are_not_used_under_other_settings_than_they_were_trained_with(tmp_path):

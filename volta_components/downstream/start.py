@@ -202,6 +202,12 @@ def _others(there: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[s
     return [(name, str(there[name]), str(value)) for name, value in here.items() if value != there[name]]
 
 
+def pool_of(path: str | os.PathLike[str]) -> str:
+    """What the head of a trained classifier sees (``VoltaClassifier``'s ``pool``), by the JSON beside its weights."""
+    made = read_record(path).get("network") or {}
+    return str(made.get("config", {}).get("pool", "summary"))
+
+
 def load_model(network: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Load a trained network's weights, all of them, after verifying their hash; the JSON beside them, empty for none.
 

@@ -75,6 +75,7 @@ TASKS = {
 NAMES = {
     "volta": "VolTA-3D",
     "vit_scratch": "ViT, from scratch",
+    "vit_mean_scratch": "ViT on its mean token, from scratch",
     "swin_scratch": "Swin, from scratch",
     "unetr_scratch": "UNETR, from scratch",
     "unet_scratch": "3-D U-Net, from scratch",
