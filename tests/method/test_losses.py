@@ -166,6 +166,10 @@ def test_masked_tokens_alone_count(rng: np.random.Generator, monkeypatch: pytest
     each = torch.nn.functional.cross_entropy((theirs[0] @ theirs[1].T / 0.1).flatten(0, 1), target, reduction="none")
     plain = (each * as_tensor(shares)).sum() / shares.sum()
     torch.testing.assert_close(value, plain, rtol=1e-5, atol=1e-6)
+    divergences = each.detach() - torch.special.entr(target).sum(dim=-1)
+    weighted = (divergences * as_tensor(shares)).sum() / shares.sum()
+    torch.testing.assert_close(loss.statistics["divergence"], weighted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss.statistics["teacher_entropy"], entropy_share(target).mean())
     for actual, expected in zip(torch.autograd.grad(value, mine), torch.autograd.grad(plain, theirs), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 

@@ -121,8 +121,9 @@ class CropGeometry:
         cube_side: instead of ``extent`` and ``zoom``: range of the side of a cube in voxels of the volume, drawn
             log-uniformly.
         rotation: largest rotation about each axis, degrees.
-        translation: largest shift of a crop along each axis, voxels of the volume, when it is centred.
-        anywhere: place the crop uniformly where it fits into the volume, rather than around its centre.
+        translation: largest shift of a crop along each axis, voxels of the volume; none with ``anywhere``.
+        anywhere: place the crop uniformly where it fits into the volume before it is turned, rather than around the
+            volume's centre.
         flip: chance of a left-right flip (first axis); 0 since left and right are different classes downstream.
     """
 
@@ -153,7 +154,8 @@ class CropGeometry:
         if self.anywhere:
             room = np.maximum(0.0, shape - extent) / 2
             centre = centre + rng.uniform(-room, room)
-        centre = centre + rng.uniform(-self.translation, self.translation, size=3)
+        reach = 0.0 if self.anywhere else self.translation
+        centre = centre + rng.uniform(-reach, reach, size=3)
         angles = np.radians(rng.uniform(-self.rotation, self.rotation, size=3))
         step = extent / np.asarray(self.size)
         mirror = np.array([-1.0 if rng.random() < self.flip else 1.0, 1.0, 1.0])
