@@ -143,6 +143,12 @@ class CropGeometry:
             if span is not None and not 0 < span[0] <= span[1]:
                 raise InputError(f"crop {name} {tuple(span)} is not a range of positive numbers from small to large")
 
+    def middle_of(self, volume: Tensor) -> Tensor:
+        """The crop ``[1, C, *size]`` of a volume ``[1, C, D, H, W]`` without anything random: its middle, as it lies."""
+        shape = volume.shape[2:]
+        affine = CropGeometry(self.size, self.extent).draw(shape, np.random.default_rng(0))
+        return sample_crops(volume, to_device(plan_crops(affine, shape), volume.device), self.size)
+
     def draw(self, volume_shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
         """One random affine ``[4, 4]`` from voxel indices of the crop to voxel indices of the volume."""
         if self.cube_side is not None:
