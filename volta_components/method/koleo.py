@@ -17,9 +17,9 @@ class KoLeoLoss(nn.Module):
     are constants: no gradient flows to them. Views of one volume in one mini-batch never count as each other's
     neighbours, since they are meant to be alike.
 
-    The queue does not know whose its embeddings are, and epochs are shuffled: a volume's own from the epoch before may be
-    among them, for 1 in 4 mini-batches of 192 volumes with 256 embeddings. A queue a fifth as long as there are volumes
-    has them for 1 in 200.
+    The queue does not know whose its embeddings are, and epochs are shuffled: a volume's own from the epoch before may
+    be among them. With two views, 256 embeddings and 192 volumes it is, for 1 volume in 5; with a queue a fifth as long
+    as there are volumes, for 1 in 200.
 
     Args:
         dim: size of an embedding.

@@ -144,7 +144,7 @@ class CropGeometry:
                 raise InputError(f"crop {name} {tuple(span)} is not a range of positive numbers from small to large")
 
     def middle_of(self, volume: Tensor) -> Tensor:
-        """The crop ``[1, C, *size]`` of a volume ``[1, C, D, H, W]`` without anything random: its middle, as it lies."""
+        """The crop ``[1, C, *size]`` of a volume ``[1, C, D, H, W]`` without anything random: its middle."""
         shape = volume.shape[2:]
         affine = CropGeometry(self.size, self.extent).draw(shape, np.random.default_rng(0))
         return sample_crops(volume, to_device(plan_crops(affine, shape), volume.device), self.size)

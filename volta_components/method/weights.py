@@ -296,8 +296,9 @@ def load_encoder(path: str | os.PathLike[str], spacing: Sequence[float] = ()) ->
     trained = trained_settings(content)
     if len(spacing) and "spacing" in trained and not is_spacing(spacing, trained["spacing"]):
         raise InputError(
-            f"{path}: an encoder that was trained at {trained['spacing']} mm, for volumes of {list(spacing)} mm; prepare "
-            f"them with --spacing {trained['spacing']} --shape {trained.get('volume_size')}, or give another encoder"
+            f"{path}: an encoder that was trained at {trained['spacing']} mm, for volumes of {list(spacing)} mm; "
+            f"prepare them with --spacing {trained['spacing']} (shape {trained.get('volume_size')}), or give another "
+            "encoder"
         )
     if not isinstance(config, dict):
         raise InputError(f"{record}: has no network configuration; export the encoder again")
