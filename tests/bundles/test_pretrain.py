@@ -25,6 +25,7 @@ from volta_components.method.losses import CentredTargets, DiCoMLoss, SinkhornTa
 from volta_components.method.networks import VoltaTeacher, VoltaViT
 from volta_components.method.trainer import VoltaTrainer
 from volta_components.method.weights import load_encoder, read_weights
+from volta_components.training.ids import undone_parts
 
 TRAIN = json.loads((PRETRAIN / "train.json").read_text())
 OVERLAYS = [
@@ -84,6 +85,36 @@ def test_overlays_change_only_what_is_there(overlay: str) -> None:
     assert {name.removeprefix("+").split("#")[0] for name in changed} - TRAIN.keys() - WORKFLOW == set()
 
 
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != "tiny"])
+def test_a_variant_at_the_quick_start_s_sizes_is_still_that_variant(
+    overlay: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the order of docs/variants.md."""
+    files = [PRETRAIN / f"{name}.json" for name in ("train", "tiny", overlay)]
+    parser = ConfigParser()
+    parser.read_config([str(path) for path in files])
+    for name, value in json.loads(files[-1].read_text()).items():
+        if name[0] != "+":
+            assert parser[name] == value, name
+    sides = zip(parser["global_extent_mm"], parser["global_size"], strict=True)
+    assert {extent / size for extent, size in sides} == {2.0 if overlay == "crops_96" else 3.0}  # nothing is stretched
+    assert undone_parts(files) == []
+    assert all("tiny" in message and f"{overlay}.json has" in message for message in caplog.messages)
+
+
+def test_an_order_that_loses_the_recipe_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    def undone(*names: str) -> list[tuple[str, str]]:
+        return undone_parts([PRETRAIN / f"{name}.json" for name in ("train", *names)])
+
+    assert undone("tiny", "synthetic", "recommended") == []
+    assert undone("synthetic", "recommended", "tiny") == []  # with the quick start's gentle views, as the log says
+    assert (
+        "rotation_degrees: tiny.json has another value than recommended.json, and is the later one" in caplog.messages
+    )
+    names = {name for name, _ in undone("recommended", "synthetic")}
+    assert {f"train#dataset#{part} in recommended.json" for part in ("scanners", "standard", "transform")} == names
+
+
 @pytest.mark.parametrize("overlay", [None, *OVERLAYS])
 def test_objects_of_every_overlay_can_be_built(
     overlay: str | None, prepared: Path, tmp_path: Path, one_process: None
@@ -129,6 +160,12 @@ def test_objects_of_every_overlay_can_be_built(
     torch.nn.init.ones_(trainer.teacher.network.norm.bias)
     ema.update(0.0)
     assert torch.equal(trainer.teacher.network.norm.bias, trainer.plain_student.network.norm.bias)
+
+
+def test_a_picture_every_0_epochs_is_refused_before_the_training(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        parsed(None, prepared, tmp_path, picture_interval=0).get_parsed_content("run#0")
+    assert "--picture_interval  0" in str(caught.value.__cause__)
 
 
 def test_held_out_volumes_are_not_trained_on(prepared: Path, tmp_path: Path) -> None:

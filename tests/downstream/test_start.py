@@ -226,6 +226,26 @@ def test_weights_are_not_used_under_other_settings_than_they_were_trained_with(t
     assert re.search(told, str(find_input_error(caught.value)))
 
 
+def test_an_encoder_of_coarser_crops_is_not_used_at_the_spacing_of_its_volumes(tmp_path):
+    settings = {"spacing": 1.0, "volume_size": [8, 16, 16], "global_size": [8, 8, 8], "global_extent_mm": [16, 16, 16]}
+    save_model(tmp_path / "model.pt", nn.Linear(3, 2), {"provenance": {"settings": settings}})
+    config = {
+        "path": str(tmp_path / "model.pt"),
+        "network": {"_target_": "torch.nn.Linear"} | {"in_features": 3, "out_features": 2},
+        "imports": ["$from volta_components.downstream.start import load_model"],
+        "model": "$load_model(@network, @path)",
+        "global_size": [8, 8, 8],
+    }
+    wrong = {"spacing": 1.0, "volume_size": [8, 16, 16]}
+    right = {"spacing": 2.0, "volume_size": [8, 8, 8]}
+    ConfigParser(config | right).get_parsed_content("model")
+    ConfigParser(config | right | {"grid": [[2.0, 2.0, 2.0], [8, 8, 8]]}).get_parsed_content("model")
+    for other in (wrong, right | {"grid": [[1.0, 1.0, 1.0], [8, 16, 16]]}):  # a datalist has its own grid
+        with pytest.raises(RuntimeError) as caught:
+            ConfigParser(config | other).get_parsed_content("model")
+        assert re.search(r"other settings(?s:.)*spacing +2\.0 +\[?1\.0", str(find_input_error(caught.value)))
+
+
 def test_other_heads_than_those_trained_are_refused(tmp_path):
     sizes = {"img_size": (16, 16, 16), "hidden_size": 24, "mlp_dim": 24, "num_layers": 1, "decoder": False}
     save_encoder(tmp_path / "encoder.safetensors", VoltaViT(num_heads=2, summary_heads=2, **sizes), {})

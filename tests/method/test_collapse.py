@@ -47,6 +47,14 @@ def watched(
     return outputs
 
 
+@pytest.mark.parametrize("patience", [0, 1])
+def test_without_patience_only_a_collapse_ends_a_run(patience: int, caplog: pytest.LogCaptureFixture) -> None:
+    watched(quick_monitor(patience=patience), 40)
+    assert not caplog.records
+    with pytest.raises(CollapseError, match="collapsed for 1 mini-batches, at mini-batch 21: global branch"):
+        watched(quick_monitor(patience=patience), 40, lambda i: (1.0, 0.7))
+
+
 def quick_monitor(**changes: Any) -> CollapseMonitor:
     return CollapseMonitor(**{"patience": 10, "grace": 20, "smoothing": 0.5, "rank_interval": 4, **changes})
 

@@ -160,12 +160,16 @@ def test_masked_tokens_alone_count(rng: np.random.Generator, monkeypatch: pytest
     own, other, prototypes = (as_tensor(rng.normal(size=size)) for size in ((2, 12, 5), (2, 12, 5), (7, 5)))
     mine = [own.clone().requires_grad_(), prototypes.clone().requires_grad_()]
     theirs = [own.clone().requires_grad_(), prototypes.clone().requires_grad_()]
-    target = ((other @ prototypes.T) / 0.05).softmax(dim=-1).flatten(0, 1)
+    target = (other @ prototypes.T).softmax(dim=-1).flatten(0, 1)
     loss = PatchAlignmentLoss(CentredTargets(7), masked_patch=(4, 2, 2))
-    value = loss(TokenLogits(*mine), TokenLogits(other, prototypes), 0.05, torch.tensor(masked))
+    value = loss(TokenLogits(*mine), TokenLogits(other, prototypes), 1.0, torch.tensor(masked))
     each = torch.nn.functional.cross_entropy((theirs[0] @ theirs[1].T / 0.1).flatten(0, 1), target, reduction="none")
     plain = (each * as_tensor(shares)).sum() / shares.sum()
     torch.testing.assert_close(value, plain, rtol=1e-5, atol=1e-6)
+    divergences = each.detach() - torch.special.entr(target).sum(dim=-1)
+    weighted = (divergences * as_tensor(shares)).sum() / shares.sum()
+    torch.testing.assert_close(loss.statistics["divergence"], weighted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss.statistics["teacher_entropy"], entropy_share(target).mean())
     for actual, expected in zip(torch.autograd.grad(value, mine), torch.autograd.grad(plain, theirs), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 

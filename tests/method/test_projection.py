@@ -29,3 +29,15 @@ def test_head_gives_cosines() -> None:
             assert logits.abs().max() <= 1 + 1e-5
             assert not layer.parametrizations.weight.original0.requires_grad
     assert sum(isinstance(layer, nn.Linear) for layer in head.mlp) == 3
+
+
+def test_mixed_precision_does_not_round_what_separates_subjects() -> None:
+    """Summaries that differ by a thousandth of their size; the MLP's own rounding in bfloat16 is larger."""
+    head = tiny_head().eval()
+    summaries = torch.randn(1, HIDDEN) + 1e-3 * torch.randn(16, HIDDEN)
+    with torch.no_grad():
+        expected = head(summaries)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = head(summaries)
+    deviations, errors = expected - expected.mean(dim=0), (found - expected) - (found - expected).mean(dim=0)
+    assert errors.norm() < 1e-2 * deviations.norm()

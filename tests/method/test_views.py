@@ -189,6 +189,16 @@ def test_local_crops_stay_inside_where_they_fit(rng: np.random.Generator) -> Non
     assert (np.min(positions, axis=0) < 0.15 * np.array(shape)).all()
 
 
+def test_crops_that_are_placed_anywhere_are_not_moved_further() -> None:
+    """And the draws after this one stay the same."""
+    draws = [np.random.default_rng(0) for _ in range(2)]
+    still, moved = (CropGeometry((8, 8, 8), anywhere=True, translation=reach) for reach in (0, 5))
+    for _ in range(20):
+        affine = moved.draw((10, 10, 10), draws[1])
+        assert np.array_equal(still.draw((10, 10, 10), draws[0]), affine)
+        assert (affine[:3, 3] >= 0).all() and (affine[:3, 3] <= 2).all()
+
+
 def test_flips_are_left_right_only_and_off_by_default(rng: np.random.Generator) -> None:
     shape = (6, 7, 8)
     volume = random_volume(rng, shape)

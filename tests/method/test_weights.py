@@ -32,6 +32,7 @@ from volta_components.method.weights import (
     read_record,
     read_weights,
     save_encoder,
+    trained_settings,
     write_weights,
 )
 
@@ -233,6 +234,28 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
     save_encoder(tmp_path / "encoder.safetensors", network, {})
     with pytest.raises(InputError, match=r"encoder\.safetensors: 1 of its \d+ weights hold NaN .*norm\.bias"):
         load_encoder(tmp_path / "encoder.safetensors")
+
+
+def test_an_encoder_s_spacing_is_that_of_its_crops(tmp_path: Path) -> None:
+    settings = {"spacing": 1.0, "volume_size": [144, 192, 192], "global_size": [96, 96, 96]}
+    own = {**settings, "global_extent_mm": [96, 96, 96]}
+    coarse = {**settings, "global_extent_mm": [192, 192, 192]}
+    uneven = {**settings, "global_extent_mm": [96, 192, 192]}
+    for given, spacing, size in (
+        (own, 1.0, [144, 192, 192]),
+        (coarse, 2.0, [96] * 3),
+        (uneven, [1.0, 2.0, 2.0], [96] * 3),
+    ):
+        found = trained_settings({"provenance": {"settings": given}})
+        assert (found["spacing"], found["volume_size"]) == (spacing, size)
+    assert trained_settings({"provenance": {"settings": settings}}) == settings
+    assert trained_settings({}) == {}
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, tiny_network(3), {"settings": coarse})
+    load_encoder(path)
+    load_encoder(path, (2.0, 2.0, 2.0))
+    with pytest.raises(InputError, match=r"trained at 2\.0 mm, for volumes of \[1\.0, 1\.0, 1\.0\] mm.*--spacing 2\.0"):
+        load_encoder(path, (1.0, 1.0, 1.0))
 
 
 def test_an_absent_file_says_what_to_do(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from prepared import ROOT
 
 from volta_components.errors import find_input_error
 from volta_components.files import write_json
-from volta_components.training.ids import wrong_ids
+from volta_components.training.ids import undone_parts, wrong_ids
 
 CONFIGS = ROOT / "bundles" / "ixi_sex" / "configs"
 CONTENT: dict[str, Any] = {
@@ -89,6 +89,30 @@ def test_ids_of_an_overlay_are_taken(tmp_path: Path) -> None:
     monai.bundle.run(config_file=files, meta_file=[], loss={"_target_": "DiceLoss"}, tracking_uri="x")
     said = refusal(lambda: monai.bundle.run(config_file=files[:1], meta_file=[], note="abc", init="x_scratch"))
     assert "--note" in said and "add configs/x_scratch.json" in said
+
+
+def test_an_overlay_that_undoes_an_earlier_one_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    overlays: dict[str, dict[str, Any]] = {
+        "train": CONTENT,
+        "part": {"suffix": "_part", "loss#gamma": 2, "epochs": 5, "+run": [1]},
+        "block": {"suffix": "_block", "loss": {"_target_": "DiceLoss"}, "+run": [2]},
+        "size": {"epochs": 1},
+    }
+    for name, content in overlays.items():
+        write_json(tmp_path / f"{name}.json", content)
+
+    def files(*names: str) -> list[Path]:
+        return [tmp_path / f"{name}.json" for name in names]
+
+    assert undone_parts(files("train", "block", "part")) == []
+    assert not caplog.records
+    row = ("loss#gamma in part.json", "block.json replaces loss; name block.json before part.json")
+    assert undone_parts(files("train", "part", "block")) == [row]
+    monai.bundle.run(config_file=[str(path) for path in files("train", "block", "part", "size")], meta_file=[])
+    said = [message for message in caplog.messages if "another value" in message]
+    assert said == ["epochs: size.json has another value than part.json, and is the later one"]
+    wrong = [str(path) for path in files("train", "part", "block")]
+    assert "name block.json before part.json" in refusal(lambda: monai.bundle.run(config_file=wrong, meta_file=[]))
 
 
 def test_every_training_refuses_what_does_nothing() -> None:

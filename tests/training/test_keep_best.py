@@ -12,6 +12,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from volta_components.errors import InputError
+from volta_components.training.checkpoint import ResumableCheckpoint, previous_checkpoint
 from volta_components.training.keep_best import KeepBest
 
 
@@ -135,3 +136,47 @@ def test_its_weights_come_back_and_it_goes_on(tmp_path: Path) -> None:
     later._completed = lambda: None  # type: ignore[method-assign]
     run_epochs(later, network, evaluator, [0.9, 0.9, 0.5, 0.4])  # goes on at the third epoch
     assert later.epoch == 2 and later.restore() and network.weight.item() == 2
+
+
+class Killed(BaseException):
+    """Stands for a process that goes away without a word."""
+
+
+def run_until(folder: Path, values: list[float], kill_at: int | None = None) -> KeepBest:
+    """Five epochs with a checkpoint of each, or those before the one at whose start the process is killed."""
+    network, evaluator = make_evaluator()
+    keep, trainer = KeepBest(evaluator, folder / "best.pt"), Engine(lambda *_: None)
+    keep._completed = lambda: None  # type: ignore[method-assign]
+
+    def evaluate(engine: Engine) -> None:
+        torch.nn.init.constant_(network.weight, engine.state.epoch)
+        evaluator.state.epoch, evaluator.state.metrics = engine.state.epoch, {"dice": values[engine.state.epoch - 1]}
+
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, evaluate)
+    checkpoint = ResumableCheckpoint(folder / "checkpoint.pt", {"network": network}, {}, handlers={"best": keep})
+    checkpoint.attach(trainer)
+
+    def kill(engine: Engine) -> None:
+        if engine.state.epoch == kill_at:
+            raise Killed
+
+    trainer.add_event_handler(Events.EPOCH_STARTED, kill)
+    trainer.state.device = "cpu"  # type: ignore[attr-defined]
+    try:
+        trainer.run([0], max_epochs=5)
+    except Killed:
+        checkpoint.finish()
+        assert checkpoint._lock is not None
+        checkpoint._lock.release()
+    return keep
+
+
+def test_a_resume_keeps_the_weights_that_the_checkpoint_before_the_last_names(tmp_path: Path) -> None:
+    """However often it is resumed: at each start the room that a checkpoint takes is looked at."""
+    for _ in range(3):
+        keep = run_until(tmp_path, [0.1, 0.2, 0.0, 0.0, 0.0], kill_at=3)
+        assert kept(keep) == ["best-1", "best-2"]
+    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    assert previous_checkpoint(tmp_path / "checkpoint.pt").is_file()
+    keep = run_until(tmp_path, [0.1, 0.05, 0.05, 0.05, 0.05])
+    assert keep.epoch == 1 and keep.restore()

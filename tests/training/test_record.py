@@ -50,6 +50,11 @@ def test_provenance_tells_whom_an_encoder_has_seen_without_their_names() -> None
     assert "sub-0001" not in json.dumps(record)
 
 
+def test_a_device_that_renders_other_noise_is_another_run() -> None:
+    runs = [settings_of({"device": "cpu", "render_device": device}) for device in ("cpu", "cuda")]
+    assert other_settings(*runs) == [("render_device", "cpu", "cuda")]
+
+
 def test_the_version_of_the_code_is_known() -> None:
     assert code_version().startswith(__version__)
 

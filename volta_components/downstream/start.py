@@ -20,7 +20,15 @@ from volta_components.errors import InputError
 from volta_components.files import write_text
 from volta_components.method.monai_versions import fit_cross_attention, freeze_cross_attention
 from volta_components.method.networks import parameter_groups
-from volta_components.method.weights import LoadReport, load_pretrained, read_record, read_weights, write_weights
+from volta_components.method.weights import (
+    LoadReport,
+    is_spacing,
+    load_pretrained,
+    read_record,
+    read_weights,
+    trained_settings,
+    write_weights,
+)
 from volta_components.training.archive import write_archive
 from volta_components.training.record import find_calling_config, plain_settings
 from volta_components.training.tracking import hide_folders
@@ -194,12 +202,16 @@ def other_than_trained(record: Mapping[str, Any], values: Mapping[str, Any]) -> 
         record: the JSON beside the weights.
         values: ids of the config that uses them.
     """
-    return _others((record.get("provenance") or {}).get("settings") or {}, values)
+    return _others(trained_settings(record), values)
 
 
 def _others(there: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     here = plain_settings({name: values[name] for name in AS_TRAINED if name in values and name in there})
-    return [(name, str(there[name]), str(value)) for name, value in here.items() if value != there[name]]
+    return [
+        (name, str(there[name]), str(value))
+        for name, value in here.items()
+        if not (is_spacing(value, there[name]) if name == "spacing" else value == there[name])
+    ]
 
 
 def pool_of(path: str | os.PathLike[str]) -> str:
@@ -241,13 +253,16 @@ def load_model(network: nn.Module, path: str | os.PathLike[str]) -> dict[str, An
         )
     parser = find_calling_config()
     values = {} if parser is None else {name: parser.get_parsed_content(name) for name in AS_TRAINED if name in parser}
+    if parser is not None and "grid" in parser:
+        values["spacing"] = list(parser.get_parsed_content("grid")[0])  # of a datalist, its own
     made, config = record.get("network") or {}, getattr(plain, "config", {})
     others = other_than_trained(record, values) + _others(made.get("config", made), config)
     if others:
         raise InputError.many(
             f"{path} was trained with other settings (id, trained with, here)",
             dict.fromkeys(others),
-            "Add the overlays that it was trained with to --config_file (--overlays), or give the same (--ID VALUE).",
+            "Add the overlays that it was trained with to --config_file (--overlays), give the same (--ID VALUE), or "
+            "prepare the data set with the same --spacing.",
         )
     plain.load_state_dict(state)
     logger.info("%s: %d weights loaded", path, len(state))

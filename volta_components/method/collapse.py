@@ -113,12 +113,13 @@ class CollapseMonitor:
             rank = self.means["rank"]
             output["effective_rank"] = rank
             checks.append(("summaries: every volume has the same", rank < self.min_rank, f"effective rank {rank:.2f}"))
+        patience = max(1, self.patience)  # what is not bad never ends a run
         for name, is_bad, figure in checks:
             self.bad[name] = self.bad[name] + 1 if is_bad and iteration > self.grace else 0
             if name == _NOTHING["patch"]:
-                if self.bad[name] == self.patience:
+                if self.bad[name] == patience:
                     _LOGGER.warning("%s (%s); configs/token_centre.json is a remedy", name, figure)
-            elif self.bad[name] >= self.patience:
+            elif self.bad[name] >= patience:
                 raise CollapseError(
                     f"collapsed for {self.bad[name]} mini-batches, at mini-batch {iteration}: {name} ({figure}). "
                     + self.REMEDIES

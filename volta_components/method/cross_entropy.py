@@ -33,8 +33,8 @@ class TokenCrossEntropy(torch.autograd.Function):
         target_of: Callable[[slice], Tensor],
         temperature: float,
         weights: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The loss, and three numbers for monitoring, without gradients.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The loss, and four numbers for monitoring, without gradients.
 
         Args:
             ctx: of the backward pass.
@@ -46,13 +46,14 @@ class TokenCrossEntropy(torch.autograd.Function):
             weights: ``[B * N]``, how much each token counts in both losses; all alike by default.
 
         Returns:
-            The loss; the mean entropy of the targets as a share of ``ln K``; their mean, ``[K]``; and the loss that
-            the student's outputs for the same tokens of the other volume would have.
+            The loss; the mean entropy of the targets as a share of ``ln K``, of all tokens alike and by their weights;
+            their mean, ``[K]``; and the loss that the student's outputs for the same tokens of the other volume would
+            have.
         """
         count = units.shape[:-1].numel()
         rows, strangers = units.flatten(0, 1).float(), elsewhere.float().expand(units.shape).flatten(0, 1)
         share = torch.ones_like(rows[:, 0]) if weights is None else weights * (count / weights.sum().clamp_min(1e-6))
-        totals = torch.zeros(4, device=units.device)  # of logsumexp, agreement, the loss elsewhere, entropy
+        totals = torch.zeros(5, device=units.device)  # of logsumexp, agreement, the loss elsewhere, both entropies
         mean_target = torch.zeros(len(prototypes), device=units.device)
         learns, fits = ctx.needs_input_grad[:2]
         units_gradient = torch.empty_like(rows) if learns or fits else None
@@ -68,7 +69,8 @@ class TokenCrossEntropy(torch.autograd.Function):
                 elsewhere_level = (stranger @ prototypes.T).div_(temperature).logsumexp(dim=-1)
                 rest = [(each * pulled).sum(dim=-1) @ weight for each in (own, stranger)]
                 other = elsewhere_level @ weight - rest[1]
-                totals += torch.stack([level[:, 0] @ weight, rest[0], other, entropy_share(target).sum()])
+                entropies = entropy_share(target)
+                totals += torch.stack([level[:, 0] @ weight, rest[0], other, entropies.sum(), entropies @ weight])
                 mean_target += target.sum(dim=0)
                 if units_gradient is not None:
                     probabilities = logits.sub_(level).exp_()
@@ -77,10 +79,10 @@ class TokenCrossEntropy(torch.autograd.Function):
                 if prototypes_gradient is not None:
                     difference = probabilities.sub_(target).mul_(weight[:, None])
                     prototypes_gradient.addmm_(difference.T, own, alpha=1 / (temperature * count))
-        level_mean, agreement, other, entropy = (totals / count).unbind()
+        level_mean, agreement, other, entropy, counted = (totals / count).unbind()
         if units_gradient is not None:
             ctx.save_for_backward(units_gradient.div_(count).view(units.shape), prototypes_gradient)
-        results = (entropy, mean_target / count, other)
+        results = (entropy, counted, mean_target / count, other)
         ctx.mark_non_differentiable(*results)
         return (level_mean - agreement, *results)
 

@@ -14,8 +14,12 @@ class KoLeoLoss(nn.Module):
     """Kozachenko-Leonenko entropy: pushes each embedding away from its nearest neighbour in the batch and a queue.
 
     With one volume a step there is no neighbour within the batch, hence the queue of the last embeddings. Neighbours
-    are constants: no gradient flows to them. Views of one volume never count as each other's neighbours, since
-    they are meant to be alike.
+    are constants: no gradient flows to them. Views of one volume in one mini-batch never count as each other's
+    neighbours, since they are meant to be alike.
+
+    The queue does not know whose its embeddings are, and epochs are shuffled: a volume's own from the epoch before may
+    be among them. With two views, 256 embeddings and 192 volumes it is, for 1 volume in 5; with a queue a fifth as long
+    as there are volumes, for 1 in 200.
 
     Args:
         dim: size of an embedding.

@@ -451,7 +451,7 @@ class PatchAlignmentLoss(nn.Module):
             previous = units[-1].detach()
         elif places is not None:
             previous = previous[places]
-        loss, entropy, mean_target, other = TokenCrossEntropy.apply(
+        loss, entropy, counted, mean_target, other = TokenCrossEntropy.apply(
             units, student.prototypes, previous, target_of, self.student_temperature, weights
         )
         with torch.no_grad(), full_float32(taught.device):
@@ -462,7 +462,7 @@ class PatchAlignmentLoss(nn.Module):
             mean = teacher.prototypes @ middle
             if isinstance(self.targets, CentredTargets) and self.training:
                 self.targets.update(mean, entropy)
-            self.statistics = of_targets(entropy, mean_target, loss, self.marginal)
+            self.statistics = of_targets(entropy, mean_target, loss, self.marginal, counted)
             self.statistics |= of_logits(mean, deviation, getattr(self.targets, "centre", None))
             predicted = (other - loss.detach()) / math.log(self.targets.out_dim)
             self.statistics["predicted"] = predicted * 0.0 if self.previous is None else predicted

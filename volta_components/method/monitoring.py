@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 
 from volta_components.distributed import process_rank
 from volta_components.files import atomic_path, write_json
-from volta_components.method.masking import VISIBLE, GroupMask
+from volta_components.method.masking import VISIBLE
 from volta_components.method.networks import VoltaViT
 from volta_components.method.views import ViewGenerator
 from volta_components.training.tracking import find_mlflow_handler
@@ -96,17 +96,17 @@ class ReconstructionPicture:
 class ReconstructionCheck:
     """Masked reconstruction error on held-out volumes, beside that of predicting the mean training volume.
 
-    Held-out volumes are masked whole, without any other change, by the same masks every time. Their errors in single
-    precision, ``validation_reconstruction`` and ``validation_mean_view``, and the share of volumes where the first is
-    lower, ``validation_share_better``, go to ``engine.state.metrics`` every ``interval`` epochs and, at the end, to a
-    JSON.
+    The middle of each held-out volume is seen as a global crop shows it, without any other change, and masked the same
+    way every time. The errors in single precision, ``validation_reconstruction`` and ``validation_mean_view``, and the
+    share of volumes where the first is lower, ``validation_share_better``, go to ``engine.state.metrics`` of every
+    ``interval``-th epoch and, at the end, to a JSON.
 
     Attributes:
         path: the JSON file.
         validation: held-out items, with ``image`` ``[1, D, H, W]`` in [0, 1]; none of them is trained on.
         training: items whose mean volume is the naive prediction.
         network: the student's network, with its decoder.
-        mask: draws the masks.
+        views: whose global crops and masks these are.
         interval: epochs between two checks.
         limit: volumes of each that are used at most.
     """
@@ -115,7 +115,7 @@ class ReconstructionCheck:
     validation: Any
     training: Any
     network: VoltaViT
-    mask: GroupMask
+    views: ViewGenerator
     interval: int = 10
     limit: int = 64
 
@@ -127,7 +127,12 @@ class ReconstructionCheck:
 
     def attach(self, engine: Engine) -> None:
         """Check every ``interval`` epochs and after the last."""
+        engine.add_event_handler(Events.EPOCH_STARTED, self._epoch_started)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+
+    def _epoch_started(self, engine: Any) -> None:
+        # They would be logged again in every epoch until the next check.
+        engine.state.metrics = {k: v for k, v in engine.state.metrics.items() if not k.startswith("validation_")}
 
     def _epoch_completed(self, engine: Any) -> None:
         epoch, last = engine.state.epoch, engine.state.max_epochs
@@ -141,19 +146,18 @@ class ReconstructionCheck:
     @torch.no_grad()
     def errors(self, device: torch.device) -> dict[str, float]:
         """Mean squared errors over masked voxels, averaged over volumes, and the share that is restored better."""
-        mean = self.mean.to(device)[None]
+        crop, mask = self.views.global_geometry, self.views.mask
+        mean = crop.middle_of(self.mean.to(device)[None])
         errors: dict[str, list[float]] = {"reconstruction": [], "mean_view": []}
         for index in range(min(self.limit, len(self.validation))):
-            image = torch.as_tensor(self.validation[index]["image"]).to(device)[None]
+            image = crop.middle_of(torch.as_tensor(self.validation[index]["image"]).to(device)[None])
             size = image.shape[2:]
-            cells = torch.from_numpy(self.mask.draw(size, np.random.default_rng(index))).to(device)
-            labels = self.mask.enlarge(cells, size).expand_as(image)
+            cells = torch.from_numpy(mask.draw(size, np.random.default_rng(index))).to(device)
+            labels = mask.enlarge(cells, size).expand_as(image)
             noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(index)).to(device)
-            restored = restore(self.network, self.mask.fill(image, labels, noise))
+            restored = restore(self.network, mask.fill(image, labels, noise))
             hidden = labels != VISIBLE
             errors["reconstruction"].append(float((restored - image)[hidden].square().mean()))
             errors["mean_view"].append(float((mean - image)[hidden].square().mean()))
         better = np.less(errors["reconstruction"], errors["mean_view"])
-        return {name: float(np.mean(values)) for name, values in errors.items()} | {
-            "share_better": float(better.mean())
-        }
+        return {name: float(np.mean(values)) for name, values in (errors | {"share_better": better}).items()}

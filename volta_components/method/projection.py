@@ -99,10 +99,12 @@ class ProjectionHead(nn.Module):
         return functional.normalize(self.mlp(tokens).float(), dim=-1, eps=1e-6)
 
     def forward(self, summary: Tensor) -> Tensor:
-        """Logits ``[B, K]`` of summaries ``[B, D]``."""
-        unit = self.project(summary)
-        with full_float32(unit.device):
-            return self.last_layer(unit)
+        """Logits ``[B, K]`` of summaries ``[B, D]``, in float32 throughout: there are few, and they differ by little.
+
+        In mixed precision the rounding of the encoder, which gives the summaries, stays.
+        """
+        with full_float32(summary.device):
+            return self.last_layer(self.project(summary.float()))
 
     def patches(self, tokens: Tensor) -> TokenLogits:
         """Logits of patch tokens ``[B, N, D]``."""

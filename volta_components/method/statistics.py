@@ -18,7 +18,9 @@ def entropy_share(distribution: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def of_targets(share: Tensor, mean_target: Tensor, loss: Tensor, marginal: Tensor) -> dict[str, Tensor]:
+def of_targets(
+    share: Tensor, mean_target: Tensor, loss: Tensor, marginal: Tensor, counted: Tensor | None = None
+) -> dict[str, Tensor]:
     """``teacher_entropy``, ``information``, ``divergence``.
 
     Args:
@@ -26,6 +28,7 @@ def of_targets(share: Tensor, mean_target: Tensor, loss: Tensor, marginal: Tenso
         mean_target: ``[K]``.
         loss: mean cross-entropy with the student, in nats.
         marginal: running mean of earlier targets, ``[K]``; moves.
+        counted: ``share`` with each target counted as the loss counts it; by default all count alike.
     """
     nats = math.log(len(mean_target))
     mean_target = mean_over_processes(mean_target)
@@ -36,7 +39,7 @@ def of_targets(share: Tensor, mean_target: Tensor, loss: Tensor, marginal: Tenso
     return {
         "teacher_entropy": share,
         "information": unconditional / nats - share,
-        "divergence": loss.detach() - share * nats,
+        "divergence": loss.detach() - (share if counted is None else counted) * nats,
     }
 
 

@@ -121,8 +121,9 @@ class CropGeometry:
         cube_side: instead of ``extent`` and ``zoom``: range of the side of a cube in voxels of the volume, drawn
             log-uniformly.
         rotation: largest rotation about each axis, degrees.
-        translation: largest shift of a crop along each axis, voxels of the volume, when it is centred.
-        anywhere: place the crop uniformly where it fits into the volume, rather than around its centre.
+        translation: largest shift of a crop along each axis, voxels of the volume; none with ``anywhere``.
+        anywhere: place the crop uniformly where it fits into the volume before it is turned, rather than around the
+            volume's centre.
         flip: chance of a left-right flip (first axis); 0 since left and right are different classes downstream.
     """
 
@@ -142,6 +143,12 @@ class CropGeometry:
             if span is not None and not 0 < span[0] <= span[1]:
                 raise InputError(f"crop {name} {tuple(span)} is not a range of positive numbers from small to large")
 
+    def middle_of(self, volume: Tensor) -> Tensor:
+        """The crop ``[1, C, *size]`` of a volume ``[1, C, D, H, W]`` without anything random: its middle."""
+        shape = volume.shape[2:]
+        affine = CropGeometry(self.size, self.extent).draw(shape, np.random.default_rng(0))
+        return sample_crops(volume, to_device(plan_crops(affine, shape), volume.device), self.size)
+
     def draw(self, volume_shape: Sequence[int], rng: np.random.Generator) -> np.ndarray:
         """One random affine ``[4, 4]`` from voxel indices of the crop to voxel indices of the volume."""
         if self.cube_side is not None:
@@ -153,7 +160,8 @@ class CropGeometry:
         if self.anywhere:
             room = np.maximum(0.0, shape - extent) / 2
             centre = centre + rng.uniform(-room, room)
-        centre = centre + rng.uniform(-self.translation, self.translation, size=3)
+        reach = 0.0 if self.anywhere else self.translation
+        centre = centre + rng.uniform(-reach, reach, size=3)
         angles = np.radians(rng.uniform(-self.rotation, self.rotation, size=3))
         step = extent / np.asarray(self.size)
         mirror = np.array([-1.0 if rng.random() < self.flip else 1.0, 1.0, 1.0])

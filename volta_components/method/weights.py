@@ -8,12 +8,13 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -248,24 +249,57 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def load_encoder(path: str | os.PathLike[str]) -> VoltaViT:
+def trained_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that weights were trained with, by id; empty where their record has none.
+
+    An encoder's ``spacing`` is that of its global crops, which may be coarser than the volumes that they are taken from
+    (``crops_96.json``); then ``volume_size`` is theirs too, since it has never seen the volumes themselves.
+    """
+    settings = dict((record.get("provenance") or {}).get("settings") or {})
+    size, extent, spacing = (settings.get(name) for name in ("global_size", "global_extent_mm", "spacing"))
+    if size and extent and spacing:
+        seen = [side / count for side, count in zip(extent, size, strict=True)]
+        if not is_spacing(seen, spacing):
+            settings |= {"spacing": seen[0] if len({*seen}) == 1 else seen, "volume_size": size}
+    return settings
+
+
+def is_spacing(spacing: float | Sequence[float], other: float | Sequence[float]) -> bool:
+    """Whether two spacings are the same, mm, each one number or three."""
+    try:
+        return bool(np.allclose(spacing, other, rtol=0, atol=1e-3))
+    except (TypeError, ValueError):  # a text, or two numbers
+        return False
+
+
+def load_encoder(path: str | os.PathLike[str], spacing: Sequence[float] = ()) -> VoltaViT:
     """The network of an exported encoder, ready for inference: ``encode``, ``summarise``, ``attention_map``.
 
     Args:
         path: the ``.safetensors`` or ``.pt`` file, with its JSON beside it; or a bundle's folder, see
             ``find_encoder``.
+        spacing: of the volumes that it will be given, mm; empty accepts any.
 
     Returns:
         The network, in evaluation mode, on the CPU. It takes volumes ``[B, 1, D, H, W]`` in [0, 1], RAS, whose sides
         its patch divides.
 
     Raises:
-        InputError: if either is missing, damaged or changed, is no encoder, or the JSON's sizes are not the weights'.
+        InputError: if either is missing, damaged or changed, is no encoder, was trained at another spacing, or the
+            JSON's sizes are not the weights'.
     """
     path = find_encoder(path)
     weights = read_weights(path)
     record = path.with_suffix(".json")
-    config = read_json(record).get("network")
+    content = read_json(record)
+    config = content.get("network")
+    trained = trained_settings(content)
+    if len(spacing) and "spacing" in trained and not is_spacing(spacing, trained["spacing"]):
+        raise InputError(
+            f"{path}: an encoder that was trained at {trained['spacing']} mm, for volumes of {list(spacing)} mm; "
+            f"prepare them with --spacing {trained['spacing']} (shape {trained.get('volume_size')}), or give another "
+            "encoder"
+        )
     if not isinstance(config, dict):
         raise InputError(f"{record}: has no network configuration; export the encoder again")
     if "class" in config:

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -283,7 +283,9 @@ class ResumableCheckpoint:
         """Before the long work: does a checkpoint fit, and do the three that there are while one is replaced?"""
         assert self.path is not None
         there = [path.stat().st_size for path in (self.path, previous_checkpoint(self.path)) if path.exists()]
-        size = max([_bytes(self.objects), *there])
+        # Handlers are small, and ``KeepBest`` takes each request for its state as a checkpoint's.
+        large = [item for name, item in self.objects.items() if name not in self.handlers]
+        size = max([_bytes(large), *there])
         free = free_bytes(self.path.parent)
         facts = f"{self.path.parent}: {free / 1e6:,.0f} MB are free, and a checkpoint takes {size / 1e6:,.0f} MB"
         if free < size:
@@ -327,10 +329,10 @@ def tensors_of(state: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
         yield from tensors_of(value, f"{name}.{key}".lstrip("."))
 
 
-def _bytes(objects: Mapping[str, Any]) -> int:
+def _bytes(objects: Iterable[Any]) -> int:
     """Of what is saved, about; an optimiser before its first step will hold two numbers a parameter, as Adam does."""
     total = 0
-    for item in objects.values():
+    for item in objects:
         total += sum(value.nbytes for _, value in tensors_of(item.state_dict()))
         if isinstance(item, Optimizer) and not item.state:
             total += 2 * sum(value.nbytes for _, value in tensors_of(item.param_groups))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 from volta_components.errors import InputError
-from volta_components.training.record import calling_config, flatten_settings
+from volta_components.training.record import HARMLESS, calling_config, flatten_settings
+
+logger = logging.getLogger(__name__)
 
 # What MONAI reads or adds, whether or not a file has it.
 _TRACKING: Any = DEFAULT_MLFLOW_SETTINGS["configs"]
@@ -25,16 +28,18 @@ SWITCHES = ("true", "false", "yes", "no")
 def check_ids() -> None:
     """Refuse what a command gave the config in which this is called as an expression, and which does nothing.
 
-    That is an id that no file of the config has and nothing refers to, a text instead of a boolean, and an ``init``
-    without its overlay. ``monai.bundle run`` names the files. A ``ConfigWorkflow`` made in Python does not keep their
-    names: then every config beside the first one counts, and an ``init`` is not looked at.
+    That is an id that no file of the config has and nothing refers to, a text instead of a boolean, an ``init`` without
+    its overlay, and an overlay that a later one undoes. ``monai.bundle run`` names the files. A ``ConfigWorkflow`` made
+    in Python does not keep their names: then every config beside the first one counts, and neither ``init`` nor the
+    order of overlays is looked at.
 
     Raises:
         InputError: naming all of them.
     """
     config = calling_config("check_ids").get()
     files, are_named = _config_files()
-    if rows := wrong_ids(config, files, are_named):
+    undone = undone_parts(files) if are_named else []
+    if rows := wrong_ids(config, files, are_named) + undone:
         raise InputError.many("the config cannot take what it was given", rows, "Nothing was read or trained.")
 
 
@@ -66,6 +71,30 @@ def wrong_ids(config: Mapping[str, Any], files: Sequence[Path], are_named: bool)
     if are_named and init != own.get("init", init):
         rows.append(("--init", f"it has the init {own['init']!r}; add configs/{init}.json to --config_file instead"))
     return rows
+
+
+def undone_parts(files: Sequence[Path]) -> list[tuple[str, str]]:
+    """Rows (path, remedy) of what an overlay sets in a block that a later one replaces as a whole.
+
+    A later value of the same id may be meant, as that of a smaller size: the log only names it.
+    """
+    overlays = [(path.name, _settings(path)) for path in files[1:]]
+    rows = []
+    for place, (name, content) in enumerate(overlays):
+        for later, others in overlays[place + 1 :]:
+            for key, value in content.items():
+                if others.get(key, value) != value:
+                    logger.warning("%s: %s has another value than %s, and is the later one", key, later, name)
+                if block := next((other for other in others if key.startswith(f"{other}#")), None):
+                    rows.append((f"{key} in {name}", f"{later} replaces {block}; name {later} before {name}"))
+    return rows
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What a file sets and can change a result; what it adds to (``+``) stays."""
+    content = {name.replace("::", "#"): value for name, value in ConfigParser.load_config_file(path).items()}
+    harmless = {"_desc_", *(name for names in HARMLESS.values() for name in names)}
+    return {name: value for name, value in content.items() if name not in harmless and name[0] != "+"}
 
 
 def _components(value: Any) -> list[str]:

@@ -59,7 +59,7 @@ class KeepBest:
         engine.add_event_handler(Events.COMPLETED, self._completed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch and value of the best."""
+        """Epoch and value of the best, for a checkpoint: two more calls, and what this one names may be removed."""
         self._in_previous, self._in_checkpoint = self._in_checkpoint, self.epoch
         return {"epoch": self.epoch, "value": self.value, "before": self._in_previous}
 

@@ -29,7 +29,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
         *("dataset_dir", "datalist_path", "anatomies", "encoder_path", "encoder", "source"),
     ),
     "Where and how fast it is computed. The same samples are drawn, in the same order.": (
-        *("device", "render_device", "num_workers", "cache", "compile_blocks", "views_together"),
+        *("device", "num_workers", "cache", "compile_blocks", "views_together"),
         "train#trainer#cuda_graph",
     ),
     "What is looked at, and how often.": (
