@@ -50,6 +50,25 @@ def test_provenance_tells_whom_an_encoder_has_seen_without_their_names() -> None
     assert "sub-0001" not in json.dumps(record)
 
 
+@pytest.mark.parametrize(
+    ("cohorts", "name", "phantom"),
+    [
+        ((None, None), "phantom_pretrain", True),
+        (("phantom", "Phantom_2"), "ours", True),
+        (("phantom", "adni"), "phantom_and_adni", False),
+        ((None,), "adni", False),
+        ((), "phantom", False),
+    ],
+)
+def test_provenance_says_whether_everybody_is_a_phantom(
+    cohorts: tuple[str | None, ...], name: str, phantom: bool
+) -> None:
+    items = [
+        {"patient_id": str(i)} | ({} if cohort is None else {"cohort": cohort}) for i, cohort in enumerate(cohorts)
+    ]
+    assert provenance({}, "abc", items, name)["phantom"] is phantom
+
+
 def test_the_version_of_the_code_is_known() -> None:
     assert code_version().startswith(__version__)
 

@@ -240,10 +240,13 @@ def assemble(
     baked = _overlay_values(bundle, overlays)
     weights = _find_weights(bundle, baked, model)
     record = sealed_record(_checked_record(weights), secret)
-    if is_phantom(record) and "phantom" not in target.name:
+    if is_phantom(record) != ("phantom" in target.name):
         raise InputError(
             f"{weights} is trained on phantoms, but the name {target.name} does not say so; leave out --name, or give "
             "one with phantom in it"
+            if is_phantom(record)
+            else f"{weights} is not known to be trained on phantoms alone, but the name {target.name} says so; give "
+            "another (--name)"
         )
     if target.exists():
         raise InputError(f"{target}: exists already; remove it first")
@@ -487,5 +490,7 @@ def _write_sums(output: Path, paths: Sequence[Path]) -> None:
     sums_path = output / "SHA256SUMS"
     lines = sums_path.read_text(encoding="utf-8").splitlines() if sums_path.is_file() else []
     sums = {line.split("  ", 1)[1]: line.split("  ", 1)[0] for line in lines if "  " in line}
+    # Of a file that is gone, the check would fail for everybody.
+    sums = {name: digest for name, digest in sums.items() if (output / name).is_file()}
     sums |= {path.name: sha256_file(path) for path in paths}
     write_text(sums_path, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))
