@@ -25,8 +25,8 @@ BLOCK = re.compile(r"<!-- pack: (\w+) -->\n(.*?)<!-- end -->\n?", re.DOTALL)
 MARKED = ("weights", "run", "network", "size", "recipe", "results", "hardware", "limits")
 HEADING = "## These weights"
 PICTURE = "weights.png"  # in docs: what the training's last picture shows
-# What card, licence and metadata must not say of weights that were trained on patients. All but the first is what packed
-# bundles of phantoms say, which may be trained further.
+# What card, licence and metadata must not say of weights that were trained on patients. Packed bundles of phantoms say
+# all but the first, and may be trained further.
 DENIAL = re.compile(
     r"no\s+weights\s+trained\s+on\s+clinical\s+data|weights\s+(in\s+this\s+bundle\s+)?are\s+trained\s+on\s+phantoms"
     r"|trained\s+on\s+synthetic\s+heads",
@@ -170,7 +170,7 @@ def other_settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_phantom(record: Mapping[str, Any]) -> bool:
-    """Whether weights were trained and pretrained on phantoms alone; a record that does not say so counts as people's."""
+    """Whether weights were trained and pretrained on phantoms alone; if their record does not say so, they were not."""
     pretraining, tags = record.get("pretraining") or {}, record.get("tags") or {}
     is_pretrained = pretraining.get("encoder_sha256") or tags.get("encoder_sha256")
     parts = [record.get("provenance") or {}, *([pretraining] if is_pretrained else [])]

@@ -45,10 +45,12 @@ TEXT = (".json", ".md", ".txt", ".yml", ".conf", "")
 # What stays as it is in a packed bundle: where its own weights lie.
 NOT_BAKED = ("_desc_", "suffix", "encoder_path", "bundle_root")
 # An absolute path within a text. In quotes one name after "/" is enough, unless the text is joined to something, as in
-# @bundle_root + '/models'; elsewhere it takes two, since "/" also divides and separates. /usr and the like are the same
-# everywhere, and /path/to is a placeholder.
+# @bundle_root + '/models', and does not begin where only people's own files are; elsewhere it takes two, since "/" also
+# divides and separates. /usr and the like are the same everywhere, and /path/to is a placeholder.
 ABSOLUTE = re.compile(
     r"""(?<![\w+])(?<!\+\s)["']/(?!(?:dev|proc|sys|usr|bin|etc|path/to)(?![\w.-]))\w[^"']*
+    |["']/(?:home|root|[Uu]sers|mnt|media|scratch|Volumes|gpfs|lustre|nfs)/\w[^"']*
+    |(?<![\w.:/~)\]}>@*-])~(?:[A-Za-z_][\w.-]*)?/[\w.][^\s'"]*
     |(?<![\w.:/~)\]}>@*"'-])/(?!(?:dev|proc|sys|usr|bin|etc|path/to)(?![\w.-]))(?:[\w.~-]+/)+[\w.~-]*
     |\b(?:file:/{1,3}|sqlite:/{4}|sqlite:///(?=[A-Za-z]:))\w[^\s'"]*
     |(?<!\w)[A-Za-z]:[\\/]{1,2}\w[^\s'"]*

@@ -215,7 +215,7 @@ def code_version() -> str:
 def provenance(
     settings: Mapping[str, Any], datalist_hash: str, items: Iterable[Mapping[str, Any]], cohort: str = ""
 ) -> dict[str, Any]:
-    """Everything needed to say how a result was obtained, which patients it must not be scored on, and whether they are phantoms."""
+    """How a result was obtained, which patients it must not be scored on, and whether all of them are phantoms."""
     items = list(items)
     return {
         "settings": shown_settings(settings),
