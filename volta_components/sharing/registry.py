@@ -86,8 +86,8 @@ def _find_run(client: Any, uri: str, record: Mapping[str, Any]) -> Any:
     ours = {key: value for key, value in metrics.items() if not key.startswith("optimistic_")}
     if not tags or not ours:
         raise InputError(
-            "models/model.json: no tags or no results of a fine-tuning, by which its run could be found; an encoder, or a "
-            "model that annotators have trained, has none: share it with volta3d pack"
+            "models/model.json: no tags or no results of a fine-tuning, by which its run could be found. An encoder "
+            "and a model of MONAI Label have none: share them with volta3d pack"
         )
     query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
     experiments = [item.experiment_id for item in client.search_experiments()]
