@@ -146,9 +146,7 @@ def test_a_baselines_weights_bring_their_network_along(tmp_path: Path) -> None:
     model = tmp_path / "model_unet_scratch_phantom_tiny.pt"
     record = {"provenance": {"datalist_hash": "0", "code_version": "0", "settings": {}, "volumes": 1}}
     save_model(model, unet, record)
-    folder = assemble(
-        ROOT / "bundles" / "harp_hippocampus", tmp_path / "unet_phantom_tiny", ["unet_scratch", "tiny"], model
-    )
+    folder = assemble(ROOT / "bundles" / "harp_hippocampus", tmp_path / "unet_tiny", ["unet_scratch", "tiny"], model)
     parser = ConfigParser()
     parser.read_config(str(folder / "configs" / "inference.json"))
     parser.get_parsed_content("network_def").load_state_dict(torch.load(folder / "models" / "model.pt"))

@@ -51,8 +51,8 @@ def test_a_registered_model_takes_a_scan_and_gives_its_class(
         mlflow.set_tracking_uri(before)
     [row] = table.to_dict("records")
     assert row["prediction"] in ("male", "female") and row["male"] + row["female"] == pytest.approx(1, abs=1e-3)
-    assert row["file"] == str(scan) and row["subject_id"] == row["patient_id"] == "001"
-    text = {"subject_id": str, "patient_id": str, "session": str}
+    assert row["file"] == str(scan) and row["subject_id"] == "001"
+    text = {"subject_id": str, "session": str}
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "kept" / "predictions.csv", dtype=text), kept)
 
 

@@ -15,7 +15,7 @@ from mlflow.pyfunc import PythonModel
 from volta_components.inference.apply import apply_bundle
 
 TABLES = ("predictions.csv", "volumes.csv", "embeddings.csv")
-TEXT = dict.fromkeys(("subject_id", "patient_id", "session"), str)  # 001 is not 1
+TEXT = dict.fromkeys(("subject_id", "session"), str)  # 001 is not 1
 
 
 class ScanModel(PythonModel):
