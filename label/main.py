@@ -273,7 +273,8 @@ class VoltaTrainTask(BundleTrainTask):
         if not datastore.datalist():
             raise InputError("no scan has a final label map; correct and submit one first")
         known = {"model", *self.config()}
-        if left_out := ", ".join(sorted(request.keys() - known)):
+        # bundle_path is MONAI Label's own.
+        if left_out := ", ".join(sorted(request.keys() - known - {"bundle_path"})):
             logger.warning("settings of the request that are not taken from clients: %s", left_out)
         self._request = request = {name: value for name, value in request.items() if name in known}
         check_settings(request)
