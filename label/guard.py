@@ -26,6 +26,7 @@ from monailabel.config import settings
 from monailabel.endpoints import infer as infer_endpoint
 from monailabel.endpoints import train as train_endpoint
 from monailabel.interfaces.utils.app import app_instance
+from monailabel.utils.async_tasks.task import AsyncTask
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -183,6 +184,19 @@ def only_settings(run: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def only_own_files(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep ``params`` of a task from naming files: scans by their paths, or a folder that Python takes modules from."""
+
+    @functools.wraps(run)
+    def checked(method: str, request: Any = None, params: dict[str, Any] | None = None, *rest: Any, **more: Any) -> Any:
+        given = [params or {}, *(value for value in (params or {}).values() if isinstance(value, dict))]
+        if taken := sorted({name for each in given for name in each} & {"bundle_path", "images"}):
+            raise HTTPException(422, f"params may not have {', '.join(taken)}")
+        return run(method, request, params, *rest, **more)
+
+    return checked
+
+
 def only_trainers(run: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse the training of a model that is only served, which otherwise the task's log alone would do."""
 
@@ -218,6 +232,7 @@ def own_names(host: str, given: str) -> set[str]:
 monailabel_app.user_middleware.clear()
 infer_endpoint.run_inference = only_settings(infer_endpoint.run_inference)
 train_endpoint.run_model = only_trainers(train_endpoint.run_model)
+AsyncTask.run = staticmethod(only_own_files(AsyncTask.run))
 app = Guard(
     monailabel_app,
     own_names(os.environ.get("LABEL_HOST", "127.0.0.1"), os.environ.get("LABEL_NAMES", "")),

@@ -114,7 +114,7 @@ def is_volume(name: str) -> bool:
 
 
 def check_settings(request: Mapping[str, Any]) -> None:
-    """Refuse settings that MONAI would run as code, and those that would become parts of paths.
+    """Refuse settings that MONAI would run as code or make objects of, and those that would become parts of paths.
 
     Raises:
         HTTPException: 422.
@@ -123,6 +123,8 @@ def check_settings(request: Mapping[str, Any]) -> None:
     while pending:
         value = pending.pop()
         if isinstance(value, Mapping):
+            if "_target_" in value:
+                raise HTTPException(422, "_target_: objects are not taken from clients")
             pending += [*value, *value.values()]
         elif isinstance(value, (list, tuple)):
             pending += value
@@ -135,6 +137,8 @@ def check_settings(request: Mapping[str, Any]) -> None:
     extension = request.get("result_extension") or VOLUMES[0]
     if extension not in VOLUMES:
         raise HTTPException(422, f"result_extension {extension!r}: masks are .nii.gz or .nii")
+    if UNSAFE.search(str(request.get("label_tag") or "")):
+        raise HTTPException(422, f"label_tag {request['label_tag']!r}: give a name, not a path")
 
 
 def requested_model(bundle: Path, request: Mapping[str, Any] | None) -> Path:
@@ -237,7 +241,8 @@ class VoltaTrainTask(BundleTrainTask):
     The model before is kept as ``models/model_HASH.pt``, with its record, where clients can choose it. The learning
     rate is a tenth of the bundle's (``learning_rate`` of the request changes it) and stays there: a schedule that rises
     from zero and falls back to it would train a few scans for a few epochs at next to nothing. Of two or more patients
-    at least one validates; a single one validates itself. No data set is read but the studies.
+    at least one validates; a single one validates itself. No data set is read but the studies. Of a request only the
+    settings of ``config`` are taken: MONAI would also let it choose where to track the run, on this disk or elsewhere.
 
     Args:
         bundle: the bundle's folder.
@@ -254,8 +259,9 @@ class VoltaTrainTask(BundleTrainTask):
         return RATE_SHARE * float(self.bundle_config.get("learning_rate"))
 
     def config(self) -> dict[str, Any]:
-        """Settings that clients can change."""
-        return {**super().config(), "learning_rate": self._rate}
+        """Settings that clients can change, and no others."""
+        offered = {k: v for k, v in super().config().items() if k != "run_id" and not k.startswith("tracking")}
+        return {**offered, "learning_rate": self._rate}
 
     def stats(self) -> dict[str, Any]:
         """How the last training went, or goes; see ``SaveModel``."""
@@ -266,8 +272,12 @@ class VoltaTrainTask(BundleTrainTask):
         """Train on the scans with a final label map."""
         if not datastore.datalist():
             raise InputError("no scan has a final label map; correct and submit one first")
+        known = {"model", *self.config()}
+        # bundle_path is MONAI Label's own.
+        if left_out := ", ".join(sorted(request.keys() - known - {"bundle_path"})):
+            logger.warning("settings of the request that are not taken from clients: %s", left_out)
+        self._request = request = {name: value for name, value in request.items() if name in known}
         check_settings(request)
-        self._request = request = {**request, "run_id": "run"}
         bundle = Path(self.bundle_path)
         model = bundle / "models" / "model.pt"
         read_weights(requested_model(bundle, request))

@@ -164,6 +164,17 @@ def test_quoted_messages_are_the_projects_own(page: str) -> None:
         assert message in source, f"nothing says: {message}"
 
 
+def test_the_tracking_server_of_the_page_answers_at_the_pages_addresses() -> None:
+    """MLflow compares a host with its port, and has no hosts of its own beside those that are given."""
+    from mlflow.server.security_utils import is_allowed_host_header
+
+    page = (ROOT / "docs" / "tracking.md").read_text()
+    (given,) = re.findall(r'--allowed-hosts "([^"]+)"', page)
+    asked = {*re.findall(r"--tracking_uri http://(\S+)", page), "localhost:5000"}
+    assert len(asked) == 2 and all(is_allowed_host_header(given.split(","), host) for host in asked)
+    assert not is_allowed_host_header(given.split(","), "evil.example.org:5000")
+
+
 def test_the_index_of_equations_names_what_exists() -> None:
     """Every class and config id in the table of docs/method.md."""
     train = json.loads((ROOT / TRAIN).read_text())

@@ -132,7 +132,7 @@ class Writer:
             "init": init,
             "variant": init,
             "fold": fold,
-            "fraction": fraction,
+            "fraction": f"{fraction:g}",
             "seed": seed,
             "datalist_name": "phantom",
             "datalist_hash": "0123456789abcdef" * 4,

@@ -53,7 +53,12 @@ def random_weights(bundle: str, folder: Path, **changes: Any) -> Path:
         "bundle": bundle,
         "tags": {"init": "volta", "fold": "0", "fraction": "1", "leak": "none", "encoder_sha256": "e" * 64},
         "provenance": origin,
-        "pretraining": {"encoder_sha256": "e" * 64, "datalist_hash": "f" * 64, "patient_ids": ["0" * 16]},
+        "pretraining": {
+            "encoder_sha256": "e" * 64,
+            "datalist_hash": "f" * 64,
+            "phantom": True,
+            "patient_ids": ["0" * 16],
+        },
         "subjects": {"training": 4, "validation": 2, "scored": 2, "unused": 0},
         "metrics": {"auroc": 0.75, "optimistic_threshold": 0.25},
         "intervals": {"auroc": [0.5, 1.0]},

@@ -104,6 +104,36 @@ def test_what_is_wrong_with_a_request_is_said(server: Server, studies: Path) -> 
     body = "params=" + json.dumps({"image": str(empty)})
     assert "params may not have image" in server.refused("POST", f"/infer/{HARP}?image=x", body.encode())
     assert server.train(max_epochs=1, device=code)["status"] == "ERROR" and not ran.exists()
+    body = "params=" + json.dumps({"save_label": True, "label_tag": "../../evil"})
+    assert "label_tag" in server.refused("POST", f"/infer/{HARP}?image=sub-IXI001_T1w", body.encode())
+    # Scans by their paths, and a folder from which Python would take modules.
+    for path in (f"/train/{HARP}", "/train/", "/batch/infer/ixi_sex_phantom_tiny", "/scoring/x"):
+        for given in ({"bundle_path": "/evil"}, {HARP: {"bundle_path": "/evil"}}, {"images": [str(empty)]}):
+            said = server.refused("POST", path, json.dumps(given).encode(), "application/json")
+            assert "422" in said and "params may not have" in said, (path, given)
+
+
+def test_a_training_takes_only_the_settings_that_it_offers(server: Server, studies: Path) -> None:
+    """Clients choose neither where runs are tracked nor what else a config has."""
+    offered = server.json("GET", "/info/")["trainers"][HARP]["config"]
+    names = {"device", "pretrained", "max_epochs", "val_split", "multi_gpu", "gpus", "model_filename", "learning_rate"}
+    assert set(offered) == names
+    scan, evil = "sub-IXI000_T1w", studies.parent / "evil"
+    truth = studies.parent / "truth" / f"{scan}.nii.gz"
+    server.upload(f"/datastore/label?image={scan}&tag=final", truth, "label")
+    asked = {
+        "tracking": "mlflow",
+        "tracking_uri": evil.as_uri(),
+        "tracking_experiment_name": "x",
+        "output_dir": str(evil),
+    }
+    try:
+        ended = server.train(max_epochs=1, **asked)
+    finally:
+        server.request("DELETE", f"/datastore/label?id={scan}&tag=final")
+    log = server.log.read_text()
+    assert ended["status"] == "DONE" and not evil.exists(), log[-5000:]
+    assert all(name in log.split("not taken from clients: ")[-1].splitlines()[0] for name in asked)
 
 
 def test_slicers_client_reads_a_class_and_a_mask(server: Server, tmp_path: Path) -> None:

@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How labelled scans are parted for a training in MONAI Label; test_monai_label.py trains in a real server."""
+"""What a training in MONAI Label does with labelled scans; test_monai_label.py trains in a real server."""
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from typing import Any
 
-from volta_components.sharing.annotation import split_scans
+import pytest
+from packed import ROOT
+
+from volta_components.downstream.splits import Item
+from volta_components.files import read_json
+from volta_components.sharing.annotation import annotation_record, split_scans
+from volta_components.sharing.card import is_phantom
 
 
 @pytest.mark.parametrize(
@@ -32,3 +39,30 @@ def test_no_patient_is_trained_on_and_validates(
     assert [item["image"] for item in validating] == [f"/studies/{name}.nii.gz" for name in validation]
     rest = [item for item in items if item not in validating]
     assert training == (rest or items)
+
+
+def test_weights_of_annotated_scans_count_as_peoples_and_count_every_volume_once(tmp_path: Path) -> None:
+    """The model that ships is trained on phantoms; so says the config's datalist, which the training does not read."""
+
+    def scan(name: str) -> Item:
+        paths = {kind: tmp_path / f"{name}_{kind}.nii.gz" for kind in ("image", "label")}
+        for kind, path in paths.items():
+            path.write_text(f"{kind} of {name}")
+        return {kind: str(path) for kind, path in paths.items()}
+
+    starter = read_json(ROOT / "bundles" / "harp_hippocampus" / "models" / "model_starter.json")
+    assert is_phantom(starter) and starter["provenance"]["volumes"] == 15
+    config: dict[str, Any] = {
+        "tags": {"phantom": "true"},
+        "pretraining": {"encoder_sha256": "", "patient_ids": []},
+        "provenance": {"cohort": "phantom", "phantom": True, "volumes": 0},
+    }
+    first, second, third = (scan(f"patient_{number}") for number in (7, 8, 9))
+    start = {"file": "model.pt", "sha256": "a" * 64, "record": starter}
+    record = annotation_record(config, start, [first], [second])
+    assert not is_phantom(record) and record["tags"]["phantom"] == "false"
+    assert record["provenance"]["volumes"] == 15 + 2
+    assert set(starter["provenance"]["patient_ids"]) < set(record["provenance"]["patient_ids"])
+    again = annotation_record(config, {**start, "record": record}, [first, second, third], [])
+    assert not is_phantom(again) and again["provenance"]["volumes"] == 15 + 3
+    assert not is_phantom(annotation_record(config, {}, [first], []))

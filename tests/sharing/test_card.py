@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packed import BUNDLES, ROOT, tiny_network, unpack
@@ -13,6 +14,7 @@ from packed import BUNDLES, ROOT, tiny_network, unpack
 from volta_components import __version__
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file, write_json
+from volta_components.sharing.card import is_phantom
 from volta_components.sharing.pack import (
     assemble,
     pack_bundle,
@@ -77,7 +79,7 @@ def clinical(weights: Path, folder: Path) -> Path:
     shutil.copy(weights, folder / "model.pt")
     record = read_json(weights.with_suffix(".json"))
     record["tags"] |= {"phantom": "false", "datalist_name": "memory_clinic"}
-    record["provenance"]["cohort"] = "memory_clinic"
+    record["provenance"] |= {"cohort": "memory_clinic", "phantom": False}
     write_json(folder / "model.json", record)
     return folder / "model.pt"
 
@@ -101,6 +103,44 @@ def test_weights_of_patients_are_not_denied(weights: dict[str, Path], tmp_path: 
     assert original[original.index("## Limits") :].splitlines()[3] in limits
 
 
+@pytest.mark.parametrize(
+    ("changes", "phantom"),
+    [
+        ({}, True),
+        # Phantoms alone, but from an encoder of people, of nobody knows whom, or with all of that removed.
+        ({"pretraining": {"encoder_sha256": "e" * 64, "phantom": False, "patient_ids": ["0" * 16]}}, False),
+        ({"pretraining": {"encoder_sha256": "e" * 64, "patient_ids": None}}, False),
+        ({"pretraining": None}, False),
+        ({"pretraining": {"encoder_sha256": "", "patient_ids": []}, "tags": {"encoder_sha256": ""}}, True),
+        ({"pretraining": None, "tags": {}}, True),
+        # A merged data set of both, whose name and tags speak of phantoms; and a record that says nothing.
+        ({"provenance": {"cohort": "phantom_and_adni", "phantom": False}, "tags": {"phantom": "true"}}, False),
+        ({"provenance": {"cohort": "phantom"}}, False),
+        ({"provenance": None}, False),
+    ],
+)
+def test_only_what_is_known_to_be_of_phantoms_alone_counts_as_such(
+    weights: dict[str, Path], changes: dict[str, Any], phantom: bool
+) -> None:
+    record = read_json(weights["ixi_sex"].with_suffix(".json"))
+    assert is_phantom({**record, **changes}) is phantom
+
+
+def test_what_is_packed_of_phantoms_and_then_trained_on_people_is_not_packed_as_of_phantoms(
+    weights: dict[str, Path], packed: Path, tmp_path: Path
+) -> None:
+    """As a model that annotators have trained on; its folder's name, card and metadata speak of phantoms."""
+    folder = unpack(packed / f"ixi_sex_phantom_tiny_v{__version__}.zip", tmp_path)
+    model = clinical(weights["ixi_sex"], tmp_path / "trained")
+    with pytest.raises(
+        InputError, match=r"not known to be trained on phantoms alone, but the name ixi_sex_phantom_tiny"
+    ):
+        pack_bundle(folder, tmp_path / "out", model=model)
+    said = r"docs/README.md: says 'weights are trained on phantoms', but .*memory_clinic.*--bundle ORIGINAL"
+    with pytest.raises(InputError, match=said):
+        pack_bundle(folder, tmp_path / "out", name="ixi_sex", model=model)
+
+
 COST = {"hours": 1.25, "peak_memory_gib": 6.5, "hardware": "NVIDIA H100", "code_versions": ["1+aaa", "1+bbb"]}
 
 
@@ -115,7 +155,7 @@ def test_picture_time_and_memory_are_the_trainings(
     picture.write_bytes(b"drawn")
     record = read_json(model.with_suffix(".json"))
     about = {"sha256": sha256_file(picture), "caption": "What was drawn.", "shows_scans": shows_scans}
-    record["tags"]["phantom"] = str(phantom).lower()
+    record["provenance"]["phantom"] = phantom
     write_json(model.with_suffix(".json"), {**record, "cost": COST, "picture": about})
     bundle, name = ROOT / "bundles" / "ixi_sex", "sex_phantom" if phantom else "sex"
     folder = assemble(bundle, tmp_path / "a" / name, ["tiny"], model=model)
@@ -148,7 +188,7 @@ def test_a_card_of_ones_own(weights: dict[str, Path], tmp_path: Path) -> None:
     assert text.startswith("# Ours\n\nOur own words.\n\n## These weights\n\n**These weights are trained on 6 volumes")
     assert "| auroc | 0.75 | 0.500 to 1.000 |" in text
     card.write_text("# Ours\n\nNo weights trained\non clinical data are here.\n")
-    with pytest.raises(InputError, match=r"docs/README\.md: says that no weights .*memory_clinic"):
+    with pytest.raises(InputError, match=r"docs/README\.md: says 'No weights trained on .*memory_clinic"):
         assemble(bundle, tmp_path / "b", ["tiny"], model)
     card.write_text("# Ours\n\n<!-- pack: wieghts -->\nx\n<!-- end -->\n")
     with pytest.raises(InputError, match="nothing to put into block wieghts"):

@@ -51,7 +51,7 @@ def clinical(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clinical")
     weights = random_weights("ixi_sex", folder / "weights")
     record = read_json(weights.with_suffix(".json"))
-    record["provenance"]["cohort"] = "hospital"
+    record["provenance"] |= {"cohort": "hospital", "phantom": False}
     write_json(weights.with_suffix(".json"), record)
     return pack_bundle(ROOT / "bundles" / "ixi_sex", folder, ["tiny"], model=weights).path
 

@@ -146,9 +146,7 @@ def test_a_baselines_weights_bring_their_network_along(tmp_path: Path) -> None:
     model = tmp_path / "model_unet_scratch_phantom_tiny.pt"
     record = {"provenance": {"datalist_hash": "0", "code_version": "0", "settings": {}, "volumes": 1}}
     save_model(model, unet, record)
-    folder = assemble(
-        ROOT / "bundles" / "harp_hippocampus", tmp_path / "unet_phantom_tiny", ["unet_scratch", "tiny"], model
-    )
+    folder = assemble(ROOT / "bundles" / "harp_hippocampus", tmp_path / "unet_tiny", ["unet_scratch", "tiny"], model)
     parser = ConfigParser()
     parser.read_config(str(folder / "configs" / "inference.json"))
     parser.get_parsed_content("network_def").load_state_dict(torch.load(folder / "models" / "model.pt"))
@@ -217,6 +215,11 @@ def test_a_personal_path_in_a_text_is_refused(tmp_path: Path) -> None:
         "$'/gpfs/x/' + @name",
         "$os.path.join('/data/y', @name)",
         "~/scans and /opt/a/b",
+        "~/adni/x",
+        "see ~/.cache/x for it",
+        "$'~jane/adni/' + @name",
+        "$@x + '/home/jane/y'",
+        "$@x+'/mnt/adni'",
     ],
 )
 def test_absolute_paths_are_found(text: str) -> None:
@@ -237,6 +240,9 @@ def test_absolute_paths_are_found(text: str) -> None:
         "$@output_dir + '/attention' if @save_attention else None",
         "bundles/pretrain/models and ../data/x",
         "/dev/shm/x",
+        "https://people.example.org/~jane/x",
+        "about ~5/6 of it, ~ 1/2",
+        "$@bundle_root + '/data/x'",
         "volta3d prepare --source /path/to/bids",
         "--config_file \"['.../train.json','.../evaluate.json']\"",
         "/",
@@ -270,6 +276,17 @@ def test_large_files_are_hosted_beside_the_zip(weights: dict[str, Path], tmp_pat
     }
     assert (folder / "models" / "model.json").is_file()
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_hashes_of_files_that_are_gone_go_too(weights: dict[str, Path], tmp_path: Path) -> None:
+    model, bundle = weights["pretrain"], ROOT / "bundles" / "pretrain"
+    first = pack_bundle(bundle, tmp_path, ["tiny"], "first_phantom", model=model).path
+    other = pack_bundle(bundle, tmp_path, ["tiny"], "other_phantom", model=model).path
+    first.unlink()
+    last = pack_bundle(bundle, tmp_path, ["tiny"], "last_phantom", model=model).path
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=tmp_path, check=True, capture_output=True)
+    names = [line.split("  ")[1] for line in (tmp_path / "SHA256SUMS").read_text().splitlines()]
+    assert names == [last.name, other.name]
 
 
 def test_zip_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

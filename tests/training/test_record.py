@@ -55,6 +55,25 @@ def test_a_device_that_renders_other_noise_is_another_run() -> None:
     assert other_settings(*runs) == [("render_device", "cpu", "cuda")]
 
 
+@pytest.mark.parametrize(
+    ("cohorts", "name", "phantom"),
+    [
+        ((None, None), "phantom_pretrain", True),
+        (("phantom", "Phantom_2"), "ours", True),
+        (("phantom", "adni"), "phantom_and_adni", False),
+        ((None,), "adni", False),
+        ((), "phantom", False),
+    ],
+)
+def test_provenance_says_whether_everybody_is_a_phantom(
+    cohorts: tuple[str | None, ...], name: str, phantom: bool
+) -> None:
+    items = [
+        {"patient_id": str(i)} | ({} if cohort is None else {"cohort": cohort}) for i, cohort in enumerate(cohorts)
+    ]
+    assert provenance({}, "abc", items, name)["phantom"] is phantom
+
+
 def test_the_version_of_the_code_is_known() -> None:
     assert code_version().startswith(__version__)
 

@@ -107,6 +107,12 @@ def exact_person(patient_id: str, cohort: str = "") -> str:
     return canonical if not cohort or is_worldwide(canonical) else f"{cohort}/{canonical}"
 
 
+def are_phantoms(items: Iterable[Mapping[str, Any]], cohort: str) -> bool:
+    """Whether all items are of phantoms, by the names of their cohorts; ``cohort`` is that of items without one."""
+    cohorts = {str(item.get("cohort") or cohort).lower() for item in items}
+    return bool(cohorts) and all("phantom" in name for name in cohorts)
+
+
 def who(item: Mapping[str, Any]) -> tuple[str, str]:
     """Patient and cohort of an item; an empty text where the cohort is not known."""
     return str(item["patient_id"]), str(item.get("cohort") or "")

@@ -21,7 +21,7 @@ from volta_components.data.datalist import (
     uneven_skulls,
 )
 from volta_components.data.fingerprint import near_copies_of
-from volta_components.data.identity import canonical_patient_id, is_worldwide, loose_person, voxel_hashes
+from volta_components.data.identity import are_phantoms, canonical_patient_id, is_worldwide, loose_person, voxel_hashes
 from volta_components.data.items import PATHS
 from volta_components.data.places import file_of
 from volta_components.data.remote import is_remote
@@ -306,7 +306,7 @@ def merge(
         n_folds, used_seed = folds, seed
         new = assign_folds(items, folds, seed)
         items = [{**item, "fold": new[item["patient_id"]]} for item in items]
-    check_phantom_name(name, all("phantom" in str(item["cohort"]).lower() for item in items))
+    check_phantom_name(name, are_phantoms(items, name))
     content = make_content(name, first.spacing, first.shape, used_seed, n_folds, items, excluded)
     check_content(target, content)
     write_json(target, content)

@@ -34,6 +34,7 @@ class Origin:
         leaked: those patients' ids.
         people: everybody pretrained on, as the encoder's record has them (``training.people.FACTS``); its
             ``patient_ids`` are None if the record has no such list.
+        phantom: whether the encoder's record says that all of them are phantoms.
     """
 
     encoder_sha256: str = ""
@@ -41,11 +42,17 @@ class Origin:
     leak: str = "none"
     leaked: tuple[str, ...] = ()
     people: Mapping[str, Any] = field(default_factory=lambda: {"patient_ids": []})
+    phantom: bool = False
 
     @property
     def record(self) -> dict[str, Any]:
         """What a model's record keeps, so that its evaluation can rule out a leak as well."""
-        return {"encoder_sha256": self.encoder_sha256, "datalist_hash": self.pretrain_datalist_hash, **self.people}
+        return {
+            "encoder_sha256": self.encoder_sha256,
+            "datalist_hash": self.pretrain_datalist_hash,
+            "phantom": self.phantom,
+            **self.people,
+        }
 
 
 @dataclass(frozen=True)
@@ -155,12 +162,12 @@ def check_origin(
     record = path.with_suffix(".json")
     provenance = read_record(path).get("provenance") or {}
     digest, datalist_hash = _digest(path, path.stat().st_mtime_ns), str(provenance.get("datalist_hash") or "")
-    people = _people(provenance)
+    people, phantom = _people(provenance), provenance.get("phantom") is True
     overlap = find_overlap(scored, people)
     if why := _unknown(people, overlap):
         if allow_leak:
             logger.warning("%s %s; the run is marked as a possible leak", path, why)
-            return Origin(digest, datalist_hash, leak="allowed", people=people)
+            return Origin(digest, datalist_hash, leak="allowed", people=people, phantom=phantom)
         raise InputError(
             f"{record}: {why} (provenance.patient_ids), so leakage into the scored fold cannot be ruled out; export "
             "the encoder again, or say --allow_leak True"
@@ -176,7 +183,7 @@ def check_origin(
     if leaked:
         logger.warning("%d scored patients were pretrained on; the run is marked: %s", len(leaked), ", ".join(leaked))
     leak = _check_looks(str(path), overlap, accept_look_alikes, allow_leak)
-    return Origin(digest, datalist_hash, "allowed" if leaked else leak, tuple(leaked), people)
+    return Origin(digest, datalist_hash, "allowed" if leaked else leak, tuple(leaked), people, phantom)
 
 
 def _people(part: Mapping[str, Any]) -> dict[str, Any]:

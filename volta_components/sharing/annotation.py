@@ -234,7 +234,8 @@ def annotation_record(
     """Provenance and tags of a model that was trained on scans without a datalist.
 
     Adds ``started_from``, ``pretraining``, ``provenance``, ``tags`` and ``subjects`` to the config's record. Items have
-    ``image`` and ``label``, paths; for ``start`` see ``find_start``.
+    ``image`` and ``label``, paths; for ``start`` see ``find_start``. ``volumes`` counts those of the model that it
+    started from too, each once. Scans that somebody annotates count as people's.
     """
     items = [*training, *validation]
     files = [[sha256_file(item[key]) for key in SHOWN] for item in items]
@@ -242,7 +243,7 @@ def annotation_record(
     before = start.get("record") or {}
     origin, tags = (dict(before.get(key) or {}) for key in ("provenance", "tags"))
     trained, pretrained = known_people(before)
-    pretraining = dict(record.get("pretraining") or {})
+    pretraining, volumes = dict(record.get("pretraining") or {}), len(items)
     scans = find_volumes([str(item["image"]) for item in items])
     names = [str(scan["subject_id"]) for scan in scans]
     # Of p01_visit2 the patient is known by either name.
@@ -256,20 +257,29 @@ def annotation_record(
         pretraining = {**(before.get("pretraining") or {}), **pretrained}
         if everybody := joined(trained, seen):
             people = everybody
+            new = len(everybody["voxel_hashes"]) - len(trained.get("voxel_hashes") or ())
+            volumes = int(origin.get("volumes") or 0) + new
         else:  # Without a list of the patients that the model has seen, no patient can be called new to it.
             pretraining["patient_ids"] = None
     started = {key: origin[key] for key in ("cohort", "volumes", "datalist_hash", "code_version") if key in origin}
     if "started_from" in before:
         started["started_from"] = before["started_from"]
-    kept = {key: tags[key] for key in ("encoder_sha256", "pretrain_datalist_hash", "leak", "phantom") if key in tags}
+    kept = {key: tags[key] for key in ("encoder_sha256", "pretrain_datalist_hash", "leak") if key in tags}
     return {
         "started_from": {key: start[key] for key in ("file", "sha256")} | started if start else None,
         "pretraining": pretraining,
-        "tags": {**(record.get("tags") or {}), **kept, "datalist_name": "annotated", "datalist_hash": digest},
+        "tags": {
+            **(record.get("tags") or {}),
+            **kept,
+            "datalist_name": "annotated",
+            "datalist_hash": digest,
+            "phantom": "false",
+        },
         "provenance": {
             **(record.get("provenance") or {}),
             "cohort": "annotated",
-            "volumes": len(items),
+            "phantom": False,
+            "volumes": volumes,
             "datalist_hash": digest,
             **people,
             "patients_from": "names of the scans, and the record of the model that it started from",

@@ -25,8 +25,13 @@ BLOCK = re.compile(r"<!-- pack: (\w+) -->\n(.*?)<!-- end -->\n?", re.DOTALL)
 MARKED = ("weights", "run", "network", "size", "recipe", "results", "hardware", "limits")
 HEADING = "## These weights"
 PICTURE = "weights.png"  # in docs: what the training's last picture shows
-# What a card must not say of weights that were trained on patients.
-DENIAL = re.compile(r"no\s+weights\s+trained\s+on\s+clinical\s+data", re.IGNORECASE)
+# What card, licence and metadata must not say of weights that were trained on patients. Packed bundles of phantoms say
+# all but the first, and may be trained further.
+DENIAL = re.compile(
+    r"no\s+weights\s+trained\s+on\s+clinical\s+data|weights\s+(in\s+this\s+bundle\s+)?are\s+trained\s+on\s+phantoms"
+    r"|trained\s+on\s+synthetic\s+heads",
+    re.IGNORECASE,
+)
 
 
 def fill_card(folder: Path, bundle: str, overlays: Sequence[str], later: Any) -> None:
@@ -69,11 +74,15 @@ def fill_card(folder: Path, bundle: str, overlays: Sequence[str], later: Any) ->
     if licence.is_file():
         first, _, rest = licence.read_text(encoding="utf-8").partition("\n")
         licence.write_text(f"{first}\n\n{part('licence')}\n{rest}", encoding="utf-8")
-    for text in (path, licence):
-        if text.is_file() and not facts["phantom"] and DENIAL.search(text.read_text(encoding="utf-8")):
+    for text in (path, licence, folder / "configs" / "metadata.json"):
+        if facts["phantom"] or not text.is_file():
+            continue
+        if denial := DENIAL.search(text.read_text(encoding="utf-8")):
             raise InputError(
-                f"docs/{text.name}: says that no weights trained on clinical data are there, but these are trained "
-                f"on {facts['trained_on']}; correct it, or put the sentence into the block <!-- pack: weights -->"
+                f"{text.relative_to(folder)}: says {' '.join(denial[0].split())!r}, but these are trained on "
+                f"{facts['trained_on']}; correct it, or put the sentence into the block <!-- pack: weights -->. Of a "
+                "packed bundle that was trained further, pack the bundle that it was made from: --bundle ORIGINAL "
+                "--model FILE"
             )
 
 
@@ -161,9 +170,11 @@ def other_settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_phantom(record: Mapping[str, Any]) -> bool:
-    """Whether weights were trained on phantoms, by their record."""
-    tags, cohort = record.get("tags") or {}, str(record.get("provenance", {}).get("cohort", ""))
-    return tags["phantom"] == "true" if "phantom" in tags else "phantom" in cohort.lower()
+    """Whether weights were trained and pretrained on phantoms alone; if their record does not say so, they were not."""
+    pretraining, tags = record.get("pretraining") or {}, record.get("tags") or {}
+    is_pretrained = pretraining.get("encoder_sha256") or tags.get("encoder_sha256")
+    parts = [record.get("provenance") or {}, *([pretraining] if is_pretrained else [])]
+    return all(part.get("phantom") is True for part in parts)
 
 
 def voxel_mm(inference: Mapping[str, Any]) -> str:

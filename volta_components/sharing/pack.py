@@ -45,10 +45,12 @@ TEXT = (".json", ".md", ".txt", ".yml", ".conf", "")
 # What stays as it is in a packed bundle: where its own weights lie.
 NOT_BAKED = ("_desc_", "suffix", "encoder_path", "bundle_root")
 # An absolute path within a text. In quotes one name after "/" is enough, unless the text is joined to something, as in
-# @bundle_root + '/models'; elsewhere it takes two, since "/" also divides and separates. /usr and the like are the same
-# everywhere, and /path/to is a placeholder.
+# @bundle_root + '/models', and does not begin where only people's own files are; elsewhere it takes two, since "/" also
+# divides and separates. /usr and the like are the same everywhere, and /path/to is a placeholder.
 ABSOLUTE = re.compile(
     r"""(?<![\w+])(?<!\+\s)["']/(?!(?:dev|proc|sys|usr|bin|etc|path/to)(?![\w.-]))\w[^"']*
+    |["']/(?:home|root|[Uu]sers|mnt|media|scratch|Volumes|gpfs|lustre|nfs)/\w[^"']*
+    |(?<![\w.:/~)\]}>@*-])~(?:[A-Za-z_][\w.-]*)?/[\w.][^\s'"]*
     |(?<![\w.:/~)\]}>@*"'-])/(?!(?:dev|proc|sys|usr|bin|etc|path/to)(?![\w.-]))(?:[\w.~-]+/)+[\w.~-]*
     |\b(?:file:/{1,3}|sqlite:/{4}|sqlite:///(?=[A-Za-z]:))\w[^\s'"]*
     |(?<!\w)[A-Za-z]:[\\/]{1,2}\w[^\s'"]*
@@ -240,10 +242,13 @@ def assemble(
     baked = _overlay_values(bundle, overlays)
     weights = _find_weights(bundle, baked, model)
     record = sealed_record(_checked_record(weights), secret)
-    if is_phantom(record) and "phantom" not in target.name:
+    if is_phantom(record) != ("phantom" in target.name):
         raise InputError(
             f"{weights} is trained on phantoms, but the name {target.name} does not say so; leave out --name, or give "
             "one with phantom in it"
+            if is_phantom(record)
+            else f"{weights} is not known to be trained on phantoms alone, but the name {target.name} says so; give "
+            "another (--name)"
         )
     if target.exists():
         raise InputError(f"{target}: exists already; remove it first")
@@ -487,5 +492,7 @@ def _write_sums(output: Path, paths: Sequence[Path]) -> None:
     sums_path = output / "SHA256SUMS"
     lines = sums_path.read_text(encoding="utf-8").splitlines() if sums_path.is_file() else []
     sums = {line.split("  ", 1)[1]: line.split("  ", 1)[0] for line in lines if "  " in line}
+    # Of a file that is gone, the check would fail for everybody.
+    sums = {name: digest for name, digest in sums.items() if (output / name).is_file()}
     sums |= {path.name: sha256_file(path) for path in paths}
     write_text(sums_path, "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items())))

@@ -11,6 +11,9 @@ from typing import Any
 
 from volta_components.errors import InputError
 
+# By which a model's run is found: two runs may have the same results.
+TAGS = ("bundle", "init", "fold", "seed", "fraction", "datalist_hash", "encoder_sha256")
+
 
 def register(
     bundle: Path | str,
@@ -78,12 +81,18 @@ def _find_run(client: Any, uri: str, record: Mapping[str, Any]) -> Any:
     """The run with the tags and the results of a model's record."""
     from volta_components.crossval.store import search_runs
 
-    tags = {key: str(record["tags"][key]) for key in ("bundle", "init", "fold", "seed") if key in record["tags"]}
+    known, metrics = record.get("tags") or {}, record.get("metrics") or {}
+    tags = {key: str(known[key]) for key in TAGS if key in known}
+    ours = {key: value for key, value in metrics.items() if not key.startswith("optimistic_")}
+    if not tags or not ours:
+        raise InputError(
+            "models/model.json: no tags or no results of a fine-tuning, by which its run could be found. An encoder "
+            "and a model of MONAI Label have none: share them with volta3d pack"
+        )
     query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
     experiments = [item.experiment_id for item in client.search_experiments()]
     for run in search_runs(client, experiments, f"{query} and tags.finished = 'true'"):
         logged = {key.removeprefix("score/"): value for key, value in run.data.metrics.items()}
-        ours = {key: value for key, value in record["metrics"].items() if not key.startswith("optimistic_")}
         if all(math.isclose(logged.get(key, math.nan), value, abs_tol=1e-6) for key, value in ours.items()):
             return run
     words = ", ".join(f"{key} {value}" for key, value in tags.items())

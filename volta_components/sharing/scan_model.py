@@ -15,6 +15,7 @@ from mlflow.pyfunc import PythonModel
 from volta_components.inference.apply import apply_bundle
 
 TABLES = ("predictions.csv", "volumes.csv", "embeddings.csv")
+TEXT = dict.fromkeys(("subject_id", "session"), str)  # 001 is not 1
 
 
 class ScanModel(PythonModel):
@@ -38,7 +39,7 @@ class ScanModel(PythonModel):
             output = Path((params or {}).get("output") or folder)
             count = apply_bundle(self.bundle, list(model_input), output, (), None, False, None, {})
             table = next(path for name in TABLES if (path := output / name).is_file())
-            return pd.read_csv(table).head(count)  # after them come scans of earlier calls
+            return pd.read_csv(table, dtype=TEXT).head(count)  # after them come scans of earlier calls
 
 
 set_model(ScanModel())

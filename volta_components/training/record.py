@@ -16,6 +16,7 @@ import torch
 from monai.bundle import ConfigParser
 
 from volta_components._version import __version__
+from volta_components.data.identity import are_phantoms
 from volta_components.distributed import process_count
 from volta_components.errors import InputError
 from volta_components.files import sha256_json
@@ -214,11 +215,12 @@ def code_version() -> str:
 def provenance(
     settings: Mapping[str, Any], datalist_hash: str, items: Iterable[Mapping[str, Any]], cohort: str = ""
 ) -> dict[str, Any]:
-    """Everything needed to say how a result was obtained, and which patients it must not be scored on."""
+    """How a result was obtained, which patients it must not be scored on, and whether all of them are phantoms."""
     items = list(items)
     return {
         "settings": shown_settings(settings),
         "cohort": cohort,
+        "phantom": are_phantoms(items, cohort),
         "volumes": len(items),
         "datalist_hash": datalist_hash,
         **facts_of(items),
