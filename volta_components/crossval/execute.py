@@ -79,7 +79,11 @@ def execute(run: Run, gpus: str | None = None) -> Outcome:
             client.set_terminated(run_id, "FINISHED")
             return Outcome(run, "finished")
         client.set_terminated(run_id, "FAILED")
-        reason = f"exit status {process.returncode}" if process.returncode else "it ended without marking itself finished in MLflow"
+        reason = (
+            f"exit status {process.returncode}"
+            if process.returncode
+            else "it ended without marking itself finished in MLflow"
+        )
         return Outcome(run, "failed", reason)
 
 
