@@ -152,7 +152,7 @@ def wilcoxon(first: NDArray[Any], second: NDArray[Any]) -> float:
 
 
 def rank_difference(first: NDArray[Any], second: NDArray[Any]) -> float:
-    """Signed ranks of paired values, those for the first less those for the second: the side that ``wilcoxon`` is on."""
+    """Sum of the signed ranks of paired values: above 0 where ``wilcoxon`` is on the side of the first."""
     difference = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
     difference = difference[np.isfinite(difference) & (difference != 0)]
     return float((np.sign(difference) * stats.rankdata(abs(difference))).sum())

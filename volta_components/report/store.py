@@ -389,8 +389,8 @@ def _note_missing(study: Study) -> None:
         cells = ", ".join(f"{variant} fold {fold} fraction {fraction:g}" for variant, fraction, fold in absent)
         study.notes.append(f"{len(absent)} of {len(full)} combinations have no finished run: {cells}.")
     study.notes += [
-        f"{variant} has no run at the largest fraction ({study.fractions[-1]:.0%}): only tables and figures by fraction "
-        "have its numbers."
+        f"{variant} has no run at the largest fraction ({study.fractions[-1]:.0%}): only tables and figures by "
+        "fraction have its numbers."
         for variant in study.variants
         if variant not in study.variants_at_largest
     ]
