@@ -83,7 +83,7 @@ def test_the_pretraining_is_the_one_that_made_the_tasks_encoder(tmp_path):
     def write(fold, sha, status="FINISHED"):
         record = tmp_path / "encoder.json"
         record.write_text(json.dumps({"sha256": sha}))
-        run_id = writer.run("pretrain", "volta", fold, {"x": 1.0}, files={"encoder": record}, finished=None)
+        run_id = writer.run("pretrain", "volta", fold, metrics={"x": 1.0}, files={"encoder": record}, finished=None)
         writer.client.set_terminated(run_id, status)
         return f"volta_fold{fold}_frac1_seed{fold}"
 

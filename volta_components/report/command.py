@@ -43,7 +43,8 @@ def report(
 
     Returns:
         0, or 1 if a combination of init, fold and fraction has no finished run: a cross-validation that is not
-        complete. Combinations are of those that were planned and those that have runs. A task without any runs is named in the report; this is not a failure.
+        complete. Combinations are of those that were planned and those that have runs. A task without any runs is named
+        in the report; this is not a failure.
 
     Raises:
         InputError: if the store is missing or has no finished runs, artifacts are not where they should be, or masks
