@@ -374,14 +374,13 @@ def _runs(count: int, kind: str = "finished ") -> str:
 def _note_missing(study: Study) -> None:
     """Note what of the cross-validation has no run: inits, fractions and folds are those planned and those done."""
     plans = [json.loads(text) for text in {run.tags[PLAN_TAG] for run in study.runs if PLAN_TAG in run.tags}]
-    variants, fractions, folds = (
-        {*done, *(value for plan in plans for value in plan[name])}
-        for name, done in {
-            "inits": study.variants,
-            "fractions": study.fractions,
-            "folds": {run.fold for run in study.runs},
-        }.items()
-    )
+
+    def planned(name: str) -> set[Any]:
+        return {value for plan in plans for value in plan[name]}
+
+    variants = planned("inits") | {*study.variants}
+    fractions = planned("fractions") | {*study.fractions}
+    folds = planned("folds") | {run.fold for run in study.runs}
     full = {*itertools.product(variants, fractions, folds)}
     absent = sorted(full - {run.cell[:3] for run in study.runs})
     study.incomplete = bool(absent)
