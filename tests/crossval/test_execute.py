@@ -3,7 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from mlflow import MlflowClient
@@ -11,7 +17,8 @@ from planned_runs import epochs, planned
 
 from volta_components.crossval import execute as module
 from volta_components.crossval.command import crossval
-from volta_components.crossval.execute import Outcome, _tail
+from volta_components.crossval.execute import Outcome, _tail, execute
+from volta_components.crossval.store import claim
 from volta_components.errors import InputError
 
 
@@ -65,6 +72,48 @@ def test_slurm_jobs_on_this_machine_and_torchrun_inside_a_run(place, capsys):
     assert crossval(**command, cluster="local", gpus_per_run=2, overlays=["tiny"]) == 0
     assert "1 of 1 runs are finished, 0 of them" in capsys.readouterr().out
     assert epochs(next(place.glob("runs/fake/volta_fold0*"))) == ["1 of 2"]
+
+
+def test_a_signal_that_ends_a_job_ends_its_child(place, monkeypatch):
+    """As submitit does at the time limit: ``checkpoint`` is called by a signal's handler, on the thread that waits."""
+    run = planned(place)[0]
+    monkeypatch.setattr(type(run), "command", lambda self: [sys.executable, "-c", "import time; time.sleep(60)"])
+    took = []
+
+    def handler(*_):
+        begin = time.monotonic()
+        module._Job().checkpoint(run)
+        took.append(time.monotonic() - begin)
+
+    def interrupt():
+        while not module._CHILDREN:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    before = signal.signal(signal.SIGUSR2, handler)
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        outcome = execute(run)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert outcome.status == "failed" and outcome.detail == f"exit status {-signal.SIGTERM}"
+    assert len(took) == 1 and took[0] < 10
+
+
+@pytest.mark.slow
+def test_runs_of_one_name_side_by_side_log_to_their_own_runs(place, monkeypatch):
+    """As two cross-validations with other overlays do. MONAI's handler looks for its run by name alone."""
+    runs = [planned(place, settings={"epochs": count})[0] for count in (1, 2)]
+    assert runs[0].name == runs[1].name
+    ids = [claim(run) for run in runs]
+    with ThreadPoolExecutor(2) as pool:
+        assert [outcome.status for outcome in pool.map(execute, runs)] == ["finished", "finished"]
+    client = MlflowClient(runs[0].tracking_uri)
+    found = [client.get_run(run_id) for run_id in ids]
+    assert [run.data.params["max_epochs"] for run in found] == ["1", "2"]
+    assert [run.data.tags["crossval_settings"] for run in found] == [run.settings for run in runs]
+    assert len(client.search_runs([found[0].info.experiment_id])) == 2
 
 
 def test_no_slurm_here_is_said(place):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MLflow holds one open run of a name; a run is taken as long as its process lives."""
+"""MLflow holds a run for each name and settings; a run is taken as long as its process lives."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from mlflow import MlflowClient
 from planned_runs import planned
 
 from volta_components.crossval.execute import execute
-from volta_components.crossval.store import claim, finished_runs, run_lock
+from volta_components.crossval.store import claim, finished_runs, renew_plan, run_lock
 from volta_components.errors import InputError
 
 
@@ -25,7 +26,7 @@ def test_a_run_is_taken_as_long_as_its_child_lives(place):
         assert lock is not None
 
 
-def test_a_claim_leaves_one_open_run_of_a_name(place):
+def test_a_claim_opens_its_own_run_and_leaves_others_of_its_name_alone(place):
     first = planned(place)[0]
     other = planned(place, settings={"epochs": 7})[0]
     assert first.name == other.name and first.folder != other.folder
@@ -33,12 +34,29 @@ def test_a_claim_leaves_one_open_run_of_a_name(place):
     one = claim(first)
     client.set_terminated(one, "FINISHED")  # as MONAI's handler does before predictions are written
     assert claim(first) == one
-    assert client.get_run(one).info.status == "RUNNING"
     two = claim(other)
-    # MONAI's handler takes up any run of the name that is not FINISHED: the first must not be it.
-    assert client.get_run(one).info.status == "FINISHED" and client.get_run(two).info.status == "RUNNING"
+    # Another cross-validation may be training the first at this time.
+    assert client.get_run(one).info.status == client.get_run(two).info.status == "RUNNING"
+    assert "superseded" not in client.get_run(one).data.tags
     client.set_tag(one, "finished", "true")
     assert claim(first) is None
+
+
+def test_a_claimed_run_says_what_it_is_and_what_was_planned(place):
+    tags = MlflowClient(f"sqlite:///{place}/runs/mlruns.db").get_run(claim(planned(place)[0])).data.tags
+    assert [tags[name] for name in ("bundle", "variant", "fold", "fraction")] == ["fake", "volta", "0", "0.5"]
+    plan = {"inits": ["volta", "linear_scratch"], "fractions": [0.5, 1.0], "folds": [0, 1]}
+    assert json.loads(tags["crossval_plan"]) == plan
+
+
+def test_finished_runs_follow_the_newest_plan(place):
+    run = planned(place, folds=2)[0]
+    client = MlflowClient(run.tracking_uri)
+    one = claim(run)
+    client.set_tag(one, "finished", "true")
+    again = planned(place, folds=1)[0]
+    renew_plan(again, finished_runs(run.tracking_uri, run.experiment)[again.name, again.settings])
+    assert json.loads(client.get_run(one).data.tags["crossval_plan"])["folds"] == [0]
 
 
 def test_a_file_that_is_no_store_is_named_before_mlflow_opens_it(tmp_path):

@@ -18,7 +18,7 @@ from ignite.engine import Engine, Events
 
 from volta_components.errors import InputError
 from volta_components.files import sha256_json, write_json
-from volta_components.training.tracking import find_mlflow_handler
+from volta_components.training.tracking import find_mlflow_handler, prepare_handlers
 
 SUBJECTS = 24
 
@@ -30,6 +30,7 @@ class Finish:
         self.network, self.items, self.folder, self.tags = network, items, Path(folder), tags
 
     def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, prepare_handlers)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.wait)
         engine.add_event_handler(Events.COMPLETED, self.finish)
 

@@ -371,6 +371,20 @@ def test_bad_input_is_named(store_uri, tmp_path):
         report(tmp_path, store_uri, bootstrap=5)
 
 
+def test_tables_and_figures_of_an_earlier_report_are_removed(store_uri, tmp_path):
+    rows = predictions("volta", 0, 1.0, 20, 0.5)
+    writer = Writer(tmp_path / "store")
+    writer.run("ixi_sex", "volta", 0, files={"predictions": write_rows(tmp_path / "predictions.csv", rows)})
+    report(tmp_path / "out", store_uri, experiments=["volta3d_aibl_ad"], bootstrap=100)
+    (tmp_path / "out/tables/my_own.csv").write_text("kept")
+    report(tmp_path / "out", writer.uri, bootstrap=100)
+    names = {path.name for folder in ("tables", "figures") for path in (tmp_path / "out" / folder).iterdir()}
+    assert "my_own.csv" in names and "ixi_sex_main.csv" in names and "ixi_sex_roc.svg" in names
+    assert not [name for name in names if name.startswith("aibl_ad")]
+    page = (tmp_path / "out/index.html").read_text()
+    assert all((tmp_path / "out" / link).is_file() for link in re.findall(r'href="((?:tables|figures)/[^"]+)"', page))
+
+
 def test_a_finished_run_without_its_table_is_named(tmp_path):
     writer = Writer(tmp_path / "store")
     writer.run("ixi_sex", "volta", 0)

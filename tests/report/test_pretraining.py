@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -70,7 +71,28 @@ def test_curves_probes_and_reconstruction_have_a_section(store_uri, tmp_path):
 
 
 def test_without_a_pretraining_there_is_no_section(store_uri, made, tmp_path):
-    assert describe_pretraining(Store(store_uri), [], tmp_path) is None
+    assert describe_pretraining(Store(store_uri), [], tmp_path, []) is None
     assert 'id="pretraining"' not in (made / "index.html").read_text()
     with pytest.raises(InputError, match=r"neither mlruns\.db nor probes\.json"):
-        describe_pretraining(Store(store_uri), [tmp_path], tmp_path)
+        describe_pretraining(Store(store_uri), [tmp_path], tmp_path, [])
+
+
+def test_the_pretraining_is_the_one_that_made_the_tasks_encoder(tmp_path):
+    writer = Writer(tmp_path / "store")
+
+    def write(fold, sha, status="FINISHED"):
+        record = tmp_path / "encoder.json"
+        record.write_text(json.dumps({"sha256": sha}))
+        run_id = writer.run("pretrain", "volta", fold, metrics={"x": 1.0}, files={"encoder": record}, finished=None)
+        writer.client.set_terminated(run_id, status)
+        return f"volta_fold{fold}_frac1_seed{fold}"
+
+    def described(*encoders):
+        found = describe_pretraining(Store(writer.uri), [], tmp_path, encoders)
+        return found.name, found.facts["status"], found.facts.get("encoder")
+
+    theirs, finished, failed = write(0, "a" * 64), write(1, "b" * 64), write(2, "c" * 64, "FAILED")
+    assert described("a" * 64) == (theirs, "finished", "the tasks'")
+    assert described("d" * 64) == (finished, "finished", "not the tasks', which started from dddddddddddd")
+    assert described() == (finished, "finished", None)
+    assert described("c" * 64) == (failed, "failed", "the tasks'")

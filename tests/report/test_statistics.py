@@ -161,11 +161,28 @@ def test_intervals_of_few_or_equal_patients_are_not_shown_as_if_they_were_good()
 
 
 def test_only_what_beats_every_other_init_is_best():
-    def pair(first, second, difference, p):
-        return statistics.Comparison(first, second, difference, 0.0, 0.0, p, 50)
+    def pair(first, second, difference, p, **more):
+        return statistics.Comparison(first, second, difference, difference - 0.01, difference + 0.01, p, 50, **more)
 
     clear = [pair("a", "b", -0.2, 0.001), pair("a", "c", -0.1, 0.9), pair("b", "c", 0.1, 0.002)]
     assert statistics.clear_best(clear) == "b"
     # 0.03 is 0.06 after Holm's correction for the two that are left.
     assert statistics.clear_best([clear[0], clear[1], pair("b", "c", 0.1, 0.03)]) is None
     assert statistics.clear_best([]) is None
+    # The test is of ranks, and points the other way than the mean.
+    assert statistics.clear_best([pair("a", "b", 0.1, 0.001, rank=3.0)]) == "a"
+    assert statistics.clear_best([pair("a", "b", 0.1, 0.001, rank=-3.0)]) is None
+
+
+def test_one_failure_makes_no_winner_of_the_worse(rng):
+    """Of 22 patients, the first is a little worse on 21; on one, the second fails."""
+    first = rng.uniform(0.80, 0.85, 22)
+    second = first + rng.uniform(0.005, 0.015, 22)
+    second[0] = 0.2
+    p, rank = statistics.wilcoxon(first, second), statistics.rank_difference(first, second)
+    signed = stats.rankdata(abs(first - second)) * np.sign(first - second)
+    assert p < 0.05 and (first - second).mean() > 0 and rank == pytest.approx(signed.sum()) and rank < 0
+    means = rng.choice(first - second, (2000, 22)).mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    found = statistics.Comparison("a", "b", (first - second).mean(), low, high, p, 22, rank=rank)
+    assert found.better is None and statistics.clear_best([found]) is None

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -227,6 +229,45 @@ def test_a_store_without_seeds_says_nothing_of_them(writer, run):
         run(init, 0)
     study = only_study(writer)
     assert not study.several_seeds and "seeds" not in ClassificationTables(study, samples=100).main().note
+
+
+def test_folds_and_inits_that_were_planned_are_missing(writer, run, tmp_path):
+    plan = {"inits": ["volta", "vit_scratch"], "fractions": [1.0], "folds": [0, 1, 2]}
+    for fold in (0, 1):
+        run("volta", fold, crossval_plan=json.dumps(plan))
+    study = only_study(writer)
+    assert study.incomplete
+    assert (
+        "4 of 6 combinations have no finished run: vit_scratch fold 0 fraction 1, vit_scratch fold 1 fraction 1, "
+        "vit_scratch fold 2 fraction 1, volta fold 2 fraction 1." in study.notes
+    )
+    assert report(tmp_path / "out", writer.uri, bootstrap=100) == 1
+
+
+def test_the_report_of_an_interrupted_crossval_leaves_out_what_it_lacks(writer, tmp_path):
+    """Fractions are run one after the other: an init may have no run yet at the largest."""
+    for init, fraction in (("volta", 0.2), ("vit_scratch", 0.2), ("vit_scratch", 1.0), ("swin_scratch", 1.0)):
+        path = write_rows(tmp_path / "predictions.csv", predictions(init, 0, fraction, 40, 0.5))
+        writer.run("ixi_sex", init, 0, fraction, files={"predictions": path})
+    study = only_study(writer)
+    assert study.variants_at_largest == ["vit_scratch", "swin_scratch"] and study.reference == "vit_scratch"
+    assert report(tmp_path / "out", writer.uri, bootstrap=100) == 1
+    page = (tmp_path / "out/index.html").read_text()
+    assert "volta has no run at the largest fraction (100%)" in page
+    calibration = pd.read_csv(tmp_path / "out/tables/ixi_sex_calibration.csv")
+    assert list(calibration.init) == ["vit_scratch", "swin_scratch"]
+
+
+def test_an_init_without_volumes_does_not_hide_those_of_others(writer):
+    writer.segmentation()
+    study = only_study(writer)
+    [run] = [run for run in study.runs if run.variant == "volta"]
+    run.fraction = 0.4
+    tables = SegmentationTables(study, {}, samples=100)
+    volumes = tables.volumes()
+    assert volumes is not None and list(volumes.frame.init) == ["unetr_scratch", "unet_scratch"]
+    assert volumes.rows[0] == ["VolTA-3D", "–", "–", "–", "–"]
+    assert [*tables.with_volumes] == ["unetr_scratch", "unet_scratch"]
 
 
 def test_artifacts_are_found_after_the_folder_was_moved(writer, run, tmp_path):

@@ -12,6 +12,7 @@ from fake_runs import FOLDS, QUALITY, Writer, predictions, write_rows
 from sklearn.metrics import brier_score_loss
 
 from volta_components.report.classification_tables import ClassificationTables
+from volta_components.report.page import render_subjects
 from volta_components.report.segmentation_tables import SegmentationTables
 from volta_components.report.statistics import Estimate
 from volta_components.report.store import Store, read_studies
@@ -93,3 +94,15 @@ def test_every_prediction_of_a_subject_is_on_the_page_of_subjects(made):
     assert subject.count('<th scope="row">') == 3 * (2 + 1 + 2) and subject.count("<table>") == 3
     row = next(row for row in predictions("volta", 0, 1.0, 40, 0.5) if row["subject_id"] == "sub-0003")
     assert f"{row['score']:.3f}" in subject
+
+
+def test_one_id_in_two_data_sets_is_two_subjects(tmp_path):
+    writer = Writer(tmp_path / "store")
+    path = write_rows(tmp_path / "predictions.csv", predictions("volta", 0, 1.0, 20, 0.5))
+    writer.run("ixi_sex", "volta", 0, files={"predictions": path}, datalist_name="ixi", datalist_hash="a" * 64)
+    writer.run("aibl_ad", "volta", 0, files={"predictions": path}, datalist_name="aibl", datalist_hash="b" * 64)
+    page = render_subjects(read_studies(Store(writer.uri)))
+    found = re.findall(r'<details id="([^"]*)" class="subject">(.*?)</details>', page, flags=re.DOTALL)
+    names = [name for name, _ in found if name.startswith("sub-0003")]
+    assert names == ["sub-0003 (ixi aaaaaaaa)", "sub-0003 (aibl bbbbbbbb)"]
+    assert len(found) == 40 and {body.count("<table>") for _, body in found} == {1}

@@ -33,6 +33,7 @@ from volta_components.training.tracking import (
     group_metrics,
     hardware,
     hide_folders,
+    prepare_handlers,
 )
 
 CPU = torch.device("cpu")
@@ -98,6 +99,24 @@ def test_a_metric_has_one_axis_whatever_the_tracking_settings_say(tmp_path: Path
     [given] = run.inputs.dataset_inputs
     assert given.dataset.name == "pretrain (training)" and json.loads(given.dataset.profile)["scans"] == 4
     assert [(tag.key, tag.value) for tag in given.tags] == [("mlflow.data.context", "training")]
+
+
+def test_a_process_of_crossval_logs_to_the_run_that_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MONAI's handler takes an open run of its name, whichever it is."""
+    uri = f"sqlite:///{tmp_path}/mlruns.db"
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("some")
+    runs = [client.create_run(experiment, run_name="volta_fold0").info.run_id for _ in range(3)]
+    for run_id in runs:
+        monkeypatch.setenv(tracking.RUN_ID, run_id)
+        engine = Engine(lambda e, b: None)
+        handler = MLFlowHandler(uri, experiment_name="some", run_name="volta_fold0")
+        handler.attach(engine)
+        prepare_handlers(engine)
+        handler.start(engine)
+        assert handler.cur_run.info.run_id == run_id
 
 
 def test_names_of_metrics_are_grouped() -> None:

@@ -95,7 +95,7 @@ def crossval(
     # Here, since they import torch: help and mistakes should not wait for it.
     from volta_components.crossval.execute import follow, run_here, submit, visible_gpus
     from volta_components.crossval.plan import plan
-    from volta_components.crossval.store import finished_runs, pages_hint, tracking_address
+    from volta_components.crossval.store import finished_runs, pages_hint, renew_plan, tracking_address
 
     if gpus_per_run is None:
         gpus_per_run = min(1, len(visible_gpus())) if executor == "local" else 1
@@ -127,8 +127,11 @@ def crossval(
             state = "to do" if run in todo else "finished"
             print(f"{run.name}  {state}  {shlex.join(run.command())}")
         return 0
-    for run in todo:
-        run.folder.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        if run in todo:
+            run.folder.mkdir(parents=True, exist_ok=True)
+        else:
+            renew_plan(run, done[run.name, run.settings])
     if todo:
         print(f"Each run's log: {runs[0].folder.parent}/RUN/{runs[0].log.name}")
     if executor == "local":

@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
@@ -23,6 +24,7 @@ import joblib
 from volta_components.crossval.plan import Run
 from volta_components.crossval.store import claim, mlflow_client, run_lock
 from volta_components.errors import InputError
+from volta_components.training.tracking import RUN_ID
 
 LOG_LINES = 12
 
@@ -46,11 +48,12 @@ def execute(run: Run, gpus: str | None = None) -> Outcome:
         if run_id is None:
             return Outcome(run, "finished")
         # The environment variable wins over tracking_uri in MONAI's MLflow handler: say the same in both.
-        environment = {**os.environ, "MLFLOW_TRACKING_URI": run.tracking_uri, "PYTHONUNBUFFERED": "1"}
+        tracking = {"MLFLOW_TRACKING_URI": run.tracking_uri, RUN_ID: run_id}
+        environment = {**os.environ, **tracking, "PYTHONUNBUFFERED": "1"}
         if gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpus
         with run.log.open("ab") as log:
-            log.write(f"\n$ {shlex.join(run.command())}\n".encode())
+            log.write(f"\n$ {RUN_ID}={run_id} {shlex.join(run.command())}\n".encode())
             log.flush()
             # The child holds the lock too: should this process die and the child live on, the run stays taken.
             process = subprocess.Popen(
@@ -62,8 +65,11 @@ def execute(run: Run, gpus: str | None = None) -> Outcome:
                 pass_fds=[lock],
             )
             _CHILDREN.add(process)
+            # In a thread: on this one, a signal's handler that stops the child would wait for the lock of this wait.
+            waiter = threading.Thread(target=process.wait, daemon=True)
             try:
-                status = process.wait()
+                waiter.start()
+                waiter.join()
             finally:
                 _CHILDREN.discard(process)
                 _stop([process])
@@ -73,7 +79,11 @@ def execute(run: Run, gpus: str | None = None) -> Outcome:
             client.set_terminated(run_id, "FINISHED")
             return Outcome(run, "finished")
         client.set_terminated(run_id, "FAILED")
-        reason = f"exit status {status}" if status else "it ended without marking itself finished in MLflow"
+        reason = (
+            f"exit status {process.returncode}"
+            if process.returncode
+            else "it ended without marking itself finished in MLflow"
+        )
         return Outcome(run, "failed", reason)
 
 

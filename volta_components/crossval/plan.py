@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ class Run:
 
     Of the configs, later ones win. ``settings`` is a hash of everything that decides the result, ``recipe`` one of what
     all runs of an init share, whatever their fold, fraction and seed. Above one process, torchrun starts one for each
-    GPU. ``made_by`` is the command line of the cross-validation.
+    GPU. ``made_by`` is the command line of the cross-validation; ``plan`` has its inits, fractions and folds, as JSON.
     """
 
     name: str
@@ -45,6 +46,8 @@ class Run:
     processes: int = 1
     recipe: str = ""
     made_by: str = ""
+    bundle: str = ""
+    plan: str = "{}"
 
     @property
     def log(self) -> Path:
@@ -156,6 +159,8 @@ def plan(
                     processes=max(1, processes),
                     recipe=sha256_json(identity),
                     made_by=command_line([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                    bundle=str(merged.get("bundle", bundle.name)),
+                    plan=json.dumps({"inits": [*inits], "fractions": shares, "folds": wanted}),
                 )
             )
     runs.sort(key=lambda run: (wanted.index(run.fold), shares.index(run.fraction)))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from volta_components.crossval.plan import Run
-from volta_components.downstream.tracking import RECIPE_TAG, SETTINGS_TAG
+from volta_components.downstream.tracking import PLAN_TAG, RECIPE_TAG, SETTINGS_TAG
 from volta_components.errors import InputError
 from volta_components.training.stores import prepare_store, store_file
 
@@ -62,35 +62,43 @@ def search_runs(client: Any, experiment_ids: Iterable[str], query: str) -> Itera
         token = page.token or ""
 
 
-def finished_runs(tracking_uri: str, experiment: str) -> set[tuple[str, str]]:
-    """Names and settings of the finished runs."""
+def finished_runs(tracking_uri: str, experiment: str) -> dict[tuple[str, str], str]:
+    """Ids of the finished runs, by name and settings."""
     place = _experiment_id(tracking_uri, experiment)  # first: it looks at the store, which MLflow's client may not bear
     runs = search_runs(mlflow_client(tracking_uri), [place], "tags.finished = 'true'")
-    return {(run.info.run_name, run.data.tags.get(SETTINGS_TAG, "")) for run in runs}
+    return {(run.info.run_name, run.data.tags.get(SETTINGS_TAG, "")): run.info.run_id for run in runs}
+
+
+def renew_plan(run: Run, run_id: str) -> None:
+    """Let a finished run say what the newest cross-validation that it is part of covers: fewer folds, more inits."""
+    client = mlflow_client(run.tracking_uri)
+    if client.get_run(run_id).data.tags.get(PLAN_TAG) != run.plan:
+        client.set_tag(run_id, PLAN_TAG, run.plan)
 
 
 def claim(run: Run) -> str | None:
-    """Make sure that MLflow holds exactly one open run of this name, which MONAI's handler then takes up.
+    """Make sure that MLflow holds a run with these settings that is open.
+
+    Open runs of the same name and other settings are left alone: another cross-validation may be training them.
 
     Returns:
         The run's id, or None if it is finished.
     """
     client = mlflow_client(run.tracking_uri)
     experiment_id = _experiment_id(run.tracking_uri, run.experiment)
-    known = list(search_runs(client, [experiment_id], f"tags.`mlflow.runName` = '{run.name}'"))
+    known = search_runs(client, [experiment_id], f"tags.`mlflow.runName` = '{run.name}'")
     ours = [item for item in known if item.data.tags.get(SETTINGS_TAG) == run.settings]
     if any(item.data.tags.get("finished") == "true" for item in ours):
         return None
-    for item in known:
-        # An open run of this name but of other settings would be taken up instead.
-        if item not in ours[:1] and item.info.status != "FINISHED":
-            client.set_tag(item.info.run_id, "superseded", "true")
-            client.set_terminated(item.info.run_id, "FINISHED")
-    if ours:
-        client.update_run(ours[0].info.run_id, status="RUNNING")
-        return str(ours[0].info.run_id)
-    tags = {SETTINGS_TAG: run.settings, RECIPE_TAG: run.recipe, "variant": run.variant, "made_by": run.made_by}
-    return str(client.create_run(experiment_id, run_name=run.name, tags=tags).info.run_id)
+    # What a run that dies before it has logged anything is counted by.
+    tags = {"bundle": run.bundle, "fold": str(run.fold), "fraction": f"{run.fraction:g}", PLAN_TAG: run.plan}
+    tags |= {SETTINGS_TAG: run.settings, RECIPE_TAG: run.recipe, "variant": run.variant, "made_by": run.made_by}
+    if not ours:
+        return str(client.create_run(experiment_id, run_name=run.name, tags=tags).info.run_id)
+    run_id = str(ours[0].info.run_id)
+    client.update_run(run_id, status="RUNNING")
+    client.set_tag(run_id, PLAN_TAG, run.plan)
+    return run_id
 
 
 @contextmanager

@@ -17,9 +17,11 @@ from volta_components.errors import InputError
 from volta_components.training.record import code_version, provenance
 from volta_components.training.schedules import CosineSchedule
 
-# Set by crossval: hashes of all that decides a run's result, and of what all runs of an init share.
+# Set by crossval: hashes of all that decides a run's result, and of what all runs of an init share; and the inits,
+# fractions and folds of the cross-validation, as JSON.
 SETTINGS_TAG = "crossval_settings"
 RECIPE_TAG = "crossval_recipe"
+PLAN_TAG = "crossval_plan"
 
 
 @dataclass(eq=False)

@@ -188,6 +188,9 @@ class ClassificationTables:
         )
         for variant in self.study.variants:
             runs = self.study.select(variant)
+            if not runs:
+                table.add([name_of(variant), "–", "–", "–"])
+                continue
             seeds = Counter(run.fold for run in runs)
             everyone = pd.concat([run.table for run in runs])
             label, score = everyone["label"].to_numpy(), everyone["score"].to_numpy(float)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +26,8 @@ def report(
     """Write the paper's tables and figures from finished cross-validations, and one page with all of them.
 
     Reads MLflow alone. Writes OUTPUT/index.html (one file that works without a network), OUTPUT/subjects.html (all
-    predictions by subject), OUTPUT/tables (CSV) and OUTPUT/figures (PNG and SVG).
+    predictions by subject), OUTPUT/tables (CSV) and OUTPUT/figures (PNG and SVG). Tables and figures of an earlier
+    report in OUTPUT that this one does not have are removed.
 
     Args:
         output: Folder to write to.
@@ -40,7 +43,8 @@ def report(
 
     Returns:
         0, or 1 if a combination of init, fold and fraction has no finished run: a cross-validation that is not
-        complete. A task without any runs is named in the report; this is not a failure.
+        complete. Combinations are of those that were planned and those that have runs. A task without any runs is named
+        in the report; this is not a failure.
 
     Raises:
         InputError: if the store is missing or has no finished runs, artifacts are not where they should be, or masks
@@ -64,7 +68,8 @@ def report(
     if tools and not any(study.kind == "segmentation" for study in studies):
         raise InputError(f"--masks: {uri} has no finished segmentation runs to compare them with")
     root = Path(output)
-    before = describe_pretraining(store, [Path(folder) for folder in pretraining], root / "figures")
+    encoders = {run.tags.get("encoder_sha256", "") for study in studies for run in study.runs} - {""}
+    before = describe_pretraining(store, [Path(folder) for folder in pretraining], root / "figures", encoders)
     sections = make_sections(studies, store, root, tools, bootstrap, seed)
     runs, made = run_table(studies), made_table(studies)
     for table in [
@@ -77,7 +82,12 @@ def report(
             table.frame.map(safe_cell).rename(columns=safe_cell).to_csv(temporary, index=False)
     there = {study.bundle for study in studies}
     absent = [f"Table {task.table}, {task.short}" for bundle, task in TASKS.items() if bundle not in there]
-    write_text(root / "index.html", render(sections, runs, made, before, absent, root))
+    page = render(sections, runs, made, before, absent, root)
+    earlier = root / "index.html"
+    outdated = _linked_files(earlier.read_text(encoding="utf-8")) - _linked_files(page) if earlier.is_file() else set()
+    write_text(root / "index.html", page)
+    for name in outdated:
+        (root / name).unlink(missing_ok=True)
     write_text(root / "subjects.html", render_subjects(studies))
     for section in sections:
         for line in [*section.study.alarms, *section.study.notes]:
@@ -86,3 +96,8 @@ def report(
         print(f"No finished runs for {', '.join(absent)}.", file=sys.stderr)
     print(root.resolve() / "index.html")
     return int(any(study.incomplete for study in studies))
+
+
+def _linked_files(page: str) -> set[str]:
+    """The tables and figures that a report's page links to: all that it wrote."""
+    return {html.unescape(name) for name in re.findall(r'href="((?:tables|figures)/[^"/]+)"', page)}

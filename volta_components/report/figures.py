@@ -145,7 +145,7 @@ def reliability_figure(study: Study, folder: Path) -> Picture:
     """How often a class is true, by its predicted probability."""
     colours = colours_of(study.variants)
     figure, axes = _with_diagonal()
-    for variant in study.variants:
+    for variant in study.variants_at_largest:
         everyone = pd.concat([run.table for run in study.select(variant)])
         true, predicted = calibration_curve(everyone["label"], everyone["score"], n_bins=BINS)
         axes.plot(predicted, true, marker="o", markersize=4, color=colours[variant], label=name_of(variant))
@@ -196,8 +196,9 @@ def step_at(grid: NDArray[Any], false: NDArray[Any], true: NDArray[Any]) -> NDAr
 def confusion_figure(study: Study, folder: Path) -> Picture:
     """Confusion matrices, added up over folds."""
     classes = [study.task.negative, study.task.positive]
-    figure = Figure(figsize=(2.5 * len(study.variants) + 0.3, 2.9))
-    for axes, variant in zip(np.atleast_1d(figure.subplots(1, len(study.variants))), study.variants, strict=True):
+    variants = study.variants_at_largest
+    figure = Figure(figsize=(2.5 * len(variants) + 0.3, 2.9))
+    for axes, variant in zip(np.atleast_1d(figure.subplots(1, len(variants))), variants, strict=True):
         folds = itertools.groupby(study.select(variant), key=lambda run: run.fold)
         counts = confusion([[run.table for run in runs] for _, runs in folds])
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -207,7 +208,7 @@ def confusion_figure(study: Study, folder: Path) -> Picture:
             text = f"{round(count, 1):g}\n{shares[row, column]:.0%}"
             axes.text(column, row, text, ha="center", va="center", color="white" if dark else "#1d2733")
         axes.set(xticks=[0, 1], yticks=[0, 1], xticklabels=classes, yticklabels=classes, title=name_of(variant))
-        axes.set(xlabel="predicted", ylabel="true" if variant == study.variants[0] else "")
+        axes.set(xlabel="predicted", ylabel="true" if variant == variants[0] else "")
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)

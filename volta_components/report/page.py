@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import datetime
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,11 @@ def render(
 
 
 def render_subjects(studies: list[Study]) -> str:
-    """A page with all predictions of each subject: every task, init, fold and seed."""
-    subjects: dict[str, dict[str, Any]] = {}
+    """A page with all predictions of each subject: every task, init, fold and seed.
+
+    The same id in two data sets is two subjects, whose headings then name the data set.
+    """
+    subjects: dict[tuple[str, str], dict[str, Any]] = {}
     for study in studies:
         task = study.task
         for run in sorted(study.runs, key=lambda run: (-run.fraction, study.variants.index(run.variant), run.seed)):
@@ -82,11 +86,19 @@ def render_subjects(studies: list[Study]) -> str:
                     for side in SIDES:
                         pair = [row.get(f"{what}_{side}_mm3", math.nan) for what in ("volume", "true_volume")]
                         about[f"{side}, mm³ (true)"] = " (".join(number(value, 0) for value in pair) + ")"
-                subject = subjects.setdefault(str(row["subject_id"]), {"facts": {}, "tasks": {}})
+                name, data = str(row["subject_id"]), run.tags.get("datalist_hash", "")
+                label = f"{run.tags.get('datalist_name', 'unnamed')} {data[:8]}".strip()
+                new = {"data": label, "facts": {}, "tasks": {}}
+                subject = subjects.setdefault((name, data), new)
                 subject["facts"] |= {key: text for key in ("site", "sex", "age") if (text := _text(row.get(key)))}
                 subject["tasks"].setdefault(study.bundle, []).append(about)
     environment = template_environment("volta_components.report", is_html=True)
-    return environment.get_template("subjects.html.jinja").render(subjects=dict(sorted(subjects.items())))
+    times = Counter(name for name, _ in subjects)
+    headings = {
+        name if times[name] == 1 else f"{name} ({subject['data']})": subject
+        for (name, _), subject in sorted(subjects.items())
+    }
+    return environment.get_template("subjects.html.jinja").render(subjects=headings)
 
 
 def _text(value: Any) -> str:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,18 @@ class Pretraining:
     tables: list[Table] = field(default_factory=list)
 
 
-def describe_pretraining(store: Store, folders: Sequence[Path], figures: Path) -> Pretraining | None:
+def describe_pretraining(
+    store: Store, folders: Sequence[Path], figures: Path, encoders: Collection[str]
+) -> Pretraining | None:
     """Find the pretraining and draw it; None if there is none.
+
+    Of several, it is the one that made the tasks' encoder, or else the newest finished one, or else the newest.
 
     Args:
         store: the tasks' store, which may hold the pretraining as well.
         folders: of the run (``mlruns.db``) and of its evaluation (``probes.json``).
         figures: folder of the report's figures.
+        encoders: hashes of the encoders that the tasks started from.
 
     Raises:
         InputError: if a folder has neither.
@@ -88,10 +93,28 @@ def describe_pretraining(store: Store, folders: Sequence[Path], figures: Path) -
                 result.pictures.append(_copied(picture, figures, "pretraining_embeddings", "Embeddings", caption))
     for place in stores:
         found = [item for item in place.search("tags.bundle = 'pretrain'") if item.data.metrics]
+        hashes = {item.info.run_id: _encoders_of(place, item) for item in found}
+        wanted = {*encoders}
         if found:
-            _describe_run(result, place, found[0], figures)
+            # The search's order is newest first, and max takes the first of equals.
+            run = max(found, key=lambda item: (bool(hashes[item.info.run_id] & wanted), _has_finished(item)))
+            _describe_run(result, place, run, figures)
+            if wanted:
+                is_theirs = bool(hashes[run.info.run_id] & wanted)
+                said = ", ".join(sorted(value[:12] for value in wanted))
+                result.facts["encoder"] = "the tasks'" if is_theirs else f"not the tasks', which started from {said}"
             break
     return result if result.name or result.tables else None
+
+
+def _has_finished(run: Any) -> bool:
+    return bool(run.info.status == "FINISHED")
+
+
+def _encoders_of(store: Store, run: Any) -> set[str]:
+    """Hashes of the encoders that a pretraining has exported, from the records that it logged."""
+    folder = store.artifact(run.info.run_id, "encoder")
+    return {read_json(path).get("sha256", "") for path in folder.glob("*.json")} if folder else set()
 
 
 def _describe_run(result: Pretraining, store: Store, run: Any, figures: Path) -> None:
@@ -101,6 +124,7 @@ def _describe_run(result: Pretraining, store: Store, run: Any, figures: Path) ->
     hours = metrics.get("cost/hours", (end - run.info.start_time) / 3.6e6)
     memory = metrics.get("cost/peak_memory_gib")
     known = {
+        "status": "finished" if _has_finished(run) else "failed" if run.info.status == "FAILED" else "not finished",
         "epochs": run.data.params.get("epochs"),
         "hours of training": number(hours, 2),
         "memory at the peak": "" if memory is None else f"{memory:.1f} GiB",

@@ -76,7 +76,7 @@ def _segmentation(
     pictures = [
         figures.case_figure(study, shown, folder) if shown else None,
         figures.fraction_figure(study, tables.estimates, folder),
-        figures.volume_figure(study, tables.tables, folder) if volumes else None,
+        figures.volume_figure(study, tables.with_volumes, folder) if volumes else None,
         figures.training_figure(study, store, folder),
     ]
     made = [

@@ -54,6 +54,8 @@ class SegmentationTables:
             for variant, fraction in itertools.product(study.variants, study.fractions)
             if (runs := study.select(variant, fraction))
         }
+        volumes = {f"{what}_{side}_mm3" for what in ("volume", "true_volume") for side in SIDES}
+        self.with_volumes = {name: table for name, table in self.tables.items() if volumes <= {*table}}
         patients = pd.concat([table["patient_id"] for table in [*self.tables.values(), *shares.values()]])
         self.resampling = Resampling(patients, samples=samples, seed=[seed, 0])
         self.estimates = {key: self._estimates(table) for key, table in shares.items()}
@@ -136,13 +138,16 @@ class SegmentationTables:
             note="Bias: mean of measured − true volume; limits: bias ± 1.96 SD, where 95 % of scans lie (Bland and "
             "Altman). ICC(2,1): absolute agreement, 1 at best. An empty mask has a volume of 0.",
         )
+        if not self.with_volumes:
+            return None
         for variant, table in self.tables.items():
+            if variant not in self.with_volumes:
+                volumes.add([name_of(variant), *["–"] * (len(volumes.columns) - 1)])
+                continue
             row = [name_of(variant)]
             record: dict[str, Any] = {"init": variant}
             for side in SIDES:
                 names = [f"volume_{side}_mm3", f"true_volume_{side}_mm3"]
-                if not {*names} <= {*table}:
-                    return None
                 measured, true = table[names].dropna().to_numpy(float).T
                 bias, low, high = statistics.limits_of_agreement(measured, true)
                 icc = statistics.intraclass_correlation(np.stack([measured, true], axis=1))
@@ -159,8 +164,9 @@ class SegmentationTables:
             return None
         one, two = one[shared], two[shared]
         low, high = interval(weighted_mean((one - two).to_numpy(), self.resampling.weights(shared)))
-        p = statistics.wilcoxon(one.to_numpy(), two.to_numpy())
-        return Comparison(first, second, float((one - two).mean()), low, high, p, len(shared))
+        values = one.to_numpy(), two.to_numpy()
+        p, rank = statistics.wilcoxon(*values), statistics.rank_difference(*values)
+        return Comparison(first, second, float((one - two).mean()), low, high, p, len(shared), rank=rank)
 
     def comparisons(self) -> Table:
         """Paired differences of Dice between inits, patient by patient."""

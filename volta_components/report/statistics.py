@@ -67,7 +67,8 @@ class Estimate:
 class Comparison:
     """A paired test between two inits: first minus second, its 95 % interval, and two-sided p values.
 
-    DeLong's p is NaN where the test was not made. ``count`` is how many patients entered.
+    DeLong's p is NaN where the test was not made. ``count`` is how many patients entered. ``rank`` is which way a test
+    of ranks points, see ``rank_difference``; None for a test of the difference itself.
     """
 
     first: str
@@ -78,6 +79,14 @@ class Comparison:
     p: float
     count: int
     delong: float = math.nan
+    rank: float | None = None
+
+    @property
+    def better(self) -> str | None:
+        """The init that is better by the mean difference, its interval and the test; None where these disagree."""
+        signs = {np.sign(value) for value in (self.difference, self.low, self.high)}
+        signs |= {np.sign(self.rank)} if self.rank is not None else set()
+        return self.first if signs == {1} else self.second if signs == {-1} else None
 
 
 def classification_metrics(table: pd.DataFrame, weights: ArrayLike = 1.0) -> dict[str, Array]:
@@ -140,6 +149,13 @@ def wilcoxon(first: NDArray[Any], second: NDArray[Any]) -> float:
     if not len(difference):
         return math.nan
     return float(stats.wilcoxon(difference).pvalue) if difference.any() else 1.0
+
+
+def rank_difference(first: NDArray[Any], second: NDArray[Any]) -> float:
+    """Sum of the signed ranks of paired values: above 0 where ``wilcoxon`` is on the side of the first."""
+    difference = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    difference = difference[np.isfinite(difference) & (difference != 0)]
+    return float((np.sign(difference) * stats.rankdata(abs(difference))).sum())
 
 
 def delong(pairs: Sequence[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]) -> float:
@@ -251,11 +267,14 @@ def intraclass_correlation(ratings: NDArray[Any]) -> float:
 
 
 def clear_best(found: Sequence[Comparison]) -> str | None:
-    """The init that is better than every other one, each time with a corrected p below 0.05; else None."""
+    """The init that is better than every other one, each time with a corrected p below 0.05; else None.
+
+    Mean difference, interval and test must agree on which init is better: one failure can turn the mean against a test
+    of ranks.
+    """
     beaten: dict[str, set[str]] = {}
     inits = {name for item in found for name in (item.first, item.second)}
     for item, p in zip(found, holm([item.p for item in found]), strict=True):
-        if p < 0.05:
-            better, worse = (item.first, item.second)[:: 1 if item.difference > 0 else -1]
-            beaten.setdefault(better, set()).add(worse)
+        if p < 0.05 and item.better:
+            beaten.setdefault(item.better, set()).add(item.second if item.better == item.first else item.first)
     return next((name for name, others in beaten.items() if others == inits - {name}), None)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import tempfile
 from collections import Counter, defaultdict
@@ -17,7 +19,7 @@ import pandas as pd
 
 from volta_components.crossval.store import mlflow_client, search_runs
 from volta_components.downstream.inits import BASE_INIT
-from volta_components.downstream.tracking import RECIPE_TAG
+from volta_components.downstream.tracking import PLAN_TAG, RECIPE_TAG
 from volta_components.errors import InputError
 from volta_components.files import plain_cell
 from volta_components.report.paper import TASKS, Task, in_order
@@ -96,7 +98,8 @@ class Study:
         runs: one for each cell.
         notes: what a reader must know: what was left out, what is missing, what differs.
         alarms: what casts doubt on the numbers, to be shown with them: leaks, rows of runs that do not belong together.
-        incomplete: whether a combination of init, fraction and fold has no run.
+        incomplete: whether a combination of init, fraction and fold, of those that have a run or that crossval was
+            started for, has no run.
     """
 
     bundle: str
@@ -120,6 +123,11 @@ class Study:
     def variants(self) -> list[str]:
         """The inits, in the order of tables."""
         return in_order({run.variant for run in self.runs})
+
+    @property
+    def variants_at_largest(self) -> list[str]:
+        """The inits with a run at the largest fraction, as most tables and figures need one."""
+        return [variant for variant in self.variants if self.select(variant)]
 
     @property
     def fractions(self) -> list[float]:
@@ -148,7 +156,7 @@ class Study:
     @property
     def reference(self) -> str:
         """The init that the others are compared with."""
-        return self.variants[0]
+        return self.variants_at_largest[0]
 
 
 class Store:
@@ -364,15 +372,28 @@ def _runs(count: int, kind: str = "finished ") -> str:
 
 
 def _note_missing(study: Study) -> None:
-    full = {(v, p, f) for v in study.variants for p in study.fractions for f in {run.fold for run in study.runs}}
+    """Note what of the cross-validation has no run: inits, fractions and folds are those planned and those done."""
+    plans = [json.loads(text) for text in {run.tags[PLAN_TAG] for run in study.runs if PLAN_TAG in run.tags}]
+
+    def planned(name: str) -> set[Any]:
+        return {value for plan in plans for value in plan[name]}
+
+    variants = planned("inits") | {*study.variants}
+    fractions = planned("fractions") | {*study.fractions}
+    folds = planned("folds") | {run.fold for run in study.runs}
+    full = {*itertools.product(variants, fractions, folds)}
     absent = sorted(full - {run.cell[:3] for run in study.runs})
     study.incomplete = bool(absent)
     if absent:
         cells = ", ".join(f"{variant} fold {fold} fraction {fraction:g}" for variant, fraction, fold in absent)
         study.notes.append(f"{len(absent)} of {len(full)} combinations have no finished run: {cells}.")
     study.notes += [
-        f"The paper's {variant} was not run." for variant in study.task.paper if variant not in study.variants
+        f"{variant} has no run at the largest fraction ({study.fractions[-1]:.0%}): only tables and figures by "
+        "fraction have its numbers."
+        for variant in study.variants
+        if variant not in study.variants_at_largest
     ]
+    study.notes += [f"The paper's {variant} was not run." for variant in study.task.paper if variant not in variants]
 
 
 def _find_mixed_rows(study: Study) -> None:

@@ -27,7 +27,10 @@ SHOWN_OPTIMISTIC = {
 }
 AGE_BANDS = (0, 30, 45, 60, 70, 80, 200)
 OURS, INTERVAL, PAPER = "here", "95 % CI", "paper"
-BOLD = "Bold: better than every other init (Holm's p below 0.05 in the table of paired differences)."
+BOLD = (
+    "Bold: better than every other init. In the table of paired differences, Holm's p is below 0.05, and test, mean "
+    "and interval agree on which init is better."
+)
 INTERVALS = (
     "A bootstrap interval needs 20 patients that differ; otherwise shares get the exact one (Clopper-Pearson), and "
     "other numbers none."

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import re
 import shlex
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # A path from the root, at the beginning of a text or behind sqlite:/// or file://.
 _ABSOLUTE = re.compile(r"""(?<![^\s"'=\[,])(?:sqlite:///|file://)?/(?!\.\.)[^\s"'/:]+(?:/[^\s"'/:]+)+""")
+# A variable with the id of MLflow's run that a process logs to; crossval sets it.
+RUN_ID = "VOLTA3D_RUN_ID"
 MLFLOW_BATCH = 100  # parameters that a store takes at a time
 SHARED_ROW_TRIES = 5
 # Of an epoch's means, what is printed; MONAI's ``StatsHandler`` would print all of them.
@@ -78,9 +81,15 @@ def prepare_handlers(*engines: Engine | None) -> None:
     A metric has one axis: epochs. MONAI's handler would also log the loss of every mini-batch, which takes longer than
     a small network's step. The name of a run becomes text: ``--run_name 7`` arrives as a number, and MLflow finds no
     run of that name, so that training and validation would be two runs, and a resumed training two more.
+
+    MONAI's handler takes any open run of its name. A process that crossval has started is given its own: another
+    cross-validation may train a run of the same name at the same time, with other settings.
     """
+    run_id = os.environ.get(RUN_ID)
     for engine in filter(None, engines):
         for handler in _mlflow_handlers(engine):
+            if run_id and handler.cur_run is None:
+                handler.cur_run = handler.client.get_run(run_id)
             handler.iteration_logger = lambda _: None
             handler.epoch_logger = partial(_log_epoch, handler)
             if handler.run_name is not None:
