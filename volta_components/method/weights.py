@@ -249,7 +249,7 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_encoder(path: str | os.PathLike[str]) -> VoltaViT:
-    """The network of an exported encoder, ready for inference: ``encode``, ``summarise``, ``attention_map``.
+    """The network of an exported encoder, ready for inference: ``encode``, ``summarise``, ``attention_on_voxels``.
 
     Args:
         path: the ``.safetensors`` or ``.pt`` file, with its JSON beside it; or a bundle's folder, see
