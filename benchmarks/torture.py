@@ -10,7 +10,7 @@ tables, zip) as a run that was never killed; with MLflow tracking on, with one f
 unfinished files. Faults: see ``torture_faults.py``; a command has to end with another status, and the last lines on the
 screen have to be one message that names the file or the option.
 
-What has been done is kept in ``--folder``: the same command goes on there. The table is printed and written to
+What has been done is kept in ``--folder``: the same command resumes there. The table is printed and written to
 ``benchmarks/results/torture.md``. A kill takes about half a minute on one core, a fault ten seconds.
 """
 

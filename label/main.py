@@ -41,7 +41,7 @@ from monailabel.utils.others.generic import device_list
 from volta_components.data.headers import read_header
 from volta_components.data.nifti import write_nifti
 from volta_components.data.unusable import named_errors
-from volta_components.errors import InputError
+from volta_components.errors import InputError, find_input_error
 from volta_components.files import read_json, sha256_file
 from volta_components.inference.masks import marks_of_result
 from volta_components.inference.tables import marks_of
@@ -187,10 +187,7 @@ class VoltaInferTask(BundleInferTask):
                 file = empty_mask(Path(request["image"]))
             return file, answer
         except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, InputError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
+            if (cause := find_input_error(error)) is None:
                 raise
             raise HTTPException(status_code=422, detail=str(cause)) from error
 

@@ -111,7 +111,7 @@ def choose_bundles(given: str, root: Path, copies: Path, trust: bool = False) ->
             "Pack them with volta3d pack and unzip the result, or leave out BUNDLE to serve what was trained here.",
         )
     for folder in folders:
-        # MONAI Label's own, which it writes anew for each training on several GPUs.
+        # MONAI Label's own, which it writes again for each training on several GPUs.
         (folder / "configs" / "monailabel_train.json").unlink(missing_ok=True)
         check_trust(folder, trust)
     return folders

@@ -74,7 +74,7 @@ def test_overlays_on_the_pages_change_ids_that_exist() -> None:
         assert base and unknown == [], f"{block.where}: {unknown}"
 
 
-def test_each_new_page_has_something_that_runs() -> None:
+def test_how_to_pages_have_something_that_runs() -> None:
     for page in ("variants", "scaling", "tracking", "sharing", "troubleshooting"):
         blocks = read_blocks((ROOT / "docs" / f"{page}.md").read_text(), page)
         assert any(block.is_run_here and block.language == "bash" for block in blocks), page

@@ -327,4 +327,4 @@ def test_steps_run_in_order_and_the_first_that_fails_ends_the_study(tmp_path, mo
     assert "4 anatomies to train on; scored: anatomy-05" in said and "2    1.50" in said
     assert main(folder, size="tiny", output=tmp_path / "study") == 3
     assert [words[1] for words in done] == [*(3 * ["phantom", "prepare"]), "merge"]
-    assert "step 7 ended with 3; started again, it goes on there" in capsys.readouterr().err
+    assert "step 7 ended with 3; started again, it resumes there" in capsys.readouterr().err

@@ -58,7 +58,7 @@ def check_counts(**counts: object) -> None:
         raise InputError.many("ids that must be whole numbers of at least 1", rows, "Give another number.")
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error, the one that it was raised from, and so on."""
     while error is not None:
         yield error
@@ -71,7 +71,7 @@ def find_input_error(error: BaseException | None) -> InputError | None:
     ``monai.bundle`` and Ignite wrap what goes wrong in a configuration into errors of their own. PyTorch makes an error
     out of the traceback of one in a loading process, whose last lines are its words.
     """
-    for each in _chain(error):
+    for each in chain(error):
         if found := _IN_A_LOADER.match(str(each)):
             return InputError(found[1].rstrip())
         if isinstance(each, InputError):
@@ -81,7 +81,7 @@ def find_input_error(error: BaseException | None) -> InputError | None:
 
 def find_missing_id(error: BaseException | None) -> str | None:
     """What ``monai.bundle`` says of an id that no config file has; None if an error is another."""
-    for each in _chain(error):
+    for each in chain(error):
         if isinstance(each, ValueError) and (said := str(each)).endswith("is not defined in the config content."):
             return said.removesuffix(".")
     return None
@@ -109,7 +109,7 @@ def find_fault(error: BaseException | None) -> str | None:
     Args:
         error: anything that was raised; of the errors that it was raised from, the earliest one counts.
     """
-    for each in reversed([*_chain(error)]):
+    for each in reversed([*chain(error)]):
         if found := _fault(each):
             return found
     return None
@@ -153,7 +153,7 @@ def describe(error: BaseException) -> tuple[str, bool]:
     if missing := find_missing_id(error):
         remedy = "evaluate.json, give it after train.json: --config_file \"['.../train.json','.../evaluate.json']\""
         return f"{missing}; check its spelling, or, for {remedy}", True
-    *_, cause = _chain(error)
+    *_, cause = chain(error)
     first = (str(cause).strip().splitlines() or [""])[0]
     return f"{type(cause).__name__}: {first}; this was not foreseen: please report it with the lines above", False
 

@@ -3,7 +3,7 @@
 
 Pretrains on heads of four fifths of the anatomies, trains three tasks on them with shares of the labels, from the
 encoder and from scratch, and scores all of it on heads of the anatomies that are left. Every step is a command that a
-user would type. Started again, it goes on where it stopped.
+user would type. Started again, it resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(
         done = subprocess.run(step.words, env={"OMP_NUM_THREADS": "1", **os.environ}, check=False)
         if done.returncode:
             print(
-                f"\nmake study: step {number} ended with {done.returncode}; started again, it goes on there",
+                f"\nmake study: step {number} ended with {done.returncode}; started again, it resumes there",
                 file=sys.stderr,
             )
             return done.returncode

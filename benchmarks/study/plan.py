@@ -170,7 +170,7 @@ class Study:
             path.write_text(json.dumps(ids, indent=4) + "\n", encoding="utf-8")
 
     def steps(self) -> list[Step]:
-        """All commands; each goes on where it stopped, and does nothing twice."""
+        """All commands; each resumes where it stopped, and does nothing twice."""
         training, scored = split_anatomies(self.anatomies)
         data = self.root / "data"
         steps = []

@@ -11,7 +11,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from classification_bundle import INFERENCE_ONLY, SIDE, configs, run, workflow
+from bundle_workflow import configs
+from classification_bundle import INFERENCE_ONLY, SIDE, run, workflow
 from csv_rows import read_rows
 from monai.bundle import ConfigWorkflow
 from prepared import ROOT

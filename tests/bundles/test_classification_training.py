@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from classification_bundle import SIZES, configs, run, workflow
+from bundle_workflow import configs
+from classification_bundle import SIZES, run, workflow
 from csv_rows import read_rows
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
@@ -27,7 +28,7 @@ from segmentation_bundle import Broken
 from sklearn.metrics import roc_auc_score
 
 from volta_components.downstream.metrics import sensitivity_specificity, youden_threshold
-from volta_components.errors import InputError
+from volta_components.errors import InputError, find_input_error
 from volta_components.files import read_json
 from volta_components.method.weights import load_encoder, save_encoder
 
@@ -296,9 +297,7 @@ def cause_of(bundle: str, data: Path, encoder: Path, output: Path, *names: str, 
     """The message of the input error that a run ends with, before anything is trained."""
     with pytest.raises((RuntimeError, InputError)) as caught:
         run(bundle, ("train", *names), data, encoder, output, **changes)
-    error: BaseException | None = caught.value
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__ or error.__context__
+    error = find_input_error(caught.value)
     assert error is not None, caught.value
     assert not (output / "checkpoint.pt").exists()
     return str(error)

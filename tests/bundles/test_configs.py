@@ -20,7 +20,7 @@ from packed import BUNDLES, random_weights
 from prepared import ROOT
 
 from volta_components import bundle as volta
-from volta_components.errors import InputError
+from volta_components.errors import InputError, explain_input_errors, find_input_error
 from volta_components.files import read_json
 from volta_components.sharing.pack import assemble
 from volta_components.training.checkpoint import ResumableCheckpoint
@@ -41,7 +41,7 @@ def test_expressions_call_what_is_there_and_nothing_else_is_offered() -> None:
     for name in used:
         assert callable(getattr(volta, name)), name
     assert used == {name for name in dir(volta) if not name.startswith("_")} - {
-        *("Any", "annotations", "import_module", "keep_private")
+        *("Any", "annotations", "explain_input_errors", "import_module", "keep_private")
     }
     assert not re.findall(r'"\$from volta_components|"\$import os', text)
     with pytest.raises(AttributeError, match=r"volta_components\.bundle' has no attribute 'load_everything'"):
@@ -267,6 +267,7 @@ def test_an_evaluation_without_train_json_says_what_to_give(
     bundle: str, downloaded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    explain_input_errors()  # as importing volta_components.bundle does, which happened before this test
     made = workflow(downloaded, bundle, "train", ("evaluate",))
     made.initialize()
     with pytest.raises(ValueError, match="is not defined in the config content") as caught:
@@ -306,8 +307,6 @@ def test_a_run_without_data_ends_before_anything_is_done(
     made.initialize()
     with pytest.raises((InputError, RuntimeError)) as caught:
         made.run()
-    error: BaseException | None = caught.value
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__
+    error = find_input_error(caught.value)
     assert re.search(r"no such datalist; make one with: volta3d prepare|no such folder, volume or datalist", str(error))
     assert list(tmp_path.iterdir()) == []

@@ -94,8 +94,10 @@ def official() -> Path:
 
 @pytest.mark.parametrize("bundle", BUNDLES)
 def test_metadata_has_the_form(bundle: str, schema: Path) -> None:
+    """By jsonschema and by MONAI's command, which downloads nothing where ``filepath`` is there already."""
     content = json.loads(metadata(bundle).read_text())
     assert [error.message for error in validator(schema).iter_errors(content)] == []
+    verify_metadata(meta_file=str(metadata(bundle)), filepath=str(schema))
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)

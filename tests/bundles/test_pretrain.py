@@ -299,12 +299,6 @@ def monai_bundle(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     runpy.run_module("monai.bundle", run_name="__main__")
 
 
-def test_metadata_is_valid(monkeypatch: pytest.MonkeyPatch, schema: Path) -> None:
-    """``--filepath`` names a schema that is already there, so that nothing is downloaded."""
-    meta = str(PRETRAIN / "metadata.json")
-    monai_bundle(monkeypatch, "verify_metadata", "--meta_file", meta, "--filepath", str(schema))
-
-
 @pytest.mark.parametrize(
     "spoil",
     [

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_net_in_out
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNETR, UNet
 from segmentation_bundle import BUNDLE, NETWORK, OVERLAYS, SIZES, configs, workflow
@@ -22,10 +21,7 @@ from volta_components.downstream.start import load_model
 from volta_components.files import read_json
 
 
-def test_metadata_is_valid(schema: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "schema.json"
-    shutil.copy(schema, copy)
-    verify_metadata(meta_file=configs("metadata")[0], filepath=str(copy))
+def test_metadata_name_the_channels_as_the_classes() -> None:
     data_format = read_json(configs("metadata")[0])["network_data_format"]
     assert list(data_format["outputs"]["pred"]["channel_def"].values()) == read_json(configs("train")[0])["class_names"]
 
@@ -61,7 +57,7 @@ def test_the_starter_model_fits_its_overlay_and_says_what_it_was_trained_on() ->
     assert record["tags"]["phantom"] == "true"
 
 
-def test_overlays_are_a_few_lines_and_change_ids_that_exist() -> None:
+def test_overlays_change_ids_that_exist() -> None:
     train, unet = (read_json(path) for path in configs("train", "unet_scratch"))
     for name in OVERLAYS:
         overlay = read_json(configs(name)[0])

@@ -86,7 +86,7 @@ def test_of_many_volumes_all_sizes_and_some_headers_are_looked_at(data: Path, mo
     read: list[Path] = []
     header_of = checks.header_of
     monkeypatch.setattr(checks, "header_of", lambda path: read.append(path) or header_of(path))
-    check_volumes(datalist, workers=1)
+    check_volumes(datalist)
     assert list(map(Path, read)) == files[::2]
     # Of the right length, so that only its header tells; it is read before the network sees the volume.
     save(files[1], np.ones(SHAPE), 2.0)

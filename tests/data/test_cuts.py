@@ -4,7 +4,7 @@
 import numpy as np
 import pytest
 
-from volta_components.data.cuts import SIDES, find_cuts
+from volta_components.data.cuts import FACES, find_cuts
 
 
 def test_a_foreground_of_a_few_voxels_is_no_head(rng):
@@ -23,7 +23,7 @@ def test_a_slab_of_eight_millimetres_that_is_cut_off_is_marked_and_a_whole_head_
     # The field of view ends where the head does.
     box = tuple(slice(int(index.min()), int(index.max()) + 1) for index in np.nonzero(head))
     assert find_cuts(head[box], coarse[box], mm) == []
-    axis, last = divmod(SIDES.index(side), 2)
-    part = (slice(None),) * axis + (slice(None, -4) if last else slice(4, None),)
+    axis, place = FACES[side]
+    part = (slice(None),) * axis + (slice(None, -4) if place else slice(4, None),)
     (mark,) = find_cuts(head[box][part], coarse[box][part], mm)
     assert mark.startswith(f"the field of view ends within the head at the {side}")

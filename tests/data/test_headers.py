@@ -12,7 +12,8 @@ from broken_volumes import edit, pixdim
 
 from volta_components.data.geometry import describe_difference
 from volta_components.data.headers import read_header
-from volta_components.data.volumes import UnusableVolume, read_volume
+from volta_components.data.unusable import UnusableVolume
+from volta_components.data.volumes import read_volume
 
 TURN = tiny.rotation(6, -9, 14)
 

@@ -6,7 +6,8 @@ import tiny_datasets as tiny
 
 from volta_components.data.labels import read_labels
 from volta_components.data.layouts.common import LabelFile
-from volta_components.data.volumes import UnusableVolume, read_volume
+from volta_components.data.unusable import UnusableVolume
+from volta_components.data.volumes import read_volume
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from volta_components.data.preprocess import (
     snr_like,
 )
 from volta_components.data.resample import resample, resample_label
-from volta_components.data.survey import UnusableVoxels, survey
+from volta_components.data.survey import survey
+from volta_components.data.unusable import UnusableVoxels
 from volta_components.data.volumes import Volume
 
 SMALL = Settings(shape=(28, 30, 32))

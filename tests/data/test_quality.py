@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from volta_components.data.cuts import SIDES
+from volta_components.data.cuts import FACES
 from volta_components.data.labels import SIDE_COLOURS
 from volta_components.data.quality import (
     THUMBNAIL,
@@ -27,7 +27,7 @@ def row(**changes):
         "foreground_fraction": 0.3,
         "mean": 0.5,
         "snr": 20.0,
-        **{f"cut_{side}": 0.0 for side in SIDES},
+        **{f"cut_{side}": 0.0 for side in FACES},
         "warnings": [],
         **changes,
     }

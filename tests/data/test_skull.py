@@ -13,7 +13,8 @@ from volta_components.data.prepare import prepare
 from volta_components.data.preprocess import Settings, prepare_volume
 from volta_components.data.skull import apply_mask, is_stripped
 from volta_components.data.survey import MAYBE_STRIPPED, survey
-from volta_components.data.volumes import UnusableVolume, Volume, read_volume
+from volta_components.data.unusable import UnusableVolume
+from volta_components.data.volumes import Volume, read_volume
 
 OPTIONS = {"spacing": 1.0, "shape": (28, 30, 32), "workers": 1, "folds": 1}
 SCAN = tiny.grid("LPS", turn=tiny.rotation(5, 0, 8))

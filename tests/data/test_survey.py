@@ -8,7 +8,8 @@ import tiny_datasets as tiny
 from scipy import ndimage
 
 from volta_components.data.preprocess import BRAIN_IN_HEAD, Settings, prepare_volume
-from volta_components.data.survey import UnusableVoxels, find_foreground, otsu_threshold, survey
+from volta_components.data.survey import find_foreground, otsu_threshold, survey
+from volta_components.data.unusable import UnusableVoxels
 from volta_components.data.volumes import Volume
 
 SETTINGS = Settings(spacing=(3.0, 3.0, 3.0), shape=(56, 64, 60))

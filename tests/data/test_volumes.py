@@ -9,8 +9,9 @@ import pytest
 import tiny_datasets as tiny
 from broken_volumes import BROKEN, SHAPE, edit, good, pixdim, ramp
 
-from volta_components.data.survey import UnusableVoxels, survey
-from volta_components.data.volumes import UnusableVolume, read_header, read_volume, volume_stem
+from volta_components.data.survey import survey
+from volta_components.data.unusable import UnusableVolume, UnusableVoxels
+from volta_components.data.volumes import read_header, read_volume, volume_stem
 
 
 @pytest.mark.parametrize("kind", BROKEN)

@@ -6,8 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bundle_workflow import training_workflow
 from monai.bundle import ConfigWorkflow
-from prepared import ROOT
 
 from volta_components.files import read_json
 
@@ -37,10 +37,6 @@ SIZES: dict[str, Any] = {
 INFERENCE_ONLY = {key: SIZES[key] for key in list(SIZES)[:8]}
 
 
-def configs(bundle: str, *names: str) -> list[str]:
-    return [str(ROOT / "bundles" / bundle / "configs" / f"{name}.json") for name in names]
-
-
 def workflow(
     bundle: str,
     names: tuple[str, ...],
@@ -50,26 +46,9 @@ def workflow(
     sizes: dict[str, Any] | None = None,
     **changes: Any,
 ) -> ConfigWorkflow:
-    """A bundle's workflow on the small data set, as ``monai.bundle run`` makes it."""
-    settings = {
-        **(SIZES if sizes is None else sizes),
-        "bundle_root": str(ROOT / "bundles" / bundle),
-        "dataset_dir": str(data),
-        "encoder_path": str(encoder),
-        "output_dir": f"${str(output)!r}",
-        **changes,
-    }
-    made = ConfigWorkflow(
-        config_file=configs(bundle, *names),
-        meta_file=configs(bundle, "metadata")[0],
-        logging_file=False,
-        workflow_type="train",
-        **settings,
-    )
-    made.parser["train"]["handlers"] = [
-        handler for handler in made.parser["train"]["handlers"] if "ProgressBar" not in str(handler)
-    ]
-    return made
+    """A bundle's workflow on the small data set."""
+    ids = {**(SIZES if sizes is None else sizes), "encoder_path": str(encoder), **changes}
+    return training_workflow(bundle, names, data, output, **ids)
 
 
 def run(*args: Any, **changes: Any) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bundle_workflow import configs as configs_of
+from bundle_workflow import training_workflow
 from labelled_scans import SIDE
 from monai.bundle import ConfigWorkflow
 from prepared import ROOT
 
-from volta_components.errors import InputError
+from volta_components.errors import InputError, find_input_error
 
 BUNDLE = ROOT / "bundles" / "harp_hippocampus"
 OVERLAYS = ["unetr_scratch", "unet_scratch", "frozen", "full", "gentle", "tiny", "multi_gpu_train"]
@@ -43,30 +45,14 @@ SIZES: dict[str, Any] = {
 
 
 def configs(*names: str) -> list[str]:
-    return [str(BUNDLE / "configs" / f"{name}.json") for name in names]
+    return configs_of(BUNDLE.name, *names)
 
 
 def workflow(
     names: tuple[str, ...], data: Path, output: Path, sizes: dict[str, Any] | None = None, **changes: Any
 ) -> ConfigWorkflow:
-    """The bundle's workflow on the small data set, as ``monai.bundle run`` makes it."""
-    settings = {
-        **(SIZES if sizes is None else sizes),
-        "bundle_root": str(BUNDLE),
-        "dataset_dir": str(data),
-        "output_dir": f"${str(output)!r}",
-        **changes,
-    }
-    made = ConfigWorkflow(
-        config_file=configs(*names),
-        meta_file=configs("metadata")[0],
-        logging_file=False,
-        workflow_type="train",
-        **settings,
-    )
-    handlers = made.parser["train"]["handlers"]
-    made.parser["train"]["handlers"] = [item for item in handlers if "ProgressBar" not in str(item)]
-    return made
+    """The bundle's workflow on the small data set."""
+    return training_workflow(BUNDLE.name, names, data, output, **{**(SIZES if sizes is None else sizes), **changes})
 
 
 def run(names: tuple[str, ...], data: Path, output: Path, **changes: Any) -> ConfigWorkflow:
@@ -87,8 +73,6 @@ def input_error(*words: str) -> Iterator[None]:
     """Expect an ``InputError`` with these words; MONAI wraps what an expression raises."""
     with pytest.raises((InputError, RuntimeError)) as caught:
         yield
-    error: BaseException | None = caught.value
-    while error is not None and not isinstance(error, InputError):
-        error = error.__cause__
+    error = find_input_error(caught.value)
     assert error is not None, caught.value
     assert [word for word in words if word not in str(error)] == []

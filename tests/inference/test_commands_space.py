@@ -68,7 +68,8 @@ def test_attention_lies_on_the_scans_grid(encoder_bundle: Path, raw: Path, tmp_p
         np.testing.assert_allclose(saved.affine, scan.affine, atol=1e-4)
         prepared = prepare_volume(read_volume(path), Settings(shape=(SIDE,) * 3))
         with torch.no_grad():
-            expected = network.attention_map(torch.from_numpy(prepared.image)[None, None])[0, 0].numpy()
+            volume = torch.from_numpy(prepared.image)[None, None]
+            expected = network.attention_on_voxels(network.encode(volume), volume)[0, 0].numpy()
         assert expected.std() > 0.01
         voxels = rng.integers(0, scan.shape, size=(500, 3))
         places = nib.affines.apply_affine(np.linalg.inv(prepared.affine) @ scan.affine, voxels)

@@ -112,7 +112,8 @@ def test_attention_maps_lie_on_the_image(tmp_path: Path) -> None:
         assert saved.shape == IMAGE
         np.testing.assert_allclose(saved.affine, AFFINE)
         with torch.no_grad():
-            expected = network.attention_map(item["image"].as_tensor()[None])[0, 0].numpy()
+            volume = item["image"].as_tensor()[None]
+            expected = network.attention_on_voxels(network.encode(volume), volume)[0, 0].numpy()
         np.testing.assert_allclose(saved.get_fdata(), expected, rtol=1e-5)
         assert saved.get_fdata().mean() == pytest.approx(1.0, abs=0.1)
 

@@ -156,11 +156,12 @@ def test_attention_sums_to_one_and_its_map_has_the_images_size() -> None:
     network = tiny_network().eval()
     image = torch.rand(2, 1, 16, 8, 12)
     with torch.no_grad():
-        weights = network.summary_attention(network.encode(image))
+        tokens = network.encode(image)
+        weights = network.summary_attention(tokens)
         assert weights.shape == (2, 4 * 2 * 3)
         torch.testing.assert_close(weights.sum(dim=1), torch.ones(2))
         assert (weights >= 0).all()
-        volume = network.attention_map(image)
+        volume = network.attention_on_voxels(tokens, image)
     assert volume.shape == image.shape
     torch.testing.assert_close(volume.mean(dim=(1, 2, 3, 4)), torch.ones(2))
     # Where the map reaches its peak, the token there is the one that is looked at most.

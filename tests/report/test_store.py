@@ -97,12 +97,13 @@ def test_runs_by_hand_alone_are_reported_and_said_to_be(writer, run):
     ("changes", "says"),
     [
         ({"params": {"learning_rate": "0.01"}}, "learning_rate is 0.0001 or 0.01"),
+        ({"params": {"crops.num_samples": "4"}}, "crops.num_samples is 2 or 4"),
         ({"encoder_sha256": "a" * 64}, f"encoder_sha256 is {'a' * 64} or {'e' * 64}"),
         ({"crossval_recipe": "b" * 64}, "the merged configuration's hash is aaaaaaaa or bbbbbbbb"),
     ],
 )
 def test_a_row_of_mixed_settings_is_an_alarm_at_its_table(writer, run, tmp_path, changes, says):
-    same = {"crossval_recipe": "a" * 64, "params": {"learning_rate": "0.0001"}}
+    same = {"crossval_recipe": "a" * 64, "params": {"learning_rate": "0.0001", "crops.num_samples": "2"}}
     run("volta", 0, **same)
     run("volta", 1, **(same | changes))
     for fold in (0, 1):  # another row has settings of its own

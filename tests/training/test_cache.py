@@ -28,7 +28,7 @@ def test_cached_samples_equal_fresh_ones_and_depend_on_epoch_and_index_alone() -
     torch.testing.assert_close(samples[0], samples[3], rtol=0, atol=0)
     assert not torch.equal(samples[0], samples[1])
     assert cached[(2, 1)]["key"].tolist() == [2, 1]
-    cached.fill(workers=2)
+    cached.fill()
     before = len(calls)
     assert [int(cached[index]["label"]) for index in range(4)] == [0, 1, 2, 3]
     assert len(calls) == before

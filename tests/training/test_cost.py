@@ -70,7 +70,7 @@ def test_hours_add_up_over_a_resume_without_the_pause(
         "peak_memory_gib": 3.0,
         "code_versions": ["1+aaa", "1+bbb"],
     }
-    assert "was trained by code 1+aaa, and goes on with 1+bbb" in caplog.text
+    assert "was trained with code 1+aaa and resumes with 1+bbb" in caplog.text
 
 
 def test_memory_is_that_of_the_run_s_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

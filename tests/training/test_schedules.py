@@ -39,11 +39,6 @@ def test_teacher_momentum_rises_by_cosine() -> None:
     assert values == sorted(values)
 
 
-def test_warm_up_may_start_above_zero() -> None:
-    rate = CosineSchedule(1.0, 0.0, 20, 4, warmup_start=0.2)
-    assert [rate(step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-
-
 def test_degenerate_lengths() -> None:
     assert CosineSchedule(3.0, 1.0, 1)(0) == 1.0
     assert CosineSchedule(3.0, 1.0, 5, 5)(4) == pytest.approx(2.4)  # nothing but warm-up

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import random
 import shutil
 import signal
@@ -158,6 +161,30 @@ def test_a_locked_store_is_named(store: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(InputError, match=r"mlruns\.db: MLflow's store is locked by another process; wait for it"):
         prepare_store(uri(store))
     other.close()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_disk_that_cannot_lock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Before 3.21, filelock took it for a lock that another process holds, and waited for ever."""
+
+    def flock(*_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(InputError, match=rf"mlruns\.db: MLflow's store cannot be made \({os.strerror(number)}\)"):
+        prepare_store(uri(tmp_path / "mlruns.db"))
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_store_is_made_on_a_disk_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 3.24 on, filelock then takes the file's being there for the lock."""
+
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    prepare_store(uri(tmp_path / "mlruns.db"))
+    assert [item.name for item in tmp_path.iterdir()] == ["mlruns.db"]
 
 
 def test_a_config_prepares_the_store_that_it_names(

@@ -23,8 +23,9 @@ class Books:
     by_option: tuple[str, ...]
     problems: tuple[str, ...]
 
-    def line(self, limit: int = 20) -> str:
-        """The books in one line, with names of those who are left out."""
+    def line(self) -> str:
+        """The books in one line, with the first 20 names of those who are left out."""
+        limit = 20
 
         def named(people: tuple[str, ...]) -> str:
             some = ", ".join(people[:limit]) + (f" and {len(people) - limit} more" if len(people) > limit else "")

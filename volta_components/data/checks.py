@@ -19,8 +19,7 @@ from volta_components.data.items import HASH_OF, PATHS
 from volta_components.data.nifti import DTYPES
 from volta_components.data.places import file_of, header_of, place_of, sha256_of, volume_of
 from volta_components.data.remote import forget, is_remote
-from volta_components.data.unusable import named_errors
-from volta_components.data.volumes import UnusableVolume
+from volta_components.data.unusable import UnusableVolume, named_errors
 from volta_components.errors import InputError
 
 _AGAIN = "run the same volta3d prepare again (what is whole is kept)"
@@ -31,7 +30,7 @@ _REMEDY = "Run the same volta3d prepare again (what is whole is kept), or remove
 _HEADERS = 2_500
 
 
-def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = None) -> None:
+def check_volumes(datalist: Datalist, deep: bool = False) -> None:
     """Check that every volume of a datalist is there and is what the datalist says, before a training starts.
 
     By default every file's size is looked at, and the headers of up to 2,500 of them, evenly chosen, and of all that
@@ -55,7 +54,7 @@ def check_volumes(datalist: Datalist, deep: bool = False, workers: int | None = 
         warnings.warn(f"{datalist.path}: {note}", stacklevel=2)
     share = items[process_rank() :: process_count()]
     is_shown = deep and process_rank() == 0
-    rows = sorted(gather_objects(unusable_volumes(datalist, share, deep, workers, is_shown)))
+    rows = sorted(gather_objects(unusable_volumes(datalist, share, deep, is_shown)))
     if rows:
         raise InputError.many(f"{datalist.path}: {len(rows)} files of {len(items)} items cannot be used", rows, _REMEDY)
 
@@ -64,7 +63,6 @@ def unusable_volumes(
     datalist: Datalist,
     items: Sequence[Mapping[str, Any]],
     deep: bool = False,
-    workers: int | None = None,
     is_shown: bool = False,
 ) -> list[tuple[str, str, str]]:
     """Subject, file and reason of each volume of a datalist that is not what the datalist says.
@@ -73,7 +71,6 @@ def unusable_volumes(
         datalist: the datalist.
         items: those of it to look at.
         deep: read every voxel too.
-        workers: threads.
         is_shown: show a progress bar.
     """
     step = -(-len(items) // _HEADERS)
@@ -106,7 +103,7 @@ def unusable_volumes(
     checked = thread_map(
         examine_all,
         batches,
-        max_workers=workers or joblib.cpu_count(),
+        max_workers=joblib.cpu_count(),
         desc="checking volumes",
         unit="volume",
         leave=False,

@@ -8,7 +8,6 @@ from scipy import ndimage
 
 # Each side of a volume: the axis that leads to it, and the place of its face there.
 FACES = {"left": (0, 0), "right": (0, -1), "back": (1, 0), "front": (1, -1), "bottom": (2, 0), "top": (2, -1)}
-SIDES = tuple(FACES)
 OTHER_AXES = ((1, 2), (0, 2), (0, 1))  # of each axis
 # Share of the head's largest cross-section on a face of the field of view, beyond which the head is cut there. Whole
 # heads (one real, one template, 6 phantoms, 8 label maps) have up to 0.07 on these faces, 0.10 at the front. Without

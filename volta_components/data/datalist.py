@@ -2,7 +2,7 @@
 """The one datalist format: written by ``volta3d prepare``, read by every bundle, checked and merged here.
 
 It is MONAI's Decathlon-style JSON (``monai.data.load_decathlon_datalist`` reads it as it is), with what that lacks: who
-each volume is of, in which fold, whence it came, and hashes of all of it.
+each volume is of, in which fold, where it came from, and hashes of all of it.
 """
 
 from __future__ import annotations

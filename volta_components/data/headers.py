@@ -101,7 +101,7 @@ def megabytes(n: float) -> str:
     return f"{n / 1e6:.1f}" if n >= 1e5 else f"{n / 1e6:.4f}"
 
 
-def too_short(path: Path, size: int, wanted: int, offset: int = 0) -> UnusableVolume:
+def too_short(path: Path, size: int, wanted: int, offset: int) -> UnusableVolume:
     """The error of a file that ends early, or that says by ``offset`` that its voxels begin later than they do."""
     if offset not in _USUAL_OFFSETS:
         return UnusableVolume(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Items of a datalist as one string of bytes, so that a training needs little memory for a large data set."""
+"""Items of a datalist: their names, and all of them as one string of bytes, which takes little memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import json
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -19,6 +19,11 @@ PATHS = ("image", "label")
 HASH_OF = {"image": "sha256", "label": "label_sha256"}
 _BLOCK = 64  # items that are compressed together: most of what they say is the same
 _decode = json.JSONDecoder().decode
+
+
+def item_name(item: Mapping[str, Any]) -> str:
+    """Subject and session, as files are named."""
+    return "_".join(str(item[key]) for key in ("subject_id", "session") if item.get(key))
 
 
 @dataclass(slots=True)

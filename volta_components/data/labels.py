@@ -11,7 +11,8 @@ from nibabel.affines import apply_affine, voxel_sizes
 
 from volta_components.data.geometry import largest_distance
 from volta_components.data.layouts.common import LEFT, RIGHT, LabelFile
-from volta_components.data.volumes import UnusableVolume, Volume, canonical, read_volume, whole_numbers
+from volta_components.data.unusable import UnusableVolume
+from volta_components.data.volumes import Volume, canonical, read_volume, whole_numbers
 
 SIDES = {"left": LEFT, "right": RIGHT}
 # In every picture. People who are colour-blind can tell them apart, on grey as well.

@@ -20,8 +20,8 @@ from volta_components.data.layouts.common import LabelFile
 from volta_components.data.places import image_of, place_of
 from volta_components.data.preprocess import Settings, on_grid, prepare_volume
 from volta_components.data.quality import find_marks
-from volta_components.data.survey import UnusableVoxels
-from volta_components.data.volumes import UnusableVolume, Volume, read_volume
+from volta_components.data.unusable import UnusableVolume, UnusableVoxels
+from volta_components.data.volumes import Volume, read_volume
 
 
 class LoadScand(MapTransform):
@@ -41,9 +41,8 @@ class LoadScand(MapTransform):
 
     Shapes:
         scan: ``MetaTensor`` ``[1, D, H, W]``, float32 in [0, 1], with its own grid in ``original_affine`` and
-        ``spatial_shape`` of its ``meta``, and in ``marks`` what ``volta3d
-        prepare`` would mark, or has marked by the item's ``marks``; label map:
-        ``MetaTensor`` ``[1, D, H, W]``, uint8.
+        ``spatial_shape`` of its ``meta``, and in ``marks`` what ``volta3d prepare`` would mark, or has marked by the
+        item's ``marks``; label map: ``MetaTensor`` ``[1, D, H, W]``, uint8.
 
     Raises:
         InputError: if a file cannot be used, naming it and the remedy.

@@ -31,8 +31,8 @@ def largest_error(dtype: str) -> float:
 def nifti_header(
     voxels: np.ndarray,
     affine: np.ndarray,
-    code: int = 1,
-    slope: float = 1.0,
+    code: int,
+    slope: float,
     like: str | os.PathLike[str] | None = None,
 ) -> nib.Nifti1Header:
     """Header of a single NIfTI-1 file.

@@ -22,7 +22,7 @@ from volta_components.data.datalist import (
 )
 from volta_components.data.fingerprint import near_copies_of
 from volta_components.data.identity import are_phantoms, canonical_patient_id, is_worldwide, loose_person, voxel_hashes
-from volta_components.data.items import PATHS
+from volta_components.data.items import PATHS, item_name
 from volta_components.data.places import file_of
 from volta_components.data.remote import is_remote
 from volta_components.errors import InputError
@@ -75,7 +75,7 @@ def find_overlaps(datalists: Sequence[Datalist]) -> Overlaps:
             where[patient][i].add(cohort)
             written = (patient, "" if is_worldwide(patient) else cohort)
             alike[loose_person(patient, cohort)][written].add((i, item["fold"]))
-            name = "_".join(str(item[k]) for k in ("subject_id", "session") if item.get(k))
+            name = item_name(item)
             for key in voxel_hashes(item):
                 voxels[key].setdefault((i, name))
             if item.get("fingerprint"):

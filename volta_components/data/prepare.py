@@ -30,7 +30,7 @@ from volta_components.data.overlaps import check_folds, check_phantom_name
 from volta_components.data.preprocess import Settings
 from volta_components.data.skull import attach_masks
 from volta_components.data.tables import KNOWN_DIAGNOSES, parse_diagnosis
-from volta_components.data.worker import STATE, Task, finished, read_record, run
+from volta_components.data.worker import STATE, Task, finished, run, volume_record
 from volta_components.errors import InputError
 from volta_components.files import FolderLock, free_bytes, read_json, write_json
 
@@ -163,7 +163,7 @@ def prepare(
         mine = [task for i, task in enumerate(tasks) if i % n_shards == index]
         _check_space(target, settings, [task for task in mine if finished(task) is None])
         run(mine, n_workers)
-        records = [record for task in tasks if (record := read_record(task)) is not None]
+        records = [record for task in tasks if (record := volume_record(task)) is not None]
         if waiting := len(tasks) - len(records):
             print(f"shard {index + 1} of {n_shards} is done; {waiting} volumes are left to others")
             print("The last shard to end writes the datalist (so does the same command without --shard).")

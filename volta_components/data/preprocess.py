@@ -19,10 +19,11 @@ import nibabel as nib
 import numpy as np
 from nibabel.affines import apply_affine, from_matvec, obliquity, voxel_sizes
 
-from volta_components.data.cuts import FACES, SIDES
+from volta_components.data.cuts import FACES
 from volta_components.data.resample import orthogonal_axes, resample, resample_label
 from volta_components.data.skull import is_stripped
-from volta_components.data.survey import MAYBE_STRIPPED, Survey, UnusableVoxels, block_middles, coarse_affine, survey
+from volta_components.data.survey import MAYBE_STRIPPED, Survey, block_middles, coarse_affine, survey
+from volta_components.data.unusable import UnusableVoxels
 from volta_components.data.volumes import Volume
 
 PERCENTILES = (0.5, 99.5)
@@ -102,7 +103,7 @@ def place_window(
         stripped: whether the scan shows a brain without skull.
 
     Returns:
-        ``[4, 4]`` affine of the target grid; shares of the foreground that are cut (``total`` and each of ``SIDES``).
+        ``[4, 4]`` affine of the target grid; shares of the foreground that are cut (``total`` and each of ``FACES``).
 
     Raises:
         UnusableVoxels: if there is no foreground, or the labels do not fit the window.
@@ -237,7 +238,7 @@ def prepare_volume(
         "snr": None if (snr := snr_like(image)) is None else round(snr, 2),
         "stripped": stripped,
         "cut": round(cut["total"], 5),
-        **{f"cut_{side}": round(cut[side], 5) for side in SIDES},
+        **{f"cut_{side}": round(cut[side], 5) for side in FACES},
     }
     result_label = None
     if label is not None and label_affine is not None:

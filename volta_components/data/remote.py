@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from volta_components.data.unusable import UnusableVolume
+from volta_components.data.unusable import UnusableVolume, one_line
 from volta_components.files import atomic_path
 
 _REMEDY = "look at the address and the network"
@@ -67,8 +67,7 @@ def _fetch(url: str, path: Path) -> None:
     except UnusableVolume:
         raise
     except Exception as error:  # each kind of address has errors of its own
-        words = " ".join(str(error).split()) or type(error).__name__
-        raise UnusableVolume(url, f"cannot be fetched ({words})", _REMEDY) from error
+        raise UnusableVolume(url, f"cannot be fetched ({one_line(error)})", _REMEDY) from error
 
 
 def _make_room(folder: Path, size: int, url: str) -> None:

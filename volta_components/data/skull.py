@@ -140,8 +140,8 @@ def is_stripped(seen: Survey) -> bool:
     Checked on scans that had no part in choosing the limits: 21 phantoms of other seeds (11 of the template, all
     without skull; 10 of label maps, one without) and a real head, each as it is, with its background set to 0, and with
     everything below its 5th percentile set to 0. 63 of 66 came out right; the other 3, heads with few rays or none,
-    led to the rule for these. Rays cross bone in 0.00 to 0.20 of brains
-    and in 0.44 to 1.00 of heads with enough of them; fullness is 0.48 to 0.72, so that it decides on none of them.
+    led to the rule for these. Rays cross bone in 0.00 to 0.20 of brains and in 0.44 to 1.00 of heads with enough of
+    them; fullness is 0.48 to 0.72, so that it decides on none of them.
     """
     outside = block_middles(seen)[~seen.foreground]
     if not outside.size or not seen.foreground.any():

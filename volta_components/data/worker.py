@@ -77,7 +77,7 @@ def _record_name(task: Task) -> str:
 PLACING = 2
 
 
-def read_record(task: Task) -> dict[str, Any] | None:
+def volume_record(task: Task) -> dict[str, Any] | None:
     """What is known of a volume, good or bad; None when it was not come to yet."""
     try:
         record: dict[str, Any] = read_json(task.output / _record_name(task))
@@ -88,7 +88,7 @@ def read_record(task: Task) -> dict[str, Any] | None:
 
 def finished(task: Task) -> dict[str, Any] | None:
     """The record of a volume that needs no work: prepared, from the same files, and still there."""
-    record = read_record(task)
+    record = volume_record(task)
     if record is None or "error" in record or record["stamp"] != _stamp(task.scan, task.source):
         return None
     if record["quality"]["stripped"] and record.get("placing", 1) < PLACING:

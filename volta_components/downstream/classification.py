@@ -14,13 +14,14 @@ import numpy as np
 from ignite.engine import Engine
 
 from volta_components.data.datalist import Datalist
+from volta_components.data.items import item_name
 from volta_components.data.sessions import in_order, spelled_alike
 from volta_components.distributed import process_rank
 from volta_components.downstream.leaks import check_model
 from volta_components.downstream.metrics import auroc_interval, sensitivity_specificity, youden_threshold
 from volta_components.downstream.pictures import write_classification_picture
 from volta_components.downstream.results import PICTURE, PICTURES, FoldResults, ItemRows, Results, with_limits
-from volta_components.downstream.splits import EVERYBODY, Item, Parts, counted, item_name
+from volta_components.downstream.splits import EVERYBODY, Item, Parts, counted
 from volta_components.errors import InputError
 from volta_components.training.cost import training_cost
 

@@ -11,10 +11,12 @@ import joblib
 from tqdm.contrib.concurrent import thread_map
 
 from volta_components.data.datalist import Datalist
+from volta_components.data.items import item_name
 from volta_components.data.labels import SIDES, read_labels
 from volta_components.data.layouts.common import LabelFile
-from volta_components.data.volumes import UnusableVolume, read_volume
-from volta_components.downstream.splits import Parts, item_name, split_items
+from volta_components.data.unusable import UnusableVolume
+from volta_components.data.volumes import read_volume
+from volta_components.downstream.splits import Parts, split_items
 from volta_components.errors import InputError
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from volta_components.data.fingerprint import near_copies
+from volta_components.data.items import item_name
 from volta_components.downstream.inits import is_pretrained
-from volta_components.downstream.splits import item_name, patients_of
+from volta_components.downstream.splits import patients_of
 from volta_components.errors import InputError
 from volta_components.files import sha256_file
 from volta_components.method.weights import find_encoder, read_record

@@ -137,9 +137,6 @@ class SwinClassifier(nn.Module):
         return self.head(self.features(image))
 
 
-NUM_CLASSES = 3
-
-
 class VoltaUNETR(UNETR):
     """MONAI's ``UNETR`` with a number of transformer blocks that can be chosen.
 
@@ -169,7 +166,7 @@ class VoltaUNETR(UNETR):
     def __init__(
         self,
         in_channels: int = 1,
-        out_channels: int = NUM_CLASSES,
+        out_channels: int = 3,
         img_size: Sequence[int] = (96, 96, 96),
         feature_size: int = 16,
         hidden_size: int = 768,

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 PICTURES = "pictures"  # folder beside the scores, and of MLflow's artifacts
 PICTURE = "scored.png"  # in it
 ENDS = ("low", "high")
-FACTS = ("subject_id", "patient_id", "session", "site", "sex", "age")
+PERSON_COLUMNS = ("subject_id", "patient_id", "session", "site", "sex", "age")
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,8 @@ class FoldResults:
     def write_scores(self, path: Path, columns: Sequence[str], items: Sequence[Item], rows: Iterable[Any]) -> None:
         """Write a row for each item: who it is, then its numbers."""
         if process_rank() == 0:
-            facts = ([item.get(key) for key in FACTS] for item in items)
-            write_csv(path, [*FACTS, *columns], ([*who, *row] for who, row in zip(facts, rows, strict=True)))
+            facts = ([item.get(key) for key in PERSON_COLUMNS] for item in items)
+            write_csv(path, [*PERSON_COLUMNS, *columns], ([*who, *row] for who, row in zip(facts, rows, strict=True)))
 
     def write_metrics(
         self, metrics: Mapping[str, float], model: Mapping[str, Any], leak: str, summary: str, **more: Any

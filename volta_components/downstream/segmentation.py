@@ -13,6 +13,7 @@ from ignite.engine import Engine
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor
 
+from volta_components.data.items import item_name
 from volta_components.data.nifti import write_label_map, write_picture_volume
 from volta_components.data.volumes import read_header, read_volume
 from volta_components.distributed import process_rank
@@ -20,7 +21,7 @@ from volta_components.downstream.leaks import check_model
 from volta_components.downstream.metrics import score_intervals, score_mask, summarise_scores
 from volta_components.downstream.pictures import write_overlay
 from volta_components.downstream.results import PICTURE, PICTURES, FoldResults, ItemRows, Results, with_limits
-from volta_components.downstream.splits import Item, counted, item_name
+from volta_components.downstream.splits import Item, counted
 from volta_components.files import write_csv
 from volta_components.training.cost import training_cost
 from volta_components.training.keep_best import KeepBest

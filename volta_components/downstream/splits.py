@@ -18,6 +18,7 @@ from torch import Tensor
 
 from volta_components.data.fingerprint import near_copies_of
 from volta_components.data.identity import canonical_patient_id, loose_person, same_people, voxel_hashes, who
+from volta_components.data.items import item_name
 from volta_components.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -57,11 +58,6 @@ def counted(items: Sequence[Mapping[str, Any]]) -> str:
 def patients_of(items: Iterable[Mapping[str, Any]]) -> set[str]:
     """Patient ids of items."""
     return {str(item["patient_id"]) for item in items}
-
-
-def item_name(item: Mapping[str, Any]) -> str:
-    """Subject and session, as files are named."""
-    return "_".join(str(item[key]) for key in ("subject_id", "session") if item.get(key))
 
 
 def split_items(
@@ -223,7 +219,7 @@ def check_classes(parts: Parts, classes: Sequence[str], fraction: float = 1.0, v
         there = {int(item["label"]) for item in items}
         return [name for index, name in enumerate(classes) if index not in there]
 
-    def counted(items: Sequence[Item]) -> str:
+    def by_class(items: Sequence[Item]) -> str:
         counts = Counter(classes[int(item["label"])] for item in items)
         return ", ".join(f"{counts[name]} {name}" for name in classes)
 
@@ -232,22 +228,22 @@ def check_classes(parts: Parts, classes: Sequence[str], fraction: float = 1.0, v
 
     if missing := lacking(parts.scored):
         raise InputError.many(
-            f"the scored fold has no scan labelled {', '.join(missing)}; it has {counted(parts.scored)}",
+            f"the scored fold has no scan labelled {', '.join(missing)}; it has {by_class(parts.scored)}",
             listed(parts.scored),
             "Prepare the data set with fewer folds (volta3d prepare --folds), or with more subjects.",
         )
     whole = [*parts.training, *parts.validation, *parts.unused]
     if missing := lacking(whole):
         raise InputError.many(
-            f"the training part has no scan labelled {', '.join(missing)}; it has {counted(whole)}",
+            f"the training part has no scan labelled {', '.join(missing)}; it has {by_class(whole)}",
             listed(whole),
             "Prepare the data set with more folds, or with more subjects.",
         )
     for name, items in (("training", parts.training), ("inner validation", parts.validation)):
         if (name == "training" or validation) and (missing := lacking(items)):
             raise InputError.many(
-                f"fraction {fraction:g} is too small: of {len(whole)} scans in the training part ({counted(whole)}) it "
-                f"leaves no scan labelled {', '.join(missing)} for {name}; there are {counted(items)}",
+                f"fraction {fraction:g} is too small: of {len(whole)} scans in the training part ({by_class(whole)}) "
+                f"it leaves no scan labelled {', '.join(missing)} for {name}; there are {by_class(items)}",
                 listed(items),
                 "Take a larger fraction, or prepare more subjects.",
             )

@@ -62,7 +62,7 @@ def freeze_encoder(encoder: nn.Module, unfrozen_blocks: int) -> None:
     freeze_cross_attention(encoder)
 
 
-ENCODERS = ("encoder", "vit")  # where a classifier and a UNETR have it
+ENCODER_ATTRIBUTES = ("encoder", "vit")  # where a classifier and a UNETR have it
 
 
 def encoder_name(network: nn.Module) -> str:
@@ -71,10 +71,11 @@ def encoder_name(network: nn.Module) -> str:
     Raises:
         InputError: if it has none.
     """
-    for name in ENCODERS:
+    for name in ENCODER_ATTRIBUTES:
         if isinstance(getattr(network, name, None), nn.Module):
             return name
-    raise InputError(f"{type(network).__name__} has no {' or '.join(ENCODERS)} to load pretrained weights into")
+    names = " or ".join(ENCODER_ATTRIBUTES)
+    raise InputError(f"{type(network).__name__} has no {names} to load pretrained weights into")
 
 
 def freeze_for(network: nn.Module, init: str, unfrozen_blocks: int) -> nn.Module:

@@ -20,7 +20,7 @@ from volta_components.data.nifti import write_nifti
 from volta_components.data.volumes import volume_stem
 from volta_components.files import atomic_path, write_csv
 from volta_components.inference.own_space import grids_of, restore_map
-from volta_components.inference.tables import ResultTable, file_of, marks_of, print_marks
+from volta_components.inference.tables import ResultTable, marks_of, print_marks, source_file
 from volta_components.method.networks import VoltaViT
 
 IDS = ("subject_id", "session")
@@ -83,7 +83,7 @@ class EmbeddingTable(ResultTable):
 
     def result(self, item: Mapping[str, Any], output: Mapping[str, Any]) -> tuple[dict[str, Any], str, list[Path]]:
         """Ids, file and embeddings; the attention map was made."""
-        file = file_of(item["image"])
+        file = source_file(item["image"])
         row = {
             "subject_id": item.get("subject_id"),
             "session": item.get("session"),

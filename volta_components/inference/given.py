@@ -18,7 +18,8 @@ from volta_components.data.datalist import load_datalist
 from volta_components.data.layouts.common import LayoutOptions
 from volta_components.data.layouts.dicom import read as read_dicom
 from volta_components.data.layouts.series import convert_series, may_be_dicom
-from volta_components.data.volumes import UnusableVolume, volume_suffix
+from volta_components.data.unusable import UnusableVolume
+from volta_components.data.volumes import volume_suffix
 from volta_components.data.walk import walk
 from volta_components.errors import InputError
 from volta_components.files import partial_prefix, read_json, remove_partials, write_json

@@ -14,6 +14,7 @@ from typing import Any
 from monai.data import Dataset
 
 from volta_components.data.volumes import volume_stem
+from volta_components.data.walk import size_and_time
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, sha256_file, sha256_json
 from volta_components.training.record import code_version
@@ -136,8 +137,8 @@ class Journal:
         """Why the row of a volume that is not given now does not hold; that its file is gone changes nothing."""
         if line["run"] != self.run:
             return "made with other weights, settings or code"
-        mark = self._mark({"image": line["file"]})
-        if mark["size"] >= 0 and any(line[name] != mark[name] for name in ("size", "mtime_ns")):
+        found = size_and_time(Path(line["file"]))
+        if found != (None, None) and found != (line["size"], line["mtime_ns"]):
             return "the scan was changed"
         if not all(map(_as_made, line["made"])):
             return "its result was changed or removed"
@@ -146,13 +147,8 @@ class Journal:
     def _mark(self, item: Item) -> dict[str, Any]:
         """What a row depends on."""
         about = {name: value for name, value in item.items() if name != "image"}
-        try:
-            status = Path(str(item["image"])).stat()
-        except OSError:  # gone; whoever reads the volume says so
-            size = changed = -1
-        else:
-            size, changed = status.st_size, status.st_mtime_ns
-        return dict(zip(MARK, (self.run, sha256_json(about), size, changed), strict=True))
+        # Where the file is gone, whoever reads the volume says so.
+        return dict(zip(MARK, (self.run, sha256_json(about), *size_and_time(Path(str(item["image"])))), strict=True))
 
     def _read(self) -> dict[str, Line]:
         """Lines by file; the last one of a killed run may be torn."""
@@ -175,18 +171,14 @@ def _holds(line: Line, mark: Mapping[str, Any]) -> bool:
 def _made(output: str | os.PathLike[str]) -> list[Any]:
     """What is kept of a result: path, size, time of its last change, hash."""
     path = Path(output).absolute()
-    status = path.stat()
-    return [str(path), status.st_size, status.st_mtime_ns, sha256_file(path)]
+    return [str(path), *size_and_time(path), sha256_file(path)]
 
 
 def _as_made(made: Sequence[Any]) -> bool:
     """Whether a result is there as it was made. It is read only where its time is another, as after a copy."""
     path, size, changed, digest = made
-    try:
-        status = Path(path).stat()
-    except OSError:
-        return False
-    return status.st_size == size and (status.st_mtime_ns == changed or sha256_file(path) == digest)
+    found = size_and_time(Path(path))
+    return found[0] == size and (found[1] == changed or sha256_file(path) == digest)
 
 
 def _key(file: Any) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from volta_components.downstream.classification import POSITIVE
-from volta_components.inference.tables import ResultTable, file_of, marks_of
+from volta_components.inference.tables import ResultTable, marks_of, source_file
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class ProbabilityTable(ResultTable):
         """Ids, file, probabilities and the call."""
         probabilities = [float(value) for value in output["pred"].flatten()]
         called = "" if self.threshold is None else self.classes[int(probabilities[POSITIVE] >= self.threshold)]
-        file = file_of(item["image"])
+        file = source_file(item["image"])
         numbers = [f"{value:.6f}" for value in probabilities]
         return [item.get("subject_id"), item.get("session"), file, *numbers, called, marks_of(item["image"])], file, ()
 

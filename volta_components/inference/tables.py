@@ -18,7 +18,7 @@ from volta_components.files import write_csv
 from volta_components.inference.journal import Journal
 
 
-def file_of(image: Any) -> str:
+def source_file(image: Any) -> str:
     """The file that a volume was read from; empty where it was not."""
     return str(image.meta.get("filename_or_obj") or "") if isinstance(image, MetaTensor) else ""
 

@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.nn.functional import adaptive_avg_pool3d
 
-from volta_components.inference.tables import ResultTable, file_of
+from volta_components.inference.tables import ResultTable, source_file
 
 
 @dataclass(kw_only=True, eq=False)
@@ -35,11 +35,11 @@ class TokenTable(ResultTable):
     def result(self, item: Mapping[str, Any], output: Mapping[str, Any]) -> tuple[Any, str, list[Path]]:
         """Tokens ``[N, D]`` and shares ``[N]``, or ``None``."""
         if "label" not in item or sum(row is not None for row in self.rows) >= self.limit:
-            return None, file_of(item["image"]), []
+            return None, source_file(item["image"]), []
         tokens = output["pred"][self.key]
         shares = adaptive_avg_pool3d((torch.as_tensor(item["label"]) > 0).float(), tokens.shape[1:])
         row = tokens.half().flatten(1).T.cpu().numpy(), shares.flatten().cpu().numpy()
-        return row, file_of(item["image"]), []
+        return row, source_file(item["image"]), []
 
     def write(self) -> None:
         """Nothing: tokens stay in memory."""

@@ -47,8 +47,8 @@ class AirTokens:
 
         Args:
             volume: ``[C, D, H, W]`` in [0, 1]; what one channel shows is kept.
-            levels: of the crops' ``CropPlan``.
-            readings: likewise.
+            levels: those of the crops' ``CropPlan``.
+            readings: those of the crops' ``CropPlan``.
             size: voxels of a crop along each axis.
         """
         means = functional.avg_pool3d(volume[None].float(), CELL, ceil_mode=True)[0].amax(dim=0)

@@ -35,7 +35,7 @@ class CollapseMonitor:
       the same prototype;
     - what the student predicts of the targets that an earlier volume would not. At 0, the views of a volume agree on
       nothing: the teacher sharpens noise, which its entropy does not show. In the patch branch, tokens then know where
-      they lie and not what is there; the run goes on, with a warning;
+      they lie and not what is there; the run continues, with a warning;
     - the effective rank of the last summaries (the exponential of the entropy of their covariance's eigenvalues). Near
       1, every volume has the same embedding.
 

@@ -195,10 +195,6 @@ class VoltaViT(ViTAutoEnc):
         weights = self.summary_attention(tokens).unflatten(1, grid)[:, None] * math.prod(grid)
         return functional.interpolate(weights.float(), size=image.shape[2:], mode="trilinear", align_corners=False)
 
-    def attention_map(self, image: Tensor) -> Tensor:
-        """Where the summary looks in an image ``[B, C, D, H, W]``, on its voxels: ``[B, 1, D, H, W]``, mean 1."""
-        return self.attention_on_voxels(self.encode(image), image)
-
     def forward(self, x: Tensor) -> Tensor:
         """Embedding ``[B, D]`` of an image ``[B, C, D, H, W]``: one tensor, as MONAI's bundle tools expect."""
         return self.summarise(self.encode(x))

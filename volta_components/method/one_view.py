@@ -31,8 +31,8 @@ def share_of_first_view(
         loss: without KoLeo and a patch loss of masked tokens, which compare the views with each other.
         student: outputs for the first view of B volumes.
         teacher: outputs for both views.
-        image: as ``loss`` has them.
-        masked: likewise.
+        image: what is reconstructed, as ``loss`` takes it.
+        masked: where the student's crops were replaced, as ``loss`` takes it.
         teacher_temperature: tau_t of eq. 2.
         patch_teacher_temperature: tau_t of eq. 4.
         views: of the student, with local crops, ``V``.

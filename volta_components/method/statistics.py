@@ -48,7 +48,7 @@ def of_logits(mean: Tensor, deviation: Tensor, centre: Tensor | None) -> dict[st
 
     Args:
         mean: of the teacher's logits over rows, ``[K]``.
-        deviation: likewise.
+        deviation: of the same logits, over the same rows, ``[K]``.
         centre: of the targets, ``[K]``.
     """
     statistics = {"logit_spread": deviation.mean()}

@@ -66,8 +66,8 @@ class VoltaTrainer(Trainer):
         device: where to compute.
         max_epochs: epochs of the run.
         train_data_loader: gives ``image`` ``[B, 1, D, H, W]`` in [0, 1], ``plan`` and, with the option ``views#air``,
-            ``kept``, as ``DrawViewsd`` draws them. Its
-            sampler, a ``ResumableSampler``, is set to the first mini-batch of each epoch here.
+            ``kept``, as ``DrawViewsd`` draws them. Its sampler, a ``ResumableSampler``, is set to the first mini-batch
+            of each epoch here.
         student: the student, or its ``DistributedDataParallel`` wrapper.
         teacher: gives the targets; nothing here changes it.
         optimizer: over the student's parameters; its learning rate is set here.
@@ -148,7 +148,7 @@ class VoltaTrainer(Trainer):
         self.student = student
         self.teacher = teacher
         self.optimizer = optimizer
-        # Now: the groups of a checkpoint may lack the word.
+        # Read now: optimiser groups from an older checkpoint may lack ``decayed``.
         self._is_decayed = [group.get("decayed", group["weight_decay"] > 0) for group in optimizer.param_groups]
         self.views = views
         self.loss = loss.to(device)

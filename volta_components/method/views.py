@@ -325,7 +325,7 @@ class ViewPlan(NamedTuple):
         seed: ``[]``, of the noise; stays on the host.
         global_crops: of the two global crops.
         teacher: intensity changes of the global crops; every tensor's first axis runs over the two.
-        student: likewise.
+        student: intensity changes of the same crops for the student, with the same axes.
         cells: ``[2, d, h, w]`` uint8, what each cell of the student's global crops is masked by.
         local_crops: of the local crops.
     """

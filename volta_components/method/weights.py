@@ -273,7 +273,7 @@ def is_spacing(spacing: float | Sequence[float], other: float | Sequence[float])
 
 
 def load_encoder(path: str | os.PathLike[str], spacing: Sequence[float] = ()) -> VoltaViT:
-    """The network of an exported encoder, ready for inference: ``encode``, ``summarise``, ``attention_map``.
+    """The network of an exported encoder, ready for inference: ``encode``, ``summarise``, ``attention_on_voxels``.
 
     Args:
         path: the ``.safetensors`` or ``.pt`` file, with its JSON beside it; or a bundle's folder, see

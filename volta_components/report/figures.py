@@ -273,8 +273,9 @@ def training_figure(study: Study, store: Store, folder: Path) -> Picture | None:
     return write(figure, folder, f"{study.bundle}_training", "Training curves", caption)
 
 
-def _binned(x: NDArray[Any], y: NDArray[Any], bins: int = 150) -> tuple[NDArray[Any], NDArray[Any]]:
+def _binned(x: NDArray[Any], y: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Means of neighbours, where there are more points than can be seen."""
+    bins = 150
     if len(x) <= bins:
         return x, y
     edges = np.linspace(0, len(x), bins + 1).astype(int)[:-1]

@@ -17,7 +17,7 @@ from nibabel.processing import resample_from_to
 from volta_components.data.labels import SIDES, centre_x
 from volta_components.data.layouts.common import LEFT, RIGHT
 from volta_components.downstream.metrics import score_mask
-from volta_components.downstream.results import FACTS
+from volta_components.downstream.results import PERSON_COLUMNS
 from volta_components.errors import InputError
 from volta_components.files import plain_cell
 from volta_components.report.store import FinishedRun, Store, Study
@@ -135,7 +135,7 @@ def score_masks(store: Store, study: Study, tool: str, folder: Path) -> ToolMask
             files[name] = path
             theirs, true = (np.asanyarray(volume.dataobj) for volume in (mask, truth))
             scores = score_mask(theirs, true, nib.affines.voxel_sizes(truth.affine))
-            facts = {key: getattr(row, key) for key in FACTS if hasattr(row, key)}
+            facts = {key: getattr(row, key) for key in PERSON_COLUMNS if hasattr(row, key)}
             rows.append({**facts, "fold": run.fold, **scores})
     if bad:
         raise InputError.many(

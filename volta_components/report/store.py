@@ -26,7 +26,7 @@ from volta_components.report.paper import TASKS, Task, in_order
 from volta_components.training.stores import check_store, store_file
 
 # Parameters and tags that differ between the runs of one cross-validation by design.
-VARYING = {"fold", "fraction", "seed", "run_name", "epoch_length", "class_weights", "max_iterations"}
+VARYING = {"fold", "fraction", "seed", "run_name", "epoch_length"}
 TABLES = {"classification": "predictions/predictions.csv", "segmentation": "predictions/scores.csv"}
 NEEDED = {
     "classification": ["subject_id", "patient_id", "label", "score", "prediction"],
@@ -401,7 +401,7 @@ def _find_mixed_rows(study: Study) -> None:
     for variant in study.variants:
         runs = study.runs_of(variant)
         settings = [{**run.params, "encoder_sha256": run.tags.get("encoder_sha256", "")} for run in runs]
-        keys = {key for known in settings for key in known if not key.endswith(("_digest", "_samples"))} - VARYING
+        keys = {key for known in settings for key in known} - VARYING
         found = {key: {known[key] for known in settings if key in known} for key in sorted(keys)}
         mixed = {key: values for key, values in found.items() if len(values) > 1}
         # Crossval's hash of the whole configuration; older stores do not have it.

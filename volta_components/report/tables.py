@@ -196,7 +196,7 @@ def made_table(studies: Sequence[Study]) -> Table:
     return table
 
 
-def compare_by(found: Sequence[Comparison | None]) -> str:
+def compare_by(found: Sequence[Comparison]) -> str:
     """How many comparisons a correction covers, in words."""
     return "the only comparison of this table" if len(found) == 1 else f"the {len(found)} comparisons of this table"
 

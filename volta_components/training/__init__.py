@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every training shares: sampling, checkpoints, tracking, schedules, processes."""
+"""What every training shares: sampling, caches, checkpoints, tracking, schedules."""

@@ -42,13 +42,13 @@ class KeyedCacheDataset(KeyedDataset):
         self.cache = cache
         self._cache: dict[int, Any] = {}
 
-    def fill(self, indices: Iterable[int] | None = None, workers: int | None = None) -> None:
+    def fill(self, indices: Iterable[int] | None = None) -> None:
         """Fill the cache, all of it by default, with threads (cores, up to 8), before workers are started."""
         indices = range(len(self.data)) if indices is None else indices
         missing = [index for index in indices if index not in self._cache]
         if not self.cache or not missing:
             return
-        with ThreadPoolExecutor(workers or min(8, joblib.cpu_count())) as pool:
+        with ThreadPoolExecutor(min(8, joblib.cpu_count())) as pool:
             self._cache.update(zip(missing, pool.map(self._deterministic, missing)))
 
     def _deterministic(self, index: int) -> dict[str, Any]:

@@ -276,8 +276,11 @@ class ResumableCheckpoint:
         logger.info("resumed %s at mini-batch %d", self.path, engine.state.iteration)
         *earlier, now = code_versions(engine)
         if earlier:
-            text = "%s was trained by code %s, and goes on with %s: a run by one of them alone may give other numbers"
-            logger.warning(text, self.path, ", ".join(earlier), now)
+            logger.warning(
+                "%s was trained with code %s and resumes with %s; a run with only one of them may give different "
+                "numbers",
+                *(self.path, ", ".join(earlier), now),
+            )
 
     def _check_space(self) -> None:
         """Before the long work: does a checkpoint fit, and do the three that there are while one is replaced?"""

@@ -11,10 +11,10 @@ from volta_components.errors import InputError
 
 @dataclass(frozen=True)
 class CosineSchedule:
-    """Linear warm-up, then a cosine from ``start`` to ``end``.
+    """Linear warm-up from 0, then a cosine from ``start`` to ``end``.
 
-    With warm-up ``w`` and last step ``T - 1``: step ``t < w`` gives ``warmup_start + (start - warmup_start) * t / w``;
-    a later one ``end + (start - end) * (1 + cos(pi * (t - w) / (T - 1 - w))) / 2``, so that the last step has ``end``.
+    With warm-up ``w`` and last step ``T - 1``: step ``t < w`` gives ``start * t / w``; a later one
+    ``end + (start - end) * (1 + cos(pi * (t - w) / (T - 1 - w))) / 2``, so that the last step has ``end``.
     MONAI's ``WarmupCosineSchedule`` serves learning rates only, clips at the end value instead of reaching it, and
     keeps a counter that must be saved; this one also serves the teacher's momentum.
 
@@ -23,7 +23,6 @@ class CosineSchedule:
         end: value at the last step.
         total_steps: steps of the whole run, ``T``.
         warmup_steps: steps of warm-up, ``w``.
-        warmup_start: value at step 0 when there is a warm-up.
 
     Raises:
         InputError: if the warm-up is longer than the run.
@@ -33,7 +32,6 @@ class CosineSchedule:
     end: float
     total_steps: int
     warmup_steps: int = 0
-    warmup_start: float = 0.0
 
     def __post_init__(self) -> None:
         if self.warmup_steps > self.total_steps:
@@ -45,7 +43,7 @@ class CosineSchedule:
     def __call__(self, step: int) -> float:
         """Value at ``step``, counted from 0; steps beyond the run have the end value."""
         if step < self.warmup_steps:
-            return self.warmup_start + (self.start - self.warmup_start) * step / self.warmup_steps
+            return self.start * step / self.warmup_steps
         span = self.total_steps - 1 - self.warmup_steps
         share = min(1.0, (step - self.warmup_steps) / span) if span > 0 else 1.0
         return self.end + (self.start - self.end) * (1.0 + math.cos(math.pi * share)) / 2.0

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
+
+from filelock import FileLock
 
 from volta_components.errors import InputError
 from volta_components.files import atomic_path
@@ -52,11 +52,13 @@ def prepare_store(tracking_uri: str) -> None:
     path = store_file(tracking_uri)
     if path is None or not path.name or _can_stay(path):
         return
+    lock = path.with_name(f".{path.name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _turn(path):
+        with FileLock(lock):
             if not _can_stay(path):  # no other process has made it meanwhile
                 _make(path)
+            lock.unlink(missing_ok=True)  # filelock would leave it; a process that waits for it opens a new one
     except OSError as error:
         raise InputError(
             f"{path}: MLflow's store cannot be made ({error.strerror or error}); give another place (--tracking_uri)"
@@ -95,18 +97,6 @@ def _can_stay(path: Path) -> bool:
         logger.warning("%s; it has no finished run, and is kept as %s", str(error).partition(";")[0], aside)
         path.replace(aside)
         return False
-
-
-@contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """One process at a time makes a store; waits for the others."""
-    handle = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-        path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
-    finally:
-        os.close(handle)
 
 
 def _make(path: Path) -> None:

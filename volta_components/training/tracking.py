@@ -23,7 +23,7 @@ from ignite.engine import Engine, Events
 from monai.handlers import MLFlowHandler
 
 from volta_components.distributed import mean_over_processes, process_rank
-from volta_components.errors import AGAIN, InputError
+from volta_components.errors import AGAIN, InputError, chain
 from volta_components.files import sha256_json, write_text
 from volta_components.training.record import code_version, shown_settings
 
@@ -279,14 +279,13 @@ def raise_error(engine: Engine, error: BaseException) -> None:
         InputError: if MLflow's store failed, which its own error does not name.
     """
     handler = next(_mlflow_handlers(engine), None)
-    cause: BaseException | None = error
-    while handler is not None and cause is not None:
-        if type(cause).__module__.split(".")[0] in ("mlflow", "sqlalchemy", "sqlite3"):
-            raise InputError(
-                f"{handler.client.tracking_uri}: MLflow's store failed ({str(cause).splitlines()[0]}); see that it is "
-                f"there, not locked, and on a disk with space, {AGAIN}"
-            ) from error
-        cause = cause.__cause__ or cause.__context__
+    stores = ("mlflow", "sqlalchemy", "sqlite3")
+    cause = next((each for each in chain(error) if type(each).__module__.split(".")[0] in stores), None)
+    if handler is not None and cause is not None:
+        raise InputError(
+            f"{handler.client.tracking_uri}: MLflow's store failed ({str(cause).splitlines()[0]}); see that it is "
+            f"there, not locked, and on a disk with space, {AGAIN}"
+        ) from error
     raise error
 
 

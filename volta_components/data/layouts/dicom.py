@@ -211,7 +211,7 @@ def _note_folders(listing: Listing, one: _Series, copies: list[Image]) -> None:
     who = _first_part(one.folders[0], listing.root)
     if copies:
         what = f"{len(copies)} doubled instances of series {one.description!r}"
-        reason = f"{what}: copies with the same SOPInstanceUID, of which one is used"
+        reason = f"{what}: copies with the same SOPInstanceUID; one of them is used"
         listing.note("quirk", who, copies[0].path.parent, reason, patient_id="")
     if len(one.folders) > 1:
         names = " and ".join(listing.place(folder) for folder in one.folders[:3])

@@ -14,14 +14,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from volta_components.data.resample import resample
-from volta_components.data.volumes import (
-    UnusableVolume,
-    canonical,
-    read_volume,
-    volume_stem,
-    volume_suffix,
-    whole_numbers,
-)
+from volta_components.data.unusable import UnusableVolume
+from volta_components.data.volumes import canonical, read_volume, volume_stem, volume_suffix, whole_numbers
 from volta_components.errors import InputError
 
 # FreeSurfer's number, left and right (the same twice where a structure has no side), of each structure.
