@@ -16,6 +16,7 @@ from volta_components.data.identity import (
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("1000123_20252_2_0", "1000123"),
         ("002_S_0295", "002_S_0295"),
         ("sub-ADNI002S0295", "002_S_0295"),
         ("ADNI_002_S_0295_13722_ACPC.mnc", "002_S_0295"),
