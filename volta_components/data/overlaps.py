@@ -155,7 +155,10 @@ def check(
             said = f"warning: {datalist.path}: {len(bad)} volumes cannot be used"
             print(
                 InputError.many(
-                    said, bad, "Restore them, or prepare them again; ids were compared all the same.", limit=10
+                    said,
+                    bad,
+                    "Restore them, or remove and prepare them again; ids were compared all the same.",
+                    limit=10,
                 )
             )
     everyone = [{"cohort": d.name, **item} for d in loaded for item in d.content["training"]]
