@@ -113,7 +113,7 @@ def is_old_brats(patient_id: str) -> bool:
 
 
 def own_id(patient_id: str, cohort: str = "") -> str:
-    """The canonical id within its cohort, without the cohort's name that ``volta3d merge`` puts before ids that clash."""
+    """The canonical id without the cohort's name, which ``volta3d merge`` puts before ids that clash."""
     canonical = canonical_patient_id(patient_id)
     return (cohort and canonical.removeprefix(f"{cohort}-")) or canonical
 

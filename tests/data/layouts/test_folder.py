@@ -252,7 +252,9 @@ def test_names_of_uk_biobank_say_who_and_when(tmp_path, file):
     assert not found(listing) and set(listing.people) == {"1000123", "1000456"}
     # Of one person alone as well.
     listing = listed(tmp_path / "one", file.format(names[1], names[1]))
-    assert [(scan.subject_id, scan.patient_id, scan.session) for scan in listing.scans] == [("1000123",) * 2 + ("ses-3",)]
+    assert [(scan.subject_id, scan.patient_id, scan.session) for scan in listing.scans] == [
+        ("1000123",) * 2 + ("ses-3",)
+    ]
 
 
 def test_what_tools_make_of_a_scan_is_no_person_without_a_word(tmp_path):

@@ -63,7 +63,8 @@ def read(options: LayoutOptions) -> Listing:
     The name of a file in BIDS' way says who it is of (``sub-01_ses-1_run-2_T1w``); of any other, the name without its
     suffix and the word for the contrast is the subject, and ``_ses-X`` in it the session. Names that differ only in
     what looks like a visit (``p1_visit1``, ``p1_visit2``) are taken for one person, which is a problem unless the table
-    says so. Files or folders named as in UK Biobank have the number for the person and the visit for the session. Where file names are not unique, the folders are the names. A date in the name of a folder is the scan's.
+    says so. Files or folders named as in UK Biobank have the number for the person and the visit for the session. Where
+    file names are not unique, the folders are the names. A date in the name of a folder is the scan's.
 
     A file in a folder ``labels``, or whose name ends in ``_label``, ``_seg``, ``_mask`` or ``_dseg``, is the label of
     the volume of that name. A table (``participants.tsv``, ``participants.csv`` or ``--table``) may give sex, age,
