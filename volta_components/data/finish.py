@@ -90,8 +90,9 @@ def finish(
     entries = [(scan.key, qc / "thumbnails" / f"{scan.key}.png", bool(found)) for scan, _, found in volumes]
     for (_, record, _), (_, picture, _) in zip(volumes, entries, strict=True):
         if not picture.exists():  # somebody has removed it
-            image, label = (record[kind] and read_volume(target / record[kind]) for kind in ("image", "label"))
-            picture.write_bytes(quality.thumbnail(image.intensities, label and label.voxels))
+            image = read_volume(target / record["image"]).intensities
+            label = read_volume(target / record["label"]).voxels if record["label"] else None
+            picture.write_bytes(quality.thumbnail(image, label))
     sheets = quality.write_contact_sheets(fresh, entries)
     quality.write_table(fresh / "quality.csv", rows)
     _write_findings(fresh / "findings.csv", findings)

@@ -66,8 +66,8 @@ def canonical_patient_id(text: str) -> str:
         return f"IXI{int(match[1]):03d}"
     if match := _AIBL.search(text):
         return f"AIBL{int(match[1])}"
-    if match := biobank(text):
-        return match[0]
+    if person := biobank(text):
+        return person[0]
     return text
 
 

@@ -189,8 +189,8 @@ def identified(listing: Listing, images: Sequence[VolumeFile]) -> list[Found]:
         if name.is_bids:
             found.append(Found(volume, name, name.subject, session, canonical_patient_id(name.subject), date))
         elif person_and_visit:
-            who, visit = person_and_visit
-            found.append(Found(volume, name, who, session or f"ses-{visit}", who, date))
+            person, number = person_and_visit
+            found.append(Found(volume, name, person, session or f"ses-{number}", person, date))
         elif is_worldwide(own):
             visit = date or split_visit(name.subject)[1]
             found.append(Found(volume, name, name.subject, session or _session(visit), own, date))
