@@ -138,7 +138,7 @@ def test_a_wrong_content_names_subject_file_and_remedy(data: Path) -> None:
         check_contents(item)
     text = str(caught.value)
     assert text.startswith(
-        f"sub-0003: {path}: its content is not what was prepared (another hash); run the same volta3d prepare"
+        f"sub-0003: {path}: its content is not what was prepared (another hash); remove it, and run the same "
     )
     assert text.endswith("then start the same command again: a training resumes from its last checkpoint")
     path.unlink()

@@ -20,8 +20,10 @@ from volta_components.data.datalist import (
     make_content,
 )
 from volta_components.data.overlaps import check, find_overlaps, merge
+from volta_components.downstream.leaks import find_overlap
 from volta_components.errors import InputError
 from volta_components.files import sha256_file, write_json
+from volta_components.training.people import facts_of
 
 SHAPE = (8, 9, 10)
 
@@ -423,6 +425,41 @@ def test_merging_keeps_different_people_of_one_plain_id_apart(tmp_path):
     merge(str(one), str(two), output=str(tmp_path / "c/both.json"))
     merged = load_datalist(tmp_path / "c/both.json")
     assert merged.patients == {"oasis-sub-0000", "local-sub-0000"}
+
+
+@pytest.mark.parametrize("patient", ["sub-01", "P01", "01"])
+def test_people_are_recognised_after_a_merge_has_renamed_them(tmp_path, capsys, patient):
+    mine, other = (write(tmp_path / name, [item(0, patient, cohort=name)], name) for name in ("mine", "open"))
+    test = write(tmp_path / "test", [item(1, patient, cohort="mine", session="ses-2")], "mine")
+    third = write(tmp_path / "third", [item(2, patient, cohort="third")], "third")
+    merge(mine, other, output=tmp_path / "both")
+    assert check(tmp_path / "both", test) == 1 and check(tmp_path / "both", other) == 1
+    capsys.readouterr()
+    assert check(tmp_path / "both", third) == 0 and "1 ids are in cohorts" in capsys.readouterr().out
+    trained = facts_of(load_datalist(tmp_path / "both").items)
+    assert find_overlap(load_datalist(test).items, trained).known == {patient: ""}
+    found = find_overlap(load_datalist(third).items, trained)
+    assert not found.known and not found.look_alikes
+    # One name for one person, and no cohort's name twice.
+    merge(tmp_path / "both", test, third, output=tmp_path / "all")
+    assert load_datalist(tmp_path / "all").patients == {f"{name}-{patient}" for name in ("mine", "open", "third")}
+
+
+def test_an_unrelated_data_set_hides_no_overlap(tmp_path, capsys):
+    train, test, other = (
+        write(tmp_path / name, [item(i, "sub-01", cohort=cohort, visit=0)], cohort)
+        for i, (name, cohort) in enumerate((("train", "mine"), ("test", "mine"), ("other", "open")))
+    )
+    assert check(train, test) == check(train, test, other) == 1
+    out = capsys.readouterr().out
+    assert "1 ids are in cohorts of different names" in out and f"{train} and {test}\n" in out
+    merge(train, test, other, output=tmp_path / "all")
+    entries = load_datalist(tmp_path / "all").items
+    assert [(entry["patient_id"], "visit" in entry) for entry in entries] == [
+        ("mine-sub-01", False),
+        ("mine-sub-01", False),
+        ("open-sub-01", True),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,19 @@ import pytest
 from volta_components.data.identity import (
     canonical_patient_id,
     cohort_of,
+    exact_person,
     is_worldwide,
     look_alikes,
     loose_person,
     same_people,
+    who,
 )
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("1000123_20252_2_0", "1000123"),
         ("002_S_0295", "002_S_0295"),
         ("sub-ADNI002S0295", "002_S_0295"),
         ("ADNI_002_S_0295_13722_ACPC.mnc", "002_S_0295"),
@@ -90,6 +93,15 @@ def test_numbers_of_different_cohorts_stay_apart_and_a_public_cohort_names_its_o
     assert len({loose_person(*person) for person in people}) == len(people)
     # Neither is a cohort whose name only contains a public one.
     assert loose_person("7", "not_ixi") != loose_person("IXI007")
+
+
+@pytest.mark.parametrize("patient", ["sub-01", "P01", "01", "sub-mine-01"])
+def test_a_merged_id_is_that_of_before_the_merge(patient):
+    assert who({"patient_id": f"mine-{patient}", "cohort": "mine"}) == (patient, "mine")
+    assert exact_person(f"mine-{patient}", "mine") == exact_person(patient, "mine")
+    assert loose_person(f"mine-{patient}", "mine") == loose_person(patient, "mine")
+    assert loose_person(f"mine-{patient}", "yours") != loose_person(patient, "yours")
+    assert who({"patient_id": "-5"}) == ("-5", "") and who({"patient_id": "mine-", "cohort": "mine"})[0] == "mine-"
 
 
 def test_who_may_be_one_person_by_id_or_by_voxels():

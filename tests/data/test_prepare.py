@@ -18,7 +18,7 @@ from prepare_helpers import LAYOUTS, OPTIONS, findings
 from volta_components.cli import main
 from volta_components.data import worker
 from volta_components.data.checks import check_contents, check_volumes
-from volta_components.data.datalist import load_datalist
+from volta_components.data.datalist import load_datalist, make_content
 from volta_components.data.fingerprint import fingerprint
 from volta_components.data.load import LoadScand
 from volta_components.data.prepare import prepare
@@ -306,6 +306,16 @@ def test_patients_of_another_datalist_are_left_out_in_any_form(prepared, tmp_pat
         stream.write(b"\x00\x00\x40\x3f" * 10)
     assert main(["check", str(harp), str(tmp_path / "out"), "--volumes"]) == 0
     assert main(["check", str(harp), str(tmp_path / "out"), "--deep"]) == 2
+
+
+def test_numbers_of_a_public_cohort_are_left_out_by_the_name_that_it_is_given(tmp_path):
+    for name in ("123", "124"):
+        tiny.save_head(tmp_path / f"source/{name}.nii.gz", seed=int(name))
+    item = {"image": "i.nii", "subject_id": "x", "patient_id": "AIBL123", "cohort": "aibl", "fold": 0}
+    write_json(tmp_path / "held/datalist.json", make_content("aibl", (1, 1, 1), (28, 30, 32), 0, 5, [item], []))
+    options = {**OPTIONS, "name": "aibl", "exclude_patients_of": [tmp_path / "held"]}
+    assert prepare("folder", tmp_path / "source", tmp_path / "out", **options) == 0
+    assert load_datalist(tmp_path / "out").patients == {"124"}
 
 
 def test_sessions_baseline_all_and_named(tmp_path):

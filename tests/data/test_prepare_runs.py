@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,11 @@ import tiny_datasets as tiny
 from prepare_helpers import OPTIONS, tree
 
 from volta_components.data import worker
+from volta_components.data.checks import check_volumes
+from volta_components.data.datalist import load_datalist
 from volta_components.data.prepare import prepare
 from volta_components.errors import InputError
+from volta_components.files import sha256_file
 
 
 def test_shards_workers_and_order_make_no_difference(tmp_path):
@@ -45,6 +49,68 @@ def test_a_second_start_does_no_work_and_a_changed_source_is_done_again(tmp_path
     (tmp_path / "out/images/sub-ADNI002S0297_ses-M000.nii").unlink()
     prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS)
     assert done == ["sub-ADNI002S0296_ses-M000", "sub-ADNI002S0297_ses-M000"]
+
+
+def test_of_another_shard_only_what_was_made_of_the_same_files_is_taken(tmp_path, capsys):
+    for seed in (1, 2):
+        tiny.save_head(tmp_path / f"source/p{seed}x{seed}.nii.gz", seed=seed)
+    output = tmp_path / "out"
+
+    def start(shard):
+        prepare("folder", tmp_path / "source", output, **OPTIONS, shard=shard)
+
+    start("1/2")
+    start("2/2")
+    before = (output / "datalist.json").read_bytes()
+    tiny.save_head(tmp_path / "source/p2x2.nii.gz", seed=5)  # fetched again
+    capsys.readouterr()
+    start("1/2")
+    assert "1 volumes are left to others" in capsys.readouterr().out
+    assert (output / "datalist.json").read_bytes() == before
+    start("2/2")
+    for item in load_datalist(output).items:
+        assert item["source_sha256"] == sha256_file(tmp_path / "source" / item["source"])
+
+
+def test_another_source_replaces_nobody(tmp_path):
+    source, other, output = (tmp_path / name for name in ("source", "other", "out"))
+    for folder, seeds in ((source, (1, 2)), (other, (2, 9))):
+        for seed in seeds:
+            tiny.save_head(folder / f"p{seed}x{seed}.nii.gz", seed=seed + (folder == other))
+    prepare("folder", source, output, **OPTIONS)
+    before = tree(output)
+    with pytest.raises(InputError, match=f"holds scans of {source}, .* in {other} now.*volta3d merge.*delete"):
+        prepare("folder", other, output, **OPTIONS)
+    assert tree(output) == before
+    source.rename(tmp_path / "moved")
+    (tmp_path / "moved/p1x1.nii.gz").unlink()  # by its user
+    prepare("folder", tmp_path / "moved", output, **OPTIONS)
+    assert load_datalist(output).patients == {"p2x2"}
+
+
+def test_a_removed_qc_folder_is_made_again(tmp_path):
+    source, output = tiny.make_bids(tmp_path / "source", subjects=2), tmp_path / "out"
+    prepare("bids", source, output, **OPTIONS)
+    before = tree(output)
+    shutil.rmtree(output / "qc")
+    prepare("bids", source, output, **OPTIONS)
+    assert tree(output) == before
+
+
+def test_a_damaged_volume_is_mended_as_the_check_says(tmp_path):
+    source, output = tiny.make_bids(tmp_path / "source", subjects=1), tmp_path / "out"
+    prepare("bids", source, output, **OPTIONS)
+    before = tree(output)
+    for path in (*(output / "images").iterdir(), *(output / "labels").iterdir()):
+        content = bytearray(path.read_bytes())
+        content[400] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"2 files of 1 items(?s:.)*Remove these files and run the same"):
+        check_volumes(load_datalist(output), deep=True)
+    for path in (*(output / "images").iterdir(), *(output / "labels").iterdir()):
+        path.unlink()
+    prepare("bids", source, output, **OPTIONS)
+    assert tree(output) == before
 
 
 def test_a_brain_that_was_placed_otherwise_is_done_again(tmp_path):

@@ -97,6 +97,15 @@ def test_what_is_whole_is_kept_and_what_is_damaged_is_written_again(
     assert (out / "datalist.json").read_bytes() == listed
 
 
+def test_shards_of_another_size_leave_none_behind(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "packed"
+    pack_data(data, out, shard_mb=1)
+    (out / "shards" / "notes.txt").touch()
+    pack_data(data, out, shard_mb=1000)
+    assert {path.name for path in (out / "shards").iterdir()} == {"00000.tar", "notes.txt"}
+    check_volumes(load_datalist(out), deep=True)
+
+
 def test_another_data_set_is_not_overwritten(data: Path, tmp_path: Path) -> None:
     other = make_other(tmp_path)
     pack_data(data, tmp_path / "packed")

@@ -75,6 +75,9 @@ def test_a_decimal_comma_in_a_table_of_commas_is_no_other_age(tmp_path):
     assert said[0][0] == "1" and "line 2 has 4 cells where the header has 3 columns" in said[0][1]
     with pytest.raises(InputError, match="line 2 has 4 cells"):
         read_table(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text("id,sex,age\n1,F,61,5\n2,M,62,5\n")
+    with pytest.raises(InputError, match=r"t.csv: line 2 has 4 cells .* no row fits; quote cells"):
+        read_people(tmp_path / "t.csv", lambda *words: None)
 
 
 def test_two_columns_of_one_name_are_named_where_they_differ(tmp_path):

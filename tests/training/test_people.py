@@ -19,6 +19,7 @@ from volta_components.training.people import (
     make_secret,
     name_of,
     patient_key,
+    patient_keys,
     read_secret,
     sealed,
     sealed_record,
@@ -52,6 +53,12 @@ def test_a_secret_that_cannot_be_kept_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("VOLTA3D_SECRET", str(tmp_path / "file" / "secret"))
     with pytest.raises(InputError, match=r"file/secret: the lab's secret cannot be"):
         make_secret()
+
+
+def test_people_of_an_old_record_are_known_by_the_names_that_a_merge_gave_them():
+    old = hashlib.sha256(b"a/a-sub-0001").hexdigest()[:16]
+    assert old in patient_keys(ITEMS[0]) and old in patient_keys({"patient_id": "a-sub-0001", "cohort": "a"})
+    assert old not in patient_keys({"patient_id": "sub-0001", "cohort": "b"})
 
 
 def test_sealed_hashes_cannot_be_made_without_the_secret(secret):

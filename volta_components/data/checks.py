@@ -22,10 +22,13 @@ from volta_components.data.remote import forget, is_remote
 from volta_components.data.unusable import UnusableVolume, named_errors
 from volta_components.errors import InputError
 
-_AGAIN = "run the same volta3d prepare again (what is whole is kept)"
+_AGAIN = "remove it, and run the same volta3d prepare again (the rest is kept)"
 _PACK = "run the same volta3d pack-data again (what is whole is kept)"
 _FETCH = "its local copy was removed, so that it will be fetched again"
-_REMEDY = "Run the same volta3d prepare again (what is whole is kept), or remove the items from the datalist."
+_REMEDY = (
+    "Remove these files and run the same volta3d prepare again (the rest is kept), or remove the items from the "
+    "datalist."
+)
 # A header takes a millisecond, or several behind a network.
 _HEADERS = 2_500
 

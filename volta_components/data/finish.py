@@ -16,6 +16,7 @@ from volta_components.data.books import Books, balance, note_look_alikes
 from volta_components.data.datalist import assign_folds, make_content
 from volta_components.data.layouts import Finding, Listing, Scan
 from volta_components.data.nifti import largest_error
+from volta_components.data.volumes import read_volume
 from volta_components.data.worker import Task
 from volta_components.errors import InputError
 from volta_components.files import write_json
@@ -35,7 +36,6 @@ def finish(
     tasks: Sequence[Task],
     records: Sequence[dict[str, Any]],
     listing: Listing,
-    cohort: str,
     layout: str,
     folds: int,
     seed: int,
@@ -45,6 +45,7 @@ def finish(
 ) -> int:
     """Findings, marks, folds, datalist, QC files and summary; gives the exit status."""
     target, temporary, settings = tasks[0].output, tasks[0].temporary, tasks[0].settings  # the same for all
+    cohort = listing.cohort
     good: list[tuple[Scan, dict[str, Any]]] = []
     for scan, record in zip((task.scan for task in tasks), records, strict=True):
         if "error" in record:
@@ -87,6 +88,11 @@ def finish(
     summary = _summary(cohort, layout, listing, items, findings, books)
     qc, fresh = target / "qc", temporary / "qc"
     entries = [(scan.key, qc / "thumbnails" / f"{scan.key}.png", bool(found)) for scan, _, found in volumes]
+    for (_, record, _), (_, picture, _) in zip(volumes, entries, strict=True):
+        if not picture.exists():  # somebody has removed it
+            image = read_volume(target / record["image"]).intensities
+            label = read_volume(target / record["label"]).voxels if record["label"] else None
+            picture.write_bytes(quality.thumbnail(image, label))
     sheets = quality.write_contact_sheets(fresh, entries)
     quality.write_table(fresh / "quality.csv", rows)
     _write_findings(fresh / "findings.csv", findings)

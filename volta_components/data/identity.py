@@ -27,6 +27,8 @@ _OASIS = re.compile(_FIRST + r"OAS(?:IS)?[-_ ]?([1-4])[-_ ]?(\d{4})(?!\d)", re.I
 _IXI = re.compile(_FIRST + r"IXI[-_ ]?0*(\d{1,4})(?!\d)", re.IGNORECASE)
 _AIBL = re.compile(_FIRST + r"AIBL[-_ ]?(\d+)", re.IGNORECASE)
 _ANATOMY = re.compile(r"ANATOMY[0-9a-f]{12}")
+# UK Biobank: person, field, visit, number.
+_BIOBANK = re.compile(r"(\d{7})_\d{4,5}_(\d)_\d")
 _SUBJECT = re.compile(r"^(?:(?:subject|subj|sub)(?=[\W\d_])[\W_]*)+")
 
 
@@ -42,6 +44,7 @@ def canonical_patient_id(text: str) -> str:
     ``OAS1_0001_MR2``, ``sub-OASIS10001``                                  ``OAS1_0001``
     ``sub-IXI002``, ``IXI002-Guys-0828-T1``, ``ixi-2``                     ``IXI002``
     ``sub-AIBL0123``, ``aibl_123``                                         ``AIBL123``
+    ``1000123_20252_2_0`` (UK Biobank: person, field, visit, number)       ``1000123``
     anything else, such as ``sub-0001``                                    as it is
     ====================================================================== =================
 
@@ -63,7 +66,15 @@ def canonical_patient_id(text: str) -> str:
         return f"IXI{int(match[1]):03d}"
     if match := _AIBL.search(text):
         return f"AIBL{int(match[1])}"
+    if person := biobank(text):
+        return person[0]
     return text
+
+
+def biobank(text: str) -> tuple[str, str] | None:
+    """Person and visit of a name as UK Biobank gives it (``1000123_20252_2_0``); None for any other."""
+    match = _BIOBANK.fullmatch(text)
+    return (match[1], match[2]) if match else None
 
 
 _COHORTS = {"adni": (_ADNI,), "brats": (_BRATS, _OLD_BRATS), "ixi": (_IXI,), "aibl": (_AIBL,), "oasis": (_OASIS,)}
@@ -101,10 +112,16 @@ def is_old_brats(patient_id: str) -> bool:
     return _OLD_BRATS.fullmatch(patient_id) is not None
 
 
+def own_id(patient_id: str, cohort: str = "") -> str:
+    """The canonical id without the cohort's name, which ``volta3d merge`` puts before ids that clash."""
+    canonical = canonical_patient_id(patient_id)
+    return (cohort and canonical.removeprefix(f"{cohort}-")) or canonical
+
+
 def exact_person(patient_id: str, cohort: str = "") -> str:
     """Who somebody is, among all data sets: the canonical id, with the cohort where ids are unique only within it."""
-    canonical = canonical_patient_id(patient_id)
-    return canonical if not cohort or is_worldwide(canonical) else f"{cohort}/{canonical}"
+    own = own_id(patient_id, cohort)
+    return own if not cohort or is_worldwide(own) else f"{cohort}/{own}"
 
 
 def are_phantoms(items: Iterable[Mapping[str, Any]], cohort: str) -> bool:
@@ -114,8 +131,9 @@ def are_phantoms(items: Iterable[Mapping[str, Any]], cohort: str) -> bool:
 
 
 def who(item: Mapping[str, Any]) -> tuple[str, str]:
-    """Patient and cohort of an item; an empty text where the cohort is not known."""
-    return str(item["patient_id"]), str(item.get("cohort") or "")
+    """Patient (see ``own_id``) and cohort of an item; an empty text where the cohort is not known."""
+    cohort = str(item.get("cohort") or "")
+    return own_id(str(item["patient_id"]), cohort), cohort
 
 
 def loose_person(patient_id: str, cohort: str = "") -> str:
@@ -124,14 +142,14 @@ def loose_person(patient_id: str, cohort: str = "") -> str:
     ``sub-07`` and ``7`` of a cohort come out the same, and so do ``IXI007`` and ``7`` of the cohort ``ixi``; numbers
     of different cohorts do not.
     """
-    canonical = canonical_patient_id(patient_id)
+    canonical = own_id(patient_id, cohort)
     if not is_worldwide(canonical):
         # The id as it would be under the name of its cohort, which may be a public one.
         named = canonical_patient_id(f"{cohort}-{_bare(canonical)}")
         where = cohort_of(named)
         if where is None or not cohort.casefold().startswith(where[:3]):
             place = loose(cohort)
-            return f"{place}/{loose(patient_id).removeprefix(f'{place} ')}"
+            return f"{place}/{loose(canonical).removeprefix(f'{place} ')}"
         canonical = named
     return loose(canonical)
 

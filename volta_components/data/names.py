@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 
-from volta_components.data.identity import loose
+from volta_components.data.identity import biobank, loose
 
 _OTHER_WORDS = """
 t2w t2 flair t2star t2starw pd pdw pdt2 inplanet1 inplanet2 angio t1map t2map r1map r2starmap mtr mtrmap mts
@@ -41,8 +41,6 @@ _DATE = r"(?:19|20)\d\d-?[01]\d-?[0-3]\d(?:[T_-]?\d{6})?"
 # A year is a visit only behind something with a digit: p3_2019 is, pt_2019 may be the 2019th patient.
 _YEAR = re.compile(r"(.*\d.*?)[_. -]+((?:19[89]|20[0-4])\d)")
 _VISIT = re.compile(rf"(.*?)((?:(?:^|[_. -]+)(?:{_WORD}|{_LETTER}|{_DATE}))+)", re.IGNORECASE)
-# UK Biobank: person, field, visit, number.
-_BIOBANK = re.compile(r"(\d{7})_\d{4,5}_(\d)_\d")
 # Sequences, in the middle of a name; a T1 is none of the others.
 _SEQUENCE = re.compile(
     r"(?<![a-z\d])(t1[a-z]*|(ir-?)?f?spgr|bravo|(3d)?mpr(age)?\d*|t2[a-z]*|flair)(?![a-z\d])", re.IGNORECASE
@@ -112,7 +110,9 @@ def split_visit(subject: str) -> tuple[str, str]:
 
     The name is empty where there is nothing else in it, the words where there are none.
     """
-    match = _BIOBANK.fullmatch(subject) or _VISIT.fullmatch(subject) or _YEAR.fullmatch(subject)
+    if found := biobank(subject):
+        return found
+    match = _VISIT.fullmatch(subject) or _YEAR.fullmatch(subject)
     return (match[1], match[2].strip("_. -")) if match else (subject, "")
 
 

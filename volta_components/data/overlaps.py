@@ -21,7 +21,14 @@ from volta_components.data.datalist import (
     uneven_skulls,
 )
 from volta_components.data.fingerprint import near_copies_of
-from volta_components.data.identity import are_phantoms, canonical_patient_id, is_worldwide, loose_person, voxel_hashes
+from volta_components.data.identity import (
+    are_phantoms,
+    canonical_patient_id,
+    is_worldwide,
+    loose_person,
+    voxel_hashes,
+    who,
+)
 from volta_components.data.items import PATHS, item_name
 from volta_components.data.places import file_of
 from volta_components.data.remote import is_remote
@@ -29,9 +36,10 @@ from volta_components.errors import InputError
 from volta_components.files import write_json
 
 
-def _patient(item: Mapping[str, Any]) -> str:
-    """Canonical patient of an item."""
-    return canonical_patient_id(str(item["patient_id"]))
+def _who(item: Mapping[str, Any], datalist: Datalist) -> tuple[str, str]:
+    """Patient and cohort of an item, without the cohort where the id is unique among all of them."""
+    patient, cohort = who({**item, "cohort": item.get("cohort") or datalist.name})
+    return patient, "" if is_worldwide(patient) else cohort
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ def find_overlaps(datalists: Sequence[Datalist]) -> Overlaps:
     """
     certain: list[tuple[str, ...]] = []
     uncertain: list[tuple[str, ...]] = []
-    where: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    where: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
     alike: dict[str, dict[tuple[str, str], set[tuple[int, int]]]] = defaultdict(lambda: defaultdict(set))
     voxels: dict[str, dict[tuple[int, str], None]] = defaultdict(dict)
     everybody: list[dict[str, Any]] = []
@@ -70,22 +78,19 @@ def find_overlaps(datalists: Sequence[Datalist]) -> Overlaps:
 
     for i, datalist in enumerate(datalists):
         for item in datalist.content["training"]:
-            patient = _patient(item)
-            cohort = str(item.get("cohort", datalist.name))
-            where[patient][i].add(cohort)
-            written = (patient, "" if is_worldwide(patient) else cohort)
-            alike[loose_person(patient, cohort)][written].add((i, item["fold"]))
+            patient, cohort = _who(item, datalist)
+            where[patient][cohort].add(i)
+            alike[loose_person(patient, cohort)][patient, cohort].add((i, item["fold"]))
             name = item_name(item)
             for key in voxel_hashes(item):
                 voxels[key].setdefault((i, name))
             if item.get("fingerprint"):
-                everybody.append({**item, "cohort": cohort, "datalist": i, "name": name})
+                everybody.append({"cohort": datalist.name, **item, "datalist": i, "name": name})
     for patient, held in sorted(where.items()):
-        if len(held) < 2:
-            continue
-        row = ("patient", patient, places(held))
-        is_sure = is_worldwide(patient) or len(set.union(*held.values())) == 1
-        (certain if is_sure else uncertain).append(row)
+        certain += [("patient", patient, places(holders)) for holders in held.values() if len(holders) > 1]
+        everywhere = set.union(*held.values())
+        if len(held) > 1 and len(everywhere) > 1:
+            uncertain.append(("patient", patient, places(everywhere)))
     looks = [
         (
             "look alike",
@@ -157,7 +162,10 @@ def check(
             said = f"warning: {datalist.path}: {len(bad)} volumes cannot be used"
             print(
                 InputError.many(
-                    said, bad, "Restore them, or prepare them again; ids were compared all the same.", limit=10
+                    said,
+                    bad,
+                    "Restore them, or remove and prepare them again; ids were compared all the same.",
+                    limit=10,
                 )
             )
     everyone = [{"cohort": d.name, **item} for d in loaded for item in d.content["training"]]
@@ -271,21 +279,29 @@ def merge(
             "Prepare one of the data sets again with a name of its own (volta3d prepare --name NAME).",
         )
     clashing = {row[1] for row in uncertain}
-    shared = {row[1] for row in certain if row[0] == "patient"}
+    holders: dict[tuple[str, str], set[int]] = defaultdict(set)
+    renamed = set()  # by an earlier merge: they keep that name, in every datalist
+    for i, datalist in enumerate(loaded):
+        for item in datalist.content["training"]:
+            person = _who(item, datalist)
+            holders[person].add(i)
+            if person[0] != canonical_patient_id(item["patient_id"]):
+                renamed.add(person)
     items, excluded = [], []
     for datalist in loaded:
         kept = {"fold": int(datalist is not first)} if hold_out else {}
         base = Path(os.path.relpath(datalist.path.resolve().parent, target.resolve().parent))
         for item in datalist.content["training"]:
-            entry = {**item, "cohort": item.get("cohort", datalist.name), **kept}
+            patient, cohort = _who(item, datalist)
+            entry = {"cohort": datalist.name, **item, **kept}
             for key in PATHS:
                 if key in entry and not is_remote(entry[key]):
                     entry[key] = (base / entry[key]).as_posix()
-            if _patient(item) in shared:
+            if len(holders[patient, cohort]) > 1:
                 entry.pop("visit", None)  # counted in each datalist on its own
-            if entry["patient_id"] in clashing:
+            if patient in clashing or (patient, cohort) in renamed:
                 for key in ("subject_id", "patient_id"):
-                    entry[key] = f"{entry['cohort']}-{entry[key]}"
+                    entry[key] = f"{cohort}-{entry[key].removeprefix(f'{cohort}-')}"
             items.append(entry)
         excluded += [{**row, "cohort": row.get("cohort", datalist.name)} for row in datalist.excluded]
     placed: dict[str, set[int]] = defaultdict(set)
@@ -331,10 +347,10 @@ def _contradictions(datalists: Sequence[Datalist]) -> list[tuple[str, str, str]]
     facts: dict[tuple[str, str], dict[int, dict[str, set[str]]]] = {}
     for i, datalist in enumerate(datalists):
         for item in datalist.content["training"]:
-            patient = _patient(item)
+            patient, cohort = _who(item, datalist)
             if is_worldwide(patient):
                 continue
-            person = facts.setdefault((str(item.get("cohort", datalist.name)), patient), {})
+            person = facts.setdefault((cohort, patient), {})
             known = person.setdefault(i, defaultdict(set))
             if item.get("sex"):
                 known["sex"].add(str(item["sex"]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 import time
 from collections import Counter
@@ -25,12 +26,13 @@ from volta_components.data.finish import finish, report_nothing_left
 from volta_components.data.geometry import axis_codes
 from volta_components.data.identity import loose, loose_person, unfit_id, who
 from volta_components.data.layouts import Layout, LayoutOptions, Listing, Scan, reader
+from volta_components.data.layouts.common import relative
 from volta_components.data.nifti import DTYPES
 from volta_components.data.overlaps import check_folds, check_phantom_name
 from volta_components.data.preprocess import Settings
 from volta_components.data.skull import attach_masks
 from volta_components.data.tables import KNOWN_DIAGNOSES, parse_diagnosis
-from volta_components.data.worker import STATE, Task, finished, run, volume_record
+from volta_components.data.worker import STATE, Task, finished, run, settled, volume_record
 from volta_components.errors import InputError
 from volta_components.files import FolderLock, free_bytes, read_json, write_json
 
@@ -142,9 +144,10 @@ def prepare(
                 follow_links=follow_links,
             )
         )
-        cohort = name or listing.cohort
+        is_phantom = "phantom" in listing.cohort.lower()
+        listing.cohort = name or listing.cohort
         _leave_out_unfit(listing)
-        check_phantom_name(cohort, "phantom" in listing.cohort.lower())
+        check_phantom_name(listing.cohort, is_phantom)
         scans = _select(listing, wanted_labels, needed, diagnoses, excluded_patients)
         if masks is not None:
             scans = attach_masks(listing, scans, masks, root)
@@ -156,19 +159,24 @@ def prepare(
                 f"{root}: no scan is left to prepare{common}. See the findings above; other filters (--sessions, "
                 "--diagnoses, --require, --labels), or another --layout?"
             )
-        if not (state / "settings.json").exists():  # not earlier: a wrong start leaves a folder free
-            write_json(temporary / "settings.json", kept)
-            (temporary / "settings.json").replace(state / "settings.json")
         tasks = [Task(scan, settings, wanted_labels != "none", root, target, temporary) for scan in scans]
+        place = relative(root.resolve(), target.resolve())
+        if (state / "settings.json").exists():
+            _same_source(target, tasks, place)
+        else:  # not earlier: a wrong start leaves a folder free
+            write_json(temporary / "settings.json", {**kept, "source": place})
+            (temporary / "settings.json").replace(state / "settings.json")
         mine = [task for i, task in enumerate(tasks) if i % n_shards == index]
         _check_space(target, settings, [task for task in mine if finished(task) is None])
         run(mine, n_workers)
-        records = [record for task in tasks if (record := volume_record(task)) is not None]
+        # Of other shards, what was made of files that have changed since is not done.
+        done = ((volume_record if i % n_shards == index else settled)(task) for i, task in enumerate(tasks))
+        records = [record for record in done if record is not None]
         if waiting := len(tasks) - len(records):
             print(f"shard {index + 1} of {n_shards} is done; {waiting} volumes are left to others")
             print("The last shard to end writes the datalist (so does the same command without --shard).")
             return 0
-        return finish(tasks, records, listing, cohort, layout, folds, seed, skip_bad, strict, started)
+        return finish(tasks, records, listing, layout, folds, seed, skip_bad, strict, started)
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
@@ -238,6 +246,23 @@ def _same_settings(state: Path, wanted: Mapping[str, Any]) -> None:
         raise InputError(
             f"{state.parent}: holds a data set prepared with {was}; choose another --output, or delete that folder"
         )
+
+
+def _same_source(target: Path, tasks: Sequence[Task], source: str) -> None:
+    """Refuse another source, whose people would replace those of the first in the datalist.
+
+    A source that was moved, or copied with its files' times, passes: what was prepared of it is kept. ``source`` is the
+    way to it from the output, which settings keep in place of a path that names people and machines.
+    """
+    known = read_json(target / STATE / "settings.json").get("source")
+    if known == source or not any((target / "images").iterdir()) or any(map(settled, tasks)):
+        return
+    was = "another source" if known is None else os.path.normpath(target / known)
+    raise InputError(
+        f"{target}: holds scans of {was}, and none of those in {tasks[0].source} now; choose another --output, "
+        f"and join both with volta3d merge. If they are the same scans with other times, delete {target}: all of them "
+        "would be prepared again in any case"
+    )
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -74,6 +75,9 @@ def pack_data(datalist: Path | str, output: Path | str, shard_mb: int = 1000) ->
         items += [_packed(item, name, target) for item in members]
     facts = {key: loaded.content[key] for key in ("name", "spacing", "shape", "seed", "n_folds")}
     write_json(target / "datalist.json", make_content(**facts, items=items, excluded=loaded.excluded))
+    for old in (target / "shards").iterdir():  # of smaller shards before
+        if re.fullmatch(r"\d{5}\.tar", old.name) and int(old.stem) >= len(shards):
+            old.unlink()
     print(f"{target / 'datalist.json'}: {len(items)} volumes in {len(shards)} shards")
     return 0
 

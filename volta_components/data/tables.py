@@ -199,16 +199,19 @@ def _rows(path: Path, lines: Lines, complain: Complain | None) -> list[Row]:
     while names and not names[-1]:
         names.pop()
     rows = []
+    too_long = []
+    remedy = "quote cells with commas in them, or save it with tabs"
     for number, cells in filled[1:]:
         if any(cells[len(names) :]):
-            what = f"line {number} has {len(cells)} cells where the header has {len(names)} columns"
-            remedy = "quote cells with commas in them, or save it with tabs; the row is left out"
-            tell(cells[0] or "(all)", what, remedy)
+            too_long.append(f"line {number} has {len(cells)} cells where the header has {len(names)} columns")
+            tell(cells[0] or "(all)", too_long[-1], f"{remedy}; the row is left out")
             continue
         row: Row = {}
         for name, cell in itertools.zip_longest(names, cells[: len(names)], fillvalue=""):
             row.setdefault(name, cell)
         rows.append(row)
+    if too_long and not rows:
+        raise InputError(f"{path}: {too_long[0]}, and no row fits; {remedy}")
     columns = grouped((i for i, name in enumerate(names) if name), lambda i: fold(names[i]))
     for name, places in sorted(columns.items()):
         if any(len({cells[i] for i in places if i < len(cells)}) > 1 for _, cells in filled[1:]):

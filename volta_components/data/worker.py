@@ -88,9 +88,17 @@ def volume_record(task: Task) -> dict[str, Any] | None:
 
 def finished(task: Task) -> dict[str, Any] | None:
     """The record of a volume that needs no work: prepared, from the same files, and still there."""
+    record = settled(task)
+    return None if record is None or "error" in record else record
+
+
+def settled(task: Task) -> dict[str, Any] | None:
+    """The record of a volume that needs no work, or that the same files have shown to be bad."""
     record = volume_record(task)
-    if record is None or "error" in record or record["stamp"] != _stamp(task.scan, task.source):
+    if record is None or record["stamp"] != _stamp(task.scan, task.source):
         return None
+    if "error" in record:
+        return record
     if record["quality"]["stripped"] and record.get("placing", 1) < PLACING:
         return None
     is_whole = all(size_and_time(task.output / name)[0] == size for name, size in record["files"].items())

@@ -42,7 +42,9 @@ def _key(text: str) -> str:
 def patient_keys(item: Mapping[str, Any]) -> set[str]:
     """The keys that a record may hold for an item's patient: with the cohort, and without it where none was known."""
     patient, cohort = who(item)
-    return {patient_key(patient, cohort), patient_key(patient)}
+    # As version 0.1.0 kept those whom a merge had renamed.
+    merged = _key(f"{cohort}/{cohort}-{patient}")
+    return {patient_key(patient, cohort), patient_key(patient), merged}
 
 
 def look_alike_keys(item: Mapping[str, Any]) -> set[str]:

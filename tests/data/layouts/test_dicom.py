@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import re
 import shutil
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import tiny_datasets as tiny
 
 from volta_components.data.layouts.common import LayoutOptions
-from volta_components.data.layouts.dicom import read, why_not_t1
+from volta_components.data.layouts.dicom import read, subject_of, why_not_t1
 from volta_components.data.layouts.series import convert_series
 from volta_components.data.volumes import read_volume
 
@@ -251,6 +252,33 @@ def test_a_patient_id_that_says_nothing_is_not_guessed_silently(tmp_path, name):
     assert {scan.patient_id for scan in listing.scans} == {"anna", "bert"}
     assert {who for who, _, _ in found(listing)} == {"anna", "bert"}
     assert not found(listed(tmp_path, patients="folder"))
+
+
+def test_patients_of_other_letters_and_numbers_have_names_of_their_own(tmp_path):
+    patients = ["\u5f20\u4e09", "\u738b\u4e94", "1.12", "11.2"]
+    for place, patient in enumerate(patients):
+        write(tmp_path / f"f{place}" / "A", patient=patient, SpecificCharacterSet="ISO_IR 192")
+    listing = listed(tmp_path)
+    names = {scan.patient_id: scan.subject_id for scan in listing.scans}
+    assert names.keys() == set(patients) and len(set(names.values())) == 4
+    assert (names["1.12"], names["11.2"]) == ("sub-1x12", "sub-11x2")
+    assert all(re.fullmatch("sub-[A-Za-z0-9]+", name) for name in names.values())
+    # Nobody's name depends on who else is there.
+    shutil.rmtree(tmp_path / "f1")
+    assert all(names[scan.patient_id] == scan.subject_id for scan in listed(tmp_path).scans)
+
+
+@pytest.mark.parametrize(
+    ("patient", "name"),
+    [
+        ("P_01", "sub-P01"),
+        ("2019-0045", "sub-2019x0045"),
+        ("002_S_0295", "sub-ADNI002S0295"),
+        ("OAS1_0001", "sub-OAS10001"),
+    ],
+)
+def test_patients_are_named_as_bids_has_it(patient, name):
+    assert subject_of(patient) == name
 
 
 def test_a_patient_id_of_two_people_is_not_one_person(tmp_path):

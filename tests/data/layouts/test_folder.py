@@ -242,15 +242,19 @@ def test_of_freesurfers_volumes_the_t1_is_taken(tmp_path):
     assert scans(listing) == [("carl", None, "carl/mri/orig.mgz")] and not found(listing)
 
 
-def test_folders_that_differ_in_a_visit_are_one_person(tmp_path):
-    """UK Biobank's names: person, field, visit, number."""
-    listing = listed(
-        tmp_path, *(f"{name}/T1/T1.nii.gz" for name in ("1000123_20252_2_0", "1000123_20252_3_0", "1000456_20252_2_0"))
-    )
-    (scan,) = (scan for scan in listing.scans if scan.patient_id == "1000123")
-    assert scan.session == "ses-2" and len(listing.scans) == 2
-    assert any("taken for one person" in reason for _, reason in found(listing))
-    assert set(listing.people) == {"1000123", "1000456_20252_2_0"}
+@pytest.mark.parametrize("file", ["{}.nii.gz", "{}_T1.nii.gz", "{}/T1/T1.nii.gz", "{}/T1/T1_{}.nii.gz"])
+def test_names_of_uk_biobank_say_who_and_when(tmp_path, file):
+    """Person, field, visit, number."""
+    names = ("1000123_20252_2_0", "1000123_20252_3_0", "1000456_20252_2_0")
+    listing = listed(tmp_path / "all", *(file.format(name, name) for name in names))
+    who_and_when = {(scan.subject_id, scan.patient_id, scan.session) for scan in listing.scans}
+    assert who_and_when == {("1000123", "1000123", "ses-2"), ("1000456", "1000456", "ses-2")}
+    assert not found(listing) and set(listing.people) == {"1000123", "1000456"}
+    # Of one person alone as well.
+    listing = listed(tmp_path / "one", file.format(names[1], names[1]))
+    assert [(scan.subject_id, scan.patient_id, scan.session) for scan in listing.scans] == [
+        ("1000123",) * 2 + ("ses-3",)
+    ]
 
 
 def test_what_tools_make_of_a_scan_is_no_person_without_a_word(tmp_path):

@@ -413,7 +413,7 @@ def _scan(listing: Listing, patient: str, session: str, series: _Series) -> Scan
             except ValueError as error:
                 listing.note("quirk", patient, folder, f"{error} ({name}); left empty", patient_id=patient)
     return Scan(
-        subject_id="sub-" + re.sub(r"[^A-Za-z0-9]", "", f"{'ADNI' if cohort_of(patient) == 'adni' else ''}{patient}"),
+        subject_id=subject_of(patient),
         session=session,
         patient_id=patient,
         image=folder,
@@ -422,6 +422,19 @@ def _scan(listing: Listing, patient: str, session: str, series: _Series) -> Scan
         date=date,
         **facts,
     )
+
+
+def subject_of(patient: str) -> str:
+    """A patient's name in files: ``sub-`` and the letters and digits, as BIDS has it; whoever else is prepared.
+
+    Numbers stay apart (``1.12`` is not ``11.2``). Other letters than A to Z leave a hash of the id.
+    """
+    if is_worldwide(patient):
+        return "sub-" + re.sub(r"\W|_", "", f"{'ADNI' if cohort_of(patient) == 'adni' else ''}{patient}")
+    plain = re.sub(r"(?<=\d)[\W_]+(?=\d)", "x", patient)
+    name = re.sub(r"[^A-Za-z0-9]", "", plain)
+    is_whole = name and name == re.sub(r"[\W_]", "", plain)
+    return f"sub-{name}" if is_whole else f"sub-{name}x{hashlib.sha256(patient.encode()).hexdigest()[:8]}"
 
 
 def _note_without_t1(

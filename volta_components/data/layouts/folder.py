@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from volta_components.data.identity import canonical_patient_id, grouped, is_worldwide
+from volta_components.data.identity import biobank, canonical_patient_id, grouped, is_worldwide
 from volta_components.data.layouts.bids import ASIDE, plainness
 from volta_components.data.layouts.common import LabelFile, LayoutOptions, Listing, Scan, look, slug
 from volta_components.data.names import Name, date_in, date_of_folders, maybe_one_person, parse_name, split_visit
@@ -63,7 +63,8 @@ def read(options: LayoutOptions) -> Listing:
     The name of a file in BIDS' way says who it is of (``sub-01_ses-1_run-2_T1w``); of any other, the name without its
     suffix and the word for the contrast is the subject, and ``_ses-X`` in it the session. Names that differ only in
     what looks like a visit (``p1_visit1``, ``p1_visit2``) are taken for one person, which is a problem unless the table
-    says so. Where file names are not unique, the folders are the names. A date in the name of a folder is the scan's.
+    says so. Files or folders named as in UK Biobank have the number for the person and the visit for the session. Where
+    file names are not unique, the folders are the names. A date in the name of a folder is the scan's.
 
     A file in a folder ``labels``, or whose name ends in ``_label``, ``_seg``, ``_mask`` or ``_dseg``, is the label of
     the volume of that name. A table (``participants.tsv``, ``participants.csv`` or ``--table``) may give sex, age,
@@ -184,8 +185,12 @@ def identified(listing: Listing, images: Sequence[VolumeFile]) -> list[Found]:
             name = replace(name, subject=whole) if people.knows(whole) else name
         above = next((part for part in folders if _is_person(part, people)), None)
         home = _freesurfer_home(volume)
+        person_and_visit = next(filter(None, map(biobank, (name.subject, *reversed(folders)))), None)
         if name.is_bids:
             found.append(Found(volume, name, name.subject, session, canonical_patient_id(name.subject), date))
+        elif person_and_visit:
+            person, number = person_and_visit
+            found.append(Found(volume, name, person, session or f"ses-{number}", person, date))
         elif is_worldwide(own):
             visit = date or split_visit(name.subject)[1]
             found.append(Found(volume, name, name.subject, session or _session(visit), own, date))
