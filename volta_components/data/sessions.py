@@ -62,7 +62,7 @@ def place(session: str) -> Place | None:
 
 
 def months_since_baseline(session: str) -> float | None:
-    """Months by the name of a session, 0 for ``bl`` and ``screening``, 24 for ``m24``; None where it does not say so."""
+    """Months by a session's name: 0 for ``bl`` and ``screening``, 24 for ``m24``; None where it does not say so."""
     scale, number = place(session) or ("", 0.0)
     return {"first": 0.0, "month": number}.get(scale)
 

@@ -243,7 +243,7 @@ def _labelled(listing: Listing, scans: list[Scan], every: list[Scan], labels: li
 
 
 def _images_of(label: VolumeFile, images: list[Scan]) -> list[Scan]:
-    """Those whose name has exactly a label's ``run-``, ``acq-`` and the like, else those whose name has these and more."""
+    """Images with exactly a label's ``run-``, ``acq-`` and the like in their names, else those with these and more."""
 
     def parts(volume: VolumeFile) -> set[tuple[str, str]]:
         entities = parse_name(volume.stem).entities.items()
