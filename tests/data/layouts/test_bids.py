@@ -106,6 +106,8 @@ def test_hidden_files_and_folders_are_nothing(tmp_path):
         ("sub-1/anat/sub-1_T2w.nii.gz", "has no T1w image, but sub-1_T2w.nii.gz"),
         ("sub-1/anat/sub-2_T1w.nii.gz", "its name says sub-2, its folder sub-1"),
         ("sub-1/ses-1/anat/sub-1_ses-2_T1w.nii.gz", "its name says sub-1 ses-2, its folder sub-1 ses-1"),
+        ("sub-1/anat/sub-1_T1w.nrrd", "has no T1w image, but sub-1_T1w.nrrd"),
+        ("sub-1/anat/sub-1_T1w.hdr", "half of a pair: its voxels are missing"),
         ("sub-1/anat/sub-1_T1w.mgz", "has no T1w image, but sub-1_T1w.mgz"),
     ],
 )
@@ -189,3 +191,17 @@ def test_scans_tsv_is_read_without_sessions(tmp_path):
     table = "sub-1/sub-1_scans.tsv", "filename\tacq_time\nanat/sub-1_T1w.nii.gz\t2021-06-20T10:00:00\n"
     listing = listed(tmp_path, people("sub-1"), t1("sub-1"), table)
     assert [scan.date for scan in listing.scans] == ["2021-06-20"] and not found(listing)
+
+
+def test_a_session_in_a_format_that_is_not_read_is_a_problem(tmp_path):
+    files = [
+        t1("sub-1", "ses-1"),
+        t1("sub-1", "ses-2").replace("nii.gz", "nrrd"),
+        t1("sub-1", "ses-1").replace(".nii.gz", ".mha"),
+    ]
+    listing = listed(tmp_path, people("sub-1"), *files)
+    (problem,) = [finding for finding in listing.findings if finding.kind == "problem"]
+    assert (problem.file, problem.reason) == (
+        files[1],
+        "is no NIfTI file",
+    ) and "c3d sub-1_ses-2_T1w.nrrd" in problem.remedy

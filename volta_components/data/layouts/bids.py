@@ -18,7 +18,7 @@ from volta_components.data.identity import canonical_patient_id, cohort_of, grou
 from volta_components.data.layouts.common import LabelFile, LayoutOptions, Listing, Scan, look, slug
 from volta_components.data.names import OTHER_CONTRASTS, date_in, date_of_cell, parse_name
 from volta_components.data.tables import DATE_COLUMNS, Row, is_missing, pick, read_table, session_row
-from volta_components.data.volumes import NIFTI_SUFFIXES, volume_stem
+from volta_components.data.volumes import NIFTI_SUFFIXES, conversion, volume_stem
 from volta_components.data.walk import VolumeFile, tidy
 from volta_components.errors import InputError
 
@@ -199,13 +199,16 @@ def _others(listing: Listing, folders: Iterable[Path], volumes: list[VolumeFile]
                 others = strange or inside
                 reason = "has no T1w image" + (f", but {others[0].name}" if others else "")
                 rename = f"name it {who}_T1w.nii.gz if it is one, in {who}/anat"
+                rename = (others and conversion(others[0].path)) or rename
                 fetch = f"fetch it (datalad get {top})" if (root / ".datalad").is_dir() else "fetch it"
                 listing.note("problem", who, top, reason, rename if others else f"{fetch}, or remove the folder")
         else:
             for volume in strange:
                 if listing.place(volume.path) not in places:
-                    remedy = f"name it {who}_..._T1w.nii.gz, in a folder anat, or move it to sourcedata"
-                    listing.note("problem", who, volume.path, "is not named as BIDS names images", remedy)
+                    rename = f"name it {who}_..._T1w.nii.gz, in a folder anat, or move it to sourcedata"
+                    remedy = conversion(volume.path)
+                    reason = "is no NIfTI file" if remedy else "is not named as BIDS names images"
+                    listing.note("problem", who, volume.path, reason, remedy or rename)
     sessions = {tidy(listing.place(VolumeFile.of(path).folder.parent)) for path in used}
     with_scan = {place.split("/")[0] for place in sessions}
     for folder in folders:
@@ -226,7 +229,9 @@ def _labelled(listing: Listing, scans: list[Scan], every: list[Scan], labels: li
         images = _images_of(label, places.get(place, []))
         subject = next((part for part in place.split("/") if part.startswith("sub-")), "(labels)")
         mine = [used[one.image] for one in images if one.image in used]
-        if not images:
+        if remedy := conversion(label.path):
+            listing.note("problem", subject, label.path, "label of a format that is not read", remedy, False)
+        elif not images:
             listing.note("problem", subject, label.path, "label without image", "fetch the scan")
         elif len({VolumeFile.of(one.image).stem for one in images}) > 1:
             remedy = "name it with the run-, acq- or rec- of its image"

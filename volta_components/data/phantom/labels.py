@@ -17,6 +17,7 @@ from volta_components.data.resample import resample
 from volta_components.data.volumes import (
     UnusableVolume,
     canonical,
+    conversion,
     read_volume,
     volume_stem,
     volume_suffix,
@@ -175,7 +176,7 @@ def find_label_maps(folder: Path) -> dict[str, Path]:
         raise InputError(f"--anatomies {folder}: no such folder; give a folder of label maps (.nii.gz or .mgz)")
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
-        if volume_suffix(path) is None or not path.is_file() or path.name.startswith("."):
+        if volume_suffix(path) is None or conversion(path) or not path.is_file() or path.name.startswith("."):
             continue
         if path.parent.name == "mri":
             if volume_stem(path) in ("aparc+aseg", "aseg", "aparc.DKTatlas+aseg", "synthseg"):
