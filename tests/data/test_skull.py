@@ -170,6 +170,7 @@ ANNA, BERT = ("anna/T1.nii.gz", "anna", None), ("bert/T1.nii.gz", "bert", None)
         ([ANNA, BERT], ["T1_mask.nii.gz"], {}),
         ([ANNA, BERT], ["T1_mask.nii.gz", "bert_mask.nii.gz"], {"bert": "bert_mask.nii.gz"}),
         ([ANNA], ["T1_mask.nii.gz"], {"anna": "T1_mask.nii.gz"}),
+        ([ANNA, ("anna/T1.nii", "anna", "x")], ["T1_mask.nii"], {"anna": "T1_mask.nii", "anna_x": "T1_mask.nii"}),
         (
             [("1/anna.nii", "anna", "ses-1"), ("2/anna.nii", "anna", "ses-2")],
             ["2/anna_mask.nii"],

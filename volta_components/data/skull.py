@@ -54,13 +54,14 @@ def attach_masks(listing: Listing, scans: Sequence[Scan], where: str, root: Path
             by_name[_mask_of(file)][file.path] = inside  # at None, what is no mask
             if where != "bids":  # a mask may simply have the name of its scan
                 by_name[file.stem][file.path] = inside
-    places = {scan.source for scan in listing.scans} | {found.file for found in listing.findings if found.left_out}
-    crowd = Counter(volume_stem(Path(place.split("#")[0])) for place in places)
+    sources = {scan.source for scan in listing.scans} | {found.file for found in listing.findings if found.left_out}
+    places = {Path(source).parent / volume_stem(Path(source)) for source in sources}
+    crowd = Counter(place.name.split("#")[0] for place in places)
     kept = []
     for scan in scans:
         stem = volume_stem(scan.image)
         named = {path for path, inside in by_name[stem].items() if crowd[stem] < 2 or _is_beside(scan, inside)}
-        keys = ({*by_name[name]} for name in (scan.key, f"{scan.key}_T1w"))
+        keys = (set(by_name[name]) for name in (scan.key, f"{scan.key}_T1w"))
         paths = sorted(next(filter(None, (named, *keys)), ()))
         if len(paths) == 1:
             kept.append(replace(scan, mask=paths[0]))

@@ -199,7 +199,7 @@ def _others(listing: Listing, folders: Iterable[Path], volumes: list[VolumeFile]
                 others = strange or inside
                 reason = "has no T1w image" + (f", but {others[0].name}" if others else "")
                 rename = f"name it {who}_T1w.nii.gz if it is one, in {who}/anat"
-                rename = (others and conversion(others[0].path)) or rename
+                rename = conversion(strange[0].path) or rename if strange else rename
                 fetch = f"fetch it (datalad get {top})" if (root / ".datalad").is_dir() else "fetch it"
                 listing.note("problem", who, top, reason, rename if others else f"{fetch}, or remove the folder")
         else:

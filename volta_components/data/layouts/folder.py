@@ -108,8 +108,9 @@ def read(options: LayoutOptions) -> Listing:
     for scan in listing.one_of_session(sure, lambda scan: _order(names[scan.image].name, scan)) + unsure:
         listing.add(scan)
     _other_contrasts(listing, others, found)
-    dicom = (path for path in tree.files if path.exists() and not volume_suffix(path) and may_be_dicom(path))
-    for folder in sorted({path.parent for path in dicom}):
+    # A link to nothing without suffix is named already.
+    files = (path for path in tree.files if not volume_suffix(path) and (path.suffix or path.exists()))
+    for folder in sorted({path.parent for path in filter(may_be_dicom, files)}):
         parts = folder.relative_to(root).parts
         if not parts or parts[0] not in ASIDE:
             who = tidy(parts[0]) if parts else "(all)"
@@ -127,7 +128,8 @@ def _note_without_volume(listing: Listing, tree: Tree, found: list[Found]) -> No
     root = listing.root
     tops = {tidy(volume.path.relative_to(root).parts[0]) for volume in tree.volumes()}
     noted = {finding.file.split("/")[0] for finding in listing.findings if finding.left_out}
-    are_people = not tops.isdisjoint(one.subject for one in found if one.volume.folder != root)
+    people = {one.patient for one in found if one.volume.folder != root}
+    are_people = not people.isdisjoint(map(canonical_patient_id, tops))
     for folder in tree.folders:
         if folder.parent == root and (top := tidy(folder.name)) not in tops | noted | ASIDE:
             inside = [path for path in tree.files if folder in path.parents]
