@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import tiny_datasets as tiny
 from prepare_helpers import OPTIONS, tree
@@ -20,6 +22,7 @@ from prepare_helpers import OPTIONS, tree
 from volta_components.data import worker
 from volta_components.data.checks import check_volumes
 from volta_components.data.datalist import load_datalist
+from volta_components.data.headers import volume_files
 from volta_components.data.prepare import prepare
 from volta_components.errors import InputError
 from volta_components.files import sha256_file
@@ -111,6 +114,31 @@ def test_a_damaged_volume_is_mended_as_the_check_says(tmp_path):
         path.unlink()
     prepare("bids", source, output, **OPTIONS)
     assert tree(output) == before
+
+
+def test_a_pair_whose_header_was_corrected_is_done_again(tmp_path):
+    shape, affine = tiny.grid()
+    mirrored = np.diag([-1.0, 1, 1, 1]) @ affine
+    voxels = tiny.head(shape, affine).astype(np.int16)
+    hashes = set()
+    for place, side in ((affine, 1), (mirrored, -1)):
+        nib.Nifti1Pair(voxels, place).to_filename(tmp_path / f"made{side}.img")
+        (tmp_path / "source").mkdir(exist_ok=True)
+        for suffix in ("hdr",) if side < 0 else ("hdr", "img"):
+            (tmp_path / f"made{side}.{suffix}").replace(tmp_path / f"source/p1.{suffix}")
+        prepare("folder", tmp_path / "source", tmp_path / "out", **OPTIONS)
+        (item,) = load_datalist(tmp_path / "out").items
+        assert tiny.find_landmark(item["image"])[0] == pytest.approx(side * tiny.LANDMARK[0], abs=1)
+        hashes.add(item["source_sha256"])
+    assert len(hashes) == 2
+
+
+@pytest.mark.parametrize("suffixes", [("img", "hdr", "mat"), ("IMG.gz", "HDR"), ("img",), ("nii",)])
+def test_the_files_of_a_volume(tmp_path, suffixes):
+    files = [tmp_path / f"p1.{suffix}" for suffix in suffixes]
+    for file in (*files, tmp_path / "p2.mat", tmp_path / "p1.json"):
+        file.touch()
+    assert volume_files(files[0]) == files
 
 
 def test_a_brain_that_was_placed_otherwise_is_done_again(tmp_path):

@@ -8,10 +8,11 @@ import tiny_datasets as tiny
 from csv_rows import read_rows
 
 from volta_components.data.datalist import load_datalist, uneven_skulls
+from volta_components.data.layouts import Listing, Scan
 from volta_components.data.overlaps import check, merge
 from volta_components.data.prepare import prepare
 from volta_components.data.preprocess import Settings, prepare_volume
-from volta_components.data.skull import apply_mask, is_stripped
+from volta_components.data.skull import apply_mask, attach_masks, is_stripped
 from volta_components.data.survey import MAYBE_STRIPPED, survey
 from volta_components.data.unusable import UnusableVolume
 from volta_components.data.volumes import Volume, read_volume
@@ -140,6 +141,58 @@ def test_two_masks_of_one_scan_are_a_problem(tmp_path):
         write_mask(tmp_path / "masks" / name)
     assert prepare("bids", source, tmp_path / "out", mask=tmp_path / "masks", **OPTIONS) == 1
     assert any("has 2 brain masks" in row["reason"] for row in findings(tmp_path / "out"))
+
+
+def masks_of(tmp_path, scans, masks, chosen=slice(None)):
+    """The mask of each scan, relative to their folder; files are empty, since only names are looked at."""
+    listing = Listing("x", root=tmp_path)
+    for source, subject, session in scans:
+        listing.add(Scan(subject, session, subject, tmp_path / source, source))
+    for name in masks:
+        (tmp_path / "masks" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "masks" / name).touch()
+    kept = attach_masks(listing, listing.scans[chosen], str(tmp_path / "masks"), tmp_path)
+    remedies = [finding.remedy for finding in listing.findings]
+    return {scan.key: scan.mask.relative_to(tmp_path / "masks").as_posix() for scan in kept}, remedies
+
+
+ANNA, BERT = ("anna/T1.nii.gz", "anna", None), ("bert/T1.nii.gz", "bert", None)
+
+
+@pytest.mark.parametrize(
+    ("scans", "masks", "given"),
+    [
+        ([ANNA, BERT], ["anna/T1_mask.nii.gz"], {"anna": "anna/T1_mask.nii.gz"}),
+        (
+            [ANNA, BERT],
+            [f"{x}/T1_mask.nii" for x in ("anna", "bert")],
+            {x: f"{x}/T1_mask.nii" for x in ("anna", "bert")},
+        ),
+        ([ANNA, BERT], ["T1_mask.nii.gz"], {}),
+        ([ANNA, BERT], ["T1_mask.nii.gz", "bert_mask.nii.gz"], {"bert": "bert_mask.nii.gz"}),
+        ([ANNA], ["T1_mask.nii.gz"], {"anna": "T1_mask.nii.gz"}),
+        ([ANNA, ("anna/T1.nii", "anna", "x")], ["T1_mask.nii"], {"anna": "T1_mask.nii", "anna_x": "T1_mask.nii"}),
+        (
+            [("1/anna.nii", "anna", "ses-1"), ("2/anna.nii", "anna", "ses-2")],
+            ["2/anna_mask.nii"],
+            {"anna_ses-2": "2/anna_mask.nii"},
+        ),
+        (
+            [("a/MPRAGE", "sub-1", None), ("b/MPRAGE", "sub-2", None)],
+            ["sub-2/MPRAGE.nii"],
+            {"sub-2": "sub-2/MPRAGE.nii"},
+        ),
+    ],
+)
+def test_a_mask_is_not_given_to_another_scan_of_the_same_name(tmp_path, scans, masks, given):
+    found, remedies = masks_of(tmp_path, scans, masks)
+    assert found == given and len(remedies) == len(scans) - len(given)
+    assert all(any(f"add {who}" in remedy for remedy in remedies) for _, who, _ in scans if who not in str(given))
+
+
+def test_a_mask_of_a_scan_that_is_not_used_is_given_to_no_other(tmp_path):
+    found, _ = masks_of(tmp_path, [ANNA, BERT], ["bert/T1_mask.nii.gz"], slice(1))
+    assert found == {}
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

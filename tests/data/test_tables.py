@@ -153,6 +153,58 @@ def test_of_several_rows_the_sessions_own_counts(tmp_path, session, date, age):
     assert (row["age"], row["sex"], unknown) == (age, "F", [])
 
 
+ADNIMERGE = [
+    "PTID,VISCODE,EXAMDATE,DX_bl,AGE,PTGENDER,DX",
+    "a,bl,2006-05-02,LMCI,76.3,Female,MCI",
+    "a,m12,2007-05-10,LMCI,76.3,Female,",
+    "a,m24,2008-05-20,LMCI,76.3,Female,Dementia",
+]
+BASELINES = {
+    "": ("",) * 4,
+    "EXAMDATE_bl": (",EXAMDATE_bl", *(",2006-05-02",) * 3),
+    "Years_bl": (",Years_bl", ",0", ",1.02", ",2.05"),
+}
+
+
+@pytest.mark.parametrize("more", BASELINES)
+@pytest.mark.parametrize(
+    ("session", "date", "age", "diagnosis"),
+    [
+        ("ses-20060418", "2006-04-18", "76.3", "LMCI"),  # scanned before the examination
+        ("ses-20080622", "2008-06-22", "78.35", "Dementia"),
+        ("ses-M024", None, "78.35", "Dementia"),
+        ("ses-20070501", "2007-05-01", "77.32", ""),  # that visit has no diagnosis, and the others differ
+        (None, None, "76.3", "LMCI"),
+    ],
+)
+def test_adnis_baseline_is_no_later_visits(tmp_path, more, session, date, age, diagnosis):
+    text = "".join(f"{line}{cell}\n" for line, cell in zip(ADNIMERGE, BASELINES[more], strict=True))
+    row, unknown = people_of(tmp_path, text).row("a", session, date)
+    assert (float(row["age"]), row["diagnosis"]) == (pytest.approx(float(age), abs=0.02), diagnosis) and not unknown
+
+
+def test_a_single_later_row_of_adnis_is_not_the_baseline(tmp_path):
+    text = "PTID,VISCODE,DX_bl,AGE,DX\nb,m24,CN,60,MCI to Dementia\n"
+    row, _ = people_of(tmp_path, text).row("b")
+    assert (row["age"], parse_diagnosis(row["diagnosis"])) == ("62.00", "AD")
+
+
+def test_ages_of_the_visits_themselves_are_kept(tmp_path):
+    text = "PTID,VISCODE,DX_bl,age,DX\na,bl,CN,60,CN\na,m24,CN,62,MCI\n"
+    row, _ = people_of(tmp_path, text).row("a", "ses-M24")
+    assert (row["age"], row["diagnosis"]) == ("62", "MCI")
+
+
+@pytest.mark.parametrize(("day", "age"), [("2006-07-17", "60"), ("2006-07-18", ""), ("2007-02-01", "61")])
+def test_the_nearest_row_counts_up_to_90_days(tmp_path, day, age):
+    row, unknown = people_of(tmp_path, VISITS).row("a", f"ses-{day.replace('-', '')}", day)
+    assert row["age"] == age and unknown == ([] if age else ["age"])
+
+
+def test_a_session_with_a_name_is_not_matched_by_a_near_date(tmp_path):
+    assert people_of(tmp_path, VISITS).row("a", "ses-M003", "2006-06-18")[0]["age"] == ""
+
+
 def test_what_no_row_surely_says_stays_unknown(tmp_path):
     row, unknown = people_of(tmp_path, VISITS).row("a", "ses-M24")
     assert (row["age"], row["sex"], unknown) == ("", "F", ["age"])

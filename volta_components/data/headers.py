@@ -162,6 +162,22 @@ def _pair(path: Path) -> tuple[Path, Path]:
     raise UnusableVolume(path, f"half of a pair: there is no {stem}{wanted} beside it", f"add {stem}{wanted}")
 
 
+def volume_files(path: Path) -> list[Path]:
+    """The files that a volume is read from: itself; of a pair, also its header, and SPM's ``.mat`` if there is one."""
+    if not path.name.lower().endswith(PAIR_SUFFIXES):
+        return [path]
+    try:
+        header, voxels = _pair(path)
+    except (UnusableVolume, FileNotFoundError):
+        return [path]
+    return [voxels, header, *filter(Path.is_file, [_spm_matrix(voxels)])]
+
+
+def _spm_matrix(voxels: Path) -> Path:
+    """The ``.mat`` file that SPM keeps beside an Analyze pair."""
+    return voxels.with_name(voxels.name[: voxels.name.lower().rindex(".img")] + ".mat")
+
+
 class _Reader:
     """One header on its way from bytes to a ``VolumeHeader``, with the notes that are made on the way."""
 
@@ -451,8 +467,7 @@ class _Reader:
 
     def _spm_affine(self) -> np.ndarray | None:
         """The affine of the .mat file that SPM keeps beside an Analyze pair; None where there is none."""
-        name = self.data.name[: self.data.name.lower().rindex(".img")]
-        if not self.data.with_name(f"{name}.mat").is_file():
+        if not _spm_matrix(self.data).is_file():
             return None
         self.notes.append("orientation from SPM's .mat file")
         affine = nib.Spm2AnalyzeImage.from_filename(self.data).affine

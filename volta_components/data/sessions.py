@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
+from datetime import date as Day
 from typing import TypeVar
 
 from volta_components.data.names import date_in
@@ -58,6 +59,17 @@ def place(session: str) -> Place | None:
         return "month", round(number * _UNITS[unit], 3)
     words = {before, after} - {"", "number"}
     return "|".join(sorted(words)) or "number", number
+
+
+def months_since_baseline(session: str) -> float | None:
+    """Months by a session's name: 0 for ``bl`` and ``screening``, 24 for ``m24``; None where it does not say so."""
+    scale, number = place(session) or ("", 0.0)
+    return {"first": 0.0, "month": number}.get(scale)
+
+
+def years_between(start: str, end: str) -> float:
+    """Years from one date (``YYYY-MM-DD``) to another."""
+    return (Day.fromisoformat(end[:10]) - Day.fromisoformat(start[:10])).days / 365.25
 
 
 def spelled_alike(session: str) -> Place | str:

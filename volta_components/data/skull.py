@@ -7,7 +7,7 @@ Cohorts with and without skulls in one mixture teach an encoder which cohort a s
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,28 +43,47 @@ _NO_OTHER_SPACE = ("space-T1w", "space-orig", "space-individual")
 def attach_masks(listing: Listing, scans: Sequence[Scan], where: str, root: Path) -> list[Scan]:
     """Give each scan its brain mask; scans without one become problems and are left out.
 
-    Masks are looked for among the data set's own derivatives (``bids``), or in a folder.
+    Masks are looked for among the data set's own derivatives (``bids``), or in a folder. A mask has the name of its
+    scan's file; if several scans of the data set have that name, used or not, it also lies in a folder of its scan's.
     """
     folders = [root / "derivatives", root / "sourcedata"] if where == "bids" else [Path(where)]
-    files = [file for folder in folders if folder.is_dir() for file in walk(folder).volumes()]
-    by_name: dict[str | None, set[Path]] = defaultdict(set)
-    for file in files:
-        by_name[_mask_of(file)].add(file.path)  # at None, what is no mask
-        if where != "bids":  # a mask may simply have the name of its scan
-            by_name[file.stem].add(file.path)
+    by_name: dict[str | None, dict[Path, tuple[str, ...]]] = defaultdict(dict)
+    for folder in filter(Path.is_dir, folders):
+        for file in walk(folder).volumes():
+            inside = file.folder.relative_to(folder).parts
+            by_name[_mask_of(file)][file.path] = inside  # at None, what is no mask
+            if where != "bids":  # a mask may simply have the name of its scan
+                by_name[file.stem][file.path] = inside
+    sources = {scan.source for scan in listing.scans} | {found.file for found in listing.findings if found.left_out}
+    places = {Path(source).parent / volume_stem(Path(source)) for source in sources}
+    crowd = Counter(place.name.split("#")[0] for place in places)
     kept = []
     for scan in scans:
-        names = (volume_stem(scan.image), scan.key, f"{scan.key}_T1w")
-        paths = sorted(next((by_name[name] for name in names if name in by_name), ()))
+        stem = volume_stem(scan.image)
+        named = {path for path, inside in by_name[stem].items() if crowd[stem] < 2 or _is_beside(scan, inside)}
+        keys = (set(by_name[name]) for name in (scan.key, f"{scan.key}_T1w"))
+        paths = sorted(next(filter(None, (named, *keys)), ()))
         if len(paths) == 1:
             kept.append(replace(scan, mask=paths[0]))
         elif paths:
             words = ", ".join(path.name for path in paths[:3])
             listing.note_scan("problem", scan, f"has {len(paths)} brain masks: {words}", "remove all but one")
         else:
-            remedy = f"add {names[0]}_mask.nii.gz, or leave out --mask"
+            name = stem if crowd[stem] < 2 else scan.key  # others have this name too
+            remedy = f"add {name}_mask.nii.gz, or leave out --mask"
             listing.note_scan("problem", scan, f"has no brain mask in {', '.join(map(str, folders))}", remedy)
     return kept
+
+
+def _is_beside(scan: Scan, folders: tuple[str, ...]) -> bool:
+    """Whether a mask's folders are those that the scan lies in, or have the names of its subject and session."""
+    own = Path(scan.source).parent.parts
+    if own and folders[-len(own) :] == own:
+        return True
+    session = scan.session or ""
+    return scan.subject_id in folders and (
+        not session or not {session, session.removeprefix("ses-")}.isdisjoint(folders)
+    )
 
 
 def _mask_of(file: VolumeFile) -> str | None:

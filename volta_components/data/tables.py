@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import functools
 import io
@@ -17,7 +18,7 @@ from typing import Any
 
 from volta_components.data.identity import canonical_patient_id, grouped, loose
 from volta_components.data.names import date_in, date_of_cell
-from volta_components.data.sessions import in_order, spelled_alike
+from volta_components.data.sessions import in_order, months_since_baseline, spelled_alike, years_between
 from volta_components.data.unusable import missing_content
 from volta_components.data.volumes import volume_suffix
 from volta_components.errors import InputError
@@ -54,6 +55,9 @@ DIAGNOSIS_COLUMNS = ("diagnosis", "DX_bl", "DX", "diagnosis_sc", "Research Group
 SITE_COLUMNS = ("site", "site_id", "acquisition_site", "institution", "scanner")
 SESSION_COLUMNS = ("session_id", "session", "ses", "VISCODE", "visit", "visit_id", "timepoint", "wave")
 DATE_COLUMNS = ("acq_time", "scan_date", "EXAMDATE", "examination_date", "Acq Date", "Study Date", "date", "MRI_date")
+
+# A row is of a scan's visit if its date is at most this far from the scan's; visits are half a year apart in ADNI.
+NEAR_DAYS = 90
 
 # A table's header is looked for in so many lines.
 _TITLE_LINES = 5
@@ -279,10 +283,13 @@ def parse_age(text: str | None) -> float | None:
 
 
 def parse_diagnosis(text: str | None) -> str | None:
-    """Upper case, brought to Clinica's names (CN, SMC, EMCI, LMCI, MCI, AD); None where it is missing."""
+    """Upper case, brought to Clinica's names (CN, SMC, EMCI, LMCI, MCI, AD); None where it is missing.
+
+    Of a change (``MCI to Dementia``, in older tables of ADNI), what it led to is taken.
+    """
     if text is None or is_missing(text):
         return None
-    key = text.strip().upper()
+    key = text.strip().upper().split(" TO ")[-1]
     return DIAGNOSES.get(key, key)
 
 
@@ -348,9 +355,9 @@ class People:
     def row(self, patient: str, session: str | None = None, date: str | None = None) -> tuple[Row | None, list[str]]:
         """What the table says of a patient at a session.
 
-        Of several rows the session's own counts, told by its name or its date; without a session the first one. Where
-        that cannot be told, and for the sex, only what all rows agree on is taken. Age and diagnosis are not taken from
-        rows that are all of other sessions.
+        Of several rows the session's own counts (:func:`session_row`); without a session the first one. Where that
+        cannot be told, and for the sex, only what all rows agree on is taken. Age and diagnosis are not taken from rows
+        that are all of other sessions.
 
         Returns:
             Cells by column, or None if there is no row; and what is unknown because the rows differ in it, or are of
@@ -375,11 +382,13 @@ class People:
         if session is None and date is None:
             ordered, tied = in_order(rows, lambda row: pick(row, *SESSION_COLUMNS), _date_of)
             own = None if any(ordered[0] in group for group in tied) else ordered[0]
-        if own is not None:
-            merged |= {column: cell for column, cell in own.items() if not is_missing(cell)}
-            differ = [name for name in differ if name == "sex"]
         unknown = {fold(column) for name in differ for column in FACT_COLUMNS[name]}
-        return {column: "" if fold(column) in unknown else cell for column, cell in merged.items()}, differ
+        merged = {column: "" if fold(column) in unknown else cell for column, cell in merged.items()}
+        if own is None:
+            return merged, differ
+        sexes = set(map(fold, SEX_COLUMNS)) if "sex" in differ else set()
+        own = {column: cell for column, cell in own.items() if not is_missing(cell) and fold(column) not in sexes}
+        return merged | own, [name for name in differ if name == "sex"]
 
 
 def _plain(name: str, row: Row) -> object:
@@ -395,7 +404,11 @@ def _date_of(row: Row) -> str | None:
 
 
 def session_row(rows: Iterable[Row], session: str | None, date: str | None = None) -> Row | None:
-    """The row of a session, by its name in any spelling or by its date; None if there is none, or several."""
+    """The row of a session; None if there is none, or several.
+
+    It is told by the session's name in any spelling, or by the date. For sessions without a name, the nearest date
+    counts, up to ``NEAR_DAYS`` away.
+    """
     rows = list(rows)
     if session is not None:
         named = [(row, name) for row in rows if (name := pick(row, *SESSION_COLUMNS))]
@@ -403,9 +416,53 @@ def session_row(rows: Iterable[Row], session: str | None, date: str | None = Non
         alike = [row for row, name in named if spelled_alike(name) == spelled_alike(session)]
         if found := exact or alike:
             return found[0] if len(found) == 1 else None
-    day = date or date_in(session or "")
-    same = [row for row in rows if day and _date_of(row) == day]
+    dated = date_in(session or "")
+    near = NEAR_DAYS if session is None or dated else 0
+    day = date or dated
+    apart = [(round(abs(years_between(day, own)) * 365.25), row) for row in rows if day and (own := _date_of(row))]
+    nearest = min((days for days, _ in apart), default=None)
+    same = [row for days, row in apart if days == nearest and days <= near]
     return same[0] if len(same) == 1 else None
+
+
+def _of_own_visits(rows: list[Row]) -> list[Row]:
+    """One person's rows with the diagnosis and the age of their own visits.
+
+    ADNIMERGE repeats those of the baseline in every row, as ``DX_bl`` and ``AGE``. At later visits the diagnosis is
+    ``DX``, and the years since the baseline are added to the age.
+    """
+    columns = {fold(column) for column in rows[0]}
+    if columns.isdisjoint(map(fold, ("DX_bl", "age_bl", "EXAMDATE_bl", "Years_bl"))):
+        return rows
+    start = date_of_cell(pick(rows[0], "EXAMDATE_bl") or "") or next(
+        (_date_of(r) for r in rows if _months(r) == 0), None
+    )
+    is_repeated = len({pick(row, *AGE_COLUMNS) for row in rows} - {None}) == 1 and not columns >= {"age", "agebl"}
+    repeated = {fold(column) for column in (*AGE_COLUMNS, *DIAGNOSIS_COLUMNS)}
+    result = []
+    for row in rows:
+        years = max(0.0, _since_baseline(row, start))
+        own = {column: cell for column, cell in row.items() if fold(column) not in repeated}
+        of_visit = (name for name in DIAGNOSIS_COLUMNS if not years or name not in ("DX_bl", "diagnosis_sc"))
+        own["diagnosis"] = pick(row, *of_visit) or ""
+        own["age"] = pick(row, *AGE_COLUMNS) or ""
+        with contextlib.suppress(ValueError):  # the reader of the age says what is wrong with it
+            age = parse_age(own["age"])
+            own["age"] = f"{age + years:.2f}" if age is not None and years and is_repeated else own["age"]
+        result.append(own)
+    return result
+
+
+def _since_baseline(row: Row, start: str | None) -> float:
+    """Years since the baseline, whose date is ``start``; 0 where nothing tells them."""
+    with contextlib.suppress(ValueError):
+        return float(pick(row, "Years_bl") or "")
+    day = _date_of(row)
+    return years_between(start, day) if start and day else (_months(row) or 0.0) / 12
+
+
+def _months(row: Row) -> float | None:
+    return months_since_baseline(pick(row, *SESSION_COLUMNS) or "")
 
 
 def read_people(
@@ -431,4 +488,5 @@ def read_people(
             cell = pick(row, *DATE_COLUMNS)
             if complain and cell and not date_of_cell(cell):
                 complain(people.spelled[patient], f"date {cell!r} cannot be read for certain", "write it as 2020-06-25")
+        people.rows[patient] = _of_own_visits(several)
     return people

@@ -34,7 +34,15 @@ from volta_components.data.unusable import UnusableVolume, named_errors, one_lin
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 MGH_SUFFIXES = (".mgz", ".mgh")
-VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, ".mnc", *MGH_SUFFIXES, ".img", ".img.gz")
+# Formats of volumes that are not read, and what to do with such a file.
+_CONVERSIONS = {
+    **dict.fromkeys((".nrrd", ".nhdr", ".mha", ".mhd"), "convert it (Convert3D: c3d {name} -o {stem}.nii.gz)"),
+    **dict.fromkeys((".mif", ".mif.gz"), "convert it (MRtrix3: mrconvert {name} {stem}.nii.gz)"),
+    **dict.fromkeys((".brik", ".brik.gz"), "convert it (AFNI: 3dAFNItoNIFTI {name})"),
+    **dict.fromkeys((".nii.gz.gz", ".mnc.gz"), "unpack it (gunzip {name})"),
+    ".mgh.gz": "name it {stem}.mgz",
+}
+VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, ".mnc", *MGH_SUFFIXES, ".img", ".img.gz", *_CONVERSIONS)
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,12 @@ def volume_suffix(path: Path) -> str | None:
 def volume_stem(path: Path) -> str:
     """A file's name without its volume format's suffix: ``sub-1_T1w`` of ``sub-1_T1w.nii.gz``."""
     return path.name[: len(path.name) - len(volume_suffix(path) or "")]
+
+
+def conversion(path: Path) -> str | None:
+    """What to do with a volume of a format that is not read; None for any other file."""
+    remedy = _CONVERSIONS.get(volume_suffix(path) or "")
+    return remedy and remedy.format(name=path.name, stem=volume_stem(path))
 
 
 def _read_nifti(path: Path, assume_orientation: str | None) -> Volume:
@@ -212,5 +226,7 @@ def read_volume(path: str | os.PathLike[str], assume_orientation: str | None = N
             :func:`volta_components.data.survey.survey`, which goes over them anyway.
     """
     path = Path(path)
+    if remedy := conversion(path):
+        raise UnusableVolume(path, f"{volume_suffix(path)} files are not read", remedy)
     is_nifti = path.name.lower().endswith((*NIFTI_SUFFIXES, *PAIR_SUFFIXES))
     return _read_nifti(path, assume_orientation) if is_nifti else _read_other(path, assume_orientation)

@@ -8,7 +8,7 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from volta_components.data.volumes import volume_stem, volume_suffix
+from volta_components.data.volumes import conversion, volume_stem, volume_suffix
 from volta_components.errors import InputError
 from volta_components.files import readable
 
@@ -67,8 +67,11 @@ class Tree:
     outside: list[Path] = field(default_factory=list)
 
     def volumes(self) -> list[VolumeFile]:
-        """The volume files, in order of their paths."""
-        return [VolumeFile.of(path) for path in self.files if volume_suffix(path)]
+        """The volume files, in order of their paths, without copies in a format that is not read."""
+        paths = [path for path in self.files if volume_suffix(path)]
+        read = {path.with_name(volume_stem(path)) for path in paths if not conversion(path)}
+        kept = (path for path in paths if not (conversion(path) and path.with_name(volume_stem(path)) in read))
+        return [VolumeFile.of(path) for path in kept]
 
 
 def is_hidden(name: str) -> bool:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from volta_components.data import quality
 from volta_components.data.fingerprint import fingerprint
+from volta_components.data.headers import volume_files
 from volta_components.data.labels import read_labels
 from volta_components.data.layouts import Scan
 from volta_components.data.layouts.common import relative
@@ -59,13 +60,14 @@ class Task:
 
 
 def _image_files(scan: Scan) -> list[Path]:
-    """The files that a scan is made of; for DICOM, those of its series."""
-    return list(scan.series) or [scan.image]
+    """The files that a scan is made of; for DICOM, those of its series; of a pair, its header too."""
+    return list(scan.series) or volume_files(scan.image)
 
 
 def _stamp(scan: Scan, source: Path) -> list[list[Any]]:
     """Name, size and time of each file that a volume is made from."""
-    files = [*_image_files(scan), *(label.path for label in scan.labels), *([scan.mask] if scan.mask else [])]
+    others = [*(label.path for label in scan.labels), *([scan.mask] if scan.mask else [])]
+    files = [*_image_files(scan), *(file for path in others for file in volume_files(path))]
     return [[relative(path, source), *size_and_time(path)] for path in files]
 
 

@@ -106,6 +106,8 @@ def test_hidden_files_and_folders_are_nothing(tmp_path):
         ("sub-1/anat/sub-1_T2w.nii.gz", "has no T1w image, but sub-1_T2w.nii.gz"),
         ("sub-1/anat/sub-2_T1w.nii.gz", "its name says sub-2, its folder sub-1"),
         ("sub-1/ses-1/anat/sub-1_ses-2_T1w.nii.gz", "its name says sub-1 ses-2, its folder sub-1 ses-1"),
+        ("sub-1/anat/sub-1_T1w.nrrd", "has no T1w image, but sub-1_T1w.nrrd"),
+        ("sub-1/anat/sub-1_T1w.hdr", "half of a pair: its voxels are missing"),
         ("sub-1/anat/sub-1_T1w.mgz", "has no T1w image, but sub-1_T1w.mgz"),
     ],
 )
@@ -154,3 +156,52 @@ def test_dates_that_cannot_be_read_and_ages_against_names_are_named(tmp_path):
 def test_the_table_may_write_ids_in_any_case_with_or_without_their_prefix(tmp_path, spelling):
     listing = listed(tmp_path, ("participants.tsv", f"participant_id\tsex\n{spelling}\tF\n"), t1("sub-01"))
     assert [scan.sex for scan in listing.scans] == ["F"] and not found(listing)
+
+
+def label(subject, more=""):
+    return f"derivatives/h/{subject}/anat/{subject}{more}_desc-hippocampus_dseg.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("scans", "of", "given"),
+    [
+        (("_run-1", "_run-2"), "_run-1", True),
+        (("_run-1", "_run-2"), "_run-01_space-T1w", True),
+        (("_run-1", "_run-2"), "_run-2", "_run-2_T1w.nii.gz, which is not the T1w that is used"),
+        (("_acq-mprage", "_acq-tse"), "_acq-tse", "_acq-tse_T1w.nii.gz, which is not the T1w that is used"),
+        (("_run-1", "_run-2"), "", "label of several images"),
+        (("", "_rec-norm"), "", True),
+        (("_run-1",), "", True),
+        (("_run-1",), "_run-2", "label without image"),
+        (("",), "_acq-tse", "label without image"),
+    ],
+)
+def test_a_label_map_is_given_to_its_own_image_only(tmp_path, scans, of, given):
+    images = [t1("sub-1", more=more) for more in scans]
+    listing = listed(tmp_path, people("sub-1"), *images, label("sub-1", of))
+    (scan,) = listing.scans
+    assert scan.source == images[0] and [part.path.name for part in scan.labels] == (
+        [label("sub-1", of).split("/")[-1]] if given is True else []
+    )
+    reasons = [why for _, file, why in found(listing) if file == label("sub-1", of)]
+    assert reasons == [] if given is True else given in reasons[0]
+
+
+def test_scans_tsv_is_read_without_sessions(tmp_path):
+    table = "sub-1/sub-1_scans.tsv", "filename\tacq_time\nanat/sub-1_T1w.nii.gz\t2021-06-20T10:00:00\n"
+    listing = listed(tmp_path, people("sub-1"), t1("sub-1"), table)
+    assert [scan.date for scan in listing.scans] == ["2021-06-20"] and not found(listing)
+
+
+def test_a_session_in_a_format_that_is_not_read_is_a_problem(tmp_path):
+    files = [
+        t1("sub-1", "ses-1"),
+        t1("sub-1", "ses-2").replace("nii.gz", "nrrd"),
+        t1("sub-1", "ses-1").replace(".nii.gz", ".mha"),
+    ]
+    listing = listed(tmp_path, people("sub-1"), *files)
+    (problem,) = [finding for finding in listing.findings if finding.kind == "problem"]
+    assert (problem.file, problem.reason) == (
+        files[1],
+        "is no NIfTI file",
+    ) and "c3d sub-1_ses-2_T1w.nrrd" in problem.remedy

@@ -2,9 +2,13 @@
 import os
 
 import pytest
+import tiny_datasets as tiny
+from prepare_helpers import OPTIONS, findings
 
+from volta_components.data.datalist import load_datalist
 from volta_components.data.layouts.common import LayoutOptions
 from volta_components.data.layouts.folder import read
+from volta_components.data.prepare import prepare
 from volta_components.errors import InputError
 
 
@@ -268,3 +272,50 @@ def test_columns_that_may_be_meant_are_named(tmp_path):
     listing = listed(tmp_path, "p1_T1w.nii", "p2_T1w.nii", table=table)
     assert [scan.age for scan in listing.scans] == [None, None]
     assert found(listing, "quirk") == {("(all)", "age is not read from Age (months)")}
+
+
+def test_scans_of_formats_that_are_not_read_are_named_with_the_conversion(tmp_path):
+    shape, affine = tiny.grid()
+    tiny.save(tmp_path / "in/p1.nii.gz", tiny.head(shape, affine), affine)
+    for name in ("p1.nrrd", "p2.nrrd", "p3.MHA", "p4.mif", "p5.mgh.gz", "p6.nii.gz.gz", "p1_seg.nrrd", "p7.hdr"):
+        (tmp_path / "in" / name).write_bytes(b"x" * 400)
+    assert prepare("folder", tmp_path / "in", tmp_path / "out", **OPTIONS) == 1
+    assert [item["subject_id"] for item in load_datalist(tmp_path / "out").items] == ["p1"]
+    told = {
+        row["file"]: (row["reason"], row["remedy"]) for row in findings(tmp_path / "out") if row["kind"] == "problem"
+    }
+    assert told == {
+        "p2.nrrd": (".nrrd files are not read", "convert it (Convert3D: c3d p2.nrrd -o p2.nii.gz)"),
+        "p3.MHA": (".mha files are not read", "convert it (Convert3D: c3d p3.MHA -o p3.nii.gz)"),
+        "p4.mif": (".mif files are not read", "convert it (MRtrix3: mrconvert p4.mif p4.nii.gz)"),
+        "p5.mgh.gz": (".mgh.gz files are not read", "name it p5.mgz"),
+        "p6.nii.gz.gz": (".nii.gz.gz files are not read", "unpack it (gunzip p6.nii.gz.gz)"),
+        "p1_seg.nrrd": (
+            "label of a format that is not read",
+            "convert it (Convert3D: c3d p1_seg.nrrd -o p1_seg.nii.gz)",
+        ),
+        "p7.hdr": ("half of a pair: its voxels are missing", "add p7.img, or remove it"),
+    }
+
+
+def test_folders_without_a_volume_are_named_and_missing_people_are_problems(tmp_path):
+    (tmp_path / "a/carl").mkdir(parents=True)
+    (tmp_path / "a/dora").mkdir()
+    (tmp_path / "a/dora/IM0001").write_bytes(bytes(128) + b"DICM")
+    listing = listed(tmp_path / "a", "anna/T1.nii", "bert/T1.nii", "emil/notes.txt", "code/x.py")
+    assert found(listing) == {
+        ("carl", "has no volume in it"),
+        ("dora", "DICOM files, not read"),
+        ("emil", "has no volume, only notes.txt and the like"),
+    }
+    assert set(listing.people) == {"anna", "bert", "carl", "dora", "emil"}
+    listing = listed(tmp_path / "b", "anna.nii", "bert.nii", "logs/a.txt")
+    assert not found(listing) and found(listing, "quirk") == {("logs", "has no volume, only a.txt and the like")}
+    assert set(listing.people) == {"anna", "bert"}
+
+
+def test_folders_of_contrasts_are_not_silently_people(tmp_path):
+    listing = listed(tmp_path, *(f"{kind}/{who}.nii" for kind in ("T1", "FLAIR") for who in ("anna", "bert")))
+    remedies = {finding.subject: finding.remedy for finding in listing.findings if "taken for" in finding.reason}
+    assert "give --source .../T1;" in remedies["T1"]
+    assert "give the folder of T1 scans alone as --source;" in remedies["FLAIR"]

@@ -18,20 +18,23 @@ from volta_components.data.identity import canonical_patient_id, cohort_of, grou
 from volta_components.data.layouts.common import LabelFile, LayoutOptions, Listing, Scan, look, slug
 from volta_components.data.names import OTHER_CONTRASTS, date_in, date_of_cell, parse_name
 from volta_components.data.tables import DATE_COLUMNS, Row, is_missing, pick, read_table, session_row
-from volta_components.data.volumes import NIFTI_SUFFIXES, volume_stem
+from volta_components.data.volumes import NIFTI_SUFFIXES, conversion, volume_stem
 from volta_components.data.walk import VolumeFile, tidy
 from volta_components.errors import InputError
 
 # Folders beside the subjects in which BIDS keeps what is no raw scan.
 ASIDE = frozenset({"derivatives", "sourcedata", "code", "stimuli", "phenotype"})
 _LABEL = re.compile(r"hippocampus.*_dseg$")
+# What the name of a label map says of the map, not of its image.
+_OF_LABELS = frozenset({"desc", "label", "space", "res", "den", "atlas", "seg", "hemi"})
 
 
 def read(options: LayoutOptions) -> Listing:
     """List the T1w scans of a BIDS folder.
 
     Sex, site, age and diagnosis come from ``participants.tsv`` and each subject's ``*_sessions.tsv`` (the session's own
-    row wins). Label maps are files ``*hippocampus*_dseg.nii[.gz]`` of any derivative, at the scan's place.
+    row wins). Label maps are files ``*hippocampus*_dseg.nii[.gz]`` of any derivative, at the scan's place, which do not
+    name another run, acquisition or reconstruction than the scan's.
 
     Raises:
         InputError: if there is no such folder, or no ``sub-*`` folder in it.
@@ -53,9 +56,10 @@ def read(options: LayoutOptions) -> Listing:
     volumes = [volume for top, inside in by_top.items() if top not in ASIDE for volume in inside]
     scans = _scans(listing, volumes)
     _others(listing, tree.folders, volumes, {scan.image for scan in scans})
-    scans = listing.one_of_session(scans, plainness)
+    every, scans = scans, listing.one_of_session(scans, plainness)
     if options.labels != "none":
-        scans = _labelled(listing, scans, [v for v in by_top.get("derivatives", []) if _LABEL.search(v.stem)])
+        labels = [v for v in by_top.get("derivatives", []) if _LABEL.search(v.stem)]
+        scans = _labelled(listing, scans, every, labels)
     for scan in scans:
         listing.add(scan)
     listing.note_rows_without_scans(patients, "folder")
@@ -142,9 +146,9 @@ def _subject_and_session(folder: str) -> tuple[str | None, str | None]:
 
 
 def _scan_time(volume: VolumeFile, rows_of: Callable[[str, Path], list[Row]]) -> str | None:
-    """When an image was acquired, by the ``*_scans.tsv`` of its session."""
+    """When an image was acquired, by the ``*_scans.tsv`` of its session, or of its subject if there are no sessions."""
     folder, image = volume.folder.parent, volume.path.name
-    name = f"{folder.parent.name}_{folder.name}" if folder.name.startswith("ses-") else image.split("_ses-")[0]
+    name = f"{folder.parent.name}_{folder.name}" if folder.name.startswith("ses-") else folder.name
     for row in rows_of(name.split("_")[0], folder / f"{name}_scans.tsv"):
         if (pick(row, "filename") or "").endswith(f"anat/{image}"):
             return pick(row, *DATE_COLUMNS)
@@ -195,13 +199,16 @@ def _others(listing: Listing, folders: Iterable[Path], volumes: list[VolumeFile]
                 others = strange or inside
                 reason = "has no T1w image" + (f", but {others[0].name}" if others else "")
                 rename = f"name it {who}_T1w.nii.gz if it is one, in {who}/anat"
+                rename = conversion(strange[0].path) or rename if strange else rename
                 fetch = f"fetch it (datalad get {top})" if (root / ".datalad").is_dir() else "fetch it"
                 listing.note("problem", who, top, reason, rename if others else f"{fetch}, or remove the folder")
         else:
             for volume in strange:
                 if listing.place(volume.path) not in places:
-                    remedy = f"name it {who}_..._T1w.nii.gz, in a folder anat, or move it to sourcedata"
-                    listing.note("problem", who, volume.path, "is not named as BIDS names images", remedy)
+                    rename = f"name it {who}_..._T1w.nii.gz, in a folder anat, or move it to sourcedata"
+                    remedy = conversion(volume.path)
+                    reason = "is no NIfTI file" if remedy else "is not named as BIDS names images"
+                    listing.note("problem", who, volume.path, reason, remedy or rename)
     sessions = {tidy(listing.place(VolumeFile.of(path).folder.parent)) for path in used}
     with_scan = {place.split("/")[0] for place in sessions}
     for folder in folders:
@@ -211,19 +218,42 @@ def _others(listing: Listing, folders: Iterable[Path], volumes: list[VolumeFile]
             listing.note("quirk", who, place, "has no T1w image")
 
 
-def _labelled(listing: Listing, scans: list[Scan], labels: list[VolumeFile]) -> list[Scan]:
-    """Scans with their label maps; maps without a scan are noted."""
-    # Of derivatives/NAME/sub-01/ses-1/anat, what follows NAME.
-    places = grouped(labels, lambda label: "/".join(label.path.relative_to(listing.root).parts[2:-1]))
-    result = []
-    for scan in scans:
-        found = places.pop(VolumeFile.of(scan.image).folder.relative_to(listing.root).as_posix(), [])
-        for other in found[1:]:
-            reason = f"another label map: {found[0].name} is used, by name alone"
-            listing.note_scan("problem", scan, reason, "remove one", False, other.path)
-        result.append(replace(scan, labels=tuple(LabelFile(label.path) for label in found[:1])))
-    for place, found in sorted(places.items()):
+def _labelled(listing: Listing, scans: list[Scan], every: list[Scan], labels: list[VolumeFile]) -> list[Scan]:
+    """Scans with their label maps; maps without a scan, or of an image of ``every`` that is not used, are noted."""
+    places = grouped(every, lambda scan: VolumeFile.of(scan.image).folder.relative_to(listing.root).as_posix())
+    used = {scan.image: scan for scan in scans}
+    found: dict[Path, VolumeFile] = {}
+    for label in labels:
+        # Of derivatives/NAME/sub-01/ses-1/anat, what follows NAME.
+        place = "/".join(label.path.relative_to(listing.root).parts[2:-1])
+        images = _images_of(label, places.get(place, []))
         subject = next((part for part in place.split("/") if part.startswith("sub-")), "(labels)")
-        for label in found:
+        mine = [used[one.image] for one in images if one.image in used]
+        if remedy := conversion(label.path):
+            listing.note("problem", subject, label.path, "label of a format that is not read", remedy, False)
+        elif not images:
             listing.note("problem", subject, label.path, "label without image", "fetch the scan")
-    return result
+        elif len({VolumeFile.of(one.image).stem for one in images}) > 1:
+            remedy = "name it with the run-, acq- or rec- of its image"
+            listing.note("problem", subject, label.path, "label of several images", remedy, False)
+        elif not mine:
+            reason = f"label of {images[0].image.name}, which is not the T1w that is used of this session"
+            listing.note("problem", subject, label.path, reason, "move the other T1w to sourcedata, or label it", False)
+        elif mine[0].image in found:
+            reason = f"another label map: {found[mine[0].image].name} is used, by name alone"
+            listing.note_scan("problem", mine[0], reason, "remove one", False, label.path)
+        else:
+            found[mine[0].image] = label
+    return [replace(s, labels=(LabelFile(found[s.image].path),)) if s.image in found else s for s in scans]
+
+
+def _images_of(label: VolumeFile, images: list[Scan]) -> list[Scan]:
+    """Images with exactly a label's ``run-``, ``acq-`` and the like in their names, else those with these and more."""
+
+    def parts(volume: VolumeFile) -> set[tuple[str, str]]:
+        entities = parse_name(volume.stem).entities.items()
+        return {(key, value.lstrip("0")) for key, value in entities if key not in _OF_LABELS}
+
+    mine = parts(label)
+    same = [one for one in images if parts(VolumeFile.of(one.image)) == mine]
+    return same or [one for one in images if parts(VolumeFile.of(one.image)) >= mine]

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from volta_components.data.identity import canonical_patient_id, cohort_of, grouped
+from volta_components.data.names import parse_name
 from volta_components.data.sessions import contradictions, in_order, spelled_alike
 from volta_components.data.tables import FACT_COLUMNS, People, Row, fold, pick, read_fact, read_people
-from volta_components.data.volumes import volume_suffix
+from volta_components.data.volumes import volume_stem, volume_suffix
 from volta_components.data.walk import Tree, tidy, tidy_stem, walk
 from volta_components.files import readable
 
@@ -24,6 +25,7 @@ Kind = Literal["problem", "quirk", "choice", "skipped"]
 MAX_KEY_BYTES = 150
 _PART = r"\.(part|partial|crdownload|download|filepart|aria2|tmp|zip|7z|bz2|xz|zst)"
 _UNFINISHED = re.compile(rf"\.(nii|mgz|mgh|mnc)(\.gz)?({_PART}| ?\(\d+\)(\.gz)?|~)$", re.IGNORECASE)
+_HEADER = re.compile(r"\.hdr(\.gz)?$", re.IGNORECASE)
 _ARCHIVE = re.compile(r"\.(zip|tar|tgz|tar\.\w+|7z|rar)$", re.IGNORECASE)
 
 
@@ -387,6 +389,7 @@ def look(listing: Listing, root: Path, follow_links: bool = False) -> Tree:
     for folder in tree.locked:
         top = relative(folder, root).split("/")[0]
         listing.note("problem", top, folder, "permission denied", "make it readable (chmod u+rx)")
+    stems = {path.with_name(volume_stem(path)) for path in tree.files if volume_suffix(path)}
     for path in tree.files:
         who = tidy_stem(path)
         if path.is_symlink() and not path.exists() and not path.suffix:
@@ -394,6 +397,9 @@ def look(listing: Listing, root: Path, follow_links: bool = False) -> Tree:
         elif _UNFINISHED.search(path.name):
             remedy = "finish or unpack it, or remove it"
             listing.note("problem", who.split(".")[0], path, "no volume by its name: a part, or packed", remedy)
+        elif (half := _HEADER.sub("", path.name)) != path.name and path.with_name(half) not in stems:
+            reason, remedy = "half of a pair: its voxels are missing", f"add {half}.img, or remove it"
+            listing.note("problem", parse_name(tidy(half)).subject, path, reason, remedy)
         elif _ARCHIVE.search(path.name):
             what, stem = "an archive, not looked into", _ARCHIVE.sub("", path.name)
             if any(folder.parent == path.parent and folder.name.startswith(stem) for folder in tree.folders):

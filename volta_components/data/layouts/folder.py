@@ -13,9 +13,19 @@ from pathlib import Path
 from volta_components.data.identity import biobank, canonical_patient_id, grouped, is_worldwide
 from volta_components.data.layouts.bids import ASIDE, plainness
 from volta_components.data.layouts.common import LabelFile, LayoutOptions, Listing, Scan, look, slug
-from volta_components.data.names import Name, date_in, date_of_folders, maybe_one_person, parse_name, split_visit
+from volta_components.data.layouts.series import may_be_dicom
+from volta_components.data.names import (
+    OTHER_CONTRASTS,
+    Name,
+    date_in,
+    date_of_folders,
+    maybe_one_person,
+    parse_name,
+    split_visit,
+)
 from volta_components.data.sessions import place
 from volta_components.data.tables import People
+from volta_components.data.volumes import conversion, volume_suffix
 from volta_components.data.walk import Tree, VolumeFile, is_hidden, tidy
 from volta_components.errors import InputError
 
@@ -99,16 +109,36 @@ def read(options: LayoutOptions) -> Listing:
     for scan in listing.one_of_session(sure, lambda scan: _order(names[scan.image].name, scan)) + unsure:
         listing.add(scan)
     _other_contrasts(listing, others, found)
-    for folder in sorted({path.parent for path in tree.files if path.suffix.lower() in (".dcm", ".ima")}):
+    # A link to nothing without suffix is named already.
+    files = (path for path in tree.files if not volume_suffix(path) and (path.suffix or path.exists()))
+    for folder in sorted({path.parent for path in filter(may_be_dicom, files)}):
         parts = folder.relative_to(root).parts
         if not parts or parts[0] not in ASIDE:
             who = tidy(parts[0]) if parts else "(all)"
             listing.note("problem", who, folder, "DICOM files, not read", "use --layout dicom for them")
+    _note_without_volume(listing, tree, found)
     if options.labels != "none":
         _give_labels(listing, labels, names)
     listing.note_rows_without_scans(listing.people, "volume")
     listing.found = {"volumes": len(images), "labels": len(labels)}
     return listing.choose(options.sessions)
+
+
+def _note_without_volume(listing: Listing, tree: Tree, found: list[Found]) -> None:
+    """Name folders at the top that hold no volume: problems where such folders are people."""
+    root = listing.root
+    tops = {tidy(volume.path.relative_to(root).parts[0]) for volume in tree.volumes()}
+    noted = {finding.file.split("/")[0] for finding in listing.findings if finding.left_out}
+    people = {one.patient for one in found if one.volume.folder != root}
+    are_people = not people.isdisjoint(map(canonical_patient_id, tops))
+    for folder in tree.folders:
+        if folder.parent == root and (top := tidy(folder.name)) not in tops | noted | ASIDE:
+            inside = [path for path in tree.files if folder in path.parents]
+            reason = "has no volume" + (f", only {tidy(inside[0].name)} and the like" if inside else " in it")
+            if are_people:
+                listing.note("problem", top, top, reason, "fetch or convert its scans, or move the folder away")
+            else:
+                listing.note("quirk", top, top, reason, "nothing was taken from it", patient_id="")
 
 
 def _sorted_out(tree: Tree) -> tuple[list[VolumeFile], list[VolumeFile], list[VolumeFile]]:
@@ -252,6 +282,10 @@ def _note_folder(listing: Listing, place: Path, who: str, session: str | None, f
     reason = f"other folders have files of these names too, so taken for {who}'s"
     if session:
         remedy = f"name it sub-..._{session}_T1w.nii.gz to be sure, or give a --table of people"
+        if who.lower().removesuffix("s") in OTHER_CONTRASTS:  # T1/anna and T2/anna
+            remedy = f"if {who} is no person, give the folder of T1 scans alone as --source; if it is, {remedy}"
+        elif _PROTOCOL.search(who):
+            remedy = f"if {who} is no person but the folder of T1 scans, give --source .../{who}; if it is, {remedy}"
         listing.note("problem", who, place, f"{reason}, session {session}", remedy, False, "")
     elif _PROTOCOL.search(file):
         listing.note("quirk", who, place, f"{reason}, by the folder", patient_id="")
@@ -335,6 +369,9 @@ def _give_labels(listing: Listing, labels: list[VolumeFile], names: dict[Path, F
     chosen: dict[Path, VolumeFile] = {}
     for label in sorted(labels, key=lambda volume: ("hippocamp" not in volume.stem.lower(), volume.path)):
         stem, name = _LABEL.sub("", label.stem), parse_name(label.stem)
+        if remedy := conversion(label.path):
+            listing.note("problem", stem, label.path, "label of a format that is not read", remedy, False, "")
+            continue
         same = [one for one in names.values() if one.volume.stem in (stem, label.stem)]
         if not same and name.is_bids:
             same = [one for one in names.values() if (one.subject, one.session) == (name.subject, name.session)]

@@ -66,11 +66,17 @@ def read(options: LayoutOptions) -> Listing:
 
 
 def _find_table(tree: Tree) -> Path:
+    """IXI's own sheet (``IXI.xls``, ``IXI.csv``), the nearest to the top; else the one table whose name begins so."""
     kinds = {".xls", ".xlsx", ".csv", ".tsv"}
     found = [path for path in tree.files if path.name.startswith("IXI") and path.suffix.lower() in kinds]
     if not found:
         raise InputError(f"{tree.root}: IXI.xls is missing; download it beside the scans, or give it as --table")
-    return found[0]
+    ranks = {path: (path.stem != "IXI", len(path.parts)) for path in found}
+    first = [path for path in found if ranks[path] == min(ranks.values())]
+    if len(first) > 1:
+        names = ", ".join(path.relative_to(tree.root).as_posix() for path in first)
+        raise InputError(f"{tree.root}: which of {names} is IXI's table is not known; give it as --table")
+    return first[0]
 
 
 def _people(listing: Listing, table: Path) -> dict[str, tuple[str | None, float | None]]:

@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from volta_components.data.resample import resample
 from volta_components.data.unusable import UnusableVolume
-from volta_components.data.volumes import canonical, read_volume, volume_stem, volume_suffix, whole_numbers
+from volta_components.data.volumes import canonical, conversion, read_volume, volume_stem, volume_suffix, whole_numbers
 from volta_components.errors import InputError
 
 # FreeSurfer's number, left and right (the same twice where a structure has no side), of each structure.
@@ -169,7 +169,7 @@ def find_label_maps(folder: Path) -> dict[str, Path]:
         raise InputError(f"--anatomies {folder}: no such folder; give a folder of label maps (.nii.gz or .mgz)")
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
-        if volume_suffix(path) is None or not path.is_file() or path.name.startswith("."):
+        if volume_suffix(path) is None or conversion(path) or not path.is_file() or path.name.startswith("."):
             continue
         if path.parent.name == "mri":
             if volume_stem(path) in ("aparc+aseg", "aseg", "aparc.DKTatlas+aseg", "synthseg"):
