@@ -236,7 +236,7 @@ def workflow(downloaded: Path, bundle: str, kind: str, names: tuple[str, ...], *
         bundle_root=str(folder),
         **ids,
     )
-    made.parser["initialize"] = [line for line in made.parser["initialize"] if "join_processes" not in line]
+    made.parser["initialize"] = [line for line in made.parser.get("initialize", []) if "join_processes" not in line]
     return made
 
 
