@@ -292,10 +292,11 @@ def test_leaks_missing_runs_and_superseded_ones_are_said(tmp_path, capsys):
     run("vit_scratch", 0, subjects=40)  # done again below
     run("volta", 0, datalist_hash="f" * 64)  # another datalist
     run("volta", 0, leak="allowed", phantom="false")
+    client = MlflowClient(writer.uri)
+    client.update_run(run("volta", 1, finished="false"), status="RUNNING")  # begun and ended with other settings below
     run("volta", 1, phantom="false")
     run("vit_scratch", 0, phantom="false")
     run("vit_scratch", 1, phantom="false", finished="false")
-    client = MlflowClient(writer.uri)
     client.update_run(run("swin_scratch", 0, finished="false"), status="RUNNING")
     assert report(tmp_path / "out", writer.uri, bootstrap=100) == 1
     page = (tmp_path / "out/index.html").read_text()

@@ -239,10 +239,12 @@ def read_studies(store: Store, experiments: list[str] | None = None) -> list[Stu
             raise InputError(f"{store.tracking_uri}: no experiment {', '.join(unknown)}; it has {known}")
         store.experiments = {key: name for key, name in store.experiments.items() if name in experiments}
     finished: dict[str, list[FinishedRun]] = defaultdict(list)
+    newest: dict[tuple[str, str], int] = {}
     for item in store.search("tags.finished = 'true'"):
-        tags = item.data.tags
+        tags, place = item.data.tags, (item.info.experiment_id, item.info.run_name)
         if {"bundle", "fold"} <= tags.keys() and tags["bundle"] != "pretrain":
             finished[tags["bundle"]].append(_finished_run(item))
+            newest[place] = max(newest.get(place, 0), int(item.info.start_time))
     if not finished:
         raise InputError(
             f"{store.tracking_uri}: no finished run in {', '.join(sorted(store.experiments.values()))}; "
@@ -252,7 +254,10 @@ def read_studies(store: Store, experiments: list[str] | None = None) -> list[Stu
     unfinished = Counter(
         item.data.tags["bundle"]
         for item in store.search("attributes.status != 'FINISHED'")
-        if "bundle" in item.data.tags and item.data.tags.get("finished") != "true"
+        if "bundle" in item.data.tags
+        and item.data.tags.get("finished") != "true"
+        # What was begun again since, with other settings, and has ended, is not missing.
+        and newest.get((item.info.experiment_id, item.info.run_name), 0) < int(item.info.start_time)
     )
     for study in studies:
         if unfinished[study.bundle]:
