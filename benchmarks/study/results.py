@@ -27,7 +27,7 @@ from volta_components.downstream.metrics import BOOTSTRAP, Array, auroc, interva
 from volta_components.errors import InputError
 from volta_components.files import atomic_path, write_text
 from volta_components.report.figures import STYLE
-from volta_components.report.paper import METRICS, colours_of, name_of
+from volta_components.report.paper import METRICS, colours_of, in_order, name_of
 from volta_components.report.store import FinishedRun, Store, read_studies
 
 HEAD = ["subject_id", "session"]
@@ -161,7 +161,7 @@ def score_rows(task: str, cells: Mapping[tuple[str, float], Cell], samples: int 
     draws = draw(first.table["patient_id"].tolist(), len(seeds), pretrainings, samples)
     label = first.table["label" if first.metric == "auroc" else "dice"].to_numpy(float)
     for fraction in sorted({share for _, share in cells}):
-        here = {variant: cell for (variant, share), cell in cells.items() if share == fraction}
+        here = {variant: cells[variant, fraction] for variant in in_order(v for v, share in cells if share == fraction)}
         arrays = {variant: cell.scores(seeds, first.table[HEAD]) for variant, cell in here.items()}
         found = {variant: replicates(first.metric, label, array, draws) for variant, array in arrays.items()}
         for variant, (value, values) in found.items():
