@@ -213,8 +213,8 @@ def test_the_record_tells_of_everybody_and_has_no_metrics(tmp_path: Path) -> Non
     }
     keys = {patient_key(f"IXI{number:03d}") for number in range(3)}
     assert set(record["provenance"]["patient_ids"]) == {"f" * 16, *keys}
-    assert record["provenance"]["monai_version"] == "1.5.2" and record["provenance"]["volumes"] == 3
-    assert record["tags"]["phantom"] == "true" and record["tags"]["datalist_name"] == "annotated"
+    assert record["provenance"]["monai_version"] == "1.5.2" and record["provenance"]["volumes"] == 9 + 3
+    assert record["tags"]["phantom"] == "false" and record["tags"]["datalist_name"] == "annotated"
     assert record["subjects"] == {"training": 2, "validation": 1, "scored": 0, "unused": 0}
     assert "metrics" not in record
     again = annotation_record(config, start, items[::-1][:2], items[:1])

@@ -410,7 +410,7 @@ def test_a_changed_volume_ends_the_run_when_it_is_first_read(workplace: Workplac
     options = ("--run_name", "changed", "--dataset_dir", str(data), "--epochs", "1", "--num_workers", "1")
     process = workplace.start(*options)
     assert process.wait() not in (0, -9), process.output[-3000:]
-    assert f"sub-0001: {path}: its content is not what was prepared (another hash); run" in process.error
+    assert f"sub-0001: {path}: its content is not what was prepared (another hash); remove" in process.error
     path.write_bytes(whole)
     process = workplace.start(*options)
     assert process.wait() == 0, process.output[-3000:]
