@@ -87,6 +87,7 @@ NAMES = {
 COLOURS = {
     "volta": "#0072b2",
     "vit_scratch": "#d55e00",
+    "vit_mean_scratch": "#000000",
     "swin_scratch": "#009e73",
     "unetr_scratch": "#d55e00",
     "unet_scratch": "#009e73",
