@@ -256,5 +256,5 @@ def test_a_changed_image_ends_a_run_with_one_error_also_from_a_worker(prepared_i
     for each in (loader, again):
         sampling._end_workers(weakref.ref(each))
     message, known = describe(caught.value)
-    assert known and message.startswith(f"sub-0002: {path}: its content is not what was prepared (another hash); remove")
+    assert known and message.startswith(f"sub-0002: {path}: its content is not what was prepared (another hash);")
     assert message.endswith("a training resumes from its last checkpoint")
