@@ -20,6 +20,7 @@ from volta_components.downstream.start import (
     freeze_encoder,
     freeze_for,
     load_model,
+    other_than_trained,
     pool_of,
     save_model,
     tuning_groups,
@@ -195,6 +196,10 @@ def test_a_classifiers_record_says_what_its_head_sees(tmp_path):
         network = VoltaClassifier(pool=pool, num_heads=2, summary_heads=2, **sizes)
         save_model(tmp_path / f"{pool}.pt", network, {})
         assert pool_of(tmp_path / f"{pool}.pt") == pool
+    # What packing compares: the text of a config that asks the record itself.
+    record = {"provenance": {"settings": {"pool": "mean"}}}
+    assert other_than_trained(record, {"pool": "$volta.pool_of(@model_path)"}) == []
+    assert other_than_trained(record, {"pool": "summary"}) == [("pool", "mean", "summary")]
     save_model(tmp_path / "other.pt", nn.Linear(3, 2), {})
     assert pool_of(tmp_path / "other.pt") == pool_of(tmp_path / "none.pt") == "summary"
 

@@ -199,6 +199,8 @@ AS_TRAINED = (
 def other_than_trained(record: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Rows (id, trained with, here) of ``AS_TRAINED`` that differ; one that either side does not have is left out.
 
+    So is an expression, as ``pool_of``, which asks the record itself.
+
     Args:
         record: the JSON beside the weights.
         values: ids of the config that uses them.
@@ -212,6 +214,7 @@ def _others(there: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[s
         (name, str(there[name]), str(value))
         for name, value in here.items()
         if not (is_spacing(value, there[name]) if name == "spacing" else value == there[name])
+        and not str(value).startswith("$")
     ]
 
 
