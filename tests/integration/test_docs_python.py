@@ -61,7 +61,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             save_model(folder / place / "models" / "model.pt", parser.get_parsed_content("network_def"), {})
     torch.manual_seed(2)
     record = provenance({}, "0" * 64, [{"patient_id": "somebody else"}])
-    tiny = json.loads((PRETRAIN / "train.json").read_text()) | json.loads((PRETRAIN / "tiny.json").read_text())
+    tiny = ENCODER | json.loads((PRETRAIN / "tiny.json").read_text())
     tiny_sizes = {name: tiny[name] for name in ENCODER} | {"img_size": tiny["global_size"]}
     for suffix, sizes in (("", ENCODER), ("_phantom_tiny", tiny_sizes)):
         network = VoltaViT(**sizes, decoder=False)
