@@ -19,6 +19,7 @@ from volta_components.downstream.start import (
     LoadPretrained,
     freeze_encoder,
     freeze_for,
+    ids_as_trained,
     load_model,
     other_than_trained,
     pool_of,
@@ -196,9 +197,12 @@ def test_a_classifiers_record_says_what_its_head_sees(tmp_path):
         network = VoltaClassifier(pool=pool, num_heads=2, summary_heads=2, **sizes)
         save_model(tmp_path / f"{pool}.pt", network, {})
         assert pool_of(tmp_path / f"{pool}.pt") == pool
-    # What packing compares: the text of a config that asks the record itself.
+    # What packing compares: a config that asks the record itself, and one that does not.
     record = {"provenance": {"settings": {"pool": "mean"}}}
-    assert other_than_trained(record, {"pool": "$volta.pool_of(@model_path)"}) == []
+    asks = {"imports": ["$import volta_components.bundle as volta"], "pool": "$volta.pool_of(@model_path)"}
+    for name, rows in (("mean", []), ("summary", [("pool", "mean", "summary")])):
+        parser = ConfigParser({**asks, "model_path": str(tmp_path / f"{name}.pt")})
+        assert other_than_trained(record, ids_as_trained(parser)) == rows
     assert other_than_trained(record, {"pool": "summary"}) == [("pool", "mean", "summary")]
     save_model(tmp_path / "other.pt", nn.Linear(3, 2), {})
     assert pool_of(tmp_path / "other.pt") == pool_of(tmp_path / "none.pt") == "summary"

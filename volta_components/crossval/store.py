@@ -62,18 +62,17 @@ def search_runs(client: Any, experiment_ids: Iterable[str], query: str) -> Itera
         token = page.token or ""
 
 
-def finished_runs(tracking_uri: str, experiment: str) -> dict[tuple[str, str], str]:
-    """Ids of the finished runs, by name and settings."""
+def finished_runs(tracking_uri: str, experiment: str) -> dict[tuple[str, str], Any]:
+    """The finished runs as MLflow has them, by name and settings."""
     place = _experiment_id(tracking_uri, experiment)  # first: it looks at the store, which MLflow's client may not bear
     runs = search_runs(mlflow_client(tracking_uri), [place], "tags.finished = 'true'")
-    return {(run.info.run_name, run.data.tags.get(SETTINGS_TAG, "")): run.info.run_id for run in runs}
+    return {(run.info.run_name, run.data.tags.get(SETTINGS_TAG, "")): run for run in runs}
 
 
-def renew_plan(run: Run, run_id: str) -> None:
+def renew_plan(run: Run, finished: Any) -> None:
     """Let a finished run say what the newest cross-validation that it is part of covers: fewer folds, more inits."""
-    client = mlflow_client(run.tracking_uri)
-    if client.get_run(run_id).data.tags.get(PLAN_TAG) != run.plan:
-        client.set_tag(run_id, PLAN_TAG, run.plan)
+    if finished.data.tags.get(PLAN_TAG) != run.plan:
+        mlflow_client(run.tracking_uri).set_tag(finished.info.run_id, PLAN_TAG, run.plan)
 
 
 def claim(run: Run) -> str | None:

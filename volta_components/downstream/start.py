@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ignite.engine import Engine, Events
+from monai.bundle import ConfigParser
 from torch import nn
 
 from volta_components.distributed import process_rank, unwrapped
@@ -196,14 +197,17 @@ AS_TRAINED = (
 )
 
 
+def ids_as_trained(parser: ConfigParser) -> dict[str, Any]:
+    """What the config that uses weights has for ``AS_TRAINED``, evaluated."""
+    return {name: parser.get_parsed_content(name) for name in AS_TRAINED if name in parser}
+
+
 def other_than_trained(record: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Rows (id, trained with, here) of ``AS_TRAINED`` that differ; one that either side does not have is left out.
 
-    So is an expression, as ``pool_of``, which asks the record itself.
-
     Args:
         record: the JSON beside the weights.
-        values: ids of the config that uses them.
+        values: see ``ids_as_trained``.
     """
     return _others(trained_settings(record), values)
 
@@ -214,7 +218,6 @@ def _others(there: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[s
         (name, str(there[name]), str(value))
         for name, value in here.items()
         if not (is_spacing(value, there[name]) if name == "spacing" else value == there[name])
-        and not str(value).startswith("$")
     ]
 
 
@@ -256,7 +259,7 @@ def load_model(network: nn.Module, path: str | os.PathLike[str]) -> dict[str, An
             limit=8,
         )
     parser = find_calling_config()
-    values = {} if parser is None else {name: parser.get_parsed_content(name) for name in AS_TRAINED if name in parser}
+    values = {} if parser is None else ids_as_trained(parser)
     if parser is not None and "grid" in parser:
         values["spacing"] = list(parser.get_parsed_content("grid")[0])  # of a datalist, its own
     made, config = record.get("network") or {}, getattr(plain, "config", {})

@@ -271,7 +271,7 @@ def assemble(
     _fit_metadata(metadata, inference, record)
     write_json(target / "configs" / "metadata.json", metadata, indent=4)
     _write_weights(weights, target / "models" / "model.pt", record)
-    _check_fit(target, weights, inference, record, overlays)
+    _check_fit(target, weights, record, overlays)
     later = None if metrics is None else read_json(metrics)
     scored = later.get("model_sha256") if isinstance(later, dict) else None
     if scored not in (None, record["sha256"], sha256_file(target / "models" / "model.pt")):
@@ -390,21 +390,19 @@ def _fit_metadata(metadata: dict[str, Any], inference: Mapping[str, Any], record
         metadata["data_source"] = f"Trained on {used}. Data set of the task: {metadata.get('data_source', '-')}"
 
 
-def _check_fit(
-    folder: Path, weights: Path, inference: Mapping[str, Any], record: Mapping[str, Any], overlays: Sequence[str]
-) -> None:
+def _check_fit(folder: Path, weights: Path, record: Mapping[str, Any], overlays: Sequence[str]) -> None:
     """Build the packed config's network and load the packed weights into it, all of them, or raise ``InputError``."""
     from monai.bundle import ConfigParser
 
-    from volta_components.downstream.start import load_model, other_than_trained
+    from volta_components.downstream.start import ids_as_trained, load_model, other_than_trained
 
     named = f"overlays {', '.join(_stems(overlays))}" if overlays else "no overlays"
     advice = f"{weights} does not fit the configs with {named}; name those that it was trained with (--overlays)"
-    if rows := other_than_trained(record, inference):
-        raise InputError.many(f"{advice}. Id, weights, configs", rows, "")
     parser = ConfigParser()
     parser.read_config(str(folder / "configs" / "inference.json"))
     parser["bundle_root"] = str(folder)
+    if rows := other_than_trained(record, ids_as_trained(parser)):
+        raise InputError.many(f"{advice}. Id, weights, configs", rows, "")
     try:
         load_model(parser.get_parsed_content("network_def"), folder / "models" / "model.pt")
     except InputError as error:
