@@ -46,6 +46,7 @@ def refusal(call: Any) -> str:
         ({"epoch": 9}, ("--epoch", f"{NO_ID}; did you mean --epochs?")),
         ({"unheard": 9}, ("--unheard", NO_ID)),
         ({"train": {**CONTENT["train"], "lenght": 9}}, ("--train#lenght", f"{NO_ID}; did you mean --train#length?")),
+        ({"train": {**CONTENT["train"], "epoch": 9}}, ("--train#epoch", NO_ID)),
         ({"cache": "nope"}, ("--cache", "'nope' is a text; write True or False")),
         ({"amp": "False"}, ("--amp", "'False' is a text; write True or False")),
         ({"loss": {"softmax": "false"}}, ("--loss#softmax", "'false' is a text; write True or False")),

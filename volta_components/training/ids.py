@@ -58,8 +58,10 @@ def wrong_ids(config: Mapping[str, Any], files: Sequence[Path], are_named: bool)
         known = own.keys() | parts | OF_MONAI | {*re.findall(r"@(\w+(?:#\w+)?)", str(config))}
         names = {*config, *(f"{group}#{part}" for group in config for part in _components(config[group]))}
         for name in sorted(names - known):
-            close = difflib.get_close_matches(name, parts if "#" in name else own, n=1)
-            hint = f"; did you mean --{close[0]}?" if close else ""
+            group = name[: name.find("#") + 1]  # empty for an id of its own
+            beside = [part.removeprefix(group) for part in (parts if group else own) if part.startswith(group)]
+            close = difflib.get_close_matches(name.removeprefix(group), beside, n=1)
+            hint = f"; did you mean --{group}{close[0]}?" if close else ""
             rows.append((f"--{name}", f"no such id in {place}{hint}"))
     given = {name: value for name, value in config.items() if name != ConfigParser.meta_key}
     for name, value in flatten_settings(given).items():
