@@ -6,13 +6,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 from planned_runs import planned
 
 from volta_components.crossval.execute import execute
-from volta_components.crossval.store import claim, finished_runs, renew_plan, run_lock
+from volta_components.crossval.store import _experiment_id, claim, finished_runs, renew_plan, run_lock
 from volta_components.errors import InputError
 
 
@@ -57,6 +60,22 @@ def test_finished_runs_follow_the_newest_plan(place):
     again = planned(place, folds=1)[0]
     renew_plan(again, finished_runs(run.tracking_uri, run.experiment)[again.name, again.settings])
     assert json.loads(client.get_run(one).data.tags["crossval_plan"])["folds"] == [0]
+
+
+def test_cross_validations_that_begin_together_share_an_experiment(place, monkeypatch):
+    """MLflow looks for a name and then adds it, so that the second of two is refused."""
+    address, both_looked = f"sqlite:///{place}/runs/mlruns.db", threading.Barrier(2)
+    look = MlflowClient.get_experiment_by_name
+
+    def look_together(client: MlflowClient, name: str) -> Any:
+        found = look(client, name)
+        if found is None:
+            both_looked.wait()
+        return found
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", look_together)
+    with ThreadPoolExecutor(2) as threads:
+        assert len(set(threads.map(_experiment_id, [address] * 2, ["volta3d_ixi_sex"] * 2))) == 1
 
 
 def test_a_file_that_is_no_store_is_named_before_mlflow_opens_it(tmp_path):

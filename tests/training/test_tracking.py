@@ -119,6 +119,24 @@ def test_a_process_of_crossval_logs_to_the_run_that_it_was_given(
         assert handler.cur_run.info.run_id == run_id
 
 
+def test_runs_that_begin_together_share_an_experiment(tmp_path: Path) -> None:
+    """MONAI's handler does not know what SQLite says to the second of two that make one."""
+    uri, barrier = f"sqlite:///{tmp_path}/mlruns.db", threading.Barrier(6)
+    prepare_store(uri)
+
+    def begin(number: int) -> str:
+        engine = Engine(lambda e, b: None)
+        handler = MLFlowHandler(uri, experiment_name="some", run_name=f"volta_fold{number}")
+        handler.attach(engine)
+        barrier.wait()
+        prepare_handlers(engine)
+        handler.start(engine)
+        return str(handler.cur_run.info.experiment_id)
+
+    with ThreadPoolExecutor(6) as threads:
+        assert len(set(threads.map(begin, range(6)))) == 1
+
+
 def test_names_of_metrics_are_grouped() -> None:
     metrics = dict.fromkeys(("train_loss", "val_auroc", "validation_mean_view", "optimistic_epoch", "auroc_low"), 1.0)
     grouped = {"train/loss", "val/auroc", "val/mean_view", "optimistic/epoch", "score/auroc_low"}

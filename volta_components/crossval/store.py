@@ -12,7 +12,7 @@ from typing import Any
 from volta_components.crossval.plan import Run
 from volta_components.downstream.tracking import PLAN_TAG, RECIPE_TAG, SETTINGS_TAG
 from volta_components.errors import InputError
-from volta_components.training.stores import prepare_store, store_file
+from volta_components.training.stores import prepare_store, share_rows, store_file
 
 
 def mlflow_client(tracking_uri: str) -> Any:
@@ -29,10 +29,14 @@ def _experiment_id(tracking_uri: str, name: str) -> str:
     prepare_store(tracking_uri)
     database = store_file(tracking_uri)
     location = (database.parent.resolve() / "mlruns").as_uri() if database else None
-    try:
+
+    def find_or_make() -> str:
         client = mlflow_client(tracking_uri)
         found = client.get_experiment_by_name(name)
-        return found.experiment_id if found else client.create_experiment(name, artifact_location=location)
+        return str(found.experiment_id if found else client.create_experiment(name, artifact_location=location))
+
+    try:
+        return share_rows(find_or_make)
     except MlflowException as error:
         raise InputError(f"--tracking-uri {tracking_uri}: MLflow cannot use it ({error})") from error
 

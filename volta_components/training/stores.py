@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock
 
@@ -22,6 +25,9 @@ SQLITE = "sqlite:///"
 MAGIC = b"SQLite format 3\0"
 # What MLflow makes before everything else.
 EARLY_TABLES = {"experiments", "runs", "tags", "metrics", "params", "alembic_version"}
+SHARED_ROW_TRIES = 5
+
+Result = TypeVar("Result")
 
 
 class DamagedStoreError(InputError):
@@ -83,6 +89,23 @@ def prepare_tracking() -> None:
     parser = calling_config("prepare_tracking")
     if "tracking_uri" in parser:  # MONAI adds it where there is tracking; the variable comes first, as MONAI has it
         prepare_store(os.environ.get("MLFLOW_TRACKING_URI") or str(parser.get_parsed_content("tracking_uri")))
+
+
+def share_rows(write: Callable[[], Result]) -> Result:
+    """Write what several runs have in common: their experiment, its tags, their data sets.
+
+    MLflow looks for a row and then adds it. Of two runs that begin together, the second cannot add what the first has
+    added meanwhile, and has to look again.
+    """
+    from mlflow.exceptions import MlflowException
+
+    for _ in range(SHARED_ROW_TRIES - 1):
+        try:
+            return write()
+        except MlflowException as error:
+            if not re.search("IntegrityError|UniqueViolation", str(error)):
+                raise
+    return write()
 
 
 def _can_stay(path: Path) -> bool:

@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from volta_components.distributed import mean_over_processes, process_rank
 from volta_components.errors import AGAIN, InputError, chain
 from volta_components.files import sha256_json, write_text
 from volta_components.training.record import code_version, shown_settings
+from volta_components.training.stores import share_rows
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,6 @@ _ABSOLUTE = re.compile(r"""(?<![^\s"'=\[,])(?:sqlite:///|file://)?/(?!\.\.)[^\s"
 # A variable with the id of MLflow's run that a process logs to; crossval sets it.
 RUN_ID = "VOLTA3D_RUN_ID"
 MLFLOW_BATCH = 100  # parameters that a store takes at a time
-SHARED_ROW_TRIES = 5
 # Of an epoch's means, what is printed; MONAI's ``StatsHandler`` would print all of them.
 SHOWN = (
     *("loss", "loss_global", "loss_patch", "loss_reconstruction", "volumes_per_second"),
@@ -88,6 +88,7 @@ def prepare_handlers(*engines: Engine | None) -> None:
     run_id = os.environ.get(RUN_ID)
     for engine in filter(None, engines):
         for handler in _mlflow_handlers(engine):
+            share_rows(handler._set_experiment)
             if run_id and handler.cur_run is None:
                 handler.cur_run = handler.client.get_run(run_id)
             handler.iteration_logger = lambda _: None
@@ -143,29 +144,13 @@ def describe_run(
             write_text(path, hide_folders(path.read_text(encoding="utf-8")))
     experiment = handler.cur_run.info.experiment_id
     about = DESCRIPTION.format(bundle=tags.get("bundle", "?"))
-    _share_rows(lambda: client.set_experiment_tag(experiment, "mlflow.note.content", about))
+    share_rows(lambda: client.set_experiment_tag(experiment, "mlflow.note.content", about))
     name = str(tags.get("datalist_name") or tags.get("bundle") or "datalist")
     inputs = [
         _dataset_input(name, str(tags.get("datalist_hash", "")), part, items) for part, items in data.items() if items
     ]
     if inputs:
-        _share_rows(lambda: client.log_inputs(run_id, datasets=inputs))
-
-
-def _share_rows(write: Callable[[], None]) -> None:
-    """Write what several runs of an experiment have in common.
-
-    MLflow looks for a row and then adds it. Of two runs that begin together, the second cannot add what the first has
-    added meanwhile, and has to look again.
-    """
-    from mlflow.exceptions import MlflowException
-
-    for tries_left in reversed(range(SHARED_ROW_TRIES)):
-        try:
-            return write()
-        except MlflowException as error:
-            if not tries_left or not re.search("IntegrityError|UniqueViolation", str(error)):
-                raise
+        share_rows(lambda: client.log_inputs(run_id, datasets=inputs))
 
 
 def command_line(words: Sequence[str]) -> str:
