@@ -42,7 +42,7 @@ from volta_components.data.headers import read_header
 from volta_components.data.nifti import write_nifti
 from volta_components.data.unusable import named_errors
 from volta_components.errors import InputError, find_input_error
-from volta_components.files import read_json, sha256_file
+from volta_components.files import file_tag, read_json, sha256_file
 from volta_components.inference.masks import marks_of_result
 from volta_components.inference.tables import marks_of
 from volta_components.method.weights import read_record, read_weights
@@ -312,7 +312,7 @@ def keep_model(path: Path) -> Path:
     Returns:
         The copy.
     """
-    copy = path.with_name(f"{path.stem}_{sha256_file(path)[:8]}{path.suffix}")
+    copy = path.with_name(f"{path.stem}_{file_tag(path)}{path.suffix}")
     if not copy.is_file():
         if read_record(path):
             shutil.copyfile(path.with_suffix(".json"), copy.with_suffix(".json"))

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from volta_components.errors import InputError
-from volta_components.files import keep_private, read_json, sha256_file
+from volta_components.files import file_tag, keep_private, read_json
 from volta_components.inference.trust import check_trust
 from volta_components.method.weights import read_record
 from volta_components.sharing.pack import assemble, default_name
@@ -63,7 +63,7 @@ def served_copy(name: str, root: Path, folder: Path) -> Path | None:
     """
     for model, overlays in trained_models(name, root):
         bundle = root / "bundles" / name
-        copy = folder / sha256_file(model)[:8] / default_name(bundle, overlays, model)
+        copy = folder / file_tag(model) / default_name(bundle, overlays, model)
         if not (copy / "models" / "model.json").is_file():
             shutil.rmtree(copy, ignore_errors=True)
             assemble(bundle, copy, overlays, model=model)

@@ -20,7 +20,7 @@ keep_private()
 _MODULES = {
     "functools": ("partial",),
     "volta_components.errors": ("check_counts",),
-    "volta_components.files": ("bundle_root",),
+    "volta_components.files": ("bundle_root", "file_tag"),
     "volta_components.distributed": ("join_processes", "local_device", "process_count", "process_rank"),
     "volta_components.data.checks": ("check_volumes",),
     "volta_components.data.datalist": ("cohort_weights", "load_datalist"),

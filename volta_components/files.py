@@ -292,6 +292,11 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     return hash_file(path, "sha256")
 
 
+def file_tag(path: str | os.PathLike[str]) -> str:
+    """The first 8 digits of a file's SHA-256, which tell files of one name apart; empty if there is no such file."""
+    return sha256_file(path)[:8] if Path(path).is_file() else ""
+
+
 def hash_file(path: str | os.PathLike[str], kind: str) -> str:
     """A hash of a file's bytes, such as ``sha256`` or ``md5``, as lower-case hexadecimal."""
     with Path(path).open("rb") as stream:

@@ -285,6 +285,20 @@ def test_the_evaluation_of_pretraining_stands_alone_as_well(downloaded: Path, tm
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
+def test_evaluations_of_two_models_of_one_name_have_folders_of_their_own(bundle: str, tmp_path: Path) -> None:
+    path = "encoder_path" if bundle == "pretrain" else "model_path"
+    names = ("evaluate",) if bundle == "pretrain" else ("train", "evaluate")
+    found = []
+    for content in ("one", "other", "one"):
+        (tmp_path / "model.pt").write_text(content)
+        parser = ConfigParser()
+        parser.read_config([CONFIGS[bundle] / f"{name}.json" for name in names])
+        parser.update({path: str(tmp_path / "model.pt"), "dataset_dir": str(tmp_path)})
+        found.append(parser.get_parsed_content("output_dir"))
+    assert found[0] == found[2] != found[1]
+
+
+@pytest.mark.parametrize("bundle", BUNDLES)
 @pytest.mark.parametrize("kind", ["train", "inference"])
 def test_a_network_is_loaded_with_its_weights_and_without_data(
     bundle: str, kind: str, downloaded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -176,4 +176,4 @@ class FoldResults:
             named = f"fold {folds[0]}" if len(folds) == 1 else f"{len(folds)} folds"
             more_of_them = not self.parts.training and len(self.parts.scored) < whole
             hint = "; --fold all scores everybody" * more_of_them
-            print(f"{summary}\n{named}: {len(self.parts.scored)} of {whole} scans{hint}")
+            print(f"{summary}\n{named}: {len(self.parts.scored)} of {whole} scans{hint}\n{self.folder}")

@@ -21,7 +21,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, copy_file, keep_copy, read_json, sha256_file, sha256_json, write_json
+from volta_components.files import (
+    atomic_path,
+    copy_file,
+    file_tag,
+    keep_copy,
+    read_json,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 from volta_components.method.monai_versions import fit_cross_attention
 from volta_components.method.networks import VoltaViT, resample_position_embedding
 from volta_components.training.archive import DamagedArchiveError, read_archive
@@ -115,7 +124,7 @@ def keep_other_weights(path: str | os.PathLike[str], record: Mapping[str, Any]) 
         before = {}
     if not path.is_file() or is_of_run(before, (record.get("provenance") or {}).get("settings")):
         return None
-    kept = path.with_stem(f"{path.stem}_{sha256_file(path)[:8]}")
+    kept = path.with_stem(f"{path.stem}_{file_tag(path)}")
     for suffix in (path.suffix, ".json", ".png"):
         if path.with_suffix(suffix).is_file():
             keep_copy(path.with_suffix(suffix), kept.with_suffix(suffix))
