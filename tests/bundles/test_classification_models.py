@@ -210,9 +210,8 @@ def test_fold_all_scores_everybody_and_says_how_many(trained, prepared, encoder,
         told = capsys.readouterr().out
         assert f"{len(items)} scans of {people} people" in told
         if fold == 0:
-            assert told.rstrip().endswith(
-                f"fold 0: {len(items)} of {len(everybody)} scans; --fold all scores everybody"
-            )
+            counts = f"fold 0: {len(items)} of {len(everybody)} scans; --fold all scores everybody"
+            assert told.rstrip().endswith(f"{counts}\n{folder / 'eval'}")
         names = {row["subject_id"] for row in read_rows(folder / "eval/predictions.csv")}
         assert names == {item["subject_id"] for item in items}
     assert len(part) < len(everybody)
