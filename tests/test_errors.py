@@ -18,8 +18,10 @@ from volta_components.errors import (
     explain_input_errors,
     find_fault,
     find_input_error,
+    find_unknown_argument,
 )
 from volta_components.files import atomic_path
+from volta_components.method.masking import GroupMask
 
 
 def test_many_bad_inputs_in_columns() -> None:
@@ -83,6 +85,25 @@ def test_bad_input_deep_down_is_told_alone(monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err.startswith(
         "\nerror: ValueError: a fault of ours; this was not foreseen: please report"
     )
+
+
+def test_a_misspelt_argument_of_a_component_is_the_users() -> None:
+    """As MONAI wraps what ``--views#mask#cells 3`` gives."""
+
+    def unknown_of(target: str) -> BaseException:
+        try:
+            try:
+                GroupMask(**{"coverage": 0.5, "cells": 3})
+            except TypeError as error:
+                raise RuntimeError(f"Failed to instantiate component '{target}' with keywords: cells") from error
+        except RuntimeError as error:
+            return error
+
+    said = "GroupMask has no cells; check its spelling, in the config files and on the command line"
+    assert describe(unknown_of("volta_components.method.masking.GroupMask")) == (said, True)
+    # What a component gives to another one is a fault of ours.
+    assert find_unknown_argument(unknown_of("volta_components.method.views.ViewGenerator")) is None
+    assert find_unknown_argument(TypeError("GroupMask.__init__() got an unexpected keyword argument 'cells'")) is None
 
 
 def test_it_is_explained_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,6 +87,19 @@ def find_missing_id(error: BaseException | None) -> str | None:
     return None
 
 
+# What Python says of a word that a class or a function has no parameter for.
+_UNKNOWN_WORD = re.compile(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'")
+
+
+def find_unknown_argument(error: BaseException | None) -> str | None:
+    """What a config gives a component that has no such argument, as a misspelt nested id does; None for other errors."""
+    said = [str(each) for each in chain(error)]
+    for found in filter(None, map(_UNKNOWN_WORD.search, said)):
+        if any(re.match(rf"Failed to instantiate component '(.*\.)?{found[1]}'", text) for text in said):
+            return f"{found[1]} has no {found[2]}; check its spelling, in the config files and on the command line"
+    return None
+
+
 AGAIN = "then start the same command again: a training resumes from its last checkpoint"
 FULL = f"free space there, {AGAIN}"
 READ_ONLY = f"make it writable or give another place, {AGAIN}"
@@ -148,7 +161,7 @@ def describe(error: BaseException) -> tuple[str, bool]:
 
     A known one is the user's input, a fault of the machine, or a config that lacks another one.
     """
-    if known := find_input_error(error) or find_fault(error):
+    if known := find_input_error(error) or find_fault(error) or find_unknown_argument(error):
         return str(known), True
     if missing := find_missing_id(error):
         remedy = "evaluate.json, give it after train.json: --config_file \"['.../train.json','.../evaluate.json']\""

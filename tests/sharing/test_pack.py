@@ -171,6 +171,19 @@ def test_an_overlay_that_is_not_named_is_missed(
     assert said["koleo,tiny"] is None or "koleo" not in said["koleo,tiny"][1]
 
 
+def test_weights_of_an_overlay_with_paths_are_packed_without_it(weights: dict[str, Path], tmp_path: Path) -> None:
+    """``token_centre.json`` sets ``patch_loss#token_centre_momentum``; the card lists that setting."""
+    bundle, model = ROOT / "bundles" / "pretrain", tmp_path / weights["pretrain"].name
+    shutil.copy(weights["pretrain"], model)
+    record = read_json(weights["pretrain"].with_suffix(".json"))
+    record["provenance"]["settings"] |= {"patch_loss.token_centre_momentum": 0.9}
+    write_json(model.with_suffix(".json"), record)
+    with pytest.raises(InputError, match=r"patch_loss#token_centre_momentum cannot be merged; leave out .*--model FILE"):
+        pack_bundle(bundle, tmp_path / "out", ["token_centre", "tiny"], model=model)
+    packed = pack_bundle(bundle, tmp_path / "out", ["tiny"], model=model)
+    assert "patch_loss.token_centre_momentum" in packed.other_settings
+
+
 def test_nothing_personal_is_inside(packed: Path, tmp_path: Path) -> None:
     for bundle in BUNDLES:
         folder = unpack(packed / f"{bundle}_phantom_tiny_v{__version__}.zip", tmp_path)

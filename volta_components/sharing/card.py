@@ -159,13 +159,17 @@ def other_settings(folder: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     from volta_components.training.record import settings_of
 
     packed = settings_of(read_json(folder / "configs" / "train.json"))
-    del packed["config"]
+    expressions = packed.pop("config")
+    blocks = {name.partition(".")[0] for name in (*packed, *expressions) if "." in name}
     found: dict[str, Any] = {}
     for name, value in record["provenance"]["settings"].items():
-        # Of a block that is not there, such as an optional loss, the id alone has a value.
-        known = name if name in packed else name.partition(".")[0]
-        if known in packed and packed[known] != value:
-            found[name] = packed[known]
+        parts = name.split(".")
+        # Of a part of a block that is not there, such as an optional loss, what holds it has a value, or nothing has.
+        places = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+        known = next((place for place in places if place in packed), "")
+        is_comparable = known or (parts[0] in blocks and name not in expressions)
+        if is_comparable and packed.get(known) != value:
+            found[name] = packed.get(known)
     return found
 
 

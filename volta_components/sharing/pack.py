@@ -318,7 +318,10 @@ def _overlay_values(bundle: Path, overlays: Sequence[str]) -> dict[str, Any]:
         values |= read_json(find_overlay(bundle / "configs", overlay))
     nested = sorted(name for name in values if "#" in name or name.startswith("+"))
     if nested:
-        raise InputError(f"overlays {', '.join(overlays)}: {', '.join(nested)} cannot be merged; set whole ids")
+        raise InputError(
+            f"overlays {', '.join(overlays)}: {', '.join(nested)} cannot be merged; leave out the overlays that set them "
+            "and name the weights (--model FILE): the card then lists the settings that differ"
+        )
     return values
 
 
