@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The quick start: the real pipeline, every step by the command that a user would type, with the tiny overlays.
 # Finished steps are not done again; `rm -r data runs bundles/*/runs` starts anew.
-# With ANATOMIES=DIR, heads grow from that folder's label maps instead of the template; half of them are scored on.
+# With ANATOMIES=DIR, heads grow from that folder's label maps instead of the template; ten of them are scored on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export TQDM_MININTERVAL="${TQDM_MININTERVAL:-2}"

@@ -57,6 +57,20 @@ def test_the_starter_model_fits_its_overlay_and_says_what_it_was_trained_on() ->
     assert record["tags"]["phantom"] == "true"
 
 
+@pytest.mark.parametrize("names", [("train", "starter"), ("train", "starter", "evaluate")])
+def test_the_starter_model_can_be_scored_and_its_network_trained(names: tuple[str, ...]) -> None:
+    """Its init is none that starts from an encoder: nothing is loaded from one, nothing frozen."""
+    parser = ConfigParser()
+    parser.read_config([str(file) for file in configs(*names)])
+    parser["bundle_root"], parser["device"] = str(BUNDLE), "cpu"
+    network = parser.get_parsed_content("plain_network")
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert len(parser.get_parsed_content("optimizer").param_groups) > 0
+    if "evaluate" in names:
+        record = parser.get_parsed_content("model")
+        assert record["sha256"] == read_json(BUNDLE / "models" / "model_starter.json")["sha256"]
+
+
 def test_overlays_change_ids_that_exist() -> None:
     train, unet = (read_json(path) for path in configs("train", "unet_scratch"))
     for name in OVERLAYS:
