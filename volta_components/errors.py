@@ -92,7 +92,7 @@ _UNKNOWN_WORD = re.compile(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword 
 
 
 def find_unknown_argument(error: BaseException | None) -> str | None:
-    """What a config gives a component that has no such argument, as a misspelt nested id does; None for other errors."""
+    """What a config gives a component that has no such argument, as a misspelt nested id does; None for others."""
     said = [str(each) for each in chain(error)]
     for found in filter(None, map(_UNKNOWN_WORD.search, said)):
         if any(re.match(rf"Failed to instantiate component '(.*\.)?{found[1]}'", text) for text in said):

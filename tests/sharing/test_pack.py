@@ -178,7 +178,7 @@ def test_weights_of_an_overlay_with_paths_are_packed_without_it(weights: dict[st
     record = read_json(weights["pretrain"].with_suffix(".json"))
     record["provenance"]["settings"] |= {"patch_loss.token_centre_momentum": 0.9}
     write_json(model.with_suffix(".json"), record)
-    with pytest.raises(InputError, match=r"patch_loss#token_centre_momentum cannot be merged; leave out .*--model FILE"):
+    with pytest.raises(InputError, match=r"patch_loss#token_centre_momentum cannot be merged; .*--model FILE"):
         pack_bundle(bundle, tmp_path / "out", ["token_centre", "tiny"], model=model)
     packed = pack_bundle(bundle, tmp_path / "out", ["tiny"], model=model)
     assert "patch_loss.token_centre_momentum" in packed.other_settings
