@@ -319,7 +319,7 @@ def _overlay_values(bundle: Path, overlays: Sequence[str]) -> dict[str, Any]:
     nested = sorted(name for name in values if "#" in name or name.startswith("+"))
     if nested:
         raise InputError(
-            f"overlays {', '.join(overlays)}: {', '.join(nested)} cannot be merged; leave out the overlays that set it, "
+            f"overlays {', '.join(overlays)}: {', '.join(nested)} cannot be merged; leave out what sets it, "
             "and name the weights (--model FILE): the card then lists the settings that differ"
         )
     return values
