@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from method_helpers import token_logits
 from scipy.special import log_softmax, softmax
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from volta_components.errors import InputError
 from volta_components.method import cross_entropy
@@ -473,6 +475,51 @@ def test_the_sum_of_the_dicom_losses_equals_numpy(rng: np.random.Generator) -> N
     loss.koleo_loss = None
     without = loss(student, rows(logits[2:]), teacher, as_tensor(image), torch.tensor(masked), 0.05, 0.06)
     assert "loss_koleo" not in without
+
+
+class Products(TorchDispatchMode):
+    """Notes each matrix product that a GPU would round to TF32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounded: list[str] = []
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(word in str(function) for word in ("mm", "matmul", "mv", "dot")):
+            self.count += 1
+            self.rounded += [str(function)] * (torch.get_float32_matmul_precision() != "highest")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_losses_and_their_gradients_are_not_rounded_to_tf32(local: bool, rng: np.random.Generator) -> None:
+    """The student of an even output has logarithms that differ by less: all of them would be rounded alike."""
+    summary, logits, units = (as_tensor(rng.normal(size=size)) for size in ((2, 3), (4, 6), (2, 5, 4)))
+    leaves = [value.requires_grad_() for value in (summary, logits, units, as_tensor(rng.normal(size=(6, 4))))]
+    student = GlobalOutput(summary, logits[:2], TokenLogits(*leaves[2:]))
+    teacher = GlobalOutput(summary.detach(), logits[:2].detach(), TokenLogits(*(leaf.detach() for leaf in leaves[2:])))
+    loss = DiCoMLoss(
+        GlobalAlignmentLoss(CentredTargets(6)),
+        PatchAlignmentLoss(CentredTargets(6)),
+        ReconstructionLoss(),
+        koleo_loss=KoLeoLoss(3, 4),
+    )
+    image = torch.rand(2, 1, 1, 2, 2, 2)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Products() as products:
+            if local:
+                found = loss.local_crops(logits[2:], teacher, 0.05)
+            else:
+                whole = StudentOutput(student, image.flatten(0, 1))
+                found = loss(whole, logits[2:], teacher, image, image > 0.5, 0.05, 0.05)["loss"]
+            found.backward()
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert not products.rounded
+    assert local or products.count
 
 
 def test_no_gradient_reaches_the_teacher(rng: np.random.Generator) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from volta_components.distributed import gather_rows, process_rank
+from volta_components.method.projection import full_float32
 
 
 class KoLeoLoss(nn.Module):
@@ -50,7 +51,7 @@ class KoLeoLoss(nn.Module):
         owner = torch.full((len(others),), -1, device=unit.device)
         owner[: len(everyone) * views] = torch.arange(len(everyone), device=unit.device).repeat_interleave(views)
         me = torch.arange(batch, device=unit.device) + process_rank() * batch
-        with torch.no_grad():
+        with torch.no_grad(), full_float32(unit.device):
             similarity = torch.einsum("vbd,nd->vbn", unit, others)
             similarity = similarity.masked_fill((owner == me[:, None]) | ~held, -torch.inf)
             found, nearest = similarity.max(dim=-1)

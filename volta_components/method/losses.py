@@ -339,7 +339,8 @@ class GlobalAlignmentLoss(nn.Module):
             raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} do not fit")
         targets = self.targets(teacher, teacher_temperature)
         log_probabilities = (student.float() / self.student_temperature).log_softmax(dim=-1)
-        pairs = -torch.einsum("ibk,vbk->iv", targets, log_probabilities) / student.shape[1]
+        # Sums, no matrix products, which a GPU rounds to TF32: branches count as dead by differences of a thousandth.
+        pairs = -(targets[:, None] * log_probabilities).sum(dim=-1).mean(dim=-1)
         # Weights, no boolean index: that would make a GPU wait.
         different = 1.0 - torch.eye(len(teacher), len(student), device=student.device)
         loss = (pairs * different).sum() / (len(teacher) * (len(student) - 1))
@@ -349,9 +350,8 @@ class GlobalAlignmentLoss(nn.Module):
         self.statistics |= of_logits(rows.mean(dim=0), rows.std(dim=0), getattr(self.targets, "centre", None))
         with torch.no_grad():
             # The student's outputs that each target is compared with: here of this volume, then of an earlier one.
-            mean = torch.einsum("iv,vbk->ik", different, log_probabilities) / (
-                different.sum(dim=1, keepdim=True) * student.shape[1]
-            )
+            mean = (different[..., None] * log_probabilities.mean(dim=1)).sum(dim=1)
+            mean = mean / different.sum(dim=1, keepdim=True)
             earlier = self.previous[-1]
             other = -(targets.mean(dim=1) * earlier).sum(dim=-1).mean()
             # No ``if``: it would make a GPU wait.
@@ -367,7 +367,7 @@ class GlobalAlignmentLoss(nn.Module):
     def share(self, student: Tensor, targets: Tensor, views: int) -> Tensor:
         """What pairs of some of the student's ``views`` ``[v, B, K]`` and some of the two targets add to the loss."""
         log_probabilities = (student.float() / self.student_temperature).log_softmax(dim=-1)
-        return -torch.einsum("ibk,vbk->", targets, log_probabilities) / (2 * (views - 1) * student.shape[1])
+        return -(targets[:, None] * log_probabilities).sum() / (2 * (views - 1) * student.shape[1])
 
 
 class PatchAlignmentLoss(nn.Module):
