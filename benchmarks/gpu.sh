@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# What only a GPU can tell, in one run of about ten minutes, written to benchmarks/results/gpu.md with the card's name:
-# whether anything waits for the GPU, the tests, a step at the paper's size in float32, bfloat16 and compiled with its
-# memory, how fast the loader is, five minutes of pretraining on synthetic heads with their curve, fine-tuning and
-# inference. Each part has a time limit; one that fails says so in the report, and the others go on.
+# What only a GPU can tell, in one run of about twenty minutes, written to benchmarks/results/gpu.md with the card's name:
+# whether anything waits for the GPU, the tests, a step at the paper's size in bfloat16 and compiled with its memory, the
+# same beside stock forms and in float32, how fast the loader is, five minutes of pretraining on synthetic heads with
+# their curve, fine-tuning and inference. Each part has a time limit, and each form of a step; what fails says so in the
+# report, and the others are measured. The report grows as the parts end: a run that is cut short leaves what it has.
 #
 #   benchmarks/gpu.sh [--tiny] [--parts "WAITS TESTS ..."] [--wheels FOLDER] [--output FILE]
 #
 # --tiny: small sizes and a few seconds of pretraining, on a CPU where there is no GPU: a test of this script.
-# --parts: only some of waits, tests, step, loader, pretrain, tasks.
+# --parts: only some of waits, tests, step, beside, loader, pretrain, tasks.
 # --wheels (or the variable WHEELS): for a machine with PyTorch but neither MONAI nor a network: wheels from this folder
 # are unpacked and used. They are fetched elsewhere, for the Python of that machine:
-#   grep -E '^[a-z].*==' constraints.txt | grep -vE '^(torch|nvidia|triton|cuda)' >names.txt
+#   grep -E '^[A-Za-z].*==' constraints.txt | grep -vE '^(torch|nvidia|triton|cuda)' >names.txt
 #   python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --dest FOLDER -r names.txt
 set -euo pipefail
 cd "$(dirname "$0")/.."
 size=paper seconds=300 subjects=64 epochs=200 output=benchmarks/results/gpu.md
-wheels=${WHEELS:-} slack=1 parts="waits tests step loader pretrain tasks"
+wheels=${WHEELS:-} slack=1 parts="waits tests step beside loader pretrain tasks"
 while [ $# -gt 0 ]; do
     case "$1" in
         --tiny) size=tiny seconds=20 subjects=10 epochs=2 ;;
@@ -32,7 +33,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 if [ -n "$wheels" ]; then
-    for wheel in "$wheels"/*.whl; do "$python" -m zipfile -e "$wheel" "$work/packages"; done
+    "$python" -c 'import sys, zipfile
+for wheel in sys.argv[2:]: zipfile.ZipFile(wheel).extractall(sys.argv[1])' "$work/packages" "$wheels"/*.whl
     PYTHONPATH=$PYTHONPATH:$work/packages
 fi
 { read -r device; read -r card; read -r torch; } < <("$python" -c '
@@ -44,15 +46,18 @@ if [ "$device" = cpu ] && [ "$size" != tiny ]; then
     echo "there is no GPU; benchmarks/gpu.sh --tiny runs the same on a CPU at small sizes" >&2
     exit 1
 fi
-report=$work/report.md
+mkdir -p "$(dirname "$output")"
+report=$output
 part() { printf '\n## %s\n\n' "$1" | tee -a "$report"; }
 wanted() { case " $parts " in *" $1 "*) ;; *) return 1 ;; esac; }
 # A command with a time limit in seconds (longer on a CPU); what fails is part of the report, and the rest goes on.
 try() {
     timeout --kill-after=10 "$(($1 * slack))" "${@:2}" 2>"$work/errors.txt" | tee -a "$report" && return
-    { printf '\nnot finished within %s seconds, or failed:\n' "$(($1 * slack))"; tail -n 5 "$work/errors.txt"; } | tee -a "$report"
+    { printf '\nnot finished within %s seconds, or failed:\n' "$(($1 * slack))"; tail -n 12 "$work/errors.txt"; } | tee -a "$report"
 }
-step() { try "$1" "$python" benchmarks/step.py --size "$size" --device "$device" --turns 1 "${@:2}"; }
+step() {
+    try "$1" "$python" benchmarks/step.py --size "$size" --device "$device" --turns 1 --limit "$((120 * slack))" "${@:2}"
+}
 
 printf '# On %s\n\n`benchmarks/gpu.sh`, sizes: %s, %s, torch %s\n' "$card" "$size" "$(date -u +%F)" "$torch" >"$report"
 if [ "$device" = cpu ]; then
@@ -78,8 +83,12 @@ if wanted tests; then
     tests 300 -k "not ($in_process)"
 fi
 if wanted step; then
-    part "A step: float32, bfloat16, compiled; its memory; views; data from disk; a peer"
-    step 300 --repeats 3 --rows "a step" "same in float32" "peak memory" "views a second"
+    part "A step: compiled, kernel by kernel, of eight volumes, with data from disk; its memory"
+    step 400 --repeats 3 --rows "plain / compiled" "kernel by kernel" "8 volumes" "from disk"
+fi
+if wanted beside; then
+    part "A step beside stock MONAI and a peer, and in float32; memory; views"
+    step 600 --repeats 3 --rows "peak memory" "the same in float32" "stock MONAI / this" "a second" "DINOv2" "the same with"
 fi
 if wanted loader; then
     part "The loader"
@@ -88,8 +97,8 @@ fi
 if wanted pretrain; then
     part "Pretraining on synthetic heads, $((seconds * slack)) seconds at most"
     {
-        "$python" -m volta_components.cli phantom --output "$work/raw" --subjects "$subjects" --seed 1 --spacing 3
-        "$python" -m volta_components.cli prepare --layout bids --source "$work/raw" --output "$work/data" \
+        timeout "$((180 * slack))" "$python" -m volta_components.cli phantom --output "$work/raw" --subjects "$subjects" --seed 1 --spacing 3
+        timeout "$((120 * slack))" "$python" -m volta_components.cli prepare --layout bids --source "$work/raw" --output "$work/data" \
             --spacing 3 --shape 48,64,64
     } >"$work/data.txt" 2>&1 || tail -n 5 "$work/data.txt" | tee -a "$report"
     # Ends by itself after the last epoch, or by the signal after which nothing is lost.
@@ -97,16 +106,13 @@ if wanted pretrain; then
         --config_file "['bundles/pretrain/configs/train.json','bundles/pretrain/configs/tiny.json']" \
         --dataset_dir "$work/data" --output_dir "$work/run" --encoder_path "$work/encoder.safetensors" \
         --epochs "$epochs" --warmup_epochs 1 --num_workers 2 >"$work/run.txt" 2>&1 || true
-    if ! grep -oE 'epoch [0-9]+ of [0-9]+: .*' "$work/run.txt" | awk 'NR <= 3 || NR % 10 == 0 { print "    " $0 }' |
-        tee -a "$report" | grep -q .; then
-        { echo "no epoch was finished:"; tail -n 5 "$work/run.txt"; } | tee -a "$report"
-    fi
+    # Not through grep -q, which ends before a long curve is written.
+    curve=$(grep -oE 'epoch [0-9]+ of [0-9]+: .*' "$work/run.txt" | awk 'NR <= 3 || NR % 10 == 0 { print "    " $0 }' || true)
+    { [ -n "$curve" ] && echo "$curve" || { echo "no epoch was finished:"; tail -n 5 "$work/run.txt"; }; } | tee -a "$report"
 fi
 if wanted tasks; then
     part "Fine-tuning and inference"
-    step 180 --repeats 2 --rows hippocampus fine-tuning
+    step 300 --repeats 2 --rows hippocampus fine-tuning
 fi
 
-mkdir -p "$(dirname "$output")"
-cp "$report" "$output"
 echo "written to $output"

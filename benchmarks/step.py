@@ -9,7 +9,8 @@ it is the time that the process computed (of all its threads together), which sa
 
     python benchmarks/step.py [--size tiny|small|paper] [--turns 2] [--device cpu|cuda] [--rows ...] [--output FILE]
 
-On one core, ``small`` takes some minutes a turn; ``paper`` takes half an hour and 10 GiB.
+On one core, ``small`` takes some minutes a turn; ``paper`` takes half an hour and 10 GiB. With ``--limit SECONDS``, a
+form that takes longer or fails is named in its rows, and the others are measured.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import multiprocessing
 import os
 import platform
 import resource
+import signal
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,8 @@ from less_work import PAIRS, kept_share
 from step_forms import SIZES, Size, clock_of, flops_of, gemm_rate, monai_views, our_views, ours, stock
 from step_peer import peer
 from task_forms import Starter, fine_tuning, unetr_inference
+
+from volta_components.method.graphs import GraphedFunction
 
 Step = Callable[[], None]
 HALF, FULL = torch.bfloat16, torch.float32
@@ -105,7 +110,7 @@ ROWS: list[tuple[str, str, str, str, str]] = [
         "seconds",
     ),
     (
-        "the same in float32",
+        "the same fine-tuning in float32",
         "",
         "fine-tuning as MONAI's tutorial, float32",
         "fine-tuning by the bundle, float32",
@@ -135,10 +140,14 @@ def turn(name: str, size: Size, device: torch.device, repeats: int) -> dict[str,
         if device.type == "cpu":
             result["seconds"] = statistics.median(_seconds(step, clock, 1) for _ in range(repeats))
         else:
-            # As in a training, nothing waits between the steps: some to warm up, then as many as two seconds have.
-            count = max(1, min(200, int(2 / _seconds(step, clock, 1))))
-            _seconds(step, clock, min(count, 6))
-            result["seconds"] = _seconds(step, clock, count) / count
+            if name.startswith("this project"):
+                _seconds(step, clock, GraphedFunction.WARM_UP)  # the last of them is recorded
+            result["seconds"] = _seconds(step, clock, 1)
+            count = min(200, int(2 / result["seconds"]))
+            if count > 1:
+                # As in a training, nothing waits between the steps: some to warm up, then as many as two seconds have.
+                _seconds(step, clock, min(count, 6))
+                result["seconds"] = _seconds(step, clock, count) / count
     result["gib"] = peak_gib(device)
     if name == "starter model by the bundle's, bfloat16":
         result["dice"] = Starter(device).dice()
@@ -171,10 +180,20 @@ def pool_of(count: int, device: str) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(count, multiprocessing.get_context("spawn" if device == "cuda" else "fork"))
 
 
-def alone(device: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """A function's result in a process of its own, so that its memory is its own too."""
+def alone(device: str, limit: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """A function's result in a process of its own, so that its memory is its own too; 0 is no limit.
+
+    Raises:
+        BrokenProcessPool: if it takes more seconds than the limit.
+    """
     with pool_of(1, device) as pool:
-        return pool.submit(function, *arguments).result()
+        return pool.submit(_limited, limit, function, *arguments).result()
+
+
+def _limited(limit: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process
+    signal.alarm(limit)
+    return function(*arguments)
 
 
 class Turns:
@@ -183,16 +202,37 @@ class Turns:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.found: dict[str, list[dict[str, float]]] = {}
+        self.lost: dict[str, str] = {}  # why a form has no figures
 
     def measure(self, names: list[str]) -> None:
         """Forms that take turns; those that were measured before are not measured again."""
-        names = [name for name in dict.fromkeys(names) if name not in self.found]
+        names = [name for name in dict.fromkeys(names) if name not in self.found | self.lost]
         size, device = SIZES[self.options.size], torch.device(self.options.device)
         for _ in range(self.options.turns):
             for name in names:
-                found = alone(self.options.device, turn, name, size, device, self.options.repeats)
-                self.found.setdefault(name, []).append(found)
-                print(f"{name}: {found}", file=sys.stderr, flush=True)
+                if name not in self.lost:
+                    self._measure(name, size, device)
+
+    def _measure(self, name: str, size: Size, device: torch.device) -> None:
+        options = self.options
+        try:
+            found = alone(options.device, options.limit, turn, name, size, device, options.repeats)
+        except Exception as error:
+            if not options.limit:
+                raise
+            is_late = isinstance(error, BrokenProcessPool)
+            first = str(error).strip().partition("\n")[0]
+            reason = f"not done within {options.limit} s" if is_late else f"{type(error).__name__}: {first}"
+            self.lost[name] = reason.replace("|", "/")
+            self.found.pop(name, None)
+            print(f"{name}: {self.lost[name]}", file=sys.stderr, flush=True)
+        else:
+            self.found.setdefault(name, []).append(found)
+            print(f"{name}: {found}", file=sys.stderr, flush=True)
+
+    def why_not(self, names: list[str]) -> str:
+        """Which of some forms have no figures, and why; empty if all have."""
+        return "; ".join(f"{name}: {self.lost[name]}" for name in names if name in self.lost)
 
     def best(self, name: str) -> dict[str, float]:
         """A form's fastest turn, and its largest memory."""
@@ -248,8 +288,10 @@ def table(options: argparse.Namespace) -> Iterator[str]:
     for title, goal, above, below, what in rows:
         known = set(turns.found)
         turns.measure([above, below])
-        yield f"| {title} | {goal} | {turns.ratio(above, below, what):.2f} | {options.turns} |"
-        for name in (above, below):
+        missing = turns.why_not([above, below])
+        ratio = f"not measured ({missing})" if missing else f"{turns.ratio(above, below, what):.2f}"
+        yield f"| {title} | {goal} | {ratio} | {options.turns} |"
+        for name in (each for each in (above, below) if each in turns.found):
             one = turns.best(name)
             if name not in known and "flops" in one:
                 share = one["flops"] / one["seconds"] / one["gemm"]
@@ -279,11 +321,14 @@ def table(options: argparse.Namespace) -> Iterator[str]:
     for title in pairs:
         names = [f"{title}: {place}" for place in ("plain", "here")]
         turns.measure(names)
+        if missing := turns.why_not(names):
+            yield f"| {title} | not measured ({missing}) | | | | |"
+            continue
         plain, here = (turns.best(name) for name in names)
         cells = f"{plain['seconds']:.3g} | {here['seconds']:.3g} | {plain['seconds'] / here['seconds']:.2f}"
         yield f"| {title} | {cells} | {plain['gib']:.2f} | {here['gib']:.2f} |"
     if pairs:
-        shares = alone(options.device, kept_share, size)
+        shares = alone(options.device, 0, kept_share, size)
         yield ""
         yield f"Without air, {shares[0]:.0%} of the tokens of global crops remain, and {shares[1]:.0%} of local crops'."
 
@@ -297,6 +342,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="steps of a turn that are timed on a CPU")
     parser.add_argument("--compile", action="store_true", help="the compiled form on a CPU as well")
     parser.add_argument("--window", type=int, default=8, help="mini-batches of a window of two processes")
+    parser.add_argument("--limit", type=int, default=0, help="seconds that a form may take; 0 for no limit")
     parser.add_argument("--rows", nargs="*", help="only rows with one of these words")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()

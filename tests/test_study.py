@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from fake_runs import Writer, write_rows
 from monai.bundle import ConfigParser
 from scipy import stats
@@ -40,6 +41,18 @@ def folder_of(path: Path, count: int) -> Path:
 
 def study_of(tmp_path: Path, size: str = "cores") -> Study:
     return Study(tmp_path / "study", folder_of(tmp_path / "maps", 20), Size.named(size))
+
+
+def test_the_cost_of_a_recorded_step_is_that_of_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the first three steps are started kernel by kernel, five times as slow, and the fourth is recorded."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    now, steps = [0.0], itertools.chain([5.0] * 3, [9.0], itertools.repeat(1.0))
+    monkeypatch.setattr(cost, "clock_of", lambda _: lambda: now[0])
+
+    def step() -> None:
+        now[0] += next(steps)
+
+    assert cost.seconds(step) == 1.0
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
