@@ -83,7 +83,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pretrain(folder: Path, name: str, *overlays: str, launcher: tuple[str, ...] = ()) -> None:
-    files = configs("pretrain", "train", *overlays, "tiny")
+    files = configs("pretrain", "train", "tiny", *overlays)
     places = ("--dataset_dir", str(folder / "pretrain"), "--output_dir", str(folder / "runs" / name))
     places += ("--encoder_path", str(folder / f"{name}.safetensors"))
     options = ("--epochs", "2", "--num_workers", "2", "--log_interval", "2", "--checkpoint_minutes", "0")
@@ -143,7 +143,10 @@ def test_the_encoder_loads_on_the_cpu(folder: Path) -> None:
     assert torch.isfinite(tokens).all()
 
 
-@pytest.mark.parametrize("overlay", ["koleo", "sinkhorn", "dino_gaps"])
+@pytest.mark.parametrize(
+    "overlay",
+    ["koleo", "sinkhorn", "dino_gaps", "token_centre", "masked_tokens", "stochastic_depth", "drop_air"],
+)
 def test_variants_of_pretraining(folder: Path, overlay: str) -> None:
     pretrain(folder, overlay, overlay)
 
