@@ -240,6 +240,7 @@ class VoltaTrainTask(BundleTrainTask):
     from zero and falls back to it would train a few scans for a few epochs at next to nothing. Of two or more patients
     at least one validates; a single one validates itself. No data set is read but the studies. Of a request only the
     settings of ``config`` are taken: MONAI would also let it choose where to track the run, on this disk or elsewhere.
+    One GPU trains: by default MONAI would take all, whose processes often are more than there are scans.
 
     Args:
         bundle: the bundle's folder.
@@ -257,7 +258,8 @@ class VoltaTrainTask(BundleTrainTask):
 
     def config(self) -> dict[str, Any]:
         """Settings that clients can change, and no others."""
-        offered = {k: v for k, v in super().config().items() if k != "run_id" and not k.startswith("tracking")}
+        hidden = ("run_id", "multi_gpu", "gpus")
+        offered = {k: v for k, v in super().config().items() if k not in hidden and not k.startswith("tracking")}
         return {**offered, "learning_rate": self._rate}
 
     def stats(self) -> dict[str, Any]:
@@ -273,7 +275,8 @@ class VoltaTrainTask(BundleTrainTask):
         # bundle_path is MONAI Label's own.
         if left_out := ", ".join(sorted(request.keys() - known - {"bundle_path"})):
             logger.warning("settings of the request that are not taken from clients: %s", left_out)
-        self._request = request = {name: value for name, value in request.items() if name in known}
+        taken = {name: value for name, value in request.items() if name in known}
+        self._request = request = {**taken, "multi_gpu": False}
         check_settings(request)
         bundle = Path(self.bundle_path)
         model = bundle / "models" / "model.pt"

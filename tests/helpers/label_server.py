@@ -111,7 +111,7 @@ class Server:
 
     def train(self, **settings: Any) -> dict[str, Any]:
         """Train to the end; how the task ended."""
-        return self.ended(self.json("POST", f"/train/{HARP}", {"device": "cpu", "multi_gpu": False, **settings})["id"])
+        return self.ended(self.json("POST", f"/train/{HARP}", {"device": "cpu", **settings})["id"])
 
     def ended(self, task: str, kind: str = "train/") -> dict[str, Any]:
         """Wait for a task's end; how it ended."""

@@ -116,7 +116,7 @@ def test_what_is_wrong_with_a_request_is_said(server: Server, studies: Path) -> 
 def test_a_training_takes_only_the_settings_that_it_offers(server: Server, studies: Path) -> None:
     """Clients choose neither where runs are tracked nor what else a config has."""
     offered = server.json("GET", "/info/")["trainers"][HARP]["config"]
-    names = {"device", "pretrained", "max_epochs", "val_split", "multi_gpu", "gpus", "model_filename", "learning_rate"}
+    names = {"device", "pretrained", "max_epochs", "val_split", "model_filename", "learning_rate"}
     assert set(offered) == names
     scan, evil = "sub-IXI000_T1w", studies.parent / "evil"
     truth = studies.parent / "truth" / f"{scan}.nii.gz"
