@@ -121,6 +121,11 @@ def test_what_is_no_age_is_refused(cell):
         parse_age(cell)
 
 
+def test_a_number_below_zero_is_told_to_be_out_of_range():
+    with pytest.raises(ValueError, match="age '-9' is out of range"):
+        parse_age("-9")
+
+
 def test_sexes_and_diagnoses():
     assert [parse_sex(word) for word in ("male", "F", "n/a")] == ["M", "F", None]
     assert [parse_diagnosis(word) for word in ("Control", "Dementia", "mci", "")] == ["CN", "AD", "MCI", None]

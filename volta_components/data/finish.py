@@ -14,6 +14,7 @@ from typing import Any
 from volta_components.data import quality
 from volta_components.data.books import Books, balance, note_look_alikes
 from volta_components.data.datalist import assign_folds, make_content
+from volta_components.data.identity import grouped
 from volta_components.data.layouts import Finding, Listing, Scan
 from volta_components.data.nifti import largest_error
 from volta_components.data.volumes import read_volume
@@ -203,12 +204,17 @@ def _write_findings(path: Path, findings: Iterable[Finding]) -> None:
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """Print problems and quirks as a table; the others are only counted (all are in qc/findings.csv)."""
+    """Print problems and quirks as a table, one row for what is the same of more than three; the rest is only counted.
+
+    A code of a table that is not known, in hundreds of rows, would hide all else. Every one is in qc/findings.csv.
+    """
     for kind in ("problem", "quirk"):
-        rows = [
-            (f.subject, f.file or "(none)", f.reason + (f"; {f.remedy}" if f.remedy else ""))
-            for f in findings
-            if f.kind == kind
-        ]
+        found = [finding for finding in findings if finding.kind == kind]
+        rows = []
+        for alike in grouped(found, attrgetter("reason", "remedy")).values():
+            more = f" and {len(alike) - 1} more" if len(alike) > 3 else ""
+            for f in alike[:1] if more else alike:
+                rows.append((f.subject + more, f.file or "(none)", f.reason + (f"; {f.remedy}" if f.remedy else "")))
         if rows:
-            print(str(InputError.many(f"{len(rows)} {kind}s", rows, "", limit=30)).rstrip())
+            where = "qc/findings.csv has all of them" if len(rows) < len(found) or len(rows) > 30 else ""
+            print(str(InputError.many(f"{len(found)} {kind}s", rows, where, limit=30)).rstrip())

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import pandas as pd
 import pytest
 
 from volta_components.data.layouts.bids import read
@@ -205,3 +206,22 @@ def test_a_session_in_a_format_that_is_not_read_is_a_problem(tmp_path):
         files[1],
         "is no NIfTI file",
     ) and "c3d sub-1_ses-2_T1w.nrrd" in problem.remedy
+
+
+@pytest.mark.parametrize("name", ["participants.csv", "Participants.TSV", "participants.xlsx"])
+def test_the_table_of_people_may_be_csv_or_a_sheet_in_any_case(tmp_path, name):
+    frame = pd.DataFrame({"participant_id": ["sub-1"], "sex": ["F"], "age": [60]})
+    if name.endswith("xlsx"):
+        frame.to_excel(tmp_path / name, index=False)
+    else:
+        frame.to_csv(tmp_path / name, sep="," if name.endswith("csv") else "\t", index=False)
+    listing = listed(tmp_path, t1("sub-1"), ("demographics.csv", "id,sex\nsub-1,M\n"))
+    assert [(scan.sex, scan.age) for scan in listing.scans] == [("F", 60.0)] and not listing.findings
+
+
+def test_tables_that_may_be_meant_are_named_where_there_is_none_of_the_people(tmp_path):
+    texts = [(name, "x") for name in ("participants.tsv.txt", "people.XLSX", "README.txt", "._people.csv", "code/a.csv")]
+    listing = listed(tmp_path, t1("sub-1"), *texts)
+    assert found(listing) == {("(all)", "participants.tsv", "is missing")}
+    reason = "a table that is not read"
+    assert found(listing, "quirk") == {("(all)", name, reason) for name in ("participants.tsv.txt", "people.XLSX")}

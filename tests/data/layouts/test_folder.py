@@ -319,3 +319,11 @@ def test_folders_of_contrasts_are_not_silently_people(tmp_path):
     remedies = {finding.subject: finding.remedy for finding in listing.findings if "taken for" in finding.reason}
     assert "give --source .../T1;" in remedies["T1"]
     assert "give the folder of T1 scans alone as --source;" in remedies["FLAIR"]
+
+
+def test_people_of_two_data_sets_with_one_id_are_not_passed_off_as_one_persons_scans(tmp_path):
+    listing = listed(tmp_path, *(f"study{x}/sub-01/anat/sub-01_T1w.nii.gz" for x in "AB"))
+    (finding,) = (one for one in listing.findings if one.kind == "problem")
+    assert finding.file == "studyB/sub-01/anat/sub-01_T1w.nii.gz"
+    assert "studyA/sub-01/anat/sub-01_T1w.nii.gz is used" in finding.reason
+    assert "prepare each folder on its own if these are different people" in finding.remedy

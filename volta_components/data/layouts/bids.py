@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from volta_components.data.identity import canonical_patient_id, cohort_of, grouped, is_worldwide
-from volta_components.data.layouts.common import LabelFile, LayoutOptions, Listing, Scan, look, slug
+from volta_components.data.layouts.common import LabelFile, LayoutOptions, Listing, Scan, look, participants, slug
 from volta_components.data.names import OTHER_CONTRASTS, date_in, date_of_cell, parse_name
 from volta_components.data.tables import DATE_COLUMNS, Row, is_missing, pick, read_table, session_row
 from volta_components.data.volumes import NIFTI_SUFFIXES, conversion, volume_stem
@@ -32,9 +32,9 @@ _OF_LABELS = frozenset({"desc", "label", "space", "res", "den", "atlas", "seg", 
 def read(options: LayoutOptions) -> Listing:
     """List the T1w scans of a BIDS folder.
 
-    Sex, site, age and diagnosis come from ``participants.tsv`` and each subject's ``*_sessions.tsv`` (the session's own
-    row wins). Label maps are files ``*hippocampus*_dseg.nii[.gz]`` of any derivative, at the scan's place, which do not
-    name another run, acquisition or reconstruction than the scan's.
+    Sex, site, age and diagnosis come from ``participants.tsv`` (see ``participants``) and each subject's
+    ``*_sessions.tsv`` (the session's own row wins). Label maps are files ``*hippocampus*_dseg.nii[.gz]`` of any
+    derivative, at the scan's place, which do not name another run, acquisition or reconstruction than the scan's.
 
     Raises:
         InputError: if there is no such folder, or no ``sub-*`` folder in it.
@@ -94,10 +94,9 @@ def _cohort(root: Path, names: list[str]) -> str:
 
 
 def _read_participants(listing: Listing, given: Path | None) -> None:
-    path = given or listing.root / "participants.tsv"
-    if not given and not path.exists() and not path.is_symlink():
-        listing.note("problem", "(all)", path, "is missing", "sex and site stay unknown", False)
-        return
+    path = given or participants(listing.root)
+    if path is None:
+        listing.note("problem", "(all)", "participants.tsv", "is missing", "sex and site stay unknown", False)
     listing.read_people(
         path, lambda text: canonical_patient_id(re.sub(r"^(sub[-_])?", "sub-", text, flags=re.IGNORECASE))
     )

@@ -17,7 +17,7 @@ from volta_components.data.names import parse_name
 from volta_components.data.sessions import contradictions, in_order, spelled_alike
 from volta_components.data.tables import FACT_COLUMNS, People, Row, fold, pick, read_fact, read_people
 from volta_components.data.volumes import volume_stem, volume_suffix
-from volta_components.data.walk import Tree, tidy, tidy_stem, walk
+from volta_components.data.walk import Tree, is_hidden, tidy, tidy_stem, walk
 from volta_components.files import readable
 
 LEFT, RIGHT = 1, 2  # values of the hippocampi in label maps
@@ -26,6 +26,7 @@ MAX_KEY_BYTES = 150
 _PART = r"\.(part|partial|crdownload|download|filepart|aria2|tmp|zip|7z|bz2|xz|zst)"
 _UNFINISHED = re.compile(rf"\.(nii|mgz|mgh|mnc)(\.gz)?({_PART}| ?\(\d+\)(\.gz)?|~)$", re.IGNORECASE)
 _HEADER = re.compile(r"\.hdr(\.gz)?$", re.IGNORECASE)
+_TABLE = re.compile(r"\.(tsv|csv|xlsx?)(\.txt)?$", re.IGNORECASE)
 _ARCHIVE = re.compile(r"\.(zip|tar|tgz|tar\.\w+|7z|rar)$", re.IGNORECASE)
 
 
@@ -184,10 +185,16 @@ class Listing:
     def read_people(self, path: Path | None, name: Callable[[str], str] = canonical_patient_id) -> None:
         """Read a table of people, if there is one, ids brought to one form by ``name``; note what is wrong with it.
 
+        Without one, tables beside the scans are noted: one may be of the people, under another name.
+
         Raises:
             InputError: if the table cannot be read or has no column of ids.
         """
         if path is None:
+            for other in sorted(self.root.iterdir()):
+                if _TABLE.search(other.name) and not is_hidden(other.name):
+                    remedy = "give it as --table if it is of the people"
+                    self.note("quirk", "(all)", other, "a table that is not read", remedy)
             return
 
         def complain(who: str, what: str, remedy: str) -> None:
@@ -232,7 +239,8 @@ class Listing:
                 facts[name] = read_fact(name, cells)
             except ValueError as error:
                 facts[name] = None
-                complain(str(error), f"correct the table; kept without {name}")
+                form = {"sex": "M or F", "age": "years"}[name]
+                complain(str(error), f"write {form} in the table; kept without {name}")
         if facts["site"] is None and cohort_of(patient_id) == "adni":
             facts["site"] = patient_id[:3]
         return facts
@@ -255,13 +263,17 @@ class Listing:
             first, *others = sorted(group, key=lambda scan: (rank(scan), scan.image.name, scan.source))
             kept.append(first)
             for other in others:
-                used = f"{readable(first.image.name)} is used"
+                is_beside = other.image.parent == first.image.parent
+                used = f"{readable(first.image.name) if is_beside else first.source} is used"
                 same = other.image.name.removesuffix(".gz") == first.image.name.removesuffix(".gz")
-                if same and other.image.parent == first.image.parent:
+                if same and is_beside:
                     self.note_scan("quirk", other, f"same scan, compressed and not: {used}", left_out=True)
                 elif rank(other) == rank(first):
                     reason = f"another T1w of this session: {used}, by name alone"
-                    self.note_scan("problem", other, reason, "which one is better is not known; remove the other")
+                    remedy = "which one is better is not known; remove the other"
+                    if not is_beside:
+                        remedy += ", or prepare each folder on its own if these are different people"
+                    self.note_scan("problem", other, reason, remedy)
                 else:
                     self.note_scan("quirk", other, f"another T1w of this session: {used}", left_out=True)
         return kept
@@ -362,6 +374,13 @@ def relative(path: Path, root: Path) -> str:
 def slug(text: str) -> str:
     """Lower case, with everything but letters and digits as single hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "dataset"
+
+
+def participants(root: Path) -> Path | None:
+    """``participants.tsv`` in the folder, else the same as CSV or Excel sheet, in any case; None where there is none."""
+    found = {path.name.casefold(): path for path in sorted(root.iterdir())}
+    names = (f"participants.{kind}" for kind in ("tsv", "csv", "xlsx", "xls"))
+    return next((found[name] for name in names if name in found), None)
 
 
 def look(listing: Listing, root: Path, follow_links: bool = False) -> Tree:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from volta_components.data.identity import biobank, canonical_patient_id, grouped, is_worldwide
 from volta_components.data.layouts.bids import ASIDE, plainness
-from volta_components.data.layouts.common import LabelFile, LayoutOptions, Listing, Scan, look, slug
+from volta_components.data.layouts.common import LabelFile, LayoutOptions, Listing, Scan, look, participants, slug
 from volta_components.data.layouts.series import may_be_dicom
 from volta_components.data.names import (
     OTHER_CONTRASTS,
@@ -26,7 +26,7 @@ from volta_components.data.names import (
 from volta_components.data.sessions import place
 from volta_components.data.tables import People
 from volta_components.data.volumes import conversion, volume_suffix
-from volta_components.data.walk import Tree, VolumeFile, is_hidden, tidy
+from volta_components.data.walk import Tree, VolumeFile, tidy
 from volta_components.errors import InputError
 
 _LABEL = re.compile(r"[._-](label|labels|seg|mask|dseg)$", re.IGNORECASE)
@@ -77,8 +77,7 @@ def read(options: LayoutOptions) -> Listing:
     file names are not unique, the folders are the names. A date in the name of a folder is the scan's.
 
     A file in a folder ``labels``, or whose name ends in ``_label``, ``_seg``, ``_mask`` or ``_dseg``, is the label of
-    the volume of that name. A table (``participants.tsv``, ``participants.csv`` or ``--table``) may give sex, age,
-    diagnosis and site.
+    the volume of that name. A table (see ``participants``, or ``--table``) may give sex, age, diagnosis and site.
 
     Raises:
         InputError: if there is no such folder, or no volume in it.
@@ -95,7 +94,7 @@ def read(options: LayoutOptions) -> Listing:
         raise InputError(
             f"{root}: no volume (.nii, .nii.gz, .mnc, .mgz) in it or below{contrasts}; for DICOM use --layout dicom"
         )
-    listing.read_people(_table(options))
+    listing.read_people(options.table or participants(root))
     found = identified(listing, images)
     listing.match_ids(one.patient for one in found)
     names = {one.volume.path: one for one in found}
@@ -178,13 +177,6 @@ def _freesurfer_home(volume: VolumeFile) -> Path | None:
     """The folder of the subject that a volume of FreeSurfer's lies in (``mri`` or ``mri/orig`` below it), or None."""
     folder = volume.path.parent.parent if volume.path.parent.name == "orig" else volume.path.parent
     return folder.parent if folder.name == "mri" and volume.path.suffix == ".mgz" else None
-
-
-def _table(options: LayoutOptions) -> Path | None:
-    """The table of people to read, if there is one."""
-    paths = [options.source / f"participants.{kind}" for kind in ("tsv", "csv", "xlsx")]
-    table = options.table or next((path for path in paths if path.exists() or path.is_symlink()), None)
-    return table if table and not is_hidden(table.name) else None
 
 
 # --- who -------------------------------------------------------------------------------------------------------------
