@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_datasets as tiny
@@ -161,8 +164,40 @@ def test_links_that_leave_the_folder_need_an_option(tmp_path: Path) -> None:
         chosen(tmp_path / "ds", tmp_path / "out")
     assert chosen(tmp_path / "ds", tmp_path / "out", skip_bad=True) == ["a_T1w.nii.gz"]
     assert chosen(tmp_path / "ds", tmp_path / "out", follow_links=True) == ["a_T1w.nii.gz", "b_T1w.nii.gz"]
-    with pytest.raises(InputError, match="1 links leave the folder"):
+    with pytest.raises(InputError, match=r"1 files or folders(.|\n)*b_T1w.nii.gz +a link that leaves"):
         find_volumes(tmp_path / "ds")
+
+
+def test_what_cannot_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.save_head(tmp_path / "ds/a_T1w.nii.gz")
+    for name in ("shut", "more"):
+        (tmp_path / "ds" / name).mkdir()
+    for name in ("b_T1w.nii.gz.part", "more/c.zip", "d.hdr"):
+        (tmp_path / "ds" / name).write_bytes(b"x" * 400)
+    (tmp_path / "ds/e_T1w.nii.gz").symlink_to("a_T1w.nii.gz")
+    scandir = os.scandir
+
+    def refuse(path: Path) -> Any:
+        if Path(path).name == "shut":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError) as error:
+        chosen(tmp_path / "ds", tmp_path / "out")
+    for words in ("shut +permission denied", "b_T1w.nii.gz.part +no volume", "c.zip +an archive", "d.hdr +half of a pair"):
+        assert re.search(words, str(error.value)), words
+    assert re.search("e_T1w.nii.gz +a link to a_T1w.nii.gz, which has another name", str(error.value))
+    assert chosen(tmp_path / "ds", tmp_path / "out", skip_bad=True) == ["a_T1w.nii.gz"]
+    with pytest.raises(InputError, match="5 files or folders in it are not looked into"):
+        find_volumes(tmp_path / "ds")
+
+
+def test_archives_beside_the_subjects_of_a_bids_data_set_are_nobodys_scans(tmp_path: Path) -> None:
+    tiny.save_head(tmp_path / "ds/sub-1/anat/sub-1_T1w.nii.gz")
+    (tmp_path / "ds/sourcedata/sub-1").mkdir(parents=True)
+    (tmp_path / "ds/sourcedata/sub-1/sub-1_T1w.dicom.tgz").touch()
+    assert chosen(tmp_path / "ds", tmp_path / "out") == ["sub-1_T1w.nii.gz"]
 
 
 def test_the_header_of_a_pair_is_told_to_be_no_volume(tmp_path: Path) -> None:

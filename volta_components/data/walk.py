@@ -15,6 +15,8 @@ from volta_components.files import readable
 # Folders that programs leave among the data: of macOS's zip, of Synology, of Windows.
 _LITTER = {"__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
 _OFFICE_LOCK = "~$"
+# Folders beside the subjects in which BIDS keeps what is no raw scan.
+ASIDE = frozenset({"derivatives", "sourcedata", "code", "stimuli", "phenotype"})
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class Tree:
     again: list[tuple[Path, Path]] = field(default_factory=list)
     locked: list[Path] = field(default_factory=list)
     outside: list[Path] = field(default_factory=list)
+
+    def aside(self) -> frozenset[str]:
+        """Names of folders at the top of a BIDS data set that hold no scans; none elsewhere."""
+        is_bids = any(folder.parent == self.root and folder.name.startswith("sub-") for folder in self.folders)
+        return ASIDE if is_bids else frozenset()
 
     def volumes(self) -> list[VolumeFile]:
         """The volume files, in order of their paths, without copies in a format that is not read."""

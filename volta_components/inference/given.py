@@ -20,7 +20,6 @@ from volta_components.data.layouts.dicom import read as read_dicom
 from volta_components.data.layouts.series import convert_series, may_be_dicom
 from volta_components.data.unusable import UnusableVolume
 from volta_components.data.volumes import volume_suffix
-from volta_components.data.walk import walk
 from volta_components.errors import InputError
 from volta_components.files import partial_prefix, read_json, remove_partials, write_json
 from volta_components.inference.scans import (
@@ -28,6 +27,7 @@ from volta_components.inference.scans import (
     bad_scans,
     check_outside,
     is_datalist,
+    look_through,
     scans_below,
     unusable_scans,
     who_and_when,
@@ -105,21 +105,17 @@ def _scans_of(part: Path, target: Path, follow_links: bool) -> tuple[list[Path],
             remedy = "give .nii, .nii.gz, .mgz, ...; of a pair, its .img; of DICOM, the folder"
             return [], [(str(part), "not a volume", remedy)]
         return [part], []
-    tree = walk(part, follow_links)
+    tree, rows = look_through(part, follow_links)
     volumes, others = scans_below(tree)
     if others:
         print(f"{part}: {len(others)} volumes that are no T1w scans are left out, such as {others[0]}")
     has_dicom = any(map(may_be_dicom, tree.files))
-    rows = without_t1(tree, volumes, others)
-    rows += [
-        (str(link), "a link that leaves the folder", "add --follow-links, or give the file itself")
-        for link in tree.outside
-        if volume_suffix(link) or link.is_dir()
-    ]
+    rows += without_t1(tree, volumes, others)
     if not volumes and not has_dicom and not rows:
         raise InputError(f"{part}: no scans in it: no volumes (.nii, .nii.gz, .mgz, ...), no DICOM files")
     converted, bad = _convert_dicom(part, target, follow_links) if has_dicom else ([], [])
-    return [*converted, *volumes], [*rows, *bad]
+    known = {row[0] for row in rows}
+    return [*converted, *volumes], [*rows, *(row for row in bad if row[0] not in known)]
 
 
 def _convert_dicom(root: Path, target: Path, follow_links: bool) -> tuple[list[Path], list[Row]]:

@@ -16,15 +16,14 @@ from tqdm.contrib.concurrent import thread_map
 from volta_components.data.checks import check_volumes
 from volta_components.data.datalist import load_datalist
 from volta_components.data.identity import is_worldwide
-from volta_components.data.layouts.bids import ASIDE
 from volta_components.data.layouts.brats import time_point
-from volta_components.data.layouts.common import Finding, Listing
+from volta_components.data.layouts.common import Finding, Listing, look
 from volta_components.data.layouts.folder import identified, made_by_freesurfer
 from volta_components.data.names import MASKS, parse_name
 from volta_components.data.survey import survey
 from volta_components.data.unusable import what_is_wrong
 from volta_components.data.volumes import read_volume, volume_stem, volume_suffix
-from volta_components.data.walk import Tree, VolumeFile, walk
+from volta_components.data.walk import Tree, VolumeFile
 from volta_components.downstream.splits import Item
 from volta_components.errors import InputError
 from volta_components.files import readable
@@ -75,11 +74,10 @@ def find_volumes(source: Source, output: PathLike | None = None, required: bool 
             continue
         if part.is_dir():
             check_outside(part, output, "--output_dir")
-            tree = walk(part)
-            if links := [(str(link),) for link in tree.outside if volume_suffix(link) or link.is_dir()]:
-                raise InputError.many(
-                    f"{part}: {len(links)} links leave the folder", links, "Give the files or folders themselves."
-                )
+            tree, rows = look_through(part)
+            if rows:
+                remedy = "Mend them, or give the scans themselves."
+                raise InputError.many(f"{part}: {len(rows)} files or folders in it are not looked into", rows, remedy)
             files = scans_below(tree)[0]
         elif part.is_file():
             files = [part]
@@ -128,9 +126,12 @@ def check_outside(folder: Path, output: PathLike | None, option: str) -> None:
         )
 
 
-def _set_aside(tree: Tree) -> frozenset[str]:
-    """Names of folders at the top of a BIDS data set that hold no scans; none elsewhere."""
-    return ASIDE if any(tree.root.glob("sub-*/")) else frozenset()
+def look_through(folder: Path, follow_links: bool = False) -> tuple[Tree, list[Row]]:
+    """What a folder holds, and what in it may be a scan but is passed over, with reason and remedy."""
+    listing = Listing("")
+    tree = look(listing, folder, follow_links)
+    problems = (finding for finding in listing.findings if finding.kind == "problem")
+    return tree, [(str(folder / finding.file), finding.reason, finding.remedy) for finding in problems]
 
 
 def scans_below(tree: Tree) -> tuple[list[Path], list[Path]]:
@@ -142,7 +143,7 @@ def scans_below(tree: Tree) -> tuple[list[Path], list[Path]]:
     """
     scans: list[Path] = []
     others: list[Path] = []
-    aside = _set_aside(tree)
+    aside = tree.aside()
     made = made_by_freesurfer(tree.volumes())
     for volume in tree.volumes():
         name, top = parse_name(volume.stem), volume.path.relative_to(tree.root).parts[0]
@@ -152,7 +153,7 @@ def scans_below(tree: Tree) -> tuple[list[Path], list[Path]]:
 
 def without_t1(tree: Tree, scans: Sequence[Path], others: Sequence[Path]) -> list[Row]:
     """A volume of everybody below a folder who has no T1 scan by the names, with reason and remedy."""
-    aside = _set_aside(tree)
+    aside = tree.aside()
     images = [
         path
         for path in others

@@ -225,3 +225,18 @@ def test_tables_that_may_be_meant_are_named_where_there_is_none_of_the_people(tm
     assert found(listing) == {("(all)", "participants.tsv", "is missing")}
     reason = "a table that is not read"
     assert found(listing, "quirk") == {("(all)", name, reason) for name in ("participants.tsv.txt", "people.XLSX")}
+
+
+def test_archives_and_links_beside_the_subjects_lose_nobody(tmp_path):
+    """As heudiconv leaves the DICOM files of each subject, and as raw data are linked."""
+    beside = ("sourcedata/sub-1/anat/sub-1_T1w.dicom.tgz", "derivatives/freesurfer/sub-1.tar.gz", "code/old.nii.gz.part")
+    (tmp_path / "elsewhere").mkdir()
+    files = [(name, "x") for name in beside]
+    listing = listed(tmp_path / "ds", people("sub-1"), t1("sub-1"), *files)
+    assert not listing.findings
+    (tmp_path / "ds/sourcedata/raw").symlink_to(tmp_path / "elsewhere")
+    listing = read(LayoutOptions(tmp_path / "ds"))
+    assert found(listing, "quirk") == {("(links)", "sourcedata/raw", "a link that leaves the source")}
+    assert not found(listing) and list(listing.people) == ["sub-1"]
+    (tmp_path / "ds/sub-1/anat/more.zip").touch()
+    assert {reason for _, _, reason in found(read(LayoutOptions(tmp_path / "ds")))} == {"an archive, not looked into"}

@@ -19,11 +19,9 @@ from volta_components.data.layouts.common import LabelFile, LayoutOptions, Listi
 from volta_components.data.names import OTHER_CONTRASTS, date_in, date_of_cell, parse_name
 from volta_components.data.tables import DATE_COLUMNS, Row, is_missing, pick, read_table, session_row
 from volta_components.data.volumes import NIFTI_SUFFIXES, conversion, volume_stem
-from volta_components.data.walk import VolumeFile, tidy
+from volta_components.data.walk import ASIDE, VolumeFile, tidy
 from volta_components.errors import InputError
 
-# Folders beside the subjects in which BIDS keeps what is no raw scan.
-ASIDE = frozenset({"derivatives", "sourcedata", "code", "stimuli", "phenotype"})
 _LABEL = re.compile(r"hippocampus.*_dseg$")
 # What the name of a label map says of the map, not of its image.
 _OF_LABELS = frozenset({"desc", "label", "space", "res", "den", "atlas", "seg", "hemi"})

@@ -386,14 +386,22 @@ def participants(root: Path) -> Path | None:
 def look(listing: Listing, root: Path, follow_links: bool = False) -> Tree:
     """Walk over the source, the listing's root; say which links are left out, and what cannot be looked into.
 
+    Nobody is lost by what lies beside the subjects of a BIDS data set, where there are no scans: heudiconv keeps the
+    DICOM files of each as an archive in ``sourcedata``.
+
     Raises:
         InputError: if the folder is missing, is none, or cannot be listed.
     """
     tree = walk(root, follow_links)
     listing.root = root
+    aside = tree.aside()
+
+    def may_be_scan(path: Path) -> bool:
+        return path.relative_to(root).parts[0] not in aside
+
     for link in tree.outside:
         reason = "a link that leaves the source"
-        if volume_suffix(link) or link.is_dir() or not link.suffix:
+        if may_be_scan(link) and (volume_suffix(link) or link.is_dir() or not link.suffix):
             remedy = "follow such links with --follow-links, or copy the files"
             listing.note("problem", tidy_stem(link), link, reason, remedy)
         else:
@@ -402,14 +410,17 @@ def look(listing: Listing, root: Path, follow_links: bool = False) -> Tree:
         reason = f"a link to {relative(other, root)}"
         if link.is_dir() or tidy(link.name) == tidy(other.name):
             listing.note("quirk", "(links)", link, f"{reason}, which is taken once")
-        elif volume_suffix(link):
+        elif volume_suffix(link) and may_be_scan(link):
             remedy = "remove the link, or put the scan itself there"
             listing.note("problem", tidy_stem(link), link, f"{reason}, which has another name", remedy)
     for folder in tree.locked:
-        top = relative(folder, root).split("/")[0]
-        listing.note("problem", top, folder, "permission denied", "make it readable (chmod u+rx)")
+        top, reason, remedy = relative(folder, root).split("/")[0], "permission denied", "make it readable (chmod u+rx)"
+        if may_be_scan(folder):
+            listing.note("problem", top, folder, reason, remedy)
+        else:
+            listing.note("quirk", "(folders)", folder, reason, remedy)
     stems = {path.with_name(volume_stem(path)) for path in tree.files if volume_suffix(path)}
-    for path in tree.files:
+    for path in filter(may_be_scan, tree.files):
         who = tidy_stem(path)
         if path.is_symlink() and not path.exists() and not path.suffix:
             listing.note("problem", who, path, "a link to nothing", "mend the link, or remove it")
@@ -425,7 +436,7 @@ def look(listing: Listing, root: Path, follow_links: bool = False) -> Tree:
                 listing.note("quirk", "(archives)", path, what, f"beside {stem}, which it was unpacked to, it seems")
             else:
                 listing.note("problem", tidy(stem), path, what, "unpack it if it holds scans; if not, move it away")
-    for folder in filter(volume_suffix, tree.folders):
+    for folder in filter(may_be_scan, filter(volume_suffix, tree.folders)):
         inside = [path for path in tree.files if path.parent == folder and volume_suffix(path)]
         if len(inside) != 1:
             reason = f"a folder with the name of a file, which holds {len(inside)} volumes"

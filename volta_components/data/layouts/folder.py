@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from volta_components.data.identity import biobank, canonical_patient_id, grouped, is_worldwide
-from volta_components.data.layouts.bids import ASIDE, plainness
+from volta_components.data.layouts.bids import plainness
 from volta_components.data.layouts.common import LabelFile, LayoutOptions, Listing, Scan, look, participants, slug
 from volta_components.data.layouts.series import may_be_dicom
 from volta_components.data.names import (
@@ -26,7 +26,7 @@ from volta_components.data.names import (
 from volta_components.data.sessions import place
 from volta_components.data.tables import People
 from volta_components.data.volumes import conversion, volume_suffix
-from volta_components.data.walk import Tree, VolumeFile, tidy
+from volta_components.data.walk import ASIDE, Tree, VolumeFile, tidy
 from volta_components.errors import InputError
 
 _LABEL = re.compile(r"[._-](label|labels|seg|mask|dseg)$", re.IGNORECASE)
@@ -143,7 +143,7 @@ def _note_without_volume(listing: Listing, tree: Tree, found: list[Found]) -> No
 def _sorted_out(tree: Tree) -> tuple[list[VolumeFile], list[VolumeFile], list[VolumeFile]]:
     """Images, labels, and volumes of other contrasts; of a BIDS folder, derivatives are no images."""
     root = tree.root
-    aside = ASIDE if any(path.parent == root and path.name.startswith("sub-") for path in tree.folders) else frozenset()
+    aside = tree.aside()
     images, labels, others = [], [], []
     for volume in tree.volumes():
         parts = [part.lower() for part in volume.path.relative_to(root).parts[:-1]]
