@@ -68,6 +68,15 @@ def test_every_bad_file_is_listed_together(data: Path) -> None:
     assert "contains NaN or Inf (1 voxels)" in text and "constant: every voxel is 0.5" in text
 
 
+def test_a_datalist_without_its_volumes_asks_for_them(data: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere" / "datalist.json"
+    moved.parent.mkdir()
+    moved.write_bytes((data / "datalist.json").read_bytes())
+    with pytest.raises(InputError, match="8 files of 8 items") as caught:
+        check_volumes(load_datalist(moved))
+    assert "move it together with its volumes" in str(caught.value) and "Remove" not in str(caught.value)
+
+
 def test_a_deep_check_compares_range_and_hash(data: Path) -> None:
     datalist = load_datalist(data)
     files = files_of(datalist)

@@ -4,7 +4,15 @@ import codecs
 import pandas as pd
 import pytest
 
-from volta_components.data.tables import parse_age, parse_diagnosis, parse_sex, read_people, read_table, session_row
+from volta_components.data.tables import (
+    parse_age,
+    parse_diagnosis,
+    parse_sex,
+    read_fact,
+    read_people,
+    read_table,
+    session_row,
+)
 from volta_components.errors import InputError
 
 ROWS = [
@@ -260,6 +268,14 @@ def test_columns_are_known_with_units_and_in_other_spellings(tmp_path):
     assert (row["Sex (M/F)"], row["Age [years]"], differ) == ("M", "70", [])
     row, differ = people.row("sub-01")
     assert (row["Sex (M/F)"], row["Age [years]"], differ) == ("F", "", ["age"])
+
+
+def test_oasis_has_a_column_of_sexes_without_the_word(tmp_path):
+    path = tmp_path / "oasis_cross-sectional.csv"
+    path.write_text("ID,M/F,Hand,Age\nOAS1_0001_MR1,F,R,74\nOAS1_0002_MR1,M,R,55\n")
+    people = read_people(path)
+    rows = [people.row(patient)[0] for patient in ("OAS1_0001", "OAS1_0002")]
+    assert [read_fact("sex", row) for row in rows] == ["F", "M"]
 
 
 def test_a_web_page_is_no_table(tmp_path):

@@ -29,6 +29,10 @@ _REMEDY = (
     "Remove these files and run the same volta3d prepare again (the rest is kept), or remove the items from the "
     "datalist."
 )
+GONE = (
+    "Paths count from the datalist's folder: move it together with its volumes, put these back, or run the same volta3d "
+    "prepare again."
+)
 # A header takes a millisecond, or several behind a network.
 _HEADERS = 2_500
 
@@ -59,7 +63,8 @@ def check_volumes(datalist: Datalist, deep: bool = False) -> None:
     is_shown = deep and process_rank() == 0
     rows = sorted(gather_objects(unusable_volumes(datalist, share, deep, is_shown)))
     if rows:
-        raise InputError.many(f"{datalist.path}: {len(rows)} files of {len(items)} items cannot be used", rows, _REMEDY)
+        remedy = GONE if all(reason == "no such file" for *_, reason in rows) else _REMEDY
+        raise InputError.many(f"{datalist.path}: {len(rows)} files of {len(items)} items cannot be used", rows, remedy)
 
 
 def unusable_volumes(

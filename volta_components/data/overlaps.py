@@ -11,7 +11,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from volta_components.data.checks import check_volumes, unusable_volumes
+from volta_components.data.checks import GONE, check_volumes, unusable_volumes
 from volta_components.data.datalist import (
     Datalist,
     assign_folds,
@@ -254,9 +254,7 @@ def merge(
         if kind in item
     ]
     if missing := [row for row in files if not is_remote(row[1]) and not Path(file_of(row[1])).is_file()]:
-        raise InputError.many(
-            f"{len(missing)} of {len(files)} volumes are not there", missing, "Restore them, or prepare them again."
-        )
+        raise InputError.many(f"{len(missing)} of {len(files)} volumes are not there", missing, GONE)
     overlaps = find_overlaps(loaded)
     certain, uncertain = overlaps.certain, overlaps.uncertain
     if overlaps.look_alikes and not (refold or accept_look_alikes):

@@ -49,7 +49,7 @@ ID_COLUMNS = (
     "file",
     "RID",
 )
-SEX_COLUMNS = ("sex", "PTGENDER", "gender")
+SEX_COLUMNS = ("sex", "PTGENDER", "gender", "M/F")
 AGE_COLUMNS = ("age", "age_bl", "age_at_scan", "Age at scan")
 DIAGNOSIS_COLUMNS = ("diagnosis", "DX_bl", "DX", "diagnosis_sc", "Research Group", "group", "label")
 SITE_COLUMNS = ("site", "site_id", "acquisition_site", "institution", "scanner")
