@@ -63,6 +63,14 @@ def test_links_are_one_scan(tmp_path: Path) -> None:
     assert chosen(tmp_path / "ds", tmp_path / "out") == ["a_T1w.nii.gz"]
 
 
+def test_a_link_to_itself_is_named(tmp_path: Path) -> None:
+    tiny.save_head(tmp_path / "ds/a_T1w.nii.gz")
+    (tmp_path / "ds/b_T1w.nii.gz").symlink_to("b_T1w.nii.gz")
+    with pytest.raises(InputError, match=r"1 of 2 scans(.|\n)*b_T1w.nii.gz +no such file"):
+        chosen(tmp_path / "ds", tmp_path / "out")
+    assert chosen(tmp_path / "ds", tmp_path / "out", skip_bad=True) == ["a_T1w.nii.gz"]
+
+
 def test_a_dicom_series_in_two_folders_is_one_scan_and_gaps_are_named(tmp_path: Path) -> None:
     shape, affine = tiny.grid("RAS", (1.0, 1.0, 1.0), (20, 22, 24))
     head = tiny.head(shape, affine)
@@ -185,7 +193,12 @@ def test_what_cannot_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(InputError) as error:
         chosen(tmp_path / "ds", tmp_path / "out")
-    for words in ("shut +permission denied", "b_T1w.nii.gz.part +no volume", "c.zip +an archive", "d.hdr +half of a pair"):
+    for words in (
+        "shut +permission denied",
+        "b_T1w.nii.gz.part +no volume",
+        "c.zip +an archive",
+        "d.hdr +half of a pair",
+    ):
         assert re.search(words, str(error.value)), words
     assert re.search("e_T1w.nii.gz +a link to a_T1w.nii.gz, which has another name", str(error.value))
     assert chosen(tmp_path / "ds", tmp_path / "out", skip_bad=True) == ["a_T1w.nii.gz"]

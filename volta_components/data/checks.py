@@ -30,8 +30,8 @@ _REMEDY = (
     "datalist."
 )
 GONE = (
-    "Paths count from the datalist's folder: move it together with its volumes, put these back, or run the same volta3d "
-    "prepare again."
+    "Paths count from the datalist's folder: move it together with its volumes, put these back, or run the same "
+    "volta3d prepare again."
 )
 # A header takes a millisecond, or several behind a network.
 _HEADERS = 2_500

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import filecmp
 import glob
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -73,10 +74,8 @@ def choose_scans(
     """
     datalists = [part for part in parts if is_datalist(part)]
     found = [_scans_of(part, target, follow_links) for part in parts if part not in datalists]
-    # The same file under the same name, by whatever links, is one scan.
-    files = list(
-        {(file.name, file.resolve()): file for scans, _ in reversed(found) for file in reversed(scans)}.values()
-    )
+    # The same file under the same name, by whatever links, is one scan. Of links in a circle, Path.resolve raises.
+    files = list({(f.name, os.path.realpath(f)): f for scans, _ in reversed(found) for f in reversed(scans)}.values())
     files.reverse()
     rows = [row for _, bad in found for row in bad]
     count = len(files) + len(rows)

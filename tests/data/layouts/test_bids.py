@@ -220,7 +220,9 @@ def test_the_table_of_people_may_be_csv_or_a_sheet_in_any_case(tmp_path, name):
 
 
 def test_tables_that_may_be_meant_are_named_where_there_is_none_of_the_people(tmp_path):
-    texts = [(name, "x") for name in ("participants.tsv.txt", "people.XLSX", "README.txt", "._people.csv", "code/a.csv")]
+    texts = [
+        (name, "x") for name in ("participants.tsv.txt", "people.XLSX", "README.txt", "._people.csv", "code/a.csv")
+    ]
     listing = listed(tmp_path, t1("sub-1"), *texts)
     assert found(listing) == {("(all)", "participants.tsv", "is missing")}
     reason = "a table that is not read"
@@ -229,7 +231,11 @@ def test_tables_that_may_be_meant_are_named_where_there_is_none_of_the_people(tm
 
 def test_archives_and_links_beside_the_subjects_lose_nobody(tmp_path):
     """As heudiconv leaves the DICOM files of each subject, and as raw data are linked."""
-    beside = ("sourcedata/sub-1/anat/sub-1_T1w.dicom.tgz", "derivatives/freesurfer/sub-1.tar.gz", "code/old.nii.gz.part")
+    beside = (
+        "sourcedata/sub-1/anat/sub-1_T1w.dicom.tgz",
+        "derivatives/freesurfer/sub-1.tar.gz",
+        "code/old.nii.gz.part",
+    )
     (tmp_path / "elsewhere").mkdir()
     files = [(name, "x") for name in beside]
     listing = listed(tmp_path / "ds", people("sub-1"), t1("sub-1"), *files)

@@ -377,7 +377,7 @@ def slug(text: str) -> str:
 
 
 def participants(root: Path) -> Path | None:
-    """``participants.tsv`` in the folder, else the same as CSV or Excel sheet, in any case; None where there is none."""
+    """``participants.tsv`` in a folder, else the same as CSV or Excel sheet, in any case; None for none."""
     found = {path.name.casefold(): path for path in sorted(root.iterdir())}
     names = (f"participants.{kind}" for kind in ("tsv", "csv", "xlsx", "xls"))
     return next((found[name] for name in names if name in found), None)
