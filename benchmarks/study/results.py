@@ -20,6 +20,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from benchmarks.study.plan import TASKS, UNTRAINED, Study
@@ -217,17 +218,21 @@ def called(variant: str) -> str:
 
 
 def draw_curves(path: Path, metric: str, found: Mapping[tuple[str, float], tuple[Array, Array]]) -> None:
-    """A panel for each fraction, a line for each init."""
+    """A panel for each fraction, a line for each init; dashed, from an untrained encoder."""
     fractions = sorted({fraction for _, fraction in found})
-    colours = colours_of(sorted({variant for variant, _ in found}))
+    variants = in_order({variant for variant, _ in found})
+    colours = colours_of(list(dict.fromkeys(variant.removeprefix(UNTRAINED) for variant in variants)))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.3 * len(fractions), 2.9))
         panels = np.atleast_1d(figure.subplots(1, len(fractions), sharey=True))
         for axes, fraction in zip(panels, fractions, strict=True):
-            for (variant, share), (epochs, values) in found.items():
-                if share == fraction:
-                    axes.plot(epochs, values, color=colours[variant], marker="o", markersize=2.5, label=called(variant))
+            for variant in (variant for variant in variants if (variant, fraction) in found):
+                # An untrained encoder's line is that of its init, dashed.
+                colour, style = colours[variant.removeprefix(UNTRAINED)], "--" if variant.startswith(UNTRAINED) else "-"
+                points = found[variant, fraction]
+                axes.plot(*points, style, color=colour, marker="o", markersize=2.5, label=called(variant))
             axes.set(xlabel="epoch", title=f"{fraction:.0%} of the anatomies")
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         panels[0].set_ylabel(METRICS[metric])
         lines, labels = panels[0].get_legend_handles_labels()
         figure.legend(lines, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=min(3, len(labels)))
