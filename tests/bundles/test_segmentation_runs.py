@@ -226,7 +226,7 @@ def test_a_trained_model_is_scored_again(
     data = load_datalist(labelled)
     assert (content["datalist_name"], content["datalist_hash"]) == (data.name, data.hash)
     made = workflow(("train", "evaluate"), labelled, tmp_path / "eval", **changes, fold="all")
-    assert made.parser.get_parsed_content("run_name") == f"volta_foldall_{data.name}"
+    assert made.parser.get_parsed_content("run_name") == f"volta_foldall_{data.name}_{content['model_sha256'][:8]}"
     assert "Dice" in capsys.readouterr().out
     with input_error("trained or pretrained on 2 of the 2 scored patients", "sub-0001"):
         run(("train", "evaluate"), labelled, tmp_path / "other", fold=1, **changes)
