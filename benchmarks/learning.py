@@ -326,6 +326,7 @@ def main(
     runs = finished(output)
     bound = [BOUND_ROW] if any(each["name"] == BOUND for each in runs) else []
     lines = [*table(runs, of_voxels), *bound, BESIDE, *differences(runs, items, voxels)]
+    lines += [BESIDE_VOXELS, *differences(runs, items, voxels, VOXELS)]
     print("\n".join(lines))
     if results is not None:
         write_text(results, "\n".join([HEADER.format(heads=heads), *lines]) + "\n")
@@ -359,6 +360,10 @@ BESIDE = """
 Beside *reconstruction alone*, of the same seeds: the difference in the share of heads found, with a 95 % interval.
 People, their heads and the seeds are drawn with replacement, the same ones for both; with four people and two seeds
 such intervals are rather too narrow.
+"""
+
+BESIDE_VOXELS = """
+Beside plain voxels, in the same way:
 """
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the settings of ``learning.py`` are above reconstruction alone at finding heads: paired, with intervals."""
+"""How far the settings of ``learning.py`` are above another at finding heads: paired, with intervals."""
 
 from __future__ import annotations
 
@@ -67,27 +67,30 @@ def hits_of_run(run: Mapping[str, Any], heads: NDArray[np.str_], voxels: NDArray
 
 
 def differences(
-    runs: Sequence[Mapping[str, Any]], items: Sequence[Mapping[str, Any]], voxels: NDArray[np.float32]
+    runs: Sequence[Mapping[str, Any]],
+    items: Sequence[Mapping[str, Any]],
+    voxels: NDArray[np.float32],
+    base: str = BASE,
 ) -> list[str]:
-    """Lines of the table: each setting beside reconstruction alone, of as many epochs and the same seeds.
+    """Lines of the table: each setting beside another, of as many epochs and the same seeds.
 
     Args:
         runs: as ``learning.finished`` gives them.
         items: the scored heads' scans; people, their heads and the seeds are drawn with replacement, the same ones for
             both sides of a difference.
         voxels: ``[n, D, H, W]`` of these.
+        base: the other: reconstruction alone, or the heads' own voxels.
     """
     heads = np.array([item["subject_id"] for item in items])
     people = {item["subject_id"]: item["patient_id"] for item in items}
     flat = voxels.reshape(len(voxels), -1)
     by_voxels = find_heads(flat, flat, heads)
-    return paired_lines(
-        runs, [hits_of_run(run, heads, voxels) for run in runs], by_voxels, [people[name] for name in np.unique(heads)]
-    )
+    hits = [hits_of_run(run, heads, voxels) for run in runs]
+    return paired_lines(runs, hits, by_voxels, [people[name] for name in np.unique(heads)], base)
 
 
 def paired_lines(
-    runs: Sequence[Mapping[str, Any]], hits: Sequence[Hits], by_voxels: Hits, people: Sequence[str]
+    runs: Sequence[Mapping[str, Any]], hits: Sequence[Hits], by_voxels: Hits, people: Sequence[str], base: str = BASE
 ) -> list[str]:
     """The lines from hits of each run and of the heads' own voxels; ``people`` has the anatomy of each head."""
     by_setting: dict[tuple[int, str], dict[int, Hits]] = {
@@ -97,13 +100,13 @@ def paired_lines(
         by_setting.setdefault((run["epochs"], run["name"]), {})[run["seed"]] = found
     lines = [f"| setting | epochs | seeds | {' | '.join(WAYS)} |", "|---" * (3 + len(WAYS)) + "|"]
     for (epochs, name), own in by_setting.items():
-        base = by_setting.get((epochs, BASE), {})
-        seeds = sorted(own.keys() & base.keys())
-        if name == BASE or not seeds:
+        other = by_setting.get((epochs, base), {})
+        seeds = sorted(own.keys() & other.keys())
+        if name == base or not seeds:
             continue
         draws, cells = draw(people, len(seeds), 1), []
         for way in WAYS:
-            scores = [np.array([[each[seed][way] for seed in seeds]]) for each in (own, base)]
+            scores = [np.array([[each[seed][way] for seed in seeds]]) for each in (own, other)]
             ours, theirs = (replicates("dice", np.zeros(len(people)), each, draws) for each in scores)
             low, high = interval(ours[1] - theirs[1])
             cells.append(f"{ours[0] - theirs[0]:+.2f} ({low:+.2f} to {high:+.2f})")

@@ -26,8 +26,17 @@ def test_differences_are_paired_by_seed_and_by_head() -> None:
         run("another seed", 7, [1.0, 1.0, 1.0, 1.0]),
     ]
     voxels = run(VOXELS, 0, [0.25, 0.25, 0.75, 0.25])[1]
-    lines = paired_lines([each[0] for each in pairs], [each[1] for each in pairs], voxels, ["a", "a", "b", "b"])[2:]
+    given = [each[0] for each in pairs], [each[1] for each in pairs], voxels, ["a", "a", "b", "b"]
+    lines = paired_lines(*given)[2:]
     assert len(lines) == 3
+    # Beside voxels (by hand, means of 0.375 and of 0.875), seed 7 too, of which reconstruction alone is missing.
+    beside = paired_lines(*given, base=VOXELS)[2:]
+    assert [line.split(" (")[0] for line in beside] == [
+        f"| {BASE} | 50 | 2 | +0.00",
+        "| better by a half | 50 | 2 | +0.50",
+        "| one seed | 50 | 1 | -0.12",
+        "| another seed | 50 | 1 | +0.62",
+    ]
     assert lines.pop(0).startswith(f"| {VOXELS} | 50 | 2 | +0.00 (")
     # Head by head and seed by seed it is the same difference, so that no draw gives another.
     assert lines[0] == "| better by a half | 50 | 2 | " + " | ".join(["+0.50 (+0.50 to +0.50)"] * 3) + " |"
