@@ -325,8 +325,8 @@ def main(
         print("\n".join(table(finished(output), of_voxels)), flush=True)
     runs = finished(output)
     bound = [BOUND_ROW] if any(each["name"] == BOUND for each in runs) else []
-    lines = [*table(runs, of_voxels), *bound, BESIDE, *differences(runs, items, voxels)]
-    lines += [BESIDE_VOXELS, *differences(runs, items, voxels, VOXELS)]
+    beside, beside_voxels = differences(runs, items, voxels)
+    lines = [*table(runs, of_voxels), *bound, BESIDE, *beside, BESIDE_VOXELS, *beside_voxels]
     print("\n".join(lines))
     if results is not None:
         write_text(results, "\n".join([HEADER.format(heads=heads), *lines]) + "\n")

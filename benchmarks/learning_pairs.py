@@ -70,23 +70,23 @@ def differences(
     runs: Sequence[Mapping[str, Any]],
     items: Sequence[Mapping[str, Any]],
     voxels: NDArray[np.float32],
-    base: str = BASE,
-) -> list[str]:
-    """Lines of the table: each setting beside another, of as many epochs and the same seeds.
+) -> tuple[list[str], list[str]]:
+    """Lines of two tables: each setting beside ``BASE``, and beside ``VOXELS``, of as many epochs and the same seeds.
 
     Args:
         runs: as ``learning.finished`` gives them.
         items: the scored heads' scans; people, their heads and the seeds are drawn with replacement, the same ones for
             both sides of a difference.
         voxels: ``[n, D, H, W]`` of these.
-        base: the other: reconstruction alone, or the heads' own voxels.
     """
     heads = np.array([item["subject_id"] for item in items])
     people = {item["subject_id"]: item["patient_id"] for item in items}
     flat = voxels.reshape(len(voxels), -1)
     by_voxels = find_heads(flat, flat, heads)
     hits = [hits_of_run(run, heads, voxels) for run in runs]
-    return paired_lines(runs, hits, by_voxels, [people[name] for name in np.unique(heads)], base)
+    owners = [people[name] for name in np.unique(heads)]
+    beside, beside_voxels = (paired_lines(runs, hits, by_voxels, owners, base) for base in (BASE, VOXELS))
+    return beside, beside_voxels
 
 
 def paired_lines(

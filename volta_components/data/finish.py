@@ -31,6 +31,7 @@ PAPER_COUNTS = {
     "ixi": "619 scans: 342 male, 277 female",
     "aibl": "420 scans: 347 healthy, 73 AD",
 }
+SHOWN = 30  # rows of a table of findings
 
 
 def finish(
@@ -216,5 +217,5 @@ def print_findings(findings: Sequence[Finding]) -> None:
             for f in alike[:1] if more else alike:
                 rows.append((f.subject + more, f.file or "(none)", f.reason + (f"; {f.remedy}" if f.remedy else "")))
         if rows:
-            where = "qc/findings.csv has all of them" if len(rows) < len(found) or len(rows) > 30 else ""
-            print(str(InputError.many(f"{len(found)} {kind}s", rows, where, limit=30)).rstrip())
+            where = "qc/findings.csv has all of them" if min(len(rows), SHOWN) < len(found) else ""
+            print(str(InputError.many(f"{len(found)} {kind}s", rows, where, limit=SHOWN)).rstrip())
