@@ -41,6 +41,12 @@ def only_study(writer):
     return study
 
 
+def test_an_epoch_that_a_resumed_run_logs_again_counts_once(writer, run):
+    run_id = run("volta", 0, curves={"val/loss": [0.9, 0.5]})
+    writer.client.log_metric(run_id, "val/loss", 0.7, timestamp=1, step=2)
+    assert Store(writer.uri).history(run_id, "val/loss") == [(1, 0.9), (2, 0.7)]
+
+
 @pytest.mark.parametrize(
     ("share", "said"),
     [("0.2", "inner part, never the scored one"), ("0.0", "on the scored one, and nothing was chosen by it")],

@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -222,8 +223,9 @@ class Store:
         return self._copies[run_id, path]
 
     def history(self, run_id: str, metric: str) -> list[tuple[int, float]]:
-        """Steps and values of a metric."""
-        return sorted((item.step, item.value) for item in self.client.get_metric_history(run_id, metric))
+        """Steps and values of a metric; of a step that a resumed run has logged again, the last value."""
+        found = sorted(self.client.get_metric_history(run_id, metric), key=attrgetter("timestamp"))
+        return sorted({item.step: item.value for item in found}.items())
 
 
 def read_studies(store: Store, experiments: list[str] | None = None) -> list[Study]:
