@@ -2,26 +2,29 @@
 # SPDX-License-Identifier: Apache-2.0
 # What only a GPU can tell, in one run of about twenty minutes, written to benchmarks/results/gpu.md with the card's name:
 # whether anything waits for the GPU, the tests, a step at the paper's size in bfloat16 and compiled with its memory, the
-# same beside stock forms and in float32, how fast the loader is, five minutes of pretraining on synthetic heads with
-# their curve, fine-tuning and inference. Each part has a time limit, and each form of a step; what fails says so in the
+# same beside stock forms and in float32, how fast the loader is, some minutes of pretraining by train.json on synthetic
+# heads with their curve, fine-tuning and inference. Each part has a time limit, and each form of a step; what fails says so in the
 # report, and the others are measured. The report grows as the parts end: a run that is cut short leaves what it has.
 #
-#   benchmarks/gpu.sh [--tiny] [--parts "WAITS TESTS ..."] [--wheels FOLDER] [--output FILE]
+#   benchmarks/gpu.sh [--tiny] [--parts "waits tests ..."] [--epochs N] [--wheels FOLDER] [--output FILE]
 #
 # --tiny: small sizes and a few seconds of pretraining, on a CPU where there is no GPU: a test of this script.
 # --parts: only some of waits, tests, step, beside, loader, pretrain, tasks.
+# --epochs: of pretraining on 24 heads, 300 by default.
 # --wheels (or the variable WHEELS): for a machine with PyTorch but neither MONAI nor a network: wheels from this folder
 # are unpacked and used. They are fetched elsewhere, for the Python of that machine:
 #   grep -E '^[A-Za-z].*==' constraints.txt | grep -vE '^(torch|nvidia|triton|cuda)' >names.txt
 #   python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --dest FOLDER -r names.txt
 set -euo pipefail
 cd "$(dirname "$0")/.."
-size=paper seconds=300 subjects=64 epochs=200 output=benchmarks/results/gpu.md
+size=paper seconds=400 subjects=24 epochs=300 warmup=20 spacing=1 shape=144,192,192 overlay="" output=benchmarks/results/gpu.md
 wheels=${WHEELS:-} slack=1 parts="waits tests step beside loader pretrain tasks"
 while [ $# -gt 0 ]; do
     case "$1" in
-        --tiny) size=tiny seconds=20 subjects=10 epochs=2 ;;
+        --tiny) size=tiny seconds=20 subjects=10 epochs=2 warmup=1 spacing=3 shape=48,64,64
+            overlay=",'bundles/pretrain/configs/tiny.json'" ;;
         --parts) parts=$2; shift ;;
+        --epochs) epochs=$2; shift ;;
         --wheels) wheels=$2; shift ;;
         --output) output=$2; shift ;;
         *) echo "unknown option $1" >&2; exit 2 ;;
@@ -52,7 +55,7 @@ part() { printf '\n## %s\n\n' "$1" | tee -a "$report"; }
 wanted() { case " $parts " in *" $1 "*) ;; *) return 1 ;; esac; }
 # A command with a time limit in seconds (longer on a CPU); what fails is part of the report, and the rest goes on.
 try() {
-    timeout --kill-after=10 "$(($1 * slack))" "${@:2}" 2>"$work/errors.txt" | tee -a "$report" && return
+    timeout --kill-after=10 "$(($1 * slack))" "${@:2}" 2> >(tee "$work/errors.txt" >&2) | tee -a "$report" && return
     { printf '\nnot finished within %s seconds, or failed:\n' "$(($1 * slack))"; tail -n 12 "$work/errors.txt"; } | tee -a "$report"
 }
 step() {
@@ -95,17 +98,18 @@ if wanted loader; then
     try 90 "$python" benchmarks/loader.py --size "$size"
 fi
 if wanted pretrain; then
-    part "Pretraining on synthetic heads, $((seconds * slack)) seconds at most"
+    part "Pretraining on $subjects synthetic heads, $epochs epochs or $((seconds * slack)) seconds at most"
     {
-        timeout "$((180 * slack))" "$python" -m volta_components.cli phantom --output "$work/raw" --subjects "$subjects" --seed 1 --spacing 3
-        timeout "$((120 * slack))" "$python" -m volta_components.cli prepare --layout bids --source "$work/raw" --output "$work/data" \
-            --spacing 3 --shape 48,64,64
+        timeout "$((180 * slack))" "$python" -m volta_components.cli phantom --output "$work/raw" --subjects "$subjects" \
+            --seed 1 --spacing "$spacing"
+        timeout "$((120 * slack))" "$python" -m volta_components.cli prepare --layout bids --source "$work/raw" \
+            --output "$work/data" --spacing "$spacing" --shape "$shape"
     } >"$work/data.txt" 2>&1 || tail -n 5 "$work/data.txt" | tee -a "$report"
     # Ends by itself after the last epoch, or by the signal after which nothing is lost.
     timeout --signal=TERM --kill-after=60 "$((seconds * slack))" "$python" -m monai.bundle run \
-        --config_file "['bundles/pretrain/configs/train.json','bundles/pretrain/configs/tiny.json']" \
+        --config_file "['bundles/pretrain/configs/train.json'$overlay]" \
         --dataset_dir "$work/data" --output_dir "$work/run" --encoder_path "$work/encoder.safetensors" \
-        --epochs "$epochs" --warmup_epochs 1 --num_workers 2 >"$work/run.txt" 2>&1 || true
+        --epochs "$epochs" --warmup_epochs "$warmup" >"$work/run.txt" 2>&1 || true
     # Not through grep -q, which ends before a long curve is written.
     curve=$(grep -oE 'epoch [0-9]+ of [0-9]+: .*' "$work/run.txt" | awk 'NR <= 3 || NR % 10 == 0 { print "    " $0 }' || true)
     { [ -n "$curve" ] && echo "$curve" || { echo "no epoch was finished:"; tail -n 5 "$work/run.txt"; }; } | tee -a "$report"

@@ -16,6 +16,7 @@ form that takes longer or fails is named in its rows, and the others are measure
 from __future__ import annotations
 
 import argparse
+import atexit
 import multiprocessing
 import os
 import platform
@@ -69,6 +70,7 @@ for _title, _forms in PAIRS.items():
         FORMS[f"{_title}: {_place}"] = lambda size, device, _, make=_form: make(size, device)
 
 OURS, STOCK = "this project, bfloat16", "stock MONAI, float32"
+COMPILED, EIGHT = f"{OURS}, compiled", f"{OURS}, 8 volumes"
 # Figure, goal, the form above the line, the form below it, and what is compared of them.
 ROWS: list[tuple[str, str, str, str, str]] = [
     ("a step, stock MONAI / this project", ">= 3", STOCK, OURS, "seconds"),
@@ -132,6 +134,8 @@ def turn(name: str, size: Size, device: torch.device, repeats: int) -> dict[str,
     clock = clock_of(device)
     with tempfile.TemporaryDirectory() as folder:
         step = FORMS[name](size, device, Path(folder))
+        if name == EIGHT:
+            result["gemm"] = gemm_rate(HALF, device, volumes=8)
         if name in (OURS, "this project, float32"):
             result["gemm"] = gemm_rate(HALF if name == OURS else FULL, device)
             result["flops"] = flops_of(step)
@@ -176,8 +180,14 @@ def pair(size: Size, processes: int, rank: int, place: str, window: int) -> dict
 
 
 def pool_of(count: int, device: str) -> ProcessPoolExecutor:
-    """Fresh processes; forked ones need not import again, but cannot use a GPU."""
-    return ProcessPoolExecutor(count, multiprocessing.get_context("spawn" if device == "cuda" else "fork"))
+    """Fresh processes that need not import again; a GPU can be used if their parent has not used it."""
+    if device != "cuda":
+        return ProcessPoolExecutor(count, multiprocessing.get_context("fork"))
+    context = multiprocessing.get_context("forkserver")
+    # The server that forks finds these modules by the environment alone.
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    context.set_forkserver_preload(["less_work", "step_forms", "step_peer", "task_forms"])
+    return ProcessPoolExecutor(count, context)
 
 
 def alone(device: str, limit: int, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -193,7 +203,12 @@ def alone(device: str, limit: int, function: Callable[..., Any], *arguments: Any
 def _limited(limit: int, function: Callable[..., Any], *arguments: Any) -> Any:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process
     signal.alarm(limit)
-    return function(*arguments)
+    # Loaders fork their workers, as in a training; a process that was started otherwise would start them so too.
+    multiprocessing.set_start_method("fork", force=True)
+    found = function(*arguments)
+    # As at a program's end, which this is not: a loader ends its workers there. Otherwise each takes five seconds.
+    atexit._run_exitfuncs()
+    return found
 
 
 class Turns:
@@ -243,6 +258,18 @@ class Turns:
         """Of two forms."""
         return self.best(above)[what] / self.best(below)[what]
 
+    def share(self, name: str) -> float | None:
+        """FLOPs of a step over its time, over the rate of a matrix product of its type and size.
+
+        PyTorch cannot count the FLOPs of compiled blocks: they are those of the plain form, for each volume.
+        """
+        one, plain = self.best(name), self.best(OURS) if OURS in self.found else {}
+        counted = plain if name in (COMPILED, EIGHT) else one
+        if "flops" not in counted:
+            return None
+        volumes = 8 if name == EIGHT else 1
+        return volumes * counted["flops"] / one["seconds"] / one.get("gemm", counted["gemm"])
+
     def processes(self) -> tuple[float, float]:
         """Mini-batches of two processes of one thread each over those of one: by the wall, and by time computed."""
         size, window = SIZES[self.options.size], self.options.window
@@ -279,8 +306,8 @@ def table(options: argparse.Namespace) -> Iterator[str]:
     def wanted(title: str) -> bool:
         return not options.rows or any(word in title for word in options.rows)
 
-    skipped = set() if options.device == "cuda" or options.compile else {"this project, bfloat16, compiled"}
-    skipped |= set() if options.device == "cuda" else {f"{OURS}, no graph", f"{OURS}, 8 volumes"}
+    skipped = set() if options.device == "cuda" or options.compile else {COMPILED}
+    skipped |= set() if options.device == "cuda" else {f"{OURS}, no graph", EIGHT}
     rows = [row for row in ROWS if wanted(row[0]) and not skipped & set(row[2:4])]
     yield ""
     yield "| figure | goal | ratio | turns |"
@@ -293,10 +320,9 @@ def table(options: argparse.Namespace) -> Iterator[str]:
         yield f"| {title} | {goal} | {ratio} | {options.turns} |"
         for name in (each for each in (above, below) if each in turns.found):
             one = turns.best(name)
-            if name not in known and "flops" in one:
-                share = one["flops"] / one["seconds"] / one["gemm"]
+            if name not in known and (share := turns.share(name)):
                 least = ">= 0.45" if options.device == "cuda" else ">= 0.70"
-                title = f"FLOPs / time / rate of a matrix product, {name.split(', ')[1]}"
+                title = f"FLOPs / time / rate of a matrix product, {name.removeprefix('this project, ')}"
                 yield f"| {title} | {least} | {share:.2f} | {options.turns} |"
     if options.device == "cpu" and wanted("two processes / one"):
         wall, computed = turns.processes()

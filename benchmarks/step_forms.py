@@ -80,9 +80,10 @@ def clock_of(device: torch.device) -> Callable[[], float]:
     return wall
 
 
-def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
+def gemm_rate(dtype: torch.dtype, device: torch.device, volumes: int = 1) -> float:
     """FLOPs a second of this machine's matrix product at a size of the network's own MLP, the best of ten."""
-    a, b = torch.rand(2592, 768, device=device).to(dtype), torch.rand(768, 3072, device=device).to(dtype)
+    rows = 2592 * volumes
+    a, b = torch.rand(rows, 768, device=device).to(dtype), torch.rand(768, 3072, device=device).to(dtype)
     count = 5 if device.type == "cpu" else 200  # so that waiting for a GPU does not count
 
     def products() -> None:
@@ -102,7 +103,7 @@ def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
         started = clock()
         run()
         best = min(best, (clock() - started) / count)
-    return 2 * 2592 * 768 * 3072 / best
+    return 2 * rows * 768 * 3072 / best
 
 
 def generator_of(size: Size) -> ViewGenerator:
@@ -158,7 +159,8 @@ class MonaiViews:
     """The views of one volume by dictionary transforms."""
 
     def __init__(self, size: Size, device: torch.device) -> None:
-        self.size, self.device, self.volume = size, device, volume_of(size)[0]
+        # On a GPU MONAI's transforms compute there, as in its tutorial on fast training.
+        self.size, self.device, self.volume = size, device, volume_of(size)[0].to(device)
         self.crop, self.local = monai_chain(size, False), monai_chain(size, True)
         self.mild, self.strong = monai_intensity(False), monai_intensity(True)
         boxes = [max(4, int(0.3 * side)) for side in size.image]

@@ -117,7 +117,7 @@ def peer(size: Size, device: torch.device, dtype: torch.dtype, with_our_views: b
     student = PeerNetwork(size).to(device)
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
-    volume, count = volume_of(size)[0], math.prod(side // 16 for side in size.image)
+    volume, count = volume_of(size)[0].to(device), math.prod(side // 16 for side in size.image)
     chains = [Compose([monai_chain(size, local), monai_intensity(True)]) for local in (False, True)]
 
     views = our_views(size, device)
