@@ -87,7 +87,7 @@ if wanted tests; then
 fi
 if wanted step; then
     part "A step: compiled, kernel by kernel, of eight volumes, with data from disk; its memory"
-    step 400 --repeats 3 --rows "plain / compiled" "kernel by kernel" "8 volumes" "from disk"
+    step 400 --repeats 3 --rows "plain / compiled" "kernel by kernel" "8 volumes" crops_96 "from disk"
 fi
 if wanted beside; then
     part "A step beside stock MONAI and a peer, and in float32; memory; views"

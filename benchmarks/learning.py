@@ -77,6 +77,7 @@ NO_GLOBAL: dict[str, Any] = {"loss#global_weight": 0}
 NO_PATCH: dict[str, Any] = {"loss#patch_weight": 0}
 TENTH: dict[str, Any] = {"loss#global_weight": 0.1, "loss#patch_weight": 0.1}
 WHOLE: dict[str, Any] = {"mask_cell": [9, 9, 9]}  # a patch
+EIGHT: dict[str, Any] = {"batch_size": 1, "accumulation_steps": 8}
 TWO, STANDARD, CENTRE = "two_scanners", "standard_picture", "token_centre"
 ALL = (TWO, STANDARD, CENTRE)
 # configs/recommended.json
@@ -97,13 +98,17 @@ ROWS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "without a standard picture": ((TWO, CENTRE), RECIPE),
     "without token centre": ((TWO, STANDARD), RECIPE),
     "turned and moved": (ALL, TENTH),
+    "resized crops": ((*ALL, "resized_crops"), TENTH),
+    "separate heads": (ALL, RECIPE | {"plain_student#head#_target_": "benchmarks.learning_heads.SeparateHeads"}),
     "the other scanner's picture": ((TWO, "other_picture", CENTRE), RECIPE),
     "Sinkhorn and KoLeo": ((*ALL, "sinkhorn", "koleo"), RECIPE),
     "Sinkhorn, KoLeo at full weight": ((*ALL, "sinkhorn", "koleo"), RECIPE | {"koleo_weight": 1.0}),
     "Sinkhorn and KoLeo, summaries at full weight": ((*ALL, "sinkhorn", "koleo"), RECIPE | {"loss#global_weight": 1}),
     "Sinkhorn, KoLeo, masked tokens": ((*ALL, "sinkhorn", "koleo", "masked_tokens"), RECIPE | WHOLE),
     "batches of 16, rate 0.002": (ALL, RECIPE | {"batch_size": 16, "learning_rate": 0.002}),
-    "eight accumulated": (ALL, RECIPE | {"batch_size": 1, "accumulation_steps": 8}),
+    "eight accumulated": (ALL, RECIPE | EIGHT),
+    # The teacher then follows by an optimiser step as far as without accumulation: 0.99 to the power of 1/8.
+    "eight accumulated, slower teacher": (ALL, RECIPE | EIGHT | {"teacher_momentum": [0.99874, 1.0]}),
     "masked tokens alone": ((*ALL, "masked_tokens"), RECIPE | WHOLE),
     "masked tokens, patches at full weight": ((*ALL, "masked_tokens"), STILL | WHOLE | {"loss#global_weight": 0.1}),
     "reconstruction alone, whole patches masked": (ALL, STILL | NO_GLOBAL | NO_PATCH | WHOLE | {"mask_max_side": 0.5}),

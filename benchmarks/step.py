@@ -36,7 +36,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from less_work import PAIRS, kept_share
-from step_forms import SIZES, Size, clock_of, flops_of, gemm_rate, monai_views, our_views, ours, stock
+from step_forms import SIZES, Size, clock_of, flops_of, gemm_rate, halved, monai_views, our_views, ours, stock
 from step_peer import peer
 from task_forms import Starter, fine_tuning, unetr_inference
 
@@ -52,6 +52,7 @@ FORMS: dict[str, Callable[[Size, torch.device, Path], Step]] = {
     "this project, bfloat16, compiled": lambda size, device, _: ours(size, device, HALF, compiled=True).step,
     "this project, bfloat16, no graph": lambda size, device, _: ours(size, device, HALF, graph=False).step,
     "this project, bfloat16, 8 volumes": lambda size, device, _: ours(size, device, HALF, compiled=True, batch=8).step,
+    "this project, bfloat16, crops_96": lambda size, device, _: ours(halved(size), device, HALF).step,
     "this project, bfloat16, from disk": lambda size, device, folder: ours(size, device, HALF, folder=folder).step,
     "DINOv2-style peer, bfloat16": lambda size, device, _: peer(size, device, HALF),
     "DINOv2-style peer, bfloat16, this project's views": lambda size, device, _: peer(size, device, HALF, True),
@@ -70,7 +71,7 @@ for _title, _forms in PAIRS.items():
         FORMS[f"{_title}: {_place}"] = lambda size, device, _, make=_form: make(size, device)
 
 OURS, STOCK = "this project, bfloat16", "stock MONAI, float32"
-COMPILED, EIGHT = f"{OURS}, compiled", f"{OURS}, 8 volumes"
+COMPILED, EIGHT, CROPS_96 = (f"{OURS}, {name}" for name in ("compiled", "8 volumes", "crops_96"))
 # Figure, goal, the form above the line, the form below it, and what is compared of them.
 ROWS: list[tuple[str, str, str, str, str]] = [
     ("a step, stock MONAI / this project", ">= 3", STOCK, OURS, "seconds"),
@@ -80,6 +81,7 @@ ROWS: list[tuple[str, str, str, str, str]] = [
     ("a step, plain / compiled", "", OURS, "this project, bfloat16, compiled", "seconds"),
     ("a step, kernel by kernel / a graph", "", "this project, bfloat16, no graph", OURS, "seconds"),
     ("8 volumes, compiled, a graph / a step", "", "this project, bfloat16, 8 volumes", OURS, "seconds"),
+    ("crops_96.json / a step", "", CROPS_96, OURS, "seconds"),
     (
         "views a second, this project / MONAI's dictionary transforms",
         ">= 8",
@@ -307,7 +309,7 @@ def table(options: argparse.Namespace) -> Iterator[str]:
         return not options.rows or any(word in title for word in options.rows)
 
     skipped = set() if options.device == "cuda" or options.compile else {COMPILED}
-    skipped |= set() if options.device == "cuda" else {f"{OURS}, no graph", EIGHT}
+    skipped |= set() if options.device == "cuda" else {f"{OURS}, no graph", EIGHT, CROPS_96}
     rows = [row for row in ROWS if wanted(row[0]) and not skipped & set(row[2:4])]
     yield ""
     yield "| figure | goal | ratio | turns |"

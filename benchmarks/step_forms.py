@@ -62,6 +62,12 @@ SIZES = {
 PATCH = (16, 16, 16)
 
 
+def halved(size: Size) -> Size:
+    """As ``crops_96.json`` has it at the paper's size: cubes of half the side of a global crop, and half a local one's."""
+    side, local = (-(-whole // 32) * 16 for whole in (size.image[1], size.local))
+    return size._replace(image=(side,) * 3, local=local)
+
+
 def volume_of(size: Size) -> Tensor:
     """A smooth random volume ``[1, 1, D, H, W]`` in [0, 1]."""
     coarse = torch.rand(1, 1, 6, 6, 6, generator=torch.Generator().manual_seed(0))
