@@ -63,7 +63,7 @@ PATCH = (16, 16, 16)
 
 
 def halved(size: Size) -> Size:
-    """As ``crops_96.json`` has it at the paper's size: cubes of half the side of a global crop, and half a local one's."""
+    """What ``crops_96.json`` makes of the paper's size: global cubes of half a side, and local ones of half a side."""
     side, local = (-(-whole // 32) * 16 for whole in (size.image[1], size.local))
     return size._replace(image=(side,) * 3, local=local)
 
