@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the network of ``learning.py`` could know: trained by being told which two scans are one head.
+"""What supervision makes of the network of ``learning.py``: trained by being told which two scans are one head.
 
 Heads as in the other rows, ``LONGER`` times as many of them: the contrastive loss of SimCLR (MONAI's), between the
 summaries of each head's two scans and those of the other heads of a mini-batch. Nothing is masked or cropped.
