@@ -3,8 +3,9 @@
 # What only a GPU can tell, in one run of about twenty minutes, written to benchmarks/results/gpu.md with the card's name:
 # whether anything waits for the GPU, the tests, a step at the paper's size in bfloat16 and compiled with its memory, the
 # same beside stock forms and in float32, how fast the loader is, some minutes of pretraining by train.json on synthetic
-# heads with their curve, fine-tuning and inference. Each part has a time limit, and each form of a step; what fails says so in the
-# report, and the others are measured. The report grows as the parts end: a run that is cut short leaves what it has.
+# heads with their curve, fine-tuning and inference. Each part has a time limit, and each form of a step; what fails says
+# so in the report, and the others are measured. The report grows as the parts end: a run that is cut short leaves what
+# it has.
 #
 #   benchmarks/gpu.sh [--tiny] [--parts "waits tests ..."] [--epochs N] [--wheels FOLDER] [--output FILE]
 #
@@ -17,7 +18,8 @@
 #   python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --dest FOLDER -r names.txt
 set -euo pipefail
 cd "$(dirname "$0")/.."
-size=paper seconds=400 subjects=24 epochs=300 warmup=20 spacing=1 shape=144,192,192 overlay="" output=benchmarks/results/gpu.md
+size=paper output=benchmarks/results/gpu.md
+seconds=400 subjects=24 epochs=300 warmup=20 spacing=1 shape=144,192,192 overlay="" # of pretraining
 wheels=${WHEELS:-} slack=1 parts="waits tests step beside loader pretrain tasks"
 while [ $# -gt 0 ]; do
     case "$1" in

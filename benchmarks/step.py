@@ -44,15 +44,17 @@ from volta_components.method.graphs import GraphedFunction
 
 Step = Callable[[], None]
 HALF, FULL = torch.bfloat16, torch.float32
+OURS, FLOAT, STOCK = "this project, bfloat16", "this project, float32", "stock MONAI, float32"
+COMPILED, NO_GRAPH, EIGHT, CROPS_96 = (f"{OURS}, {what}" for what in ("compiled", "no graph", "8 volumes", "crops_96"))
 # By name; each is made in a process of its own, with a folder for its data.
 FORMS: dict[str, Callable[[Size, torch.device, Path], Step]] = {
-    "stock MONAI, float32": lambda size, device, _: stock(size, device),
-    "this project, float32": lambda size, device, _: ours(size, device, FULL).step,
-    "this project, bfloat16": lambda size, device, _: ours(size, device, HALF).step,
-    "this project, bfloat16, compiled": lambda size, device, _: ours(size, device, HALF, compiled=True).step,
-    "this project, bfloat16, no graph": lambda size, device, _: ours(size, device, HALF, graph=False).step,
-    "this project, bfloat16, 8 volumes": lambda size, device, _: ours(size, device, HALF, compiled=True, batch=8).step,
-    "this project, bfloat16, crops_96": lambda size, device, _: ours(halved(size), device, HALF).step,
+    STOCK: lambda size, device, _: stock(size, device),
+    FLOAT: lambda size, device, _: ours(size, device, FULL).step,
+    OURS: lambda size, device, _: ours(size, device, HALF).step,
+    COMPILED: lambda size, device, _: ours(size, device, HALF, compiled=True).step,
+    NO_GRAPH: lambda size, device, _: ours(size, device, HALF, graph=False).step,
+    EIGHT: lambda size, device, _: ours(size, device, HALF, compiled=True, batch=8).step,
+    CROPS_96: lambda size, device, _: ours(halved(size), device, HALF).step,
     "this project, bfloat16, from disk": lambda size, device, folder: ours(size, device, HALF, folder=folder).step,
     "DINOv2-style peer, bfloat16": lambda size, device, _: peer(size, device, HALF),
     "DINOv2-style peer, bfloat16, this project's views": lambda size, device, _: peer(size, device, HALF, True),
@@ -70,17 +72,15 @@ for _title, _forms in PAIRS.items():
     for _place, _form in zip(("plain", "here"), _forms, strict=True):
         FORMS[f"{_title}: {_place}"] = lambda size, device, _, make=_form: make(size, device)
 
-OURS, STOCK = "this project, bfloat16", "stock MONAI, float32"
-COMPILED, EIGHT, CROPS_96 = (f"{OURS}, {name}" for name in ("compiled", "8 volumes", "crops_96"))
 # Figure, goal, the form above the line, the form below it, and what is compared of them.
 ROWS: list[tuple[str, str, str, str, str]] = [
     ("a step, stock MONAI / this project", ">= 3", STOCK, OURS, "seconds"),
-    ("the same in float32", "", STOCK, "this project, float32", "seconds"),
+    ("the same in float32", "", STOCK, FLOAT, "seconds"),
     ("peak memory, this project / stock MONAI", "<= 0.50", OURS, STOCK, "gib"),
-    ("the same in float32", "", "this project, float32", STOCK, "gib"),
-    ("a step, plain / compiled", "", OURS, "this project, bfloat16, compiled", "seconds"),
-    ("a step, kernel by kernel / a graph", "", "this project, bfloat16, no graph", OURS, "seconds"),
-    ("8 volumes, compiled, a graph / a step", "", "this project, bfloat16, 8 volumes", OURS, "seconds"),
+    ("the same in float32", "", FLOAT, STOCK, "gib"),
+    ("a step, plain / compiled", "", OURS, COMPILED, "seconds"),
+    ("a step, kernel by kernel / a graph", "", NO_GRAPH, OURS, "seconds"),
+    ("8 volumes, compiled, a graph / a step", "", EIGHT, OURS, "seconds"),
     ("crops_96.json / a step", "", CROPS_96, OURS, "seconds"),
     (
         "views a second, this project / MONAI's dictionary transforms",
@@ -136,10 +136,10 @@ def turn(name: str, size: Size, device: torch.device, repeats: int) -> dict[str,
     clock = clock_of(device)
     with tempfile.TemporaryDirectory() as folder:
         step = FORMS[name](size, device, Path(folder))
-        if name == EIGHT:
-            result["gemm"] = gemm_rate(HALF, device, volumes=8)
-        if name in (OURS, "this project, float32"):
-            result["gemm"] = gemm_rate(HALF if name == OURS else FULL, device)
+        if name in (OURS, FLOAT, EIGHT):
+            volumes = 8 if name == EIGHT else 1
+            result["gemm"] = gemm_rate(FULL if name == FLOAT else HALF, device, volumes)
+        if name in (OURS, FLOAT):
             result["flops"] = flops_of(step)
         else:
             step()
@@ -309,7 +309,7 @@ def table(options: argparse.Namespace) -> Iterator[str]:
         return not options.rows or any(word in title for word in options.rows)
 
     skipped = set() if options.device == "cuda" or options.compile else {COMPILED}
-    skipped |= set() if options.device == "cuda" else {f"{OURS}, no graph", EIGHT, CROPS_96}
+    skipped |= set() if options.device == "cuda" else {NO_GRAPH, EIGHT, CROPS_96}
     rows = [row for row in ROWS if wanted(row[0]) and not skipped & set(row[2:4])]
     yield ""
     yield "| figure | goal | ratio | turns |"

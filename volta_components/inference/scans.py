@@ -76,7 +76,9 @@ def find_volumes(source: Source, output: PathLike | None = None, required: bool 
             check_outside(part, output, "--output_dir")
             tree, rows = look_through(part)
             if rows:
-                remedy = "Mend them, or give the scans themselves. (volta3d segment and embed have these options.)"
+                remedy = (
+                    "Mend them, or give the scans themselves. Of links: volta3d segment and embed have --follow-links."
+                )
                 raise InputError.many(f"{part}: {len(rows)} files or folders in it are not looked into", rows, remedy)
             files = scans_below(tree)[0]
         elif part.is_file():
