@@ -2,8 +2,8 @@
 """What supervision makes of the network of ``learning.py``: trained by being told which two scans are one head.
 
 Heads as in the other rows, for ``LONGER`` times as many epochs, with more new heads in each: the contrastive loss of
-SimCLR (MONAI's), between the summaries of each head's two scans and those of the other heads of a mini-batch. Nothing is
-masked or cropped.
+SimCLR (MONAI's), between the summaries of each head's two scans and those of the other heads of a mini-batch. Nothing
+is masked or cropped.
 """
 
 from __future__ import annotations
