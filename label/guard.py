@@ -177,8 +177,10 @@ def only_settings(run: Callable[..., Any]) -> Callable[..., Any]:
             given = json.loads(params or "{}")
         except ValueError as error:
             raise HTTPException(422, f"params is not JSON ({error})") from error
-        if not isinstance(given, dict) or (taken := sorted(RESERVED & given.keys())):
-            raise HTTPException(422, f"params may not have {', '.join(taken)}" if given else "params is no JSON object")
+        if not isinstance(given, dict):
+            raise HTTPException(422, "params is no JSON object")
+        if taken := sorted(RESERVED & given.keys()):
+            raise HTTPException(422, f"params may not have {', '.join(taken)}")
         return run(background_tasks, model, image, session_id, params, *rest)
 
     return checked

@@ -131,7 +131,7 @@ def check_settings(request: Mapping[str, Any]) -> None:
         elif isinstance(value, str) and value.startswith(("$", "@", "%")):
             raise HTTPException(422, f"{value!r}: texts that begin with $, @ or % are not taken from clients")
     device = request.get("device") or "cpu"
-    for name in [device] if isinstance(device, str) else device:
+    for name in device if isinstance(device, (list, tuple)) else [device]:
         if not DEVICE.fullmatch(str(name)) and name not in device_list():
             raise HTTPException(422, f"device {name!r}: give cpu or cuda:0")
     extension = request.get("result_extension") or VOLUMES[0]

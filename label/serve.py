@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -66,7 +67,10 @@ def served_copy(name: str, root: Path, folder: Path) -> Path | None:
         copy = folder / file_tag(model) / default_name(bundle, overlays, model)
         if not (copy / "models" / "model.json").is_file():
             shutil.rmtree(copy, ignore_errors=True)
-            assemble(bundle, copy, overlays, model=model)
+            # Moved when it is whole: what is refused on the way must not be taken for a copy by the next start.
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=copy.parent) as partial:
+                assemble(bundle, Path(partial) / copy.name, overlays, model=model).replace(copy)
         return copy
     return None
 

@@ -11,9 +11,9 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -121,16 +121,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     if target.parent not in _swept:
         _swept.add(target.parent)
         remove_partials(target.parent)
-    handle, name = tempfile.mkstemp(prefix=partial_prefix(), suffix="".join(target.suffixes[-2:]), dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = target.parent / f"{partial_prefix()}{secrets.token_hex(4)}{''.join(target.suffixes[-2:])}"
+    # The system applies the umask; asking for it would change it for a moment, for all threads.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(target)
     except OSError as error:
         if error.filename is None and error.errno is not None:  # writing and syncing do not say which file it was

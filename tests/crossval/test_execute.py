@@ -36,6 +36,18 @@ def test_the_cause_in_a_log_is_found(tmp_path):
     assert not any("earlier" in line for line in lines)
 
 
+def test_a_run_whose_parent_raises_does_not_stop_the_others(monkeypatch):
+    def run(run, slot):
+        if run == "b":
+            raise RuntimeError("database is locked")
+        return Outcome(run, "finished", "")
+
+    monkeypatch.setattr(module, "execute", run)
+    outcomes = {outcome.run: outcome for outcome in module.run_here(["a", "b", "c"], 1, 0)}
+    assert [outcomes[name].status for name in ("a", "b", "c")] == ["finished", "failed", "finished"]
+    assert outcomes["b"].detail == "RuntimeError: database is locked"
+
+
 @pytest.mark.slow
 def test_failures_are_reported_others_go_on_and_the_broken_one_is_resumed(place, monkeypatch, capsys):
     command = {"bundle": "fake", "datalist": "datalist.json", "folds": [1], "inits": ["volta", "linear_scratch"]}

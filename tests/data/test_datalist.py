@@ -462,6 +462,15 @@ def test_an_unrelated_data_set_hides_no_overlap(tmp_path, capsys):
     ]
 
 
+def test_a_cohort_that_is_null_is_the_datalist_s(tmp_path):
+    path = write(tmp_path / "one", [item(0, fold=0, cohort=None), item(1, fold=1, cohort=None)], "mine")
+    datalist = load_datalist(path)
+    assert cohort_weights(datalist, datalist.items, {"mine": 2}) == [0.5, 0.5]
+    other = write(tmp_path / "two", [item(0, fold=0, cohort=None), item(1, fold=1, cohort=None)], "other")
+    merge(path, other, output=tmp_path / "both")
+    assert Counter(entry["cohort"] for entry in load_datalist(tmp_path / "both").items) == {"mine": 2, "other": 2}
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [

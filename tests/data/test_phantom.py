@@ -332,6 +332,7 @@ def test_tables_and_sidecars_agree(cohort):
         assert float(session["age"]) == float(row["age"]) == truth["age"]
         assert row["sex"] == truth["sex"]
         assert row["site"] == truth["site"]
+        assert truth["seed"] == 3 and (truth["severity"] > 0) == (truth["diagnosis"] == "AD")
         image = nib.load(cohort / f"{name}/ses-M000/anat/{name}_ses-M000_T1w.nii.gz")
         label = nib.load(
             cohort / f"derivatives/hippocampus/{name}/ses-M000/anat/{name}_ses-M000_desc-hippocampus_dseg.nii.gz"

@@ -103,6 +103,9 @@ def test_what_is_wrong_with_a_request_is_said(server: Server, studies: Path) -> 
     assert "422" in server.refused("POST", f"/infer/{HARP}?image=sub-IXI001_T1w", body.encode())
     body = "params=" + json.dumps({"image": str(empty)})
     assert "params may not have image" in server.refused("POST", f"/infer/{HARP}?image=x", body.encode())
+    for given, answer in (("[1]", "params is no JSON object"), ('{"device": 1}', "give cpu or cuda:0")):
+        said = server.refused("POST", f"/infer/{HARP}?image=sub-IXI001_T1w", f"params={given}".encode())
+        assert "422" in said and answer in said, given
     assert server.train(max_epochs=1, device=code)["status"] == "ERROR" and not ran.exists()
     body = "params=" + json.dumps({"save_label": True, "label_tag": "../../evil"})
     assert "label_tag" in server.refused("POST", f"/infer/{HARP}?image=sub-IXI001_T1w", body.encode())

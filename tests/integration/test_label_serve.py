@@ -77,6 +77,16 @@ def test_the_demos_models_are_served_as_copies_that_stay(serve: ModuleType, repo
     assert [path for path, _ in serve.trained_models(HARP, repository)] == [changed, model]
 
 
+def test_what_was_refused_at_one_start_is_refused_at_the_next(serve: ModuleType, repository: Path) -> None:
+    model = trained(HARP, repository / "runs" / "demo" / HARP / "volta_fold0" / "models")
+    (repository / "bundles" / HARP / "models").mkdir()
+    model.rename(repository / "bundles" / HARP / "models" / "model.pt")  # without the overlay that it was trained with
+    model.with_suffix(".json").rename(repository / "bundles" / HARP / "models" / "model.json")
+    for _ in range(2):
+        with pytest.raises(InputError, match="does not fit the configs"):
+            serve.choose_bundles("", repository, repository / "copies")
+
+
 def test_the_page_asks_for_models_that_are_served(serve: ModuleType, repository: Path) -> None:
     """With the model that ships, and the quick start's beside it."""
     models = repository / "bundles" / HARP / "models"

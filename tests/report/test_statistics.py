@@ -128,8 +128,15 @@ def test_calibration_error_is_the_mean_gap_of_ten_bins(rng):
         inside = (score > low) & (score <= low + 0.1) if low else score <= 0.1
         if inside.any():
             gaps += inside.sum() * abs(label[inside].mean() - score[inside].mean())
-    assert statistics.calibration_error(label, score) == pytest.approx(gaps / 200)
-    assert statistics.calibration_error(np.array([0, 1, 1]), np.array([0.0, 1.0, 1.0])) == 0
+    assert statistics.calibration_error(label, score, np.ones(200)) == pytest.approx(gaps / 200)
+    assert statistics.calibration_error(np.array([0, 1, 1]), np.array([0.0, 1.0, 1.0]), np.ones(3)) == 0
+
+
+def test_a_scan_of_three_seeds_counts_once_in_the_calibration_error():
+    label, score = np.array([1, 0, 0, 0]), np.array([0.75, 0.25, 0.25, 0.25])
+    assert statistics.calibration_error(label, score, np.array([1, 1 / 3, 1 / 3, 1 / 3])) == pytest.approx(0.25)
+    repeated = statistics.calibration_error(np.array([1, 1, 0]), np.array([0.6, 0.6, 0.6]), np.array([0.5, 0.5, 1]))
+    assert repeated == pytest.approx(0.1)
 
 
 def test_intraclass_correlation_is_that_of_shrout_and_fleiss():

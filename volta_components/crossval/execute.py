@@ -140,6 +140,8 @@ def run_here(runs: Sequence[Run], jobs: int, gpus_per_run: int) -> Generator[Out
         slot = slots.get()
         try:
             return execute(run, slot)
+        except Exception as error:  # of MLflow or the disk: the other runs go on
+            return Outcome(run, "failed", f"{type(error).__name__}: {error}")
         finally:
             slots.put(slot)
 

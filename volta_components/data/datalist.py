@@ -347,7 +347,7 @@ def cohort_weights(datalist: Datalist, items: Sequence[Mapping[str, Any]], weigh
     Raises:
         InputError: if a cohort is missing or unknown, or a weight is negative, or all are 0.
     """
-    cohorts = [str(item.get("cohort", datalist.name)) for item in items]
+    cohorts = [str(item.get("cohort") or datalist.name) for item in items]
     sizes = Counter(cohorts)
     unknown, missing = sorted(set(weights) - set(sizes)), sorted(set(sizes) - set(weights))
     if unknown or missing:

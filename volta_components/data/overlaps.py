@@ -85,7 +85,7 @@ def find_overlaps(datalists: Sequence[Datalist]) -> Overlaps:
             for key in voxel_hashes(item):
                 voxels[key].setdefault((i, name))
             if item.get("fingerprint"):
-                everybody.append({"cohort": datalist.name, **item, "datalist": i, "name": name})
+                everybody.append({**item, "cohort": item.get("cohort") or datalist.name, "datalist": i, "name": name})
     for patient, held in sorted(where.items()):
         certain += [("patient", patient, places(holders)) for holders in held.values() if len(holders) > 1]
         everywhere = set.union(*held.values())
@@ -168,7 +168,7 @@ def check(
                     limit=10,
                 )
             )
-    everyone = [{"cohort": d.name, **item} for d in loaded for item in d.content["training"]]
+    everyone = [{**item, "cohort": item.get("cohort") or d.name} for d in loaded for item in d.content["training"]]
     if note := uneven_skulls(everyone, ""):
         print(f"warning: {note}")
     if found.near_copies:
@@ -291,7 +291,7 @@ def merge(
         base = Path(os.path.relpath(datalist.path.resolve().parent, target.resolve().parent))
         for item in datalist.content["training"]:
             patient, cohort = _who(item, datalist)
-            entry = {"cohort": datalist.name, **item, **kept}
+            entry = {**item, "cohort": item.get("cohort") or datalist.name, **kept}
             for key in PATHS:
                 if key in entry and not is_remote(entry[key]):
                     entry[key] = (base / entry[key]).as_posix()
@@ -301,7 +301,7 @@ def merge(
                 for key in ("subject_id", "patient_id"):
                     entry[key] = f"{cohort}-{entry[key].removeprefix(f'{cohort}-')}"
             items.append(entry)
-        excluded += [{**row, "cohort": row.get("cohort", datalist.name)} for row in datalist.excluded]
+        excluded += [{**row, "cohort": row.get("cohort") or datalist.name} for row in datalist.excluded]
     placed: dict[str, set[int]] = defaultdict(set)
     for item in items:
         placed[item["patient_id"]].add(item["fold"])

@@ -199,7 +199,7 @@ class ClassificationTables:
             drawn = [self.resamplings[run.fold].weights(run.table["patient_id"]) / seeds[run.fold] for run in runs]
             low, high = interval(weighted_mean(error, np.concatenate(drawn, axis=1)))
             brier = Estimate(float(weighted_mean(error, single)), low=low, high=high).checked(subjects_of(runs))
-            wrong = statistics.calibration_error(label, score)
+            wrong = statistics.calibration_error(label, score, single)
             share_of_ones = float(weighted_mean(label.astype(float), single))
             record = {"init": variant, "brier": brier.mean, "brier_low": brier.low, "brier_high": brier.high}
             table.add(

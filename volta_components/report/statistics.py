@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
-from sklearn.calibration import calibration_curve
 
 from volta_components.downstream.metrics import Array, Resampling, auroc, auroc_within, interval, share
 
@@ -223,15 +222,20 @@ def pair_auroc(tables: Sequence[pd.DataFrame], weights: Sequence[NDArray[Any]] |
     return auroc_within(label, score, folds, 1.0 if weights is None else np.concatenate(list(weights), axis=-1))
 
 
-def calibration_error(labels: NDArray[Any], scores: NDArray[Any]) -> float:
+def calibration_error(labels: NDArray[Any], scores: NDArray[Any], weights: NDArray[Any]) -> float:
     """Expected calibration error over bins of equal width: how far probabilities are from frequencies, on average.
+
+    Args:
+        labels: 0 or 1, ``[N]``.
+        scores: probabilities of 1, ``[N]``.
+        weights: how much each counts, ``[N]``.
 
     Source: Guo et al., "On calibration of modern neural networks" (2017), equation 3, for a two-class problem.
     """
-    true, predicted = calibration_curve(labels, scores, n_bins=BINS)
     # Bins as scikit-learn's: a score on an edge belongs to the lower bin.
-    counts = np.bincount(np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], scores), minlength=BINS)
-    return float(np.average(abs(true - predicted), weights=counts[counts > 0]))
+    bins = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], scores)
+    # A bin's weight times the distance of its means is the distance of its sums.
+    return float(abs(np.bincount(bins, weights * (labels - scores))).sum() / weights.sum())
 
 
 def limits_of_agreement(measured: NDArray[Any], true: NDArray[Any]) -> tuple[float, float, float]:

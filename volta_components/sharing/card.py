@@ -183,9 +183,10 @@ def is_phantom(record: Mapping[str, Any]) -> bool:
 
 def voxel_mm(inference: Mapping[str, Any]) -> str:
     """Sides of a voxel of the network's input, by an inference config: one number where all are the same."""
-    spacing = float(inference["spacing"])
-    extent = inference.get("input_extent_mm")
-    voxels = [spacing] if extent is None else [mm / size for mm, size in zip(extent, inference["image_size"])]
+    spacing, extent = inference["spacing"], inference.get("input_extent_mm")
+    voxels = [float(side) for side in (spacing if isinstance(spacing, list) else [spacing])]
+    if extent is not None:
+        voxels = [mm / size for mm, size in zip(extent, inference["image_size"])]
     return " x ".join(f"{side:g}" for side in (voxels[:1] if len({*voxels}) == 1 else voxels))
 
 

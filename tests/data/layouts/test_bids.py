@@ -83,6 +83,22 @@ def test_a_session_is_found_in_its_table_in_any_spelling_or_is_a_problem(tmp_pat
     assert (who, file) == ("sub-1", "sub-1/sub-1_sessions.tsv") and "ses-M12 has no row of its own" in reason
 
 
+@pytest.mark.parametrize("columns", ["age\tdiagnosis", "Age\tDiagnosis", "age_at_scan\tDX"])
+def test_a_session_s_own_table_wins_whatever_its_columns_are_called(tmp_path, columns):
+    whole = "participants.tsv", "participant_id\tage\tdiagnosis\tsex\nsub-1\t74\tCN\tF\n"
+    own = "sub-1/sub-1_sessions.tsv", f"session_id\t{columns}\nses-1\t72\tAD\nses-2\t\tAD\n"
+    listing = listed(tmp_path, whole, own, t1("sub-1", "ses-1"), t1("sub-1", "ses-2"), sessions=("all",))
+    facts = {scan.session: (scan.age, scan.diagnosis, scan.sex) for scan in listing.scans}
+    assert facts == {"ses-1": (72, "AD", "F"), "ses-2": (74, "AD", "F")} and not found(listing)
+
+
+def test_rows_of_other_visits_are_no_problem_where_the_session_s_own_table_has_all(tmp_path):
+    whole = "participants.tsv", "participant_id\tsession_id\tage\tdiagnosis\nsub-1\tses-9\t60\tCN\n"
+    own = "sub-1/sub-1_sessions.tsv", "session_id\tage_at_scan\tDX\nses-1\t72\tAD\n"
+    listing = listed(tmp_path, whole, own, t1("sub-1", "ses-1"))
+    assert [(scan.age, scan.diagnosis) for scan in listing.scans] == [(72, "AD")] and not found(listing)
+
+
 def test_ids_of_the_table_in_other_spellings(tmp_path):
     listing = listed(tmp_path, ("participants.tsv", "participant_id;sex\n1;F\n02;M\n"), t1("sub-01"), t1("sub-02"))
     assert {scan.patient_id: scan.sex for scan in listing.scans} == {"sub-01": "F", "sub-02": "M"}

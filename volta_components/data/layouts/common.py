@@ -228,15 +228,16 @@ class Listing:
 
         if self.table.rows and row is None:
             complain("has no row", "add one; kept with what else is known")
-        if missing := [name for name in differ if not (more and pick(more, name))]:
+        own = {name for name in FACT_COLUMNS if more and pick(more, *FACT_COLUMNS[name])}
+        if missing := [name for name in differ if name not in own]:
             where = f"session {session}" if session or date else "one row"
             reason = f"{' and '.join(missing)}: rows differ or are of other sessions, and none is surely this scan's"
             complain(reason, f"keep one row, or name its session ({where}); left empty")
-        cells = {**(row or {}), **(more or {})}
         facts: dict[str, Any] = {}
         for name in FACT_COLUMNS:
             try:
-                facts[name] = read_fact(name, cells)
+                # Not cell by cell: the two tables may name one fact differently.
+                facts[name] = read_fact(name, (more if name in own else row) or {})
             except ValueError as error:
                 facts[name] = None
                 form = {"sex": "M or F", "age": "years"}[name]

@@ -89,7 +89,7 @@ def render(subject: Subject, anatomy: Anatomy, spacing: int, scanner: Scanner, s
     labels = np.zeros(view.shape, np.uint8)
     labels[seen.hippocampi[0].numpy() > 0.5] = 1
     labels[seen.hippocampi[1].numpy() > 0.5] = 2
-    truth = {name: value for name, value in asdict(subject).items() if value not in ("", False)}
+    truth = {name: value for name, value in asdict(subject).items() if value != "" and value is not False}
     truth["scale"] = [where.fit * factor for factor in subject.scale]
     truth["rotation"] = list(subject.rotation)
     truth["translation"] = where.translation.tolist()
