@@ -100,7 +100,7 @@ def find_unknown_argument(error: BaseException | None) -> str | None:
     return None
 
 
-AGAIN = "then start the same command again: a training resumes from its last checkpoint"
+AGAIN = "then start the same command again: it goes on from what is done, a training from its last checkpoint"
 FULL = f"free space there, {AGAIN}"
 READ_ONLY = f"make it writable or give another place, {AGAIN}"
 GONE = f"put it back, or connect the drive again, {AGAIN}"

@@ -14,7 +14,7 @@ from prepared import make_prepared
 from volta_components.data import checks
 from volta_components.data.checks import check_contents, check_volumes
 from volta_components.data.datalist import Datalist, datalist_hash, load_datalist
-from volta_components.errors import InputError
+from volta_components.errors import AGAIN, InputError
 from volta_components.files import read_json, write_json
 
 SHAPE = (8, 9, 10)
@@ -149,7 +149,7 @@ def test_a_wrong_content_names_subject_file_and_remedy(data: Path) -> None:
     assert text.startswith(
         f"sub-0003: {path}: its content is not what was prepared (another hash); remove it, and run the same "
     )
-    assert text.endswith("then start the same command again: a training resumes from its last checkpoint")
+    assert text.endswith(f"; {AGAIN}")
     path.unlink()
     with pytest.raises(InputError, match=f"^sub-0003: {path}: no such file; fetch it again; then start"):
         check_contents(item)

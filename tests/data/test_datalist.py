@@ -238,6 +238,12 @@ def test_check_finds_a_patient_in_any_form_and_exits_non_zero(tmp_path, capsys):
     assert main(["check", str(adni), str(harp), str(other)]) == 1
     out = capsys.readouterr().out.split("1 overlaps:")[1]  # before it, that the volumes are empty
     assert "002_S_0295" in out and "011_S_0003" not in out and str(harp) in out
+    assert "--exclude-patients-of OTHER" in out and "same voxels" not in out
+    # Those of one number are other people; of a scan that is there twice, leaving out by ids would leave out those.
+    copy = write(tmp_path / "copy", [item(4, "IXI009", voxels_sha256="v")], "copy")
+    assert main(["check", str(other), str(copy)]) == 1
+    out = capsys.readouterr().out.split("1 overlaps:")[1]
+    assert "Of scans with the same voxels, keep one" in out and "--exclude-patients-of" not in out
 
 
 def test_check_names_volumes_that_are_missing_or_truncated(tmp_path, capsys):

@@ -86,5 +86,10 @@ def test_bad_maps(place):
     with pytest.raises(UnusableVolume, match=r"do not share one grid: up to 2\.0 mm"):
         both(scan, (save("a.nii", tiny.harp_label(shape, affine, -1), at=moved), None))
     wrong = tiny.harp_label(shape, affine, 1) + 2 * tiny.harp_label(shape, affine, -1)
-    _, _, quirks = both(scan, (save("w.nii", wrong), None))
-    assert quirks[0][1] == "label 1 (left) lies right of label 2 (right)"
+    with pytest.raises(UnusableVolume, match=r"label 1 \(left\) lies right of label 2 \(right\)"):
+        both(scan, (save("w.nii", wrong), None))
+    # The commonest form of a mask: one value for both sides.
+    mask = np.minimum(tiny.harp_label(shape, affine, -1) + tiny.harp_label(shape, affine, 1), 1)
+    for value, missing in ((1, r"right \(2\)"), (2, r"left \(1\)")):
+        with pytest.raises(UnusableVolume, match=f"label without voxels of {missing}.*one value stands for both sides"):
+            both(scan, (save("b.nii", mask * value), None))

@@ -290,6 +290,21 @@ def test_a_corrected_label_map_makes_another_data_set(tmp_path):
     check_volumes(load_datalist(output), deep=True)
 
 
+def test_diagnoses_that_are_taken_as_they_are_spelled_are_said(tmp_path):
+    root = tiny.make_bids(tmp_path / "source", subjects=3, labels=False)
+    table = root / "participants.tsv"
+    ids = [line.split("\t")[0] for line in table.read_text().splitlines()[1:]]
+    words = ["AD?", "-", "healthy"]
+    for tsv in root.rglob("*_sessions.tsv"):
+        tsv.unlink()
+    rows = [f"{who}\t{word}" for who, word in zip(ids, words, strict=True)]
+    table.write_text("\n".join(["participant_id\tdiagnosis", *rows]) + "\n")
+    assert prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS) == 0
+    assert {item["diagnosis"] for item in load_datalist(tmp_path / "out").items} == {"AD?", None, "CN"}
+    (row,) = [row for row in findings(tmp_path / "out") if "spelled" in row["reason"]]
+    assert row["kind"] == "quirk" and row["reason"].endswith("as they are spelled: 'AD?'")
+
+
 def test_patients_of_another_datalist_are_left_out_in_any_form(prepared, tmp_path):
     _, harp, _ = prepared("harp")
     root = tiny.make_bids(tmp_path / "source", subjects=4, labels=False)
@@ -297,7 +312,7 @@ def test_patients_of_another_datalist_are_left_out_in_any_form(prepared, tmp_pat
     status = prepare("bids", str(root), str(tmp_path / "out"), **OPTIONS, exclude_patients_of=[harp])
     datalist = load_datalist(tmp_path / "out")
     assert status == 0 and "002_S_0295" not in datalist.patients and len(datalist) == 3
-    reason = "patient 002_S_0295 is in harp (--exclude-patients-of)"
+    reason = "the patient is in harp (--exclude-patients-of)"
     assert [(row["subject_id"], row["reason"]) for row in datalist.excluded] == [("sub-ADNI002S0295", reason)]
     assert not (tmp_path / "out/images/sub-ADNI002S0295_ses-M000.nii").exists()
     assert main(["check", str(harp), str(tmp_path / "out"), "--deep"]) == 0

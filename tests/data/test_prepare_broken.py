@@ -136,6 +136,7 @@ def test_too_little_space_is_told_before_work(tmp_path, monkeypatch):
         (["--shape", "64,64,1.5"], "--shape 64,64,1.5: give a whole number"),
         (["--dtype", "float16"], "--dtype float16: choose one of float32, uint16, uint8"),
         (["--folds", "0"], "--folds 0: give a number from 1 to 100"),
+        (["--seed", "-1"], "--seed -1: give a whole number from 0"),
         (["--workers", "0"], "--workers 0: give a number of processes from 1"),
         (["--shard", "5/4"], "i runs from 1 to n"),
         (["--shard", "one"], "i/n, such as 3/8"),

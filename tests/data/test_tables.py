@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from volta_components.data.tables import (
+    is_missing,
     parse_age,
     parse_diagnosis,
     parse_sex,
@@ -48,6 +49,19 @@ def test_tables_are_read_however_they_were_saved(tmp_path, separator, end, encod
     path = tmp_path / "participants.tsv"
     path.write_bytes(ENCODINGS[encoding](text_of(separator, end)))
     assert read_table(path) == ROWS
+
+
+def test_people_behind_a_sheet_of_notes_are_read(tmp_path):
+    with pd.ExcelWriter(tmp_path / "t.xlsx") as book:
+        pd.DataFrame({"notes": ["all about the study"]}).to_excel(book, sheet_name="Notes", index=False)
+        pd.DataFrame(ROWS).to_excel(book, sheet_name="people", index=False)
+    pd.DataFrame(ROWS).to_excel(tmp_path / "alone.xlsx", index=False)
+    assert read_table(tmp_path / "t.xlsx") == read_table(tmp_path / "alone.xlsx") != []
+
+
+@pytest.mark.parametrize("cell", ["-", "?", "n.a.", "N/A", " NaN ", "missing", ""])
+def test_words_for_nothing_are_nothing(cell):
+    assert is_missing(cell) and parse_sex(cell) is parse_age(cell) is parse_diagnosis(cell) is None
 
 
 @pytest.mark.parametrize("suffix", [".xlsx", ".tsv"])

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +176,20 @@ def test_a_torn_line_is_left_out(tmp_path: Path, items: list[dict[str, Any]], cu
     assert rest == items
     journal.add(items[2]["image"], ["c"])
     assert unfinished(path, items)[1] == items[:2]
+
+
+def test_a_journal_that_is_in_use_is_left_alone(tmp_path: Path, items: list[dict[str, Any]]) -> None:
+    path = tmp_path / "out" / "rows.jsonl"
+    code = (
+        "import sys\nfrom monai.data import Dataset\nfrom volta_components.inference.journal import Journal\n"
+        f"journal = Journal({str(path)!r}, {{}})\njournal.begin(Dataset([]), {str(items[0]['image'])!r})\n"
+        "print('begun', flush=True)\nsys.stdin.read()"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "begun\n"
+        with pytest.raises(InputError, match=rf"out \(.*process {other.pid}\): another inference.*another output"):
+            unfinished(path, items)
+        other.communicate("")
+    assert other.returncode == 0 and list(path.parent.glob(".*")) == []
+    assert unfinished(path, items)[1] == items

@@ -257,4 +257,4 @@ def test_a_changed_image_ends_a_run_with_one_error_also_from_a_worker(prepared_i
         sampling._end_workers(weakref.ref(each))
     message, known = describe(caught.value)
     assert known and message.startswith(f"sub-0002: {path}: its content is not what was prepared (another hash);")
-    assert message.endswith("a training resumes from its last checkpoint")
+    assert message.endswith("a training from its last checkpoint")

@@ -20,7 +20,7 @@ from volta_components.data.nifti import DTYPES
 from volta_components.data.places import file_of, header_of, place_of, sha256_of, volume_of
 from volta_components.data.remote import forget, is_remote
 from volta_components.data.unusable import UnusableVolume, named_errors
-from volta_components.errors import InputError
+from volta_components.errors import AGAIN, InputError
 
 _AGAIN = "remove it, and run the same volta3d prepare again (the rest is kept)"
 _PACK = "run the same volta3d pack-data again (what is whole is kept)"
@@ -131,8 +131,7 @@ def check_contents(item: Mapping[str, Any]) -> None:
     except UnusableVolume as error:
         forget(file_of(item["image"]))
         raise InputError(
-            f"{item.get('subject_id', '')}: {error.path}: {error.reason}; {error.remedy}; then start the same command "
-            "again: a training resumes from its last checkpoint"
+            f"{item.get('subject_id', '')}: {error.path}: {error.reason}; {error.remedy}; {AGAIN}"
         ) from error
 
 

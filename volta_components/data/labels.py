@@ -76,9 +76,19 @@ def read_labels(
                     "0 is background, 1 left and 2 right hippocampus; renumber it",
                 )
             merged[...] = voxels
+            if missing := [f"{name} ({side})" for name, side in SIDES.items() if side not in values]:
+                raise UnusableVolume(
+                    file.path,
+                    f"label without voxels of {missing[0]}",
+                    "0 is background, 1 left and 2 right hippocampus; renumber it if one value stands for both sides",
+                )
             left, right = (merged == side for side in (LEFT, RIGHT))
-            if left.any() and right.any() and centre_x(left, volume.affine) > centre_x(right, volume.affine):
-                quirks.append((file.path.name, "label 1 (left) lies right of label 2 (right)"))
+            if centre_x(left, volume.affine) > centre_x(right, volume.affine):
+                raise UnusableVolume(
+                    file.path,
+                    "label 1 (left) lies right of label 2 (right)",
+                    "look at the scan: exchange the two values, or mend the header that mirrors it",
+                )
             continue
         if len(values) != 2:
             raise UnusableVolume(

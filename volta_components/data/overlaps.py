@@ -181,10 +181,17 @@ def check(
             )
         )
     if certain:
-        remedy = "Prepare one of them again without these: volta3d prepare ... --exclude-patients-of OTHER."
+        remedy = ""
+        if any(row[0] != "voxels" for row in certain):
+            remedy += "Prepare one of them again without these: volta3d prepare ... --exclude-patients-of OTHER. "
+        if any(row[0] == "voxels" for row in certain):
+            remedy += (
+                "Of scans with the same voxels, keep one: move the others out of their data set, and prepare it again "
+                "into a new folder. "
+            )
         if found.look_alikes and not accept_look_alikes:
-            remedy += " If ids that look alike are different people: --accept-look-alikes."
-        print(InputError.many(f"{len(certain)} overlaps", certain, remedy))
+            remedy += "If ids that look alike are different people: --accept-look-alikes."
+        print(InputError.many(f"{len(certain)} overlaps", certain, remedy.rstrip()))
         return 1
     print("no overlap")
     return 0
@@ -316,7 +323,7 @@ def merge(
         )
     n_folds, used_seed = 2 if hold_out else first.n_folds, int(first.content["seed"])
     if refold:
-        check_folds(folds)
+        check_folds(folds, seed)
         n_folds, used_seed = folds, seed
         new = assign_folds(items, folds, seed)
         items = [{**item, "fold": new[item["patient_id"]]} for item in items]
@@ -372,11 +379,13 @@ def check_phantom_name(name: str, is_phantom: bool) -> None:
         raise InputError(f"--name {name}: these are phantoms, and the name has to say so; try phantom_{name}")
 
 
-def check_folds(folds: int) -> None:
-    """Refuse a number of folds that is none.
+def check_folds(folds: int, seed: int) -> None:
+    """Refuse a number of folds, or a seed, that is none.
 
     Raises:
-        InputError: if it is not from 1 to 100.
+        InputError: if there are not from 1 to 100 folds, or the seed is negative.
     """
     if not 1 <= folds <= 100:
         raise InputError(f"--folds {folds}: give a number from 1 to 100")
+    if seed < 0:
+        raise InputError(f"--seed {seed}: give a whole number from 0")

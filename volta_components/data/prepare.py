@@ -113,7 +113,7 @@ def prepare(
     if masks not in (None, "bids") and not Path(str(masks)).is_dir():
         raise InputError(f"--mask {masks}: give none, bids or a folder of masks")
     settings = replace(_settings(layout, spacing, shape, dtype, assume_orientation), masked=masks is not None)
-    check_folds(folds)
+    check_folds(folds, seed)
     index, n_shards = _shard(shard)
     if workers is not None and workers < 1:
         raise InputError(f"--workers {workers}: give a number of processes from 1")
@@ -147,6 +147,7 @@ def prepare(
         is_phantom = "phantom" in listing.cohort.lower()
         listing.cohort = name or listing.cohort
         _leave_out_unfit(listing)
+        _note_unusual_diagnoses(listing)
         check_phantom_name(listing.cohort, is_phantom)
         scans = _select(listing, wanted_labels, needed, diagnoses, excluded_patients)
         if masks is not None:
@@ -318,6 +319,14 @@ def _leave_out_unfit(listing: Listing) -> None:
             listing.scans.remove(scan)
 
 
+def _note_unusual_diagnoses(listing: Listing) -> None:
+    """Say which diagnoses are taken as they are spelled: they count for folds, and no class may have them."""
+    diagnoses = {scan.diagnosis for scan in listing.scans if scan.diagnosis is not None}
+    if unusual := sorted(diagnoses - KNOWN_DIAGNOSES):
+        reason = f"diagnoses that are taken as they are spelled: {', '.join(map(repr, unusual[:8]))}"
+        listing.note("quirk", "(all)", listing.table.file, reason, "write them as CN, MCI, AD, ... if they mean that")
+
+
 def _select(
     listing: Listing,
     labels: str,
@@ -333,7 +342,7 @@ def _select(
         same = _spellings(scan.patient_id, listing.cohort)
         other = next((excluded_patients[key] for key in same if key in excluded_patients), None)
         if other is not None:
-            listing.note_scan("choice", scan, f"patient {scan.patient_id} is in {other} (--exclude-patients-of)")
+            listing.note_scan("choice", scan, f"the patient is in {other} (--exclude-patients-of)")
         elif wanted_diagnoses and scan.diagnosis not in wanted_diagnoses:
             asked = f"--diagnoses {','.join(diagnoses)}"
             if scan.diagnosis is None:

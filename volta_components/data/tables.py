@@ -23,7 +23,8 @@ from volta_components.data.unusable import missing_content
 from volta_components.data.volumes import volume_suffix
 from volta_components.errors import InputError
 
-MISSING = {"", "n/a", "na", "nan", "none", "null", "unknown", "-4", "-1", ".", "#n/a", "nat"}
+MISSING = {"", "-", "--", ".", "?", "-1", "-4", "n/a", "n.a.", "na", "#n/a", "nan", "nat"}
+MISSING |= {"none", "null", "unknown", "missing"}
 # Names of one thing in the public tables, brought to Clinica's.
 _HEALTHY = "HC NL NC NORMAL CONTROL CONTROLS HEALTHY CTRL CTL"
 _DEMENTED = ("DEMENTIA", "DAT", "ALZHEIMER", "ALZHEIMERS", "ALZHEIMER'S DISEASE", "ALZHEIMER DISEASE")
@@ -165,7 +166,7 @@ def _excel(path: Path) -> Lines:
     import pandas as pd
 
     try:
-        frame = pd.read_excel(path, dtype=object, header=None)
+        sheets = pd.read_excel(path, dtype=object, header=None, sheet_name=None)
     except Exception as error:  # xlrd and openpyxl raise anything at a damaged workbook
         raise InputError(f"{path}: not a readable Excel sheet ({error}); download it again") from error
 
@@ -176,7 +177,12 @@ def _excel(path: Path) -> Lines:
             return str(int(cell))
         return str(cell).strip()
 
-    return [(number, [text(cell) for cell in cells]) for number, cells in enumerate(frame.itertuples(index=False), 1)]
+    every: list[Lines] = [
+        [(number, [text(cell) for cell in cells]) for number, cells in enumerate(frame.itertuples(index=False), 1)]
+        for frame in sheets.values()
+    ]
+    # The people may stand behind a sheet of notes.
+    return next((lines for lines in every if any(_has_ids(cells) for _, cells in lines[:_TITLE_LINES])), every[0])
 
 
 def _has_ids(cells: Iterable[str]) -> bool:

@@ -12,7 +12,7 @@ from tqdm.contrib.concurrent import thread_map
 
 from volta_components.data.datalist import Datalist
 from volta_components.data.items import item_name
-from volta_components.data.labels import SIDES, read_labels
+from volta_components.data.labels import read_labels
 from volta_components.data.layouts.common import LabelFile
 from volta_components.data.unusable import UnusableVolume
 from volta_components.data.volumes import read_volume
@@ -62,13 +62,10 @@ def check_label_maps(items: Iterable[Mapping[str, Any]]) -> None:
         path = Path(str(item["label"]))
         try:
             scan = read_volume(str(item["image"]))
-            label, _, quirks = read_labels([LabelFile(path)], scan, Path(str(item["image"])))
+            read_labels([LabelFile(path)], scan, Path(str(item["image"])))
         except UnusableVolume as error:
             return name, error.path, error.reason
-        if quirks:
-            return name, str(path), f"left and right are swapped: {quirks[0][1]}"
-        empty = [f"{side} ({value})" for side, value in SIDES.items() if not (label == value).any()]
-        return (name, str(path), f"no voxels of {' and '.join(empty)}") if empty else None
+        return None
 
     items = list(items)
     if rows := list(filter(None, thread_map(examine, items, max_workers=joblib.cpu_count(), disable=True))):

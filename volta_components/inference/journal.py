@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from monai.data import Dataset
 from volta_components.data.volumes import volume_stem
 from volta_components.data.walk import size_and_time
 from volta_components.errors import InputError
-from volta_components.files import atomic_path, sha256_file, sha256_json
+from volta_components.files import FolderLock, atomic_path, sha256_file, sha256_json
 from volta_components.training.record import code_version
 
 Item = dict[str, Any]
@@ -33,6 +34,8 @@ class Journal:
     scans, a run that is broken at the last would begin at the first. Here each volume's row is a line of JSON, appended
     when its files are written. A row holds as long as weights, settings, code version, the volume's file (size and time
     of its last change), its item and the files made of it are what they were. Remove the journal to start again.
+
+    One process at a time writes to it: a table has the rows of one process, and those that were there when it began.
 
     Results have the names of their volumes. Before anything is made, a volume is refused whose result would be written
     over that of another volume, or over one that somebody has edited. A volume that is not given again keeps its row as
@@ -55,6 +58,8 @@ class Journal:
         self._items: dict[str, Item] = {}
         self._lines: dict[str, Line] = {}
         self._others: list[Line] = []
+        self._lock = FolderLock(self.path.with_name(f".{self.path.stem}.lock"))
+        weakref.finalize(self, self._lock.release)  # or when the process ends
 
     @property
     def has_begun(self) -> bool:
@@ -65,8 +70,10 @@ class Journal:
         """Leave those items in a dataset whose row is missing or does not hold; do it before an evaluator is built.
 
         Raises:
-            InputError: listing the volumes whose results would be written over others.
+            InputError: listing the volumes whose results would be written over others; or if another process is at
+                work there.
         """
+        self._lock.take("another inference writes its results there; wait for its end, or give another output")
         items: Sequence[Item] = dataset.data
         facts = {"settings": self.settings, "weights": sha256_file(weights), "code_version": code_version()}
         self.run = sha256_json(facts)
