@@ -37,9 +37,10 @@ demo: $(READY)  ## phantoms, preparation, a tiny pretraining, what it has learnt
 ANATOMIES ?=
 SIZE ?= cores
 JOBS ?= 2
+LONGER ?= 1
 
-study: $(READY)  ## what pretraining is worth, on synthetic heads: make study ANATOMIES=DIR [SIZE=tiny|small|cores|paper] [JOBS=2]
-	python -m benchmarks.study $(if $(ANATOMIES),"$(ANATOMIES)") --size "$(SIZE)" --jobs "$(JOBS)"
+study: $(READY)  ## what pretraining is worth, on synthetic heads: make study ANATOMIES=DIR [SIZE=tiny|small|cores|paper] [JOBS=2] [LONGER=1]
+	python -m benchmarks.study $(if $(ANATOMIES),"$(ANATOMIES)") --size "$(SIZE)" --jobs "$(JOBS)" --longer "$(LONGER)"
 
 test: $(READY)  ## all tests but the MONAI Label server's and the GPU's
 	OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile -m "not label_server"

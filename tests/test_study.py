@@ -7,6 +7,7 @@ import csv
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,6 +67,29 @@ def test_every_fifth_anatomy_is_scored_and_never_trained_on(tmp_path):
         split_anatomies(folder_of(tmp_path / "few", 4))
     with pytest.raises(InputError, match="SIZE=huge: choose tiny, small, cores, paper"):
         Size.named("huge")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_longer_trainings_have_names_of_their_own_and_the_same_encoders(size, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = study_of(tmp_path, size)
+    longer = replace(study, longer=4)
+    for each in (study, longer):
+        each.write_overlays()
+    for task in TASKS:
+        for fraction in study.size.fractions:
+            epochs = []
+            for each in (study, longer):
+                parser = ConfigParser()
+                parser.read_config(each.configs(task))
+                parser["fraction"] = fraction
+                epochs.append(parser.get_parsed_content("epochs"))
+            assert epochs[1] == 4 * epochs[0] > 0
+    pairs = [(a.words, b.words) for a, b in zip(study.steps(), longer.steps(), strict=True)]
+    changed = {words[1] for words, others in pairs if words != others}
+    assert changed == {"crossval", "report"}
+    named = [[w[w.index("--experiment") + 1] for w in side if w[1] == "crossval"] for side in zip(*pairs, strict=True)]
+    assert not set(named[0]) & set(named[1])
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -28,6 +28,7 @@ def main(
     size: str = "cores",
     output: Path | None = None,
     jobs: int = 2,
+    longer: int = 1,
     plan: bool = False,
 ) -> int:
     """Run the study.
@@ -37,12 +38,15 @@ def main(
         size: tiny, small, cores or paper: see sizes.json.
         output: Folder of all that is made; runs/study/SIZE by default.
         jobs: Fine-tunings at a time.
+        longer: Fine-tune for so many times the epochs, beside what is there, from the same encoders.
         plan: Only print the plan and what it will take.
     """
     try:
         if anatomies is None:
             raise InputError("give a folder of label maps, ANATOMIES=DIR; volta3d fetch anatomies downloads 20")
-        study = Study(output or Path("runs") / "study" / size, anatomies, Size.named(size), jobs)
+        if longer < 1:
+            raise InputError(f"--longer {longer}: give a whole number from 1")
+        study = Study(output or Path("runs") / "study" / size, anatomies, Size.named(size), jobs, longer)
         training, scored = split_anatomies(anatomies)
         steps = study.steps()
         read_label_maps(anatomies)  # all of them can be used
@@ -77,7 +81,8 @@ def main(
     except InputError as error:
         print(f"make study: {error}", file=sys.stderr)
         return 2
-    print(f"\n{page.read_text(encoding='utf-8')}\n{page.resolve()}\n{(study.root / 'report' / 'index.html').resolve()}")
+    report = study.root / f"report{study.tag}" / "index.html"
+    print(f"\n{page.read_text(encoding='utf-8')}\n{page.resolve()}\n{report.resolve()}")
     return 0
 
 

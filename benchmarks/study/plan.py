@@ -116,12 +116,19 @@ class Study:
         anatomies: folder of label maps.
         size: see ``Size``.
         jobs: fine-tunings at a time.
+        longer: how many times the epochs of fine-tuning; such runs stand beside the others, of the same encoders.
     """
 
     root: Path
     anatomies: Path
     size: Size
     jobs: int = 2
+    longer: int = 1
+
+    @property
+    def tag(self) -> str:
+        """What names of longer fine-tunings end with."""
+        return "" if self.longer == 1 else f"_x{self.longer}"
 
     @property
     def store(self) -> str:
@@ -143,17 +150,18 @@ class Study:
         by_mean = "vit_mean_scratch"
         return by_mean if init.removeprefix(UNTRAINED) in OF_THE_MEAN and by_mean in TASKS[task] else TASKS[task][0]
 
-    @staticmethod
-    def experiment(task: str, number: int | str = 0) -> str:
+    def experiment(self, task: str, number: int | str = 0) -> str:
         """MLflow's experiment of a task and a pretraining; what starts from scratch is with the first."""
         if number == UNTRAINED:
-            return f"study_{task}_{UNTRAINED}"
-        return f"study_{task}" + (f"_pretrained_{number}" if number else "")
+            return f"study_{task}{self.tag}_{UNTRAINED}"
+        return f"study_{task}{self.tag}" + (f"_pretrained_{number}" if number else "")
 
     def overlay(self, bundle: str) -> Path:
         """The file that ``write_overlays`` makes for a bundle."""
-        kind = bundle if bundle in ("pretrain", "harp_hippocampus") else "classification"
-        return self.root / "overlays" / f"{kind}.json"
+        if bundle == "pretrain":
+            return self.root / "overlays" / "pretrain.json"
+        kind = bundle if bundle == "harp_hippocampus" else "classification"
+        return self.root / "overlays" / f"{kind}{self.tag}.json"
 
     def configs(self, bundle: str, *overlays: str) -> list[str]:
         """Config files of a bundle in the order in which they are merged."""
@@ -167,6 +175,8 @@ class Study:
             path = self.overlay(kind)
             path.parent.mkdir(parents=True, exist_ok=True)
             ids = {**getattr(self.size, kind), **OWN_IDS.get(kind, {})}
+            if self.longer > 1 and kind != "pretrain":
+                ids["epochs"] = f"${self.longer} * {ids['epochs'].removeprefix('$')}"
             path.write_text(json.dumps(ids, indent=4) + "\n", encoding="utf-8")
 
     def steps(self) -> list[Step]:
@@ -200,7 +210,7 @@ class Study:
                 inits = [*inits, *(scratch if number == 0 else ())]
                 steps += [self._crossval(task, number, inits, seed) for seed in range(self.size.seeds)]
         experiments = ",".join(["volta3d_pretrain", *map(self.experiment, TASKS)])
-        words = ["report", "--output", str(self.root / "report"), "--tracking-uri", self.store]
+        words = ["report", "--output", str(self.root / f"report{self.tag}"), "--tracking-uri", self.store]
         steps.append(_volta3d("Report, of the first pretraining", *words, "--experiments", experiments))
         return steps
 

@@ -190,7 +190,7 @@ def curves(cells: Mapping[tuple[str, float], Cell], store: Store) -> dict[tuple[
 
 
 def last_gain(epochs: Array, values: Array) -> float:
-    """What the last quarter of a curve has gained: near 0 at the plateau."""
+    """What the last quarter of a curve has gained."""
     return float(values[-1] - np.interp(0.75 * epochs[-1], epochs, values))
 
 
@@ -242,6 +242,8 @@ def draw_curves(path: Path, metric: str, found: Mapping[tuple[str, float], tuple
 def write_results(study: Study) -> Path:
     """Write ``results.md``, ``results.csv``, ``scores.csv`` and a figure of learning curves for each task.
 
+    Their names end with ``Study.tag``.
+
     Returns:
         The page.
 
@@ -257,7 +259,8 @@ def write_results(study: Study) -> Path:
         found = curves(cells, store)
         scores += score_tables(task, cells)
         metric = next(iter(cells.values())).metric
-        draw_curves(study.root / f"curves_{task}.png", metric, found)
+        picture = f"curves_{task}{study.tag}.png"
+        draw_curves(study.root / picture, metric, found)
         gains = {key: last_gain(*points) for key, points in found.items()}
         lines += [
             "",
@@ -276,13 +279,15 @@ def write_results(study: Study) -> Path:
             scored = "{value:.3f} ({low:.3f} to {high:.3f})".format(**row)
             texts = (f"{row['fraction']:.0%}", called(row["init"]), scored, *beside, f"{gain:+.3f}")
             lines.append(f"| {' | '.join(texts)} |")
-        lines += ["", f"![Score of the held-out heads by epoch](curves_{task}.png)"]
+        lines += ["", f"![Score of the held-out heads by epoch]({picture})"]
     lines += [
         "",
-        "`last quarter`: what the curve has gained over the last quarter of the epochs; near 0 at the plateau.",
+        "`last quarter`: what the curve has gained over the last quarter of the epochs. The learning rate is near 0 "
+        "there: a small gain alone does not say that more epochs would give no more (`--longer 4`).",
     ]
     for name, table in (("results", pd.DataFrame(rows)), ("scores", pd.concat(scores))):
-        with atomic_path(study.root / f"{name}.csv") as temporary:
+        with atomic_path(study.root / f"{name}{study.tag}.csv") as temporary:
             table.to_csv(temporary, index=False)
-    write_text(study.root / "results.md", "\n".join(lines) + "\n")
-    return study.root / "results.md"
+    page = study.root / f"results{study.tag}.md"
+    write_text(page, "\n".join(lines) + "\n")
+    return page
