@@ -134,7 +134,7 @@ MESSAGES = {
         "every volume has the same",
         "is expected; prepare it with --",
         "a worker was killed, most likely because memory ran out; use fewer --workers",
-        "left and right are swapped",
+        "lies right of label 2 (right)",
         "no orientation: neither sform nor qform is set, so left and right are not known",
         "of the foreground cut at the",
         "no such MLflow store",

@@ -200,7 +200,7 @@ def score_tables(task: str, cells: Mapping[tuple[str, float], Cell]) -> list[pd.
     for (variant, fraction), cell in cells.items():
         kept = [*HEAD, "patient_id", *(["label"] if cell.metric == "auroc" else [])]
         for (number, seed), run in cell.runs.items():
-            scores = run.table[kept].assign(score=run.table[cell.column].astype(float).round(4))
+            scores = run.table[kept].assign(score=run.table[cell.column].astype(float))
             about = {"task": task, "init": variant, "fraction": fraction, "pretraining": number, "seed": seed}
             tables.append(scores.assign(**about)[[*about, *kept, "score"]])
     return tables
@@ -287,7 +287,7 @@ def write_results(study: Study) -> Path:
     ]
     for name, table in (("results", pd.DataFrame(rows)), ("scores", pd.concat(scores))):
         with atomic_path(study.root / f"{name}{study.tag}.csv") as temporary:
-            table.to_csv(temporary, index=False)
+            table.to_csv(temporary, index=False, float_format="%.9g")  # as exact as float32
     page = study.root / f"results{study.tag}.md"
     write_text(page, "\n".join(lines) + "\n")
     return page

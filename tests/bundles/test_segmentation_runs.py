@@ -334,7 +334,7 @@ def test_bad_input_ends_a_run_before_training(labelled: Path, small_encoder: Pat
     good = label.read_bytes()
     image = nib.load(label)
     nib.save(nib.Nifti1Image(np.array([0, 2, 1], np.uint8)[np.asarray(image.dataobj)], image.affine), label)
-    with input_error("sub-0003", "left and right are swapped"):
+    with input_error("sub-0003", "lies right of label 2"):
         run(scratch, data, tmp_path / "run")
     label.write_bytes(good)
 
