@@ -183,7 +183,12 @@ def test_models_are_plain_tensors_with_a_record_and_load_whole_or_not_at_all(tmp
     torch.testing.assert_close(other.head.weight, network.head.weight, rtol=0, atol=0)
     with pytest.raises(InputError, match=r"another network(?s:.)*bias +- +\(2,\)") as caught:
         load_model(nn.Linear(32, 2), tmp_path / "model.pt")
-    assert "tiny.json" in str(caught.value)
+    assert "tiny.json" in str(caught.value) and "of the bundle" not in str(caught.value)
+    strangers = ({"bundle": "ixi_sex"}, "ixi_sex"), ({"network": {"summary_heads": 2}}, "pretrain, an encoder")
+    for record, words in strangers:
+        save_model(tmp_path / "stranger.pt", network, record)
+        with pytest.raises(InputError, match=f"It is of the bundle {words}"):
+            load_model(nn.Linear(32, 2), tmp_path / "stranger.pt")
     with pytest.raises(InputError, match="no such model"):
         load_model(other, tmp_path / "none.pt")
     (tmp_path / "model.pt").write_bytes((tmp_path / "model.pt").read_bytes()[:-1] + b"x")

@@ -252,10 +252,13 @@ def load_model(network: nn.Module, path: str | os.PathLike[str]) -> dict[str, An
         if name not in own or name not in state or own[name].shape != state[name].shape
     ]
     if rows:
+        is_encoder = "summary_heads" in (record.get("network") or {})
+        made_by = record.get("bundle") or ("pretrain, an encoder" if is_encoder else "")
         raise InputError.many(
             f"{path} holds weights of another network (name, file, network)",
             rows,
-            "Add the overlays that it was trained with (tiny.json, swin_scratch.json, ...) to --config_file.",
+            (f"It is of the bundle {made_by}. " if made_by else "") + "If that is the right one, add the overlays "
+            "that it was trained with (tiny.json, swin_scratch.json, ...) to --config_file.",
             limit=8,
         )
     parser = find_calling_config()
