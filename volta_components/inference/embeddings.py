@@ -121,7 +121,7 @@ class EmbeddingTable(ResultTable):
         parts = [[row[part] for row in self.rows] for part in feature.split("+")]
         return np.concatenate([np.array(part, np.float32) for part in parts], axis=1)
 
-    def write(self) -> None:
+    def write_table(self) -> None:
         """Write the tables."""
         rows = self.rows
         if self.path is None or not rows:

@@ -59,7 +59,7 @@ class Journal:
         self._lines: dict[str, Line] = {}
         self._others: list[Line] = []
         self._lock = FolderLock(self.path.with_name(f".{self.path.stem}.lock"))
-        weakref.finalize(self, self._lock.release)  # or when the process ends
+        weakref.finalize(self, self._lock.release)  # of a run that fails, in a process that goes on
 
     @property
     def has_begun(self) -> bool:
@@ -104,6 +104,10 @@ class Journal:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(self._lines[key]) + "\n")
+
+    def end(self) -> None:
+        """Let other processes write; nothing is added any more."""
+        self._lock.release()
 
     def rows(self) -> list[Any]:
         """The rows that hold: of the run's items, in their order; then of other volumes, which earlier runs made."""

@@ -101,6 +101,6 @@ class VolumeTable(ResultTable):
         made = [Path(mask.meta["saved_to"])] if "saved_to" in mask.meta else []
         return [item.get("subject_id"), item.get("session"), file, *numbers, marks], file, made
 
-    def write(self) -> None:
+    def write_table(self) -> None:
         """Write the table."""
         self.write_rows(COLUMNS, "masks; volumes")

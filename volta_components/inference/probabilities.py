@@ -34,7 +34,7 @@ class ProbabilityTable(ResultTable):
         numbers = [f"{value:.6f}" for value in probabilities]
         return [item.get("subject_id"), item.get("session"), file, *numbers, called, marks_of(item["image"])], file, ()
 
-    def write(self) -> None:
+    def write_table(self) -> None:
         """Write the table."""
         self.write_rows(["subject_id", "session", "file", *self.classes, "prediction", "marks"], "predictions")
         if self.threshold is None:

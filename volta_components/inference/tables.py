@@ -56,7 +56,13 @@ class ResultTable:
         raise NotImplementedError
 
     def write(self) -> None:
-        """Write the table."""
+        """Write the table, and leave the journal to other processes."""
+        self.write_table()
+        if self.journal is not None:
+            self.journal.end()
+
+    def write_table(self) -> None:
+        """Write the rows in the form of this table."""
         raise NotImplementedError
 
     def write_rows(self, columns: Sequence[str], what: str) -> None:

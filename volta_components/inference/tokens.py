@@ -41,7 +41,7 @@ class TokenTable(ResultTable):
         row = tokens.half().flatten(1).T.cpu().numpy(), shares.flatten().cpu().numpy()
         return row, source_file(item["image"]), []
 
-    def write(self) -> None:
+    def write_table(self) -> None:
         """Nothing: tokens stay in memory."""
 
     @property
