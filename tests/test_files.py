@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from volta_components.errors import InputError
 from volta_components.files import (
     FOREIGN_SECONDS,
+    FolderLock,
     atomic_path,
     partial_prefix,
     plain_cell,
@@ -193,3 +195,14 @@ def test_runs_of_configs_are_not_for_others_either() -> None:
     finally:
         os.umask(before)
     assert int(done.stdout) == 0o027
+
+
+def test_a_child_of_the_process_that_has_a_lock_does_not_give_it_back(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path / ".lock")
+    lock.take("taken")
+    child = multiprocessing.get_context("fork").Process(target=lock.release)
+    child.start()
+    child.join()
+    assert child.exitcode == 0 and lock.is_held()
+    lock.release()
+    assert not (tmp_path / ".lock").exists()

@@ -170,6 +170,7 @@ class FolderLock:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle: int | None = None
+        self._process = 0
 
     def take(self, otherwise: str) -> None:
         """Take the lock.
@@ -196,6 +197,7 @@ class FolderLock:
             if not self.is_held():
                 self._handle = None
                 os.close(handle)
+        self._process = os.getpid()
         os.truncate(self._handle, 0)
         os.write(self._handle, f"{socket.gethostname()}, process {os.getpid()}\n".encode())
 
@@ -209,8 +211,8 @@ class FolderLock:
             return False
 
     def release(self) -> None:
-        """Give the lock back."""
-        if self._handle is None:
+        """Give the lock back; in a child of the process that has it, such as a loading worker, nothing happens."""
+        if self._handle is None or self._process != os.getpid():
             return
         if self.is_held():
             self.path.unlink(missing_ok=True)

@@ -287,7 +287,7 @@ def write_results(study: Study) -> Path:
     ]
     for name, table in (("results", pd.DataFrame(rows)), ("scores", pd.concat(scores))):
         with atomic_path(study.root / f"{name}{study.tag}.csv") as temporary:
-            table.to_csv(temporary, index=False, float_format="%.9g")  # as exact as float32
+            table.to_csv(temporary, index=False)
     page = study.root / f"results{study.tag}.md"
     write_text(page, "\n".join(lines) + "\n")
     return page
