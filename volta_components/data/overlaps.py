@@ -36,9 +36,14 @@ from volta_components.errors import InputError
 from volta_components.files import write_json
 
 
+def _with_cohort(item: Mapping[str, Any], datalist: Datalist) -> dict[str, Any]:
+    """An item, or a row of who was left out, with its cohort: its own, or else that of its datalist."""
+    return {**item, "cohort": item.get("cohort") or datalist.name}
+
+
 def _who(item: Mapping[str, Any], datalist: Datalist) -> tuple[str, str]:
     """Patient and cohort of an item, without the cohort where the id is unique among all of them."""
-    patient, cohort = who({**item, "cohort": item.get("cohort") or datalist.name})
+    patient, cohort = who(_with_cohort(item, datalist))
     return patient, "" if is_worldwide(patient) else cohort
 
 
@@ -85,7 +90,7 @@ def find_overlaps(datalists: Sequence[Datalist]) -> Overlaps:
             for key in voxel_hashes(item):
                 voxels[key].setdefault((i, name))
             if item.get("fingerprint"):
-                everybody.append({**item, "cohort": item.get("cohort") or datalist.name, "datalist": i, "name": name})
+                everybody.append({**_with_cohort(item, datalist), "datalist": i, "name": name})
     for patient, held in sorted(where.items()):
         certain += [("patient", patient, places(holders)) for holders in held.values() if len(holders) > 1]
         everywhere = set.union(*held.values())
@@ -168,7 +173,7 @@ def check(
                     limit=10,
                 )
             )
-    everyone = [{**item, "cohort": item.get("cohort") or d.name} for d in loaded for item in d.content["training"]]
+    everyone = [_with_cohort(item, d) for d in loaded for item in d.content["training"]]
     if note := uneven_skulls(everyone, ""):
         print(f"warning: {note}")
     if found.near_copies:
@@ -181,17 +186,18 @@ def check(
             )
         )
     if certain:
-        remedy = ""
-        if any(row[0] != "voxels" for row in certain):
-            remedy += "Prepare one of them again without these: volta3d prepare ... --exclude-patients-of OTHER. "
-        if any(row[0] == "voxels" for row in certain):
-            remedy += (
+        kinds = {row[0] for row in certain}
+        remedies = []
+        if kinds - {"voxels"}:
+            remedies.append("Prepare one of them again without these: volta3d prepare ... --exclude-patients-of OTHER.")
+        if "voxels" in kinds:
+            remedies.append(
                 "Of scans with the same voxels, keep one: move the others out of their data set, and prepare it again "
-                "into a new folder. "
+                "into a new folder."
             )
         if found.look_alikes and not accept_look_alikes:
-            remedy += "If ids that look alike are different people: --accept-look-alikes."
-        print(InputError.many(f"{len(certain)} overlaps", certain, remedy.rstrip()))
+            remedies.append("If ids that look alike are different people: --accept-look-alikes.")
+        print(InputError.many(f"{len(certain)} overlaps", certain, " ".join(remedies)))
         return 1
     print("no overlap")
     return 0
@@ -298,7 +304,7 @@ def merge(
         base = Path(os.path.relpath(datalist.path.resolve().parent, target.resolve().parent))
         for item in datalist.content["training"]:
             patient, cohort = _who(item, datalist)
-            entry = {**item, "cohort": item.get("cohort") or datalist.name, **kept}
+            entry = {**_with_cohort(item, datalist), **kept}
             for key in PATHS:
                 if key in entry and not is_remote(entry[key]):
                     entry[key] = (base / entry[key]).as_posix()
@@ -308,7 +314,7 @@ def merge(
                 for key in ("subject_id", "patient_id"):
                     entry[key] = f"{cohort}-{entry[key].removeprefix(f'{cohort}-')}"
             items.append(entry)
-        excluded += [{**row, "cohort": row.get("cohort") or datalist.name} for row in datalist.excluded]
+        excluded += [_with_cohort(row, datalist) for row in datalist.excluded]
     placed: dict[str, set[int]] = defaultdict(set)
     for item in items:
         placed[item["patient_id"]].add(item["fold"])
