@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from volta_components.data.layouts import LayoutOptions, reader
 from volta_components.data.preprocess import Settings, prepare_volume
-from volta_components.data.tables import read_table
+from volta_components.data.spreadsheets import read_table
 from volta_components.data.unusable import UnusableVolume, UnusableVoxels
 from volta_components.data.volumes import Volume, read_volume
 from volta_components.errors import InputError

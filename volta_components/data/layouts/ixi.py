@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from volta_components.data.layouts.common import LayoutOptions, Listing, Scan, look
-from volta_components.data.tables import Row, parse_age, parse_sex, pick, read_table
+from volta_components.data.spreadsheets import Row, read_table
+from volta_components.data.tables import parse_age, parse_sex, pick
 from volta_components.data.walk import Tree
 from volta_components.errors import InputError
 
