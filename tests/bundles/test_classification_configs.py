@@ -190,3 +190,24 @@ def test_the_networks_input_and_output_are_what_the_metadata_says():
     parts = [read_json(configs(bundle, "inference")[0])["network_def"] for bundle in BUNDLES]
     formats = [read_json(configs(bundle, "metadata")[0])["network_data_format"]["inputs"] for bundle in BUNDLES]
     assert parts[0] == parts[1] and formats[0] == formats[1]
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_the_validation_loss_does_not_depend_on_the_batches(balanced, prepared, encoder, tmp_path, one_process):
+    """With a weight for each class, PyTorch divides a batch's loss by the weights in it, not by its size."""
+    made = workflow(
+        "aibl_ad", ("train", "vit_scratch"), prepared, encoder, tmp_path, sizes={**SIZES, "balanced": balanced}
+    )
+    built(made)
+    loss = made.parser.get_parsed_content("loss")
+    if balanced:
+        loss.weight = torch.tensor([0.3, 2.0])
+    metric = made.parser.get_parsed_content("validate#additional_metrics")["val_loss"]
+    generator = torch.Generator().manual_seed(0)
+    logits, label = torch.randn(11, 2, generator=generator), torch.tensor([0, 0, 0, 0, 0, 0, 0, 1, 0, 1, 1])
+    metric.reset()
+    for part in torch.arange(11).split(4):
+        metric.update((logits[part], label[part]))
+    each = -logits.log_softmax(1)[torch.arange(11), label].numpy()
+    weight = np.where(label == 1, 2.0, 0.3) if balanced else np.ones(11)
+    assert metric.compute() == pytest.approx((weight * each).sum() / weight.sum(), rel=1e-5)

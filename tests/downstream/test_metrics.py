@@ -19,6 +19,7 @@ from volta_components.downstream.metrics import (
     auroc_interval,
     auroc_within,
     interval,
+    patients_for_auroc,
     score_intervals,
     score_mask,
     sensitivity_specificity,
@@ -138,7 +139,9 @@ def test_intervals_of_dice_and_hd95_are_scipys_over_patients(rng):
         expected = stats.bootstrap((np.nanmean(pairs, axis=1),), np.mean, method="percentile", n_resamples=9999, rng=1)
         ends = (expected.confidence_interval.low, expected.confidence_interval.high)
         assert found[name] == pytest.approx(ends, abs=0.08 * (ends[1] - ends[0]))
-    assert score_intervals(rows[:2], patients[:2]) == {}  # one patient
+    assert score_intervals(rows[:38], patients[:38]) == {}  # 19 patients
+    assert {*score_intervals(rows[:40], patients[:40])} == {"mean_dice", "hd95"}
+    assert score_intervals([{"dice": 0.9, "hd95": 1.0}] * 60, patients) == {}  # no spread
 
 
 def test_an_interval_is_of_the_mean_beside_it_also_where_patients_have_different_numbers_of_scans():
@@ -172,14 +175,32 @@ def test_pairs_are_compared_within_their_group_only(rng):
     assert math.isnan(auroc_within([0, 0, 1], [1, 2, 3], [0, 0, 1]))
 
 
-def test_interval_covers_the_true_auroc_about_as_often_as_it_says(rng):
+@pytest.mark.parametrize("ones", [40, 10])
+def test_interval_covers_the_true_auroc_about_as_often_as_it_says(rng, ones):
     # Two normal distributions one deviation apart: AUROC = Phi(1 / sqrt 2) = 0.7602.
     covered = 0
-    for _ in range(100):
-        labels = np.repeat([0, 1], 40)
-        _, low, high = auroc_interval(labels, rng.normal(size=80) + labels, samples=200, seed=1)
+    for _ in range(200):
+        labels = np.repeat([0, 1], [40, ones])
+        _, low, high = auroc_interval(labels, rng.normal(size=len(labels)) + labels, samples=200, seed=1)
         covered += low <= 0.7602 <= high
-    assert 0.88 <= covered / 100 <= 0.99
+    assert 0.87 <= covered / 200 <= 0.99
+
+
+def test_an_interval_of_few_patients_of_a_class_is_none(rng):
+    """Three of a class among 43: two scans each do not make six of them."""
+    labels, patients = np.repeat([0, 1], [40, 3]), [f"p{number}" for number in range(43)]
+    scores = rng.normal(size=43)
+    assert patients_for_auroc(labels, patients) == 6
+    assert patients_for_auroc(np.tile(labels, 2), patients * 2) == 6
+    assert patients_for_auroc(np.repeat([0, 1], [30, 20]), range(50)) == 40
+    assert patients_for_auroc(np.repeat([0, 1], [3, 3]), list("aabaab")) == 2  # both have scans of both labels
+    assert patients_for_auroc(np.repeat([0, 1], [25, 25]), range(50)) == 50
+    for chosen in (np.repeat([0, 1], [40, 9]), np.repeat([0, 1], [9, 10])):
+        value, low, high = auroc_interval(chosen, rng.normal(size=len(chosen)))
+        assert 0 < value < 1 and math.isnan(low) and math.isnan(high)
+    assert math.isnan(auroc_interval(labels, scores)[1])
+    # Everybody is told right: the bootstrap has no spread, and says nothing of the next patient.
+    assert math.isnan(auroc_interval(np.repeat([0, 1], [20, 20]), np.arange(40))[1])
 
 
 def test_samples_of_one_class_are_left_out():
@@ -187,7 +208,7 @@ def test_samples_of_one_class_are_left_out():
     samples = auroc(labels, scores, Resampling(range(3), samples=3000).weights(range(3)))
     # Nobody of class 0 (2/3)^3, or nobody but that one (1/3)^3.
     assert np.isnan(samples).mean() == pytest.approx(9 / 27, abs=0.03)
-    assert auroc_interval(labels, scores) == (1.0, 1.0, 1.0)
+    assert auroc_interval(labels, scores)[0] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def test_intervals_of_few_or_equal_patients_are_not_shown_as_if_they_were_good()
 
 def test_only_what_beats_every_other_init_is_best():
     def pair(first, second, difference, p, **more):
-        return statistics.Comparison(first, second, difference, difference - 0.01, difference + 0.01, p, 50, **more)
+        return statistics.Comparison(first, second, difference, difference - 0.01, difference + 0.01, p, 50, 50, **more)
 
     clear = [pair("a", "b", -0.2, 0.001), pair("a", "c", -0.1, 0.9), pair("b", "c", 0.1, 0.002)]
     assert statistics.clear_best(clear) == "b"
@@ -191,5 +191,5 @@ def test_one_failure_makes_no_winner_of_the_worse(rng):
     assert p < 0.05 and (first - second).mean() > 0 and rank == pytest.approx(signed.sum()) and rank < 0
     means = rng.choice(first - second, (2000, 22)).mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
-    found = statistics.Comparison("a", "b", (first - second).mean(), low, high, p, 22, rank=rank)
+    found = statistics.Comparison("a", "b", (first - second).mean(), low, high, p, 22, 22, rank=rank)
     assert found.better is None and statistics.clear_best([found]) is None

@@ -231,6 +231,28 @@ def test_a_handful_of_patients_has_no_p_value(writer):
     assert "none for fewer than 20 patients" in compared.note
 
 
+def test_few_patients_of_a_class_have_no_interval_and_no_p_value(writer, tmp_path):
+    """80 patients of whom 6 have it: the bootstrap's interval would be far too narrow."""
+    for init in QUALITY:
+        for fold in range(2):
+            rows = predictions(init, fold, 1.0, 40, 0.5)
+            for row in rows:
+                row["label"] = int(row["subject_id"].endswith(("000", "010", "020")))
+            path = write_rows(tmp_path / "predictions.csv", rows)
+            writer.run("ixi_sex", init, fold, files={"predictions": path})
+    tables = ClassificationTables(only_study(writer), samples=200)
+    main = tables.main().frame.dropna(subset="mean").set_index("metric")
+    assert main.loc["auroc", ["ci_low", "ci_high"]].isna().all(axis=None)
+    assert main.loc["specificity", ["ci_low", "ci_high"]].notna().all(axis=None)
+    compared = tables.comparisons().frame
+    assert (compared.patients == 80).all()
+    assert compared[["low", "high", "p", "p_holm", "p_delong"]].isna().all(axis=None)
+    # A group's numbers in the file are those of the page.
+    breakdown = tables.breakdown()
+    assert breakdown.frame.auroc.notna().any() and breakdown.frame.auroc_low.isna().all()
+    assert any("too few" in text for row in breakdown.rows for text in row)
+
+
 def test_a_store_without_seeds_says_nothing_of_them(writer, run):
     for init in QUALITY:
         run(init, 0)

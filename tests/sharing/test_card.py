@@ -8,12 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from packed import BUNDLES, ROOT, tiny_network, unpack
 
 from volta_components import __version__
 from volta_components.errors import InputError
 from volta_components.files import read_json, sha256_file, write_json
+from volta_components.inference.embeddings import EmbeddingTable
+from volta_components.inference.probes import probe_report
 from volta_components.sharing.card import is_phantom
 from volta_components.sharing.pack import (
     assemble,
@@ -196,22 +199,26 @@ def test_a_card_of_ones_own(weights: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_metrics_of_a_later_evaluation_come_into_the_card(weights: dict[str, Path], tmp_path: Path) -> None:
-    probes = [
-        {"label": "sex", "encoder": "volta", "embedding": "summary", "probe": "linear", "subjects": 30}
-        | {"measure": "auroc", "value": 0.81234, "low": 0.7, "high": 0.9, "chance": 0.5}
-    ]
+    rng = np.random.default_rng(0)
+    items = [{"subject_id": f"p{i}", "sex": "MF"[i % 2], "cohort": "c", "fold": i % 3} for i in range(42)]
+    table = EmbeddingTable()
+    table.rows[:] = [dict.fromkeys(("summary", "mean"), rng.normal(size=3) + (item["sex"] == "F")) for item in items]
+    probes = probe_report({"volta": table}, items, {"sex": ["M", "F"]}, tmp_path / "probes.json")
+    [row] = [row for row in probes if (row["embedding"], row["probe"]) == ("summary", "linear")]
+    assert 0.5 < row["low"] < row["value"] < row["high"] < 1
+    few = {**row, "embedding": "few", "interval_patients": 4}
     warning = "out of fold; **patients that it was pretrained on may be among them**:"
     for leak in ("none", "allowed"):
-        write_json(tmp_path / "probes.json", [{**row, "leak": leak} for row in probes])
+        write_json(tmp_path / "probes.json", [{**each, "leak": leak} for each in (row, few)])
         target = tmp_path / f"{leak}_phantom"
         source = ROOT / "bundles" / "pretrain"
         folder = assemble(source, target, ["tiny"], weights["pretrain"], tmp_path / "probes.json")
         card = (folder / "docs" / "README.md").read_text()
         assert (warning in card) == (leak == "allowed")
-    assert (
-        "| sex | volta | summary | linear | 30 | auroc | 0.812 | 0.700 to 0.900 | 0.50 |" in card
-        and "Not scored" not in card
-    )
+    value, limits = f"{row['value']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"
+    assert f"| sex | volta | summary | linear | 42 | auroc | {value} | {limits} | 0.50 |" in card
+    assert f"| sex | volta | few | linear | 42 | auroc | {value} |  | 0.50 |" in card
+    assert "Not scored" not in card
     numbers = {"mean_dice": 0.5, "mean_dice_low": 0.4, "mean_dice_high": 0.6, "hd95_failures": 1.0}
     write_json(tmp_path / "metrics.json", {"metrics": numbers, "leak": "allowed", "scored": 7})
     folder = assemble(

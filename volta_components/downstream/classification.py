@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -242,4 +243,4 @@ class ClassificationResults(FoldResults):
         )
         self.write_scores(self.folder / "predictions.csv", columns, self.scores.items, rows)
         _, low, high = auroc_interval(labels, scores, [str(item["patient_id"]) for item in self.scores.items])
-        return metrics, {"auroc": (low, high)}
+        return metrics, {"auroc": (low, high)} if math.isfinite(low) else {}

@@ -21,6 +21,7 @@ from volta_components.errors import InputError
 Array = NDArray[np.float64]
 CONFIDENCE = 0.95
 BOOTSTRAP = 2000
+FEWEST = 20  # patients that a bootstrap interval needs; for an AUROC, half as many of each class
 
 
 def one_hot_pair(output: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -87,7 +88,7 @@ def summarise_scores(rows: Sequence[Mapping[str, float]], penalty: float) -> dic
 
 
 def score_intervals(rows: Sequence[Mapping[str, float]], patients: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """95 % bootstrap intervals of ``mean_dice`` and ``hd95``, where two patients or more have a value.
+    """95 % bootstrap intervals of ``mean_dice`` and ``hd95``, where these can be believed; see ``is_believable``.
 
     They are means over scans, and so is what an interval is of; patients are drawn, each with all of their scans.
     """
@@ -95,9 +96,10 @@ def score_intervals(rows: Sequence[Mapping[str, float]], patients: Sequence[str]
     for name, key in (("mean_dice", "dice"), ("hd95", "hd95")):
         known = [(patient, row[key]) for patient, row in zip(patients, rows, strict=True) if not math.isnan(row[key])]
         owners = [patient for patient, _ in known]
-        if len(set(owners)) > 1:
-            weights = Resampling(owners).weights(owners)
-            result[name] = interval(weighted_mean(np.array([value for _, value in known]), weights))
+        weights = Resampling(owners).weights(owners)
+        limits = interval(weighted_mean(np.array([value for _, value in known]), weights))
+        if is_believable(*limits, len(set(owners))):
+            result[name] = limits
     return result
 
 
@@ -257,6 +259,23 @@ def interval(replicates: ArrayLike) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def is_believable(low: float, high: float, patients: int) -> bool:
+    """Whether a bootstrap interval of so many patients means what it says.
+
+    The percentiles of a bootstrap are too narrow for fewer than 20 patients, and have no width where all of them agree.
+    """
+    return patients >= FEWEST and high - low > 1e-9
+
+
+def patients_for_auroc(labels: ArrayLike, patients: Iterable[Hashable]) -> int:
+    """How many patients an AUROC's interval rests on: all, but at most twice those of the rarer class.
+
+    Of 40 patients with two of a class, a 95 % interval would hold the true value 70 times of 100.
+    """
+    truth, owners = np.asarray(labels).astype(int), np.asarray(list(patients))
+    return min(len(np.unique(owners)), *(2 * len(np.unique(owners[truth == label])) for label in (0, 1)))
+
+
 def auroc_interval(
     labels: ArrayLike,
     scores: ArrayLike,
@@ -266,7 +285,8 @@ def auroc_interval(
 ) -> tuple[float, float, float]:
     """AUROC with its 95 % bootstrap interval over patients (by default, each row is one): value, lower, upper bound.
 
-    Bootstrap samples of one class only are left out.
+    Bootstrap samples of one class only are left out. The bounds are NaN where they could not be believed; see
+    ``is_believable`` and ``patients_for_auroc``.
 
     Raises:
         InputError: if a class is missing or a score is not finite.
@@ -274,4 +294,7 @@ def auroc_interval(
     truth, values = _pair(labels, scores)
     owners = range(len(truth)) if patients is None else patients
     weights = Resampling(owners, samples=samples, seed=seed).weights(owners)
-    return float(auroc(truth, values)), *interval(auroc(truth, values, weights))
+    limits = interval(auroc(truth, values, weights))
+    if not is_believable(*limits, patients_for_auroc(truth, owners)):
+        limits = math.nan, math.nan
+    return float(auroc(truth, values)), *limits

@@ -19,7 +19,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
 
-from volta_components.downstream.metrics import Resampling, auroc_within, interval
+from volta_components.downstream.metrics import Resampling, auroc_within, interval, patients_for_auroc
 from volta_components.errors import InputError
 from volta_components.files import write_json
 from volta_components.inference.embeddings import EmbeddingTable
@@ -55,9 +55,9 @@ def out_of_fold_scores(
         features: ``[n, D]``.
         labels: ``[n]``, 0 or 1; with ``ridge``, any numbers.
         folds: ``[n]``, by patient.
-        probe: ``knn`` (cosine distance, votes weighted by it), ``linear`` (standardised features, L2 logistic
-            regression whose strength is chosen by cross-validation within the training part) or ``ridge`` (linear
-            regression of standardised features, its strength likewise).
+        probe: ``knn`` (Euclidean distance of unit vectors, votes weighted by one over it), ``linear`` (standardised
+            features, L2 logistic regression whose strength is chosen by cross-validation within the training part) or
+            ``ridge`` (linear regression of standardised features, its strength likewise).
         neighbours: of ``knn``.
         seed: for the inner cross-validation.
         components: of a PCA that comes first, fitted on the other folds; ``None`` for none.
@@ -235,7 +235,10 @@ class Probes:
                     )
                     figures = auroc_within(truth, scores, folds), *interval(auroc_within(truth, scores, folds, weights))
                     row = self._row(label, each, probe, "auroc", known, figures, chance=0.5)
-                    yield row | {"positive": int(truth.sum())}
+                    yield row | {
+                        "positive": int(truth.sum()),
+                        "interval_patients": patients_for_auroc(truth, self.patients[known]),
+                    }
 
     def numbers(self, name: str, values: Sequence[float | None]) -> Iterator[dict[str, Any]]:
         """Share of the variance of numbers that a ridge regression explains, out of fold.

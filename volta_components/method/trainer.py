@@ -256,7 +256,6 @@ class VoltaTrainer(Trainer):
         position, window, step = self.window(iteration)
         is_last = position == window - 1
         self.student.train()
-        self.teacher.train()  # it has no dropout; centres move in training mode only
         if self.drop_path_rate:
             torch.manual_seed(derived_seed(self.sampler.seed, "drop paths", process_rank(), iteration))
         if position == 0:

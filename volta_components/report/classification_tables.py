@@ -13,7 +13,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from volta_components.downstream.metrics import BOOTSTRAP, Array, Resampling, auroc, interval, share, weighted_mean
+from volta_components.downstream.metrics import (
+    BOOTSTRAP,
+    FEWEST,
+    Array,
+    Resampling,
+    auroc,
+    interval,
+    share,
+    weighted_mean,
+)
 from volta_components.report import statistics
 from volta_components.report.paper import METRICS, name_of
 from volta_components.report.statistics import Comparison, Estimate
@@ -120,7 +129,7 @@ class ClassificationTables:
         """Paired differences of AUROC between inits, on all of the training part."""
         note = (
             "Bootstrap of the difference, the same patients for both inits. Holm: p of the bootstrap, corrected for "
-            f"{compare_by(self.compared)}; none for fewer than {statistics.FEWEST} patients. "
+            f"{compare_by(self.compared)}; none for fewer than {FEWEST} patients or {FEWEST // 2} of a class. "
         )
         note += (
             "DeLong: fold differences and variances added up (MLstatkit); not corrected"
@@ -152,7 +161,8 @@ class ClassificationTables:
             replicates[fold].append(difference(one, two, self.resamplings[fold].weights(one["patient_id"])))
         means = _mean_over_folds(replicates)
         low, high = interval(means)
-        patients = {patient for _, one, _ in pairs for patient in one["patient_id"]}
+        everyone = pd.concat([one for _, one, _ in pairs])
+        patients = statistics.patients_of(everyone)
         is_repeated = any(one["patient_id"].duplicated().any() for _, one, _ in pairs)
         samples = [
             (one["label"].to_numpy(), one["score"].to_numpy(float), two["score"].to_numpy(float))
@@ -165,10 +175,11 @@ class ClassificationTables:
             low,
             high,
             # A handful of patients are drawn alike too often: any difference would look certain.
-            statistics.bootstrap_p(means) if len(patients) >= statistics.FEWEST else math.nan,
-            len(patients),
+            statistics.bootstrap_p(means) if patients >= FEWEST else math.nan,
+            everyone["patient_id"].nunique(),
+            patients,
             # Several runs of one fold share their subjects, and several scans a patient: no independent samples.
-            math.nan if is_repeated or len(values) < len(pairs) else statistics.delong(samples),
+            math.nan if is_repeated or len(values) < len(pairs) or patients < FEWEST else statistics.delong(samples),
         )
 
     def fractions(self) -> Table | None:
@@ -239,11 +250,12 @@ class ClassificationTables:
                 label, call = everyone["label"].to_numpy() == 1, everyone["prediction"].to_numpy() == 1
                 area = float(statistics.pair_auroc(tables, plain))
                 low, high = interval(statistics.pair_auroc(tables, drawn))
+                shown = Estimate(area, low=low, high=high).checked(statistics.patients_of(everyone))
                 shares = [float(share(*pair, single)) for pair in ((call, label), (~call, ~label))]
                 counts = everyone["patient_id"].nunique(), everyone.loc[label, "patient_id"].nunique()
                 row[1:3] = [str(count) for count in counts]
                 row += [
-                    cell(Estimate(area, low=low, high=high).checked(counts[0])),
+                    cell(shown),
                     " / ".join(plus_minus(item, math.nan) for item in shares),
                 ]
                 numbers.append(
@@ -254,8 +266,8 @@ class ClassificationTables:
                         "patients": counts[0],
                         "positives": counts[1],
                         "auroc": area,
-                        "auroc_low": low,
-                        "auroc_high": high,
+                        "auroc_low": shown.low,
+                        "auroc_high": shown.high,
                         "sensitivity": shares[0],
                         "specificity": shares[1],
                     }
@@ -293,7 +305,7 @@ def _checked(found: dict[str, Estimate], runs: list[FinishedRun]) -> dict[str, E
     everyone = pd.concat([run.table for run in runs])
     # The exact interval of a share takes each row for another patient.
     once = not everyone["patient_id"].duplicated().any()
-    result = {"auroc": found["auroc"].checked(everyone["patient_id"].nunique())}
+    result = {"auroc": found["auroc"].checked(statistics.patients_of(everyone))}
     for name, label in {"sensitivity": 1, "specificity": 0}.items():
         members = everyone[everyone["label"] == label]
         hits = int((members["prediction"] == label).sum())

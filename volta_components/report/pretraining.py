@@ -185,16 +185,20 @@ def _probe_table(found: Sequence[dict[str, Any]]) -> Table:
             *(names.get(name, name) for name in encoders),
             *("chance", "patients"),
         ],
-        numbers=[*found],
         note="Probes of the frozen encoder, out of fold, with 95 % CI over patients; beside it, the same network with "
         "random weights, and plain voxels. The cohort should be hard to tell.",
     )
-    for keys, group in table.frame.groupby(["label", "embedding", "probe", "measure"], sort=False):
+    texts = []
+    for each in found:
+        # Probes of earlier versions do not say how many patients an interval rests on.
+        patients = each.get("interval_patients", each["patients"])
+        shown = Estimate(each["value"], low=each["low"], high=each["high"]).checked(patients)
+        table.numbers.append({**each, "low": shown.low, "high": shown.high})
+        texts.append(cell(shown))
+    named = table.frame.assign(text=texts)
+    for keys, group in named.groupby(["label", "embedding", "probe", "measure"], sort=False):
         label, embedding, probe, measure = map(str, keys)
         row = [label, embedding, PROBES.get(probe, probe), MEASURES[measure]]
-        for encoder in encoders:
-            of_encoder = group[group["encoder"] == encoder]
-            values = [Estimate(item.value, low=item.low, high=item.high) for item in of_encoder.itertuples()]
-            row.append(cell(values[0].checked(of_encoder["patients"].iloc[0])) if values else "–")
+        row += [next(iter(group.loc[group["encoder"] == encoder, "text"]), "–") for encoder in encoders]
         table.add([*row, number(group["chance"].iloc[0]), str(group["patients"].max())])
     return table

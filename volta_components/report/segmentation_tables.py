@@ -166,7 +166,7 @@ class SegmentationTables:
         low, high = interval(weighted_mean((one - two).to_numpy(), self.resampling.weights(shared)))
         values = one.to_numpy(), two.to_numpy()
         p, rank = statistics.wilcoxon(*values), statistics.rank_difference(*values)
-        return Comparison(first, second, float((one - two).mean()), low, high, p, len(shared), rank=rank)
+        return Comparison(first, second, float((one - two).mean()), low, high, p, len(shared), len(shared), rank=rank)
 
     def comparisons(self) -> Table:
         """Paired differences of Dice between inits, patient by patient."""

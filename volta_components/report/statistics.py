@@ -17,9 +17,18 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from volta_components.downstream.metrics import Array, Resampling, auroc, auroc_within, interval, share
+from volta_components.downstream.metrics import (
+    FEWEST,
+    Array,
+    Resampling,
+    auroc,
+    auroc_within,
+    interval,
+    is_believable,
+    patients_for_auroc,
+    share,
+)
 
-FEWEST = 20  # patients that a bootstrap interval needs
 BINS = 10  # of a reliability diagram
 
 
@@ -46,14 +55,13 @@ class Estimate:
     def checked(self, patients: int, counts: tuple[int, int] | None = None) -> Estimate:
         """The same with an interval that can be believed, or with none.
 
-        The percentiles of a bootstrap are too narrow for fewer than 20 patients, and have no width where all patients
-        agree. A share of patients then gets the exact interval of Clopper and Pearson.
+        See ``is_believable``. A share of patients then gets the exact interval of Clopper and Pearson.
 
         Args:
             patients: how many were resampled.
             counts: of a share, hits and patients, each counted once.
         """
-        if not math.isfinite(self.low) or (patients >= FEWEST and self.high - self.low > 1e-9):
+        if not math.isfinite(self.low) or is_believable(self.low, self.high, patients):
             return self
         if counts is not None:
             exact = stats.binomtest(*counts).proportion_ci(0.95, method="exact")
@@ -66,7 +74,8 @@ class Estimate:
 class Comparison:
     """A paired test between two inits: first minus second, its 95 % interval, and two-sided p values.
 
-    DeLong's p is NaN where the test was not made. ``count`` is how many patients entered. ``rank`` is which way a test
+    DeLong's p is NaN where the test was not made. ``count`` is how many patients entered, ``patients`` how many of them
+    the interval rests on. ``rank`` is which way a test
     of ranks points, see ``rank_difference``; None for a test of the difference itself.
     """
 
@@ -77,6 +86,7 @@ class Comparison:
     high: float
     p: float
     count: int
+    patients: int
     delong: float = math.nan
     rank: float | None = None
 
@@ -113,6 +123,11 @@ def estimate(values: Sequence[float] | NDArray[Any], replicates: NDArray[Any] | 
         high=high,
         count=len(known),
     )
+
+
+def patients_of(table: pd.DataFrame) -> int:
+    """``patients_for_auroc`` of a table with label and patient_id."""
+    return patients_for_auroc(table["label"], table["patient_id"])
 
 
 def bootstrap_p(replicates: NDArray[Any]) -> float:

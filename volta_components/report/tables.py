@@ -32,8 +32,8 @@ BOLD = (
     "and interval agree on which init is better."
 )
 INTERVALS = (
-    "A bootstrap interval needs 20 patients that differ; otherwise shares get the exact one (Clopper-Pearson), and "
-    "other numbers none."
+    "A bootstrap interval needs 20 patients that differ, for AUROC ten of each class; otherwise shares get the exact "
+    "one (Clopper-Pearson), and other numbers none."
 )
 SEEDS = "Where a fold was trained with several seeds, these are averaged {} first, and count once."
 
@@ -211,7 +211,7 @@ def comparison_table(name: str, metric: str, found: list[Comparison], note: str,
         note=note if found else "Needs two inits that were scored on the same patients.",
     )
     for item, holm in zip(found, statistics.holm([item.p for item in found]), strict=True):
-        checked = Estimate(low=item.low, high=item.high).checked(item.count)
+        checked = Estimate(low=item.low, high=item.high).checked(item.patients)
         text = bracket(checked.low, checked.high, 3) if checked.interval == "bootstrap" else checked.interval
         row = [f"{name_of(item.first)} − {name_of(item.second)}", number(item.difference, 3, sign=True)]
         row += [text, p_text(item.p), p_text(holm)]

@@ -134,7 +134,7 @@ def _facts(folder: Path, bundle: str, overlays: Sequence[str], later: Any) -> di
         "voxel_mm": voxel_mm(inference),
         "optimistic": any(name.startswith("optimistic_") for name in metrics),
         "later": _with_intervals(later) if isinstance(later, Mapping) else None,
-        "probes": later if isinstance(later, list) else None,
+        "probes": _believable(later) if isinstance(later, list) else None,
         "pretrained_on": None if pretrained_on is None else len(pretrained_on),
         "others": other_settings(folder, record),
         "cost": record.get("cost") or {},
@@ -196,6 +196,19 @@ def _code(value: Any) -> str:
 
 def _interval(ends: Sequence[float]) -> str:
     return f"{ends[0]:.3f} to {ends[1]:.3f}" if all(map(math.isfinite, ends)) else ""
+
+
+def _believable(probes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of ``probes.json`` without the intervals that rest on too few patients."""
+    # Here, since it imports torch.
+    from volta_components.downstream.metrics import is_believable
+
+    rows = []
+    for row in probes:
+        patients = row.get("interval_patients", row["patients"])
+        known = is_believable(row["low"], row["high"], patients)
+        rows.append({**row} if known else {**row, "low": math.nan, "high": math.nan})
+    return rows
 
 
 def _with_intervals(evaluation: Mapping[str, Any]) -> dict[str, Any]:

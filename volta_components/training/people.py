@@ -173,5 +173,6 @@ def joined(before: Mapping[str, Any], items: Iterable[Mapping[str, Any]]) -> dic
     if before.get("patient_ids") is None or secret is None:
         return None
     new = sealed(facts_of(items), secret) if secret else facts_of(items)
-    union = {name: sorted({*(before.get(name) or ()), *new[name]}) for name in FACTS[:4] if name in new}
+    lists = [name for name in FACTS if name in new and name != "sealed_with"]
+    union = {name: sorted({*(before.get(name) or ()), *new[name]}) for name in lists}
     return union | ({"sealed_with": before["sealed_with"]} if secret else {})
