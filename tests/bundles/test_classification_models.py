@@ -30,7 +30,11 @@ def trained(prepared, encoder, tmp_path_factory):
     return output
 
 
-def test_evaluation_gives_the_same_scores_at_the_same_threshold(trained, prepared, encoder, tmp_path, capsys):
+@pytest.mark.parametrize("fewest", [20, 1])
+def test_evaluation_gives_the_same_scores_at_the_same_threshold(
+    fewest, trained, prepared, encoder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("volta_components.downstream.metrics.FEWEST", fewest)
     model = str(trained / "models" / "model.pt")
     made = workflow("aibl_ad", ("train", "evaluate"), prepared, encoder, tmp_path, fold=0, model_path=model)
     made.initialize()
@@ -39,8 +43,12 @@ def test_evaluation_gives_the_same_scores_at_the_same_threshold(trained, prepare
     assert before == after
     metrics = read_json(tmp_path / "metrics.json")["metrics"]
     assert metrics.items() >= read_json(trained / "result.json")["metrics"].items()
-    assert metrics["auroc_low"] <= metrics["auroc"] <= metrics["auroc_high"]
-    assert "AUROC" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    if fewest == 20:
+        assert "auroc_low" not in metrics and "(too few people for an interval)" in printed
+    else:
+        limits = f"({metrics['auroc_low']:.3f} to {metrics['auroc_high']:.3f})"
+        assert metrics["auroc_low"] <= metrics["auroc"] <= metrics["auroc_high"] and limits in printed
 
 
 def test_evaluation_refuses_those_whom_the_model_was_trained_on(trained, prepared, encoder, tmp_path):

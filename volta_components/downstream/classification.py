@@ -213,9 +213,11 @@ class ClassificationResults(FoldResults):
                 "the JSON beside the model has no threshold, which was chosen on its inner validation part; fetch the "
                 "model with its JSON, or give a threshold (--threshold NUMBER)"
             )
-        metrics = with_limits(*self._score(float(threshold)))
+        metrics, intervals = self._score(float(threshold))
+        metrics = with_limits(metrics, intervals)
+        limits = " to ".join(f"{end:.3f}" for end in intervals.get("auroc", ())) or "too few people for an interval"
         summary = (
-            f"AUROC {metrics['auroc']:.3f} ({metrics['auroc_low']:.3f} to {metrics['auroc_high']:.3f}), "
+            f"AUROC {metrics['auroc']:.3f} ({limits}), "
             f"sensitivity {metrics['sensitivity']:.3f}, specificity {metrics['specificity']:.3f} at "
             f"{metrics['threshold']:.3f}, {counted(self.scores.items)}; {self.folder / 'predictions.csv'}"
         )
