@@ -164,6 +164,17 @@ def test_other_contrasts_are_no_scans_and_nobody_is_lost_by_that(tmp_path: Path)
     assert chosen(tmp_path / "ds/bert_FLAIR.nii.gz", tmp_path / "out") == ["bert_FLAIR.nii.gz"]
 
 
+def test_folders_of_people_without_a_volume_are_named(tmp_path: Path) -> None:
+    tiny.save_head(tmp_path / "ds/anna/T1.nii.gz")
+    tiny.save_head(tmp_path / "ds/bob/T1.nii.gz", seed=2)
+    (tmp_path / "ds/carl").mkdir()
+    (tmp_path / "ds/dora").mkdir()
+    (tmp_path / "ds/dora/notes.txt").touch()
+    with pytest.raises(InputError, match=r"2 of 4 scans(.|\n)*carl.*has no volume in it(.|\n)*dora.*only notes.txt"):
+        chosen(tmp_path / "ds", tmp_path / "out")
+    assert chosen(tmp_path / "ds", tmp_path / "out", skip_bad=True) == ["T1.nii.gz", "T1.nii.gz"]
+
+
 def test_links_that_leave_the_folder_need_an_option(tmp_path: Path) -> None:
     tiny.save_head(tmp_path / "elsewhere/b_T1w.nii.gz", seed=1)
     tiny.save_head(tmp_path / "ds/a_T1w.nii.gz")
@@ -202,7 +213,7 @@ def test_what_cannot_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest
         assert re.search(words, str(error.value)), words
     assert re.search("e_T1w.nii.gz +a link to a_T1w.nii.gz, which has another name", str(error.value))
     assert chosen(tmp_path / "ds", tmp_path / "out", skip_bad=True) == ["a_T1w.nii.gz"]
-    with pytest.raises(InputError, match="5 files or folders in it are not looked into"):
+    with pytest.raises(InputError, match="5 files or folders in it would be left out"):
         find_volumes(tmp_path / "ds")
 
 

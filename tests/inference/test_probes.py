@@ -189,6 +189,8 @@ def test_the_report_has_a_row_for_each_combination(
     assert row["value"] == pytest.approx(np.average(areas, weights=pairs))
 
     printed = capsys.readouterr().out.splitlines()
+    assert printed.pop(0) == "diagnosis: scans with another value are left out, 12 of 40 ('MCI')"
+    assert printed.pop(0) == "age: left out; no scan has 'young' or 'old'"
     table = printed[: 1 + len(everything)]
     assert table[0].startswith("label")
     assert any(str(tmp_path / "new" / "probes.json") in line for line in printed[len(table) :])
@@ -235,6 +237,23 @@ def test_a_rare_class_does_not_cost_the_other_labels(
     rows = probe_report(tables, items, {"diagnosis": ["CN", "AD"], "sex": ["M", "F"]}, tmp_path / "probes.json")
     assert "sex" in {row["label"] for row in rows} and "diagnosis" not in {row["label"] for row in rows}
     assert "diagnosis: left out; without one of the folds, 1 of one class remain" in capsys.readouterr().out
+
+
+def test_who_is_not_asked_is_told(
+    cohort: tuple[dict[str, EmbeddingTable], list[dict[str, Any]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables, items = cohort
+    items = [
+        {**item, **({"sex": "female", "age": "61.5Y"} if i < 4 else {"age": 60 + i})} for i, item in enumerate(items)
+    ]
+    targets = {"sex": ["M", "F"], "diagnosis": ["cn", "ad"]}
+    rows = probe_report(tables, items, targets, tmp_path / "probes.json", numbers=["age", "aeg"])
+    assert {"sex", "age"} <= {row["label"] for row in rows}
+    printed = capsys.readouterr().out
+    assert f"sex: scans with another value are left out, 4 of {len(items)} ('female')" in printed
+    assert "diagnosis: left out; no scan has 'cn' or 'ad'" in printed
+    assert "age: 4 scans are left out, which have no number, such as '61.5Y'" in printed
+    assert "aeg: left out; 0 scans have one" in printed
 
 
 @pytest.mark.parametrize("change", [lambda i: {"sex": "M"}, lambda i: {"sex": None}, lambda i: {"sex": "MF"[i == 0]}])

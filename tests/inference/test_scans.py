@@ -66,3 +66,20 @@ def test_results_do_not_lie_among_the_scans(tmp_path):
     with pytest.raises(InputError, match="lies in --source"):
         find_volumes(tmp_path, tmp_path / "results")
     assert len(find_volumes(tmp_path, tmp_path.parent / "results")) == 1
+
+
+def test_a_config_refuses_a_folder_in_which_somebody_has_no_scan_that_it_reads(tmp_path):
+    """What ``volta3d segment`` names or converts, a bundle's own config must not pass over."""
+    names = ["sub-anna/anat/sub-anna_T1w.nii.gz", "sub-fay/anat/sub-fay_T2w.nii.gz", "sub-carl/notes.txt"]
+    for path in (tmp_path / name for name in names):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    dicom = tmp_path / "sub-dora" / "0001.dcm"
+    dicom.parent.mkdir()
+    dicom.write_bytes(bytes(128) + b"DICM")
+    with pytest.raises(InputError, match="3 files or folders in it would be left out") as caught:
+        find_volumes(tmp_path)
+    said = str(caught.value)
+    assert "sub-fay has no T1 scan by the names" in said and "has no volume, only notes.txt" in said
+    assert "0001.dcm" in said and "volta3d segment and embed convert DICOM" in said and "sub-anna" not in said
+    assert len(find_volumes(tmp_path / "sub-anna")) == 1

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from volta_components.data.checks import check_volumes
 from volta_components.data.datalist import load_datalist
-from volta_components.data.layouts.common import LayoutOptions
+from volta_components.data.layouts.common import Finding, LayoutOptions
 from volta_components.data.layouts.dicom import read as read_dicom
 from volta_components.data.layouts.series import convert_series, may_be_dicom
 from volta_components.data.unusable import UnusableVolume
@@ -33,6 +33,7 @@ from volta_components.inference.scans import (
     unusable_scans,
     who_and_when,
     without_t1,
+    without_volume,
 )
 
 CONVERTED = "converted"
@@ -90,11 +91,15 @@ def choose_scans(
     usable = [path for path in files if str(path) not in bad_files]
     if not datalists and not usable:
         raise InputError("no scan is left; see the list above")
-    if guesses := who_and_when(usable)[1]:
+    _tell_guesses(who_and_when(usable)[1])
+    return [*datalists, *usable]
+
+
+def _tell_guesses(guesses: Sequence[Finding]) -> None:
+    if guesses:
         told = [(finding.subject, finding.file, finding.reason) for finding in guesses]
         headline = "who these scans are of is a guess (subject_id in the results' table)"
         print(str(InputError.many(headline, told, "")).rstrip(), file=sys.stderr)
-    return [*datalists, *usable]
 
 
 def _scans_of(part: Path, target: Path, follow_links: bool) -> tuple[list[Path], list[Row]]:
@@ -109,7 +114,7 @@ def _scans_of(part: Path, target: Path, follow_links: bool) -> tuple[list[Path],
     if others:
         print(f"{part}: {len(others)} volumes that are no T1w scans are left out, such as {others[0]}")
     has_dicom = any(map(may_be_dicom, tree.files))
-    rows += without_t1(tree, volumes, others)
+    rows += without_t1(tree, volumes, others) + without_volume(tree)
     if not volumes and not has_dicom and not rows:
         raise InputError(f"{part}: no scans in it: no volumes (.nii, .nii.gz, .mgz, ...), no DICOM files")
     converted, bad = _convert_dicom(part, target, follow_links) if has_dicom else ([], [])
@@ -132,6 +137,7 @@ def _convert_dicom(root: Path, target: Path, follow_links: bool) -> tuple[list[P
         findings = [f for f in listing.findings if volume_suffix(Path(f.file)) is None]
         bad = [f for f in findings if f.kind == "problem" and f.left_out]
         rows = [(str(root / f.file), f"{f.subject}: {f.reason}", f.remedy) for f in bad]
+        _tell_guesses([f for f in findings if f.kind == "problem" and not f.left_out])
         skipped = [f for f in findings if f.kind == "skipped"]
         for scan in tqdm(sorted(listing.scans, key=lambda scan: scan.key), unit="series", desc="converting DICOM"):
             folder = temporary / scan.key

@@ -177,6 +177,18 @@ def _questions(
             yield f"{label}:{value}", known, (values[known] == value).astype(int)
 
 
+def _tell_who_is_not_asked(items: Sequence[Mapping[str, Any]], label: str, classes: Sequence[str]) -> None:
+    """Say which values of a label are none of its classes, and which class nobody has."""
+    values = [str(item[label]) for item in items if item.get(label) is not None]
+    if classes and (others := [value for value in values if value not in classes]):
+        some = ", ".join(map(repr, sorted({*others})[:5]))
+        print(f"{label}: scans with another value are left out, {len(others)} of {len(items)} ({some})")
+    if absent := [value for value in classes if value not in values]:
+        print(f"{label}: left out; no scan has {' or '.join(map(repr, absent))}")
+    elif not values:
+        print(f"{label}: left out; no scan has one")
+
+
 def _features(tables: Mapping[str, EmbeddingTable]) -> list[Features]:
     """Embeddings of each encoder, and the voxels of the volumes where one of the tables has them."""
     found = []
@@ -210,8 +222,10 @@ class Probes:
     def classes(self, targets: Mapping[str, Sequence[str]]) -> Iterator[dict[str, Any]]:
         """AUROC of each label, out of fold, of pairs of scans in the same fold.
 
-        Labels that are too rare for it are left out, with a word why.
+        Labels that are too rare for it are left out, with a word why, and so are scans with another value.
         """
+        for label, classes in targets.items():
+            _tell_who_is_not_asked(self.items, label, classes)
         for label, known, truth in _questions(self.items, targets):
             folds = self.folds[known]
             if len(np.unique(truth)) < 2:
@@ -250,6 +264,7 @@ class Probes:
         truth = np.array([value for value, there in zip(values, known, strict=True) if there], dtype=float)
         folds = self.folds[known]
         if len(truth) < 10 or len(np.unique(folds)) < 2 or truth.std() == 0:
+            print(f"{name}: left out; {len(truth)} scans have one, and ten that differ are needed, in two folds")
             return
         weights = self._weights(known)
         others = {fold: truth[folds != fold].mean() for fold in np.unique(folds)}
@@ -355,7 +370,11 @@ def probe_report(
     probes = Probes(items, _features(tables), neighbours, seed)
     rows = list(probes.classes(targets))
     for key in numbers:
-        rows += probes.numbers(key, [_number(item.get(key)) for item in items])
+        values = [_number(item.get(key)) for item in items]
+        texts = [item[key] for item, value in zip(items, values) if value is None and item.get(key) is not None]
+        if texts:
+            print(f"{key}: {len(texts)} scans are left out, which have no number, such as {texts[0]!r}")
+        rows += probes.numbers(key, values)
     labelled = {encoder: table for encoder, table in (tokens or {}).items() if table.known.any()}
     if labelled:
         table = next(iter(labelled.values()))

@@ -18,7 +18,8 @@ from volta_components.data.datalist import load_datalist
 from volta_components.data.identity import is_worldwide
 from volta_components.data.layouts.brats import time_point
 from volta_components.data.layouts.common import Finding, Listing, look
-from volta_components.data.layouts.folder import identified, made_by_freesurfer
+from volta_components.data.layouts.folder import identified, made_by_freesurfer, note_without_volume
+from volta_components.data.layouts.series import may_be_dicom
 from volta_components.data.names import MASKS, parse_name
 from volta_components.data.survey import survey
 from volta_components.data.unusable import what_is_wrong
@@ -60,7 +61,8 @@ def find_volumes(source: Source, output: PathLike | None = None, required: bool 
         are those of ``who_and_when``.
 
     Raises:
-        InputError: if there is nothing, a file is missing, or the output lies in the source.
+        InputError: if there is nothing, a file is missing, somebody below a folder has no scan by the names, or the
+            output lies in the source.
     """
     items: list[Item] = []
     plain: list[Item] = []
@@ -75,12 +77,15 @@ def find_volumes(source: Source, output: PathLike | None = None, required: bool 
         if part.is_dir():
             check_outside(part, output, "--output_dir")
             tree, rows = look_through(part)
+            files, others = scans_below(tree)
+            rows += without_t1(tree, files, others) + without_volume(tree)
+            rows += [(str(path), "DICOM", "convert it") for path in list(filter(may_be_dicom, tree.files))[:1]]
             if rows:
                 remedy = (
-                    "Mend them, or give the scans themselves. Of links: volta3d segment and embed have --follow-links."
+                    "Mend them, or give the scans themselves. volta3d segment and embed convert DICOM, and have "
+                    "--follow-links and --skip-bad."
                 )
-                raise InputError.many(f"{part}: {len(rows)} files or folders in it are not looked into", rows, remedy)
-            files = scans_below(tree)[0]
+                raise InputError.many(f"{part}: {len(rows)} files or folders in it would be left out", rows, remedy)
         elif part.is_file():
             files = [part]
         else:
@@ -171,6 +176,15 @@ def without_t1(tree: Tree, scans: Sequence[Path], others: Sequence[Path]) -> lis
     }
     remedy = "name it ..._T1w if it is one, or give the file itself"
     return [(str(path), f"{subject} has no T1 scan by the names", remedy) for subject, path in lost.items()]
+
+
+def without_volume(tree: Tree) -> list[Row]:
+    """Folders of people that hold neither a volume nor DICOM, with reason and remedy; see ``note_without_volume``."""
+    listing = Listing("", root=tree.root)
+    note_without_volume(listing, tree, identified(Listing("", root=tree.root), tree.volumes()))
+    dicom = {path.relative_to(tree.root).parts[0] for path in tree.files if may_be_dicom(path)}
+    lost = (f for f in listing.findings if f.kind == "problem" and f.file not in dicom)
+    return [(str(tree.root / finding.file), finding.reason, finding.remedy) for finding in lost]
 
 
 def result_root(source: Source) -> str:

@@ -115,7 +115,7 @@ def read(options: LayoutOptions) -> Listing:
         if not parts or parts[0] not in ASIDE:
             who = tidy(parts[0]) if parts else "(all)"
             listing.note("problem", who, folder, "DICOM files, not read", "use --layout dicom for them")
-    _note_without_volume(listing, tree, found)
+    note_without_volume(listing, tree, found)
     if options.labels != "none":
         _give_labels(listing, labels, names)
     listing.note_rows_without_scans(listing.people, "volume")
@@ -123,7 +123,7 @@ def read(options: LayoutOptions) -> Listing:
     return listing.choose(options.sessions)
 
 
-def _note_without_volume(listing: Listing, tree: Tree, found: list[Found]) -> None:
+def note_without_volume(listing: Listing, tree: Tree, found: list[Found]) -> None:
     """Name folders at the top that hold no volume: problems where such folders are people."""
     root = listing.root
     tops = {tidy(volume.path.relative_to(root).parts[0]) for volume in tree.volumes()}
