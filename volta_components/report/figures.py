@@ -152,6 +152,7 @@ def reliability_figure(study: Study, folder: Path) -> Picture:
     axes.set(xlabel="predicted probability", ylabel="share of the class", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.legend(loc="best")
     caption = f"Scans of all folds in {BINS} bins of equal width; on the dashed line, probabilities are frequencies."
+    caption += " A scan counts once for each seed of its fold." if study.several_seeds else ""
     return write(figure, folder, f"{study.bundle}_reliability", "Reliability diagram", caption)
 
 
