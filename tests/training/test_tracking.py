@@ -119,6 +119,50 @@ def test_a_process_of_crossval_logs_to_the_run_that_it_was_given(
         assert handler.cur_run.info.run_id == run_id
 
 
+def test_an_open_run_is_taken_up_only_with_the_settings_it_has(tmp_path: Path) -> None:
+    """An attempt that was killed before its first checkpoint, and one after it with another learning rate."""
+    uri = f"sqlite:///{tmp_path}/mlruns.db"
+    prepare_store(uri)
+    client = MlflowClient(uri)
+
+    def train(rate: float, epochs: int = 1, is_killed: bool = False) -> str:
+        engine, other = (Engine(lambda e, b: [{"loss": 1.0}]) for _ in range(2))
+        engine.state.device = torch.device("cpu")  # type: ignore[attr-defined]
+        settings = {"learning_rate": rate, "size": (1, 2), "epochs": epochs, "config": {"a": "@b"}}
+        engine.add_event_handler(Events.STARTED, prepare_handlers, other, settings=settings)
+        seen = []
+        for each, closes in ((engine, True), (other, False)):
+            handler = MLFlowHandler(uri, experiment_name="some", run_name="a", close_on_complete=closes)
+            handler.iteration_log = False
+            handler.attach(each)
+            each.add_event_handler(Events.EPOCH_STARTED, lambda _, h: seen.append(h.cur_run.info.run_id), handler)
+        record = TrainingRecord(settings)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, record._iteration_completed)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: other.run([0]))
+        engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: 1 / 0 if is_killed else None)
+        try:
+            engine.run([0], max_epochs=epochs)
+        except ZeroDivisionError:
+            assert is_killed
+        assert len(set(seen)) == 1  # validation logs to the training's run
+        return str(seen[0])
+
+    theirs = client.create_run(client.create_experiment("some"), run_name="a", tags={"crossval_settings": "x"})
+    client.log_param(theirs.info.run_id, "learning_rate", "0.7")
+    first = train(0.1, is_killed=True)
+    assert train(0.1, is_killed=True) == first
+    second = train(0.2, is_killed=True)
+    assert second != first
+    old = client.get_run(first)
+    assert old.info.status == "KILLED" and old.data.tags["superseded"] == "true"
+    assert client.get_run(second).data.params["learning_rate"] == "0.2"
+    third = train(0.2, epochs=2)
+    assert third not in (first, second)
+    assert client.get_run(third).data.params.items() >= {"epochs": "2", "max_epochs": "2"}.items()
+    assert client.get_run(theirs.info.run_id).info.status == "RUNNING"
+    assert train(0.1, is_killed=True) not in (first, second, third)
+
+
 def test_runs_that_begin_together_share_an_experiment(tmp_path: Path) -> None:
     """MONAI's handler does not know what SQLite says to the second of two that make one."""
     uri, barrier = f"sqlite:///{tmp_path}/mlruns.db", threading.Barrier(6)

@@ -90,7 +90,7 @@ class FinishRun:
     def attach(self, engine: Engine) -> None:
         """Follow every mini-batch and epoch; look for a finished run at the start; finish at the end."""
         engine.add_event_handler(Events.EXCEPTION_RAISED, raise_error)
-        engine.add_event_handler(Events.STARTED, lambda: prepare_handlers(engine, self.evaluator))
+        engine.add_event_handler(Events.STARTED, prepare_handlers, self.evaluator, settings=self.settings)
         engine.add_event_handler(Events.EPOCH_STARTED, self._describe)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)

@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from monai.handlers import MLFlowHandler
 from volta_components.distributed import mean_over_processes, process_rank
 from volta_components.errors import AGAIN, InputError, chain
 from volta_components.files import sha256_json, write_text
-from volta_components.training.record import code_version, shown_settings
+from volta_components.training.record import code_version, other_settings, shown_settings
 from volta_components.training.stores import share_rows
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 _ABSOLUTE = re.compile(r"""(?<![^\s"'=\[,])(?:sqlite:///|file://)?/(?!\.\.)[^\s"'/:]+(?:/[^\s"'/:]+)+""")
 # A variable with the id of MLflow's run that a process logs to; crossval sets it.
 RUN_ID = "VOLTA3D_RUN_ID"
+OF_MONAI = MLFlowHandler.default_tracking_params  # parameters that MONAI's handler logs itself
 MLFLOW_BATCH = 100  # parameters that a store takes at a time
 # Of an epoch's means, what is printed; MONAI's ``StatsHandler`` would print all of them.
 SHOWN = (
@@ -75,7 +76,7 @@ def find_mlflow_handler(engine: Engine) -> Any:
     return next((handler for handler in _mlflow_handlers(engine) if handler.cur_run is not None), None)
 
 
-def prepare_handlers(*engines: Engine | None) -> None:
+def prepare_handlers(engine: Engine, *others: Engine | None, settings: Mapping[str, Any] | None = None) -> None:
     """Make MLflow's handlers log what this project logs, before they look for their runs.
 
     A metric has one axis: epochs. MONAI's handler would also log the loss of every mini-batch, which takes longer than
@@ -84,17 +85,55 @@ def prepare_handlers(*engines: Engine | None) -> None:
 
     MONAI's handler takes any open run of its name. A process that crossval has started is given its own: another
     cross-validation may train a run of the same name at the same time, with other settings.
+
+    Args:
+        engine: the trainer.
+        others: their handlers log to the trainer's run.
+        settings: of the run, see ``run_settings``. An open run of the same name and other settings is ended.
     """
     run_id = os.environ.get(RUN_ID)
-    for engine in filter(None, engines):
-        for handler in _mlflow_handlers(engine):
-            share_rows(handler._set_experiment)
-            if run_id and handler.cur_run is None:
-                handler.cur_run = handler.client.get_run(run_id)
-            handler.iteration_logger = lambda _: None
-            handler.epoch_logger = partial(_log_epoch, handler)
-            if handler.run_name is not None:
-                handler.run_name = str(handler.run_name)
+    handlers = [handler for each in filter(None, (engine, *others)) for handler in _mlflow_handlers(each)]
+    # Ignite knows a handler by each of its events.
+    handlers = [*{id(handler): handler for handler in handlers}.values()]
+    for handler in handlers:
+        if run_id and handler.cur_run is None:
+            handler.cur_run = handler.client.get_run(run_id)
+        handler.iteration_logger = lambda _: None
+        handler.epoch_logger = partial(_log_epoch, handler)
+        if handler.run_name is not None:
+            handler.run_name = str(handler.run_name)
+        # Called when MONAI's handler starts, which comes last: a checkpoint of other settings was refused before.
+        handler._set_experiment = partial(_begin, handler, handlers, handler._set_experiment, engine, settings)
+
+
+def _begin(
+    handler: Any,
+    handlers: Sequence[Any],
+    set_experiment: Callable[[], None],
+    engine: Engine,
+    settings: Mapping[str, Any] | None,
+) -> None:
+    """Set a handler's experiment, and the run of all handlers where there is none yet."""
+    share_rows(set_experiment)
+    if settings is None or handler.run_name is None or handler.cur_run is not None:
+        return
+    ours = shown_settings(settings) | {name: getattr(engine.state, name, None) for name in OF_MONAI}
+    place = handler.experiment.experiment_id
+    found = None
+    for run in handler.client.search_runs([place]):
+        is_open = run.info.status != handler.run_finish_status and run.data.tags.get("superseded") != "true"
+        if not is_open or run.info.run_name != handler.run_name:
+            continue
+        known = run.data.params
+        if not other_settings(known, {name: str(ours[name]) for name in known if name in ours}):
+            found = found or run
+        # Crossval looks after its own runs: those of other settings may be in training.
+        elif not any(name.startswith("crossval_") for name in run.data.tags):
+            handler.client.set_tag(run.info.run_id, "superseded", "true")
+            handler.client.set_terminated(run.info.run_id, "KILLED")
+    found = found or handler.client.create_run(experiment_id=place, run_name=handler.run_name)
+    for each in handlers:
+        each.cur_run = found
 
 
 def _log_epoch(handler: Any, engine: Engine) -> None:
@@ -220,7 +259,7 @@ class TrainingRecord:
         """Follow every mini-batch and epoch."""
         # Before StatsHandler's, which prints a traceback that Python prints once more.
         engine.add_event_handler(Events.EXCEPTION_RAISED, raise_error)
-        engine.add_event_handler(Events.STARTED, prepare_handlers)
+        engine.add_event_handler(Events.STARTED, prepare_handlers, settings=self.settings)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
         engine.add_event_handler(Events.COMPLETED, self._completed)
