@@ -20,6 +20,17 @@ from volta_components.method.weights import find_encoder
 from volta_components.training.tracking import command_line
 
 OWN_IDS = ("fold", "fraction", "seed", "run_name", "output_dir", "datalist_path")
+# What crossval sets, and the option that says how.
+OPTIONS = {
+    "fold": "--folds",
+    "fraction": "--fractions",
+    "seed": "--seed",
+    **dict.fromkeys(("run_name", "output_dir", "ckpt_dir"), "--output"),
+    **dict.fromkeys(("datalist_path", "dataset_dir"), "--datalist"),
+    "bundle_root": "--bundle",
+    "experiment_name": "--experiment",
+    "tracking_uri": "--tracking-uri",
+}
 
 # Ids of a bundle that say who is trained on and scored, and check it without reading a volume.
 CHECKS = ("parts", "origin", "checks")
@@ -95,7 +106,9 @@ def plan(
     wanted = list(range(folds)) if isinstance(folds, int) else list(folds)
     absent = [fold for fold in wanted if fold not in available]
     if absent or not wanted:
-        raise InputError(f"{content.path} has the folds {available}, not {absent}; choose --folds among them")
+        none = f"--folds {folds}: no fold at all; a single fold is written [0], and 3 means the first three"
+        some = f"{content.path} has the folds {available}, not {absent}; choose --folds among them"
+        raise InputError(some if absent else none)
     shares = [float(share) for share in fractions]
     wrong = [share for share in shares if not 0 < share <= 1]
     if wrong:
@@ -112,7 +125,10 @@ def plan(
         files = [configs / "train.json", *([] if init == BASE_INIT else [find_overlay(configs, init)]), *last]
         merged = _merged(files)
         _check_ids(merged, settings, shares, files[0])
+        _check_init(init, {**merged, **settings}, _merged(files[: len(files) - len(last)]))
         changes = dict(settings)
+        if encoder is not None and "encoder_path" in settings:
+            raise InputError("--set encoder_path and --encoder: give --encoder alone")
         if encoder is not None and "encoder_path" in merged:
             suffix = str({**merged, **changes}.get("suffix") or "")
             changes["encoder_path"] = str(find_encoder(encoder.resolve(), suffix, required=False))
@@ -203,9 +219,9 @@ def _merged(files: Sequence[Path]) -> dict[str, Any]:
 
 def _check_ids(merged: Mapping[str, Any], settings: Mapping[str, Any], shares: Sequence[float], train: Path) -> None:
     """A misspelt id would be accepted by ``monai.bundle`` and change nothing."""
-    own = [name for name in OWN_IDS if name in settings]
-    if own:
-        raise InputError(f"--set {own[0]}: crossval sets this id itself; see --folds, --fractions, --seed and --output")
+    rows = [(f"--set {name}", f"give {OPTIONS[name]}") for name in settings if name in OPTIONS]
+    if rows:
+        raise InputError.many("crossval sets these ids itself", rows, "Nothing was trained.")
     needed = [name for name in OWN_IDS if name not in merged and not (name == "fraction" and {*shares} == {1.0})]
     if needed:
         raise InputError(f"{train} has no id {', '.join(needed)}, which a cross-validation changes from run to run")
@@ -216,6 +232,15 @@ def _check_ids(merged: Mapping[str, Any], settings: Mapping[str, Any], shares: S
                 place = place[int(part) if isinstance(place, list) else part]
             except (LookupError, TypeError, ValueError) as error:
                 raise InputError(f"--set {name}: {train} has no such id") from error
+
+
+def _check_init(name: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """A run that starts from something else must not be reported as that of the init."""
+    if given.get("init") != own.get("init"):
+        raise InputError(
+            f"--overlays or --set changes init: the runs of {name} would start from {given['init']!r}; name it in "
+            "--inits instead"
+        )
 
 
 def _encoder_hash(merged: Mapping[str, Any], changes: Mapping[str, Any], bundle: Path) -> str:
