@@ -93,6 +93,7 @@ def test_several_processes_go_through_torchrun(place):
         ({"settings": {"ckpt_dir": "a"}}, "--set ckpt_dir  give --output"),
         ({"settings": {"bundle_root": "a"}}, "--set bundle_root  give --bundle"),
         ({"settings": {"encoder_path": "a"}, "encoder": Path("fake")}, "give --encoder alone"),
+        ({"settings": {"epochs": 0, "encoder_path": "x"}}, "--epochs  0: must be a whole number of at least 1"),
         ({"settings": {"init": "linear_scratch"}}, "changes init: the runs of volta would start from 'linear_scratch'"),
         ({"overlays": ["linear_scratch", "tiny"]}, "changes init.*name it in --inits"),
         ({"encoder": Path("nothing.safetensors")}, "nothing.safetensors: no such encoder"),

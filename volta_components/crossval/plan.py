@@ -18,6 +18,7 @@ from volta_components.errors import InputError, find_input_error
 from volta_components.files import read_json, sha256_file, sha256_json, write_json
 from volta_components.method.weights import find_encoder
 from volta_components.training.tracking import command_line
+from volta_components.training.values import wrong_values
 
 OWN_IDS = ("fold", "fraction", "seed", "run_name", "output_dir", "datalist_path")
 # What crossval sets, and the option that says how.
@@ -110,9 +111,8 @@ def plan(
         some = f"{content.path} has the folds {available}, not {absent}; choose --folds among them"
         raise InputError(some if absent else none)
     shares = [float(share) for share in fractions]
-    wrong = [share for share in shares if not 0 < share <= 1]
-    if wrong:
-        raise InputError(f"--fractions {wrong}: shares of the training part in (0, 1], such as 0.2,1.0")
+    if outside := [share for share in shares if not 0 < share <= 1]:
+        raise InputError(f"--fractions {outside}: shares of the training part in (0, 1], such as 0.2,1.0")
     for name, values in {"--inits": inits, "--fractions": shares, "--folds": wanted}.items():
         if len({*values}) < len(values) or not values:
             raise InputError(f"{name} {','.join(map(str, values))}: name each one once")
@@ -125,6 +125,8 @@ def plan(
         files = [configs / "train.json", *([] if init == BASE_INIT else [find_overlay(configs, init)]), *last]
         merged = _merged(files)
         _check_ids(merged, settings, shares, files[0])
+        if wrong := wrong_values({**merged, **settings}):
+            raise InputError.many(f"the config of {init} has values that cannot be", wrong, "Give others by --set.")
         _check_init(init, {**merged, **settings}, _merged(files[: len(files) - len(last)]))
         changes = dict(settings)
         if encoder is not None and "encoder_path" in settings:

@@ -16,6 +16,7 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 from volta_components.errors import InputError
 from volta_components.training.record import HARMLESS, calling_config, flatten_settings
+from volta_components.training.values import given_as_none, wrong_values
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +27,12 @@ SWITCHES = ("true", "false", "yes", "no")
 
 
 def check_ids() -> None:
-    """Refuse what a command gave the config in which this is called as an expression, and which does nothing.
+    """Refuse what a command gave the config in which this is called as an expression, and which cannot be used.
 
     That is an id that no file of the config has and nothing refers to, a text instead of a boolean, an ``init`` without
-    its overlay, and an overlay that a later one undoes. ``monai.bundle run`` names the files. A ``ConfigWorkflow`` made
-    in Python does not keep their names: then every config beside the first one counts, and neither ``init`` nor the
-    order of overlays is looked at.
+    its overlay, an overlay that a later one undoes, and a value of a wrong kind or out of range (``KINDS``).
+    ``monai.bundle run`` names the files. A ``ConfigWorkflow`` made in Python does not keep their names: then every
+    config beside the first one counts, and neither ``init`` nor the order of overlays is looked at.
 
     Raises:
         InputError: naming all of them.
@@ -39,7 +40,8 @@ def check_ids() -> None:
     config = calling_config("check_ids").get()
     files, are_named = _config_files()
     undone = undone_parts(files) if are_named else []
-    if rows := wrong_ids(config, files, are_named) + undone:
+    values = wrong_values(config) + given_as_none(config)
+    if rows := wrong_ids(config, files, are_named) + undone + values:
         raise InputError.many("the config cannot take what it was given", rows, "Nothing was read or trained.")
 
 
