@@ -123,6 +123,35 @@ def test_a_row_of_mixed_settings_is_an_alarm_at_its_table(writer, run, tmp_path,
     assert "The runs of vit_scratch" not in page
 
 
+@pytest.mark.parametrize(("recipes", "alarms"), [("aa", 0), ("ab", 1)])
+def test_epochs_that_follow_from_the_fraction_are_no_alarm(writer, run, recipes, alarms):
+    """``epochs`` may be an expression: MONAI logs what it comes to, beside no such setting."""
+    for fold, (recipe, epochs) in enumerate(zip(recipes, ("20", "67"), strict=True)):
+        run("volta", fold, crossval_recipe=recipe * 64, params={"epochs": "x", "max_epochs": epochs})
+    assert [alarm.title for alarm in only_study(writer).alarms] == ["Mixed settings"] * alarms
+    run("volta", 2, crossval_recipe="a" * 64, params={"epochs": "3", "max_epochs": "3"})
+    assert "epochs is 3 or x" in str(only_study(writer).alarms[0])
+
+
+def test_a_run_whose_tags_cannot_be_read_is_left_out_with_a_note(writer, run):
+    run("volta", 0)
+    odd = run("volta", 1, variant=None)
+    writer.client.set_tag(odd, "fold", "1.0")
+    study = only_study(writer)
+    assert [item.fold for item in study.runs] == [0]
+    [note] = [note for note in study.notes if "cannot be read" in note]
+    assert odd in note and "1 finished run" in note and "'1.0'" in note
+
+
+def test_people_may_be_called_na(writer, tmp_path):
+    rows = predictions("volta", 0, 1.0, 20, 0.5, 0)
+    for row, name in zip(rows, ("NA", "None", "nan"), strict=False):
+        row["subject_id"] = row["patient_id"] = name
+    path = write_rows(tmp_path / "predictions.csv", rows)
+    writer.run("ixi_sex", "volta", 0, files={"predictions": path})
+    assert only_study(writer).runs[0].table["patient_id"].tolist()[:3] == ["NA", "None", "nan"]
+
+
 def test_inits_with_unequal_training_are_an_alarm(writer, run):
     run("volta", 0)
     run("vit_scratch", 0, params={"epochs": "5"})

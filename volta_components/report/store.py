@@ -27,8 +27,10 @@ from volta_components.report.paper import TASKS, Task, in_order
 from volta_components.training.stores import check_store, store_file
 
 # Parameters and tags that differ between the runs of one cross-validation by design.
-VARYING = {"fold", "fraction", "seed", "run_name", "epoch_length"}
+# MONAI logs the last two; the epochs that a config says count as ``epochs``, or in the recipe's hash.
+VARYING = {"fold", "fraction", "seed", "run_name", "epoch_length", "max_epochs"}
 TABLES = {"classification": "predictions/predictions.csv", "segmentation": "predictions/scores.csv"}
+TEXTS = ("subject_id", "patient_id", "session", "site", "sex")
 NEEDED = {
     "classification": ["subject_id", "patient_id", "label", "score", "prediction"],
     "segmentation": ["subject_id", "patient_id", "dice", "hd95"],
@@ -242,14 +244,21 @@ def read_studies(store: Store, experiments: list[str] | None = None) -> list[Stu
         store.experiments = {key: name for key, name in store.experiments.items() if name in experiments}
     finished: dict[str, list[FinishedRun]] = defaultdict(list)
     newest: dict[tuple[str, str], int] = {}
+    unreadable: dict[str, list[str]] = defaultdict(list)
     for item in store.search("tags.finished = 'true'"):
         tags, place = item.data.tags, (item.info.experiment_id, item.info.run_name)
         if {"bundle", "fold"} <= tags.keys() and tags["bundle"] != "pretrain":
-            finished[tags["bundle"]].append(_finished_run(item))
+            try:
+                finished[tags["bundle"]].append(_finished_run(item))
+            except (KeyError, ValueError) as error:
+                unreadable[tags["bundle"]].append(f"{item.info.run_name} ({item.info.run_id}: {error})")
+                continue
             newest[place] = max(newest.get(place, 0), int(item.info.start_time))
     if not finished:
+        tags_of = "; ".join(name for names in unreadable.values() for name in names)
         raise InputError(
-            f"{store.tracking_uri}: no finished run in {', '.join(sorted(store.experiments.values()))}; "
+            f"{store.tracking_uri}: no finished run in {', '.join(sorted(store.experiments.values()))}"
+            f"{f' with tags that can be read, but {tags_of}' if tags_of else ''}; "
             "run volta3d crossval, or name another store or experiment (--tracking-uri, --experiments)"
         )
     studies = [_study(store, bundle, finished[bundle]) for bundle in in_order(finished, TASKS)]
@@ -262,6 +271,9 @@ def read_studies(store: Store, experiments: list[str] | None = None) -> list[Stu
         and newest.get((item.info.experiment_id, item.info.run_name), 0) < int(item.info.start_time)
     )
     for study in studies:
+        if names := unreadable[study.bundle]:
+            text = f"Not counted: {_runs(len(names))} with tags that cannot be read: {'; '.join(sorted(names))}."
+            study.notes.append(text)
         if unfinished[study.bundle]:
             study.notes.append(f"Not counted: {_runs(unfinished[study.bundle], '')} that did not finish.")
     return studies
@@ -269,25 +281,19 @@ def read_studies(store: Store, experiments: list[str] | None = None) -> list[Stu
 
 def _finished_run(item: Any) -> FinishedRun:
     tags = item.data.tags
-    try:
-        return FinishedRun(
-            run_id=item.info.run_id,
-            name=item.info.run_name,
-            variant=_variant(tags, item.data.params),
-            fold=int(tags["fold"]),
-            fraction=float(tags.get("fraction", 1.0)),
-            seed=int(tags.get("seed", 0)),
-            tags=dict(tags),
-            params=dict(item.data.params),
-            metrics={_own_name(name): value for name, value in item.data.metrics.items()},
-            started=int(item.info.start_time),
-            ended=int(item.info.end_time or item.info.start_time),
-        )
-    except (KeyError, ValueError) as error:
-        raise InputError(
-            f"run {item.info.run_name} ({item.info.run_id}): its tags are not those of a bundle of this project "
-            f"({error!r}); leave its experiment out with --experiments"
-        ) from error
+    return FinishedRun(
+        run_id=item.info.run_id,
+        name=item.info.run_name,
+        variant=_variant(tags, item.data.params),
+        fold=int(tags["fold"]),
+        fraction=float(tags.get("fraction", 1.0)),
+        seed=int(tags.get("seed", 0)),
+        tags=dict(tags),
+        params=dict(item.data.params),
+        metrics={_own_name(name): value for name, value in item.data.metrics.items()},
+        started=int(item.info.start_time),
+        ended=int(item.info.end_time or item.info.start_time),
+    )
 
 
 def _own_name(name: str) -> str:
@@ -356,7 +362,9 @@ def _read_tables(store: Store, runs: list[FinishedRun]) -> str:
             )
         kind_here, file = next(iter(found.items()))
         kind = kind or kind_here
-        table = pd.read_csv(file, dtype={"subject_id": str, "patient_id": str, "session": str, "site": str, "sex": str})
+        table = pd.read_csv(file)
+        texts = pd.read_csv(file, dtype=str, keep_default_na=False, na_values=[""])  # somebody may be called NA
+        table = table.assign(**{name: texts[name] for name in TEXTS if name in texts})
         table = table.map(plain_cell)
         absent = [column for column in NEEDED[kind_here] if column not in table]
         if absent or kind_here != kind:
