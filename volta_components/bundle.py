@@ -38,7 +38,7 @@ _MODULES = {
     "volta_components.downstream.metrics": ("one_hot_pair",),
     "volta_components.downstream.splits": ("Parts", "check_classes", "check_shares", "class_weights", "split_items"),
     "volta_components.downstream.start": ("freeze_for", "load_model", "pool_of", "tuning_groups"),
-    "volta_components.downstream.tracking": ("model_record", "run_tags"),
+    "volta_components.downstream.tracking": ("model_record", "run_name", "run_tags"),
     "volta_components.inference.embeddings": ("embedding_picture",),
     "volta_components.inference.probes": ("probe_report",),
     "volta_components.inference.scans": ("check_source", "find_volumes", "prepared_grid", "result_root"),

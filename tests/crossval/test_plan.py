@@ -27,6 +27,13 @@ def test_every_cell_once_and_comparable_cells_share_their_seed(place):
     assert [path.name for path in runs[0].configs] == ["train.json", "tiny.json", "run.json"]
 
 
+def test_fractions_of_many_digits_are_told_apart(place):
+    runs = planned(place, inits=["volta"], folds=1, fractions=(0.3333333, 0.33333334))
+    assert [run.name for run in runs] == [f"volta_fold0_frac{share}_seed3000" for share in (0.3333333, 0.33333334)]
+    tags = MlflowClient(runs[0].tracking_uri).get_run(claim(runs[0])).data.tags
+    assert float(tags["fraction"]) == json.loads(runs[0].plan)["fractions"][0]
+
+
 def test_more_processes_than_scans_of_a_part_are_refused_while_planning(place):
     path = place / "fake/configs/train.json"
     train = json.loads(path.read_text())

@@ -18,7 +18,7 @@ from torch import nn
 
 from volta_components.downstream.finish import FinishRun
 from volta_components.downstream.leaks import Origin
-from volta_components.downstream.tracking import TrainingPlan, run_tags
+from volta_components.downstream.tracking import TrainingPlan, run_name, run_tags, share_text
 from volta_components.errors import InputError
 from volta_components.files import write_json
 from volta_components.training.sampling import ResumableSampler
@@ -163,3 +163,11 @@ def test_a_run_named_by_a_number_is_one_run_also_when_resumed(tmp_path):
     client = MlflowClient(f"sqlite:///{tmp_path}/mlruns.db")
     runs = client.search_runs([client.get_experiment_by_name("some").experiment_id])
     assert [run.info.run_name for run in runs] == ["7"]
+
+
+def test_each_fraction_has_a_name_of_its_own():
+    assert [share_text(share) for share in (1, 1.0, 0.2, 0.05)] == ["1", "1", "0.2", "0.05"]
+    shares = [1 / 3, 0.3333333, 0.333333, 0.33333334, 1e-7]
+    assert [float(share_text(share)) for share in shares] == shares
+    assert run_name("volta", 0, 0.3333333, 7) == "volta_fold0_frac0.3333333_seed7"
+    assert run_name("volta", "x", "abc", None) == "volta_foldx_fracabc_seedNone"

@@ -14,6 +14,7 @@ from typing import Any
 
 from volta_components.data.datalist import load_datalist
 from volta_components.downstream.inits import BASE_INIT, SCRATCH, find_overlay
+from volta_components.downstream.tracking import run_name
 from volta_components.errors import InputError, find_input_error
 from volta_components.files import read_json, sha256_file, sha256_json, write_json
 from volta_components.method.weights import find_encoder
@@ -142,7 +143,7 @@ def plan(
         }
         for fold, share in itertools.product(wanted, shares):
             run_seed = 1000 * seed + fold
-            name = f"{init}_fold{fold}_frac{share:g}_seed{run_seed}"
+            name = run_name(init, fold, share, run_seed)
             fingerprint = sha256_json({**identity, "fold": fold, "fraction": share, "seed": run_seed})
             # The settings are part of the folder's name: a checkpoint is only ever found by the run that it belongs to.
             folder = root / bundle.name / f"{name}-{fingerprint[:8]}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from volta_components.crossval.plan import Run
-from volta_components.downstream.tracking import PLAN_TAG, RECIPE_TAG, SETTINGS_TAG
+from volta_components.downstream.tracking import PLAN_TAG, RECIPE_TAG, SETTINGS_TAG, share_text
 from volta_components.errors import InputError
 from volta_components.training.stores import prepare_store, share_rows, store_file
 
@@ -94,7 +94,7 @@ def claim(run: Run) -> str | None:
     if any(item.data.tags.get("finished") == "true" for item in ours):
         return None
     # What a run that dies before it has logged anything is counted by.
-    tags = {"bundle": run.bundle, "fold": str(run.fold), "fraction": f"{run.fraction:g}", PLAN_TAG: run.plan}
+    tags = {"bundle": run.bundle, "fold": str(run.fold), "fraction": share_text(run.fraction), PLAN_TAG: run.plan}
     tags |= {SETTINGS_TAG: run.settings, RECIPE_TAG: run.recipe, "variant": run.variant, "made_by": run.made_by}
     if not ours:
         return str(client.create_run(experiment_id, run_name=run.name, tags=tags).info.run_id)

@@ -87,12 +87,23 @@ class TrainingPlan:
                     parameter.grad = None
 
 
+def share_text(fraction: Any) -> str:
+    """A fraction in names and tags: as short as can be, and another for each number (0.3333333)."""
+    short = f"{fraction:g}" if isinstance(fraction, (int, float)) else str(fraction)
+    return short if not isinstance(fraction, float) or float(short) == fraction else repr(fraction)
+
+
+def run_name(init: str, fold: Any, fraction: Any, seed: Any) -> str:
+    """The name of a run; also of values that cannot be, which ``check_ids`` names."""
+    return f"{init}_fold{fold}_frac{share_text(fraction)}_seed{seed}"
+
+
 def run_tags(settings: Mapping[str, Any], datalist: Datalist, origin: Origin) -> dict[str, str]:
     """The tags by which MLflow's runs are found and compared; ``finished`` comes last, by ``FinishRun``."""
     cohorts = {str(item.get("cohort", "")) for item in datalist.content["training"]} | {datalist.name}
     return {
         **{name: str(settings[name]) for name in ("bundle", "init", "fold", "seed")},
-        "fraction": f"{settings['fraction']:g}",
+        "fraction": share_text(settings["fraction"]),
         "datalist_hash": datalist.hash,
         "datalist_name": datalist.name,
         "code_version": code_version(),
