@@ -109,6 +109,12 @@ def test_evaluation_without_a_record_or_a_threshold_says_what_is_missing(trained
         assert "has no threshold" in str(caught.value.__cause__)
     found = evaluated(trained, prepared, encoder, tmp_path / "d", lambda record: "none", allow_leak=True, threshold=0.3)
     assert found["metrics"]["threshold"] == 0.3 and found["leak"] == "allowed"
+    own = read_json(trained / "models" / "model.json")["threshold"]
+    for name, given, expected, origin in (("e", None, own, "inner validation"), ("f", 0.25, 0.25, "given")):
+        changes = {} if given is None else {"threshold": given}
+        found = evaluated(trained, prepared, encoder, tmp_path / name, lambda record: None, **changes)
+        assert (found["metrics"]["threshold"], found["threshold_from"]) == (expected, origin)
+        assert ("optimistic_threshold" in found["metrics"]) == (given is None)
 
 
 def test_another_question_than_the_models_is_not_scored(trained, prepared, encoder, tmp_path):
@@ -184,6 +190,9 @@ def test_inference_gives_the_trainings_probabilities_for_folder_datalist_and_lis
             assert float(found[name]["AD"]) + float(found[name]["healthy"]) == pytest.approx(1, abs=2e-6)
     threshold = read_json(trained / "models" / "model.json")["threshold"]
     assert all((float(row["AD"]) >= threshold) == (row["prediction"] == "AD") for row in rows)
+    for given, called in ((0.0, "AD"), (1.0, "healthy")):  # one that is given comes before the model's
+        rows = inference(trained, str(prepared), tmp_path / str(given), threshold=given)
+        assert {row["prediction"] for row in rows} == {called}
 
 
 def test_a_raw_scan_is_prepared_on_the_way_and_a_prepared_one_is_taken_as_it_is(prepared, tmp_path):

@@ -29,6 +29,7 @@ from volta_components.training.cost import training_cost
 logger = logging.getLogger(__name__)
 POSITIVE = 1
 YOUDEN = "youden"
+INNER = "inner validation"  # where it was chosen
 SESSIONS = ("first", "all")
 
 
@@ -159,14 +160,15 @@ class ClassificationResults(FoldResults):
         scoring: evaluator of the scored fold, with the metric ``auroc`` (MONAI's ``ROCAUC``).
         validation: evaluator of the inner validation part, which only ``youden`` needs. Both get a ``ScoreTable``.
         threshold: a number, or ``youden``: chosen on the inner validation part, and beside it (``optimistic_*``) on the
-            scored fold itself, which makes the result look too good.
+            scored fold itself, which makes the result look too good. None is a trained model's own.
     """
 
     validation: Any
-    threshold: float | str
+    threshold: float | str | None
 
     def __post_init__(self) -> None:
-        if self.threshold != YOUDEN and not isinstance(self.threshold, (int, float)):
+        is_own = self.threshold is None and not self.parts.training
+        if self.threshold != YOUDEN and not is_own and not isinstance(self.threshold, (int, float)):
             raise InputError(f"threshold {self.threshold!r}: a number, or {YOUDEN!r}")
         self.scores, self.validation_scores = ScoreTable(self.parts.scored), ScoreTable(self.parts.validation)
         self.scores.attach(self.scoring)
@@ -181,11 +183,12 @@ class ClassificationResults(FoldResults):
             if self.validation_scores.epoch != engine.state.epoch:
                 self.validation.run(engine.state.epoch)
             threshold = youden_threshold(self.validation_scores.labels, self.validation_scores.scores)
-        metrics, intervals = self._score(float(threshold))
+        assert threshold is not None
+        metrics, intervals = self._score(float(threshold), self.threshold == YOUDEN)
         more = {"subjects": self.subjects, "cost": cost}
         record = {
             "threshold": float(threshold),
-            "threshold_from": "inner validation" if self.threshold == YOUDEN else "fixed",
+            "threshold_from": INNER if self.threshold == YOUDEN else "fixed",
             "metrics": metrics,
             "intervals": intervals,
             **more,
@@ -201,19 +204,23 @@ class ClassificationResults(FoldResults):
     def evaluate(
         self, record: Mapping[str, Any], allow_leak: bool = False, accept_look_alikes: bool = False
     ) -> dict[str, float]:
-        """Score a trained model at the threshold in its record; write ``predictions.csv`` and ``metrics.json``.
+        """Score a trained model and write ``predictions.csv`` and ``metrics.json``.
+
+        The threshold is the one given, or else that in the model's record; ``metrics.json`` says which.
 
         Raises:
             InputError: see ``check_model``; or if there is no threshold to score at.
         """
         leak = check_model(record, self.parts.scored, allow_leak, accept_look_alikes)
-        threshold = record.get("threshold", self.threshold)
-        if threshold == YOUDEN:
+        is_given = self.threshold not in (None, YOUDEN)
+        threshold = self.threshold if is_given else record.get("threshold")
+        if threshold is None:
             raise InputError(
                 "the JSON beside the model has no threshold, which was chosen on its inner validation part; fetch the "
                 "model with its JSON, or give a threshold (--threshold NUMBER)"
             )
-        metrics, intervals = self._score(float(threshold))
+        origin = "given" if is_given else str(record.get("threshold_from", "the model"))
+        metrics, intervals = self._score(float(threshold), self.threshold == YOUDEN or origin == INNER)
         metrics = with_limits(metrics, intervals)
         limits = " to ".join(f"{end:.3f}" for end in intervals.get("auroc", ())) or "too few people for an interval"
         summary = (
@@ -221,14 +228,14 @@ class ClassificationResults(FoldResults):
             f"sensitivity {metrics['sensitivity']:.3f}, specificity {metrics['specificity']:.3f} at "
             f"{metrics['threshold']:.3f}, {counted(self.scores.items)}; {self.folder / 'predictions.csv'}"
         )
-        self.write_metrics(metrics, record, leak, summary)
+        self.write_metrics(metrics, record, leak, summary, threshold_from=origin)
         return metrics
 
-    def _score(self, threshold: float) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    def _score(self, threshold: float, with_best: bool) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
         """Score the fold and write ``predictions.csv``: the numbers, and the interval of AUROC."""
         self.scoring.run()
         labels, scores = self.scores.labels, self.scores.scores
-        best = youden_threshold(labels, scores) if self.threshold == YOUDEN else None
+        best = youden_threshold(labels, scores) if with_best else None
         metrics = {"auroc": float(self.scoring.state.metrics["auroc"])}
         for prefix, value in (("", threshold), ("optimistic_", best)):
             if value is not None:
