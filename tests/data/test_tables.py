@@ -11,6 +11,7 @@ from volta_components.data.tables import (
     read_people,
     session_row,
 )
+from volta_components.errors import InputError
 
 
 @pytest.mark.parametrize("cell", ["-", "?", "n.a.", "N/A", " NaN ", "missing", ""])
@@ -146,6 +147,17 @@ def test_dates_of_several_rows_that_cannot_be_read_are_named(tmp_path):
     said = []
     read_people(tmp_path / "t.csv", lambda *words: said.append(words))
     assert [(who, what) for who, what, _ in said] == [("a", "date '05.06.2020' cannot be read for certain")]
+
+
+def test_a_row_without_an_id_is_named_by_its_content(tmp_path):
+    (tmp_path / "t.csv").write_text("id,session,sex,age\na,M0,F,60\n,M12,F,61\n,n/a,,\n")
+    said = []
+    people = read_people(tmp_path / "t.csv", lambda *words: said.append(words))
+    assert list(people.rows) == ["a"] and [(who, what) for who, what, _ in said] == [
+        ("(all)", "a row without an id (session M12, sex F, age 61)")
+    ]
+    with pytest.raises(InputError, match="t.csv: a row without an id"):
+        read_people(tmp_path / "t.csv")
 
 
 def test_columns_are_known_with_units_and_in_other_spellings(tmp_path):

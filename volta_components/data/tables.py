@@ -296,6 +296,11 @@ def read_people(
             text = text[: len(text) - len(volume_suffix(Path(text)) or "")]
             people.rows.setdefault(name(text), []).append(row)
             people.spelled.setdefault(name(text), text)
+        elif cells := [f"{column} {cell}" for column, cell in row.items() if not is_missing(cell)]:
+            what, remedy = f"a row without an id ({', '.join(cells[:4])})", "fill in its id, or remove the row"
+            if complain is None:
+                raise InputError(f"{path}: {what}; {remedy}")
+            complain("(all)", what, f"{remedy}; it is left out")
     for patient, several in people.rows.items():
         for row in several if len(several) > 1 else ():  # of a single row nothing depends on its date
             cell = pick(row, *DATE_COLUMNS)
