@@ -145,3 +145,31 @@ def test_formulas_without_their_values_are_named_rather_than_read_as_nothing(tmp
     book.save(tmp_path / "t.xlsx")
     with pytest.raises(InputError, match=r"t.xlsx: formulas .* \(C3\); open it in"):
         read_table(tmp_path / "t.xlsx")
+
+
+def test_merged_cells_of_several_rows_are_refused_by_name(tmp_path):
+    lines = [["My study", "", "", ""], list(ROWS[0]), *(row.values() for row in ROWS)]
+    pd.DataFrame(lines).to_excel(tmp_path / "t.xlsx", index=False, header=False)
+    book = openpyxl.load_workbook(tmp_path / "t.xlsx")
+    book.active.merge_cells("A1:D1")  # a title
+    book.active.merge_cells("C3:D3")
+    book.create_sheet("notes").merge_cells("A1:B9")
+    book.save(tmp_path / "t.xlsx")
+    assert len(read_table(tmp_path / "t.xlsx")) == 3
+    book.active.unmerge_cells("C3:D3")
+    book.active.merge_cells("A3:A5")
+    book.save(tmp_path / "t.xlsx")
+    with pytest.raises(InputError, match=r"t.xlsx: cells of several rows are merged \(A3:A5\)"):
+        read_table(tmp_path / "t.xlsx")
+
+
+def test_of_several_sheets_with_ids_the_one_that_says_most_is_read_and_the_others_are_named(tmp_path):
+    with pd.ExcelWriter(tmp_path / "t.xlsx") as book:
+        pd.DataFrame({"participant_id": ["sub-01"], "MMSE": [30]}).to_excel(book, sheet_name="tests", index=False)
+        pd.DataFrame(ROWS).to_excel(book, sheet_name="men", index=False)
+        pd.DataFrame(ROWS).to_excel(book, sheet_name="women", index=False)
+    said = []
+    assert read_table(tmp_path / "t.xlsx", lambda *words: said.append(words))[0]["age"] == "61,5"
+    assert [what for _, what, _ in said] == ["of several sheets with ids 'men' is read, but not 'tests', 'women'"]
+    with pytest.raises(InputError, match=r"t.xlsx: of several sheets"):
+        read_table(tmp_path / "t.xlsx")

@@ -156,7 +156,7 @@ def test_a_row_without_an_id_is_named_by_its_content(tmp_path):
     assert list(people.rows) == ["a"] and [(who, what) for who, what, _ in said] == [
         ("(all)", "a row without an id (session M12, sex F, age 61)")
     ]
-    with pytest.raises(InputError, match="t.csv: a row without an id"):
+    with pytest.raises(InputError, match=r"t.csv: a row without an id"):
         read_people(tmp_path / "t.csv")
 
 

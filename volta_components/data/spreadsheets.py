@@ -14,24 +14,12 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
+from volta_components.data.columns import FACT_COLUMNS, ID_COLUMNS
 from volta_components.data.identity import grouped
 from volta_components.data.unusable import missing_content
 from volta_components.errors import InputError
-
-# Columns of the tables that come with the data sets (ADNIMERGE, the image archive's search results, BIDS and others).
-ID_COLUMNS = (
-    "participant_id",
-    "subject_id",
-    "PTID",
-    "Subject",
-    "Subject ID",
-    "patient_id",
-    "ID",
-    "name",
-    "file",
-    "RID",
-)
 
 # A table's header is looked for in so many lines.
 _TITLE_LINES = 5
@@ -46,16 +34,23 @@ def read_table(path: Path, complain: Complain | None = None) -> list[Row]:
 
     Text may be UTF-8, UTF-16 or of an old Windows, lines may end in any way, cells be separated by tabs, commas,
     semicolons or bars, told from the header. What is an Excel sheet is told from the content, not the name.
-    ``complain`` is called for rows and columns that are left out; without it, they are an error.
+    Of several sheets with ids, the one that says most of people is read. ``complain`` is called for rows, columns and
+    sheets that are left out; without it, they are an error.
 
     Raises:
         InputError: if it cannot be read.
     """
+
+    def tell(who: str, what: str, remedy: str) -> None:
+        if complain is None:
+            raise InputError(f"{path}: {what}; {remedy}")
+        complain(who, what, remedy)
+
     content = _content(path)
     kinds = (b"PK\3\4", b"\xd0\xcf\x11\xe0", b"\x09\x00", b"\x09\x02", b"\x09\x04", b"\x09\x08")
     named_excel = path.suffix.lower() in {".xls", ".xlsx"}
     is_excel = content.startswith(kinds) or (named_excel and not _is_text(content))
-    return _rows(path, _excel(path) if is_excel else _delimited(path, content), complain)
+    return _rows(path, _excel(path, tell) if is_excel else _delimited(path, content), tell)
 
 
 def _content(path: Path) -> bytes:
@@ -135,7 +130,7 @@ def _delimited(path: Path, content: bytes) -> Lines:
     return [(number, [cell.strip('"') for cell in cells]) for number, cells in lines]
 
 
-def _excel(path: Path) -> Lines:
+def _excel(path: Path, tell: Complain) -> Lines:
     import pandas as pd
 
     try:
@@ -156,12 +151,64 @@ def _excel(path: Path) -> Lines:
             f"{path}: formulas whose values are not in the file ({cells}); open it in Excel or LibreOffice and "
             "save it, or save it as CSV"
         )
-    every: list[Lines] = [
-        [(number, [text(cell) for cell in cells]) for number, cells in enumerate(frame.itertuples(index=False), 1)]
-        for frame in sheets.values()
-    ]
+    every: dict[str, Lines] = {
+        str(name): _filled(
+            [(number, [text(cell) for cell in cells]) for number, cells in enumerate(frame.itertuples(index=False), 1)]
+        )
+        for name, frame in sheets.items()
+    }
     # The people may stand behind a sheet of notes.
-    return next((lines for lines in every if any(_has_ids(cells) for _, cells in lines[:_TITLE_LINES])), every[0])
+    with_ids = [name for name, lines in every.items() if _header(lines) is not None]
+    if not with_ids:
+        return next(iter(every.values()))
+    read = max(with_ids, key=lambda name: _facts(every[name]))
+    if others := [repr(name) for name in with_ids if name != read]:
+        what = f"of several sheets with ids {read!r} is read, but not {', '.join(others)}"
+        tell("(all)", what, "put what counts on one sheet, and save it as a table of its own")
+    first = every[read][_header(every[read]) or 0][0]
+    if merged := _merged_rows(path, read, first):
+        cells = ", ".join(merged[:5]) + (f" and {len(merged) - 5} more" if len(merged) > 5 else "")
+        raise InputError(
+            f"{path}: cells of several rows are merged ({cells}), and only the first row has the value; split them, "
+            "and write the value into each row"
+        )
+    return every[read]
+
+
+def _filled(lines: Lines) -> Lines:
+    return [(number, cells) for number, cells in lines if any(cells)]
+
+
+def _header(filled: Lines) -> int | None:
+    """Which of the first lines names a column of ids."""
+    return next((i for i, (_, cells) in enumerate(filled[:_TITLE_LINES]) if _has_ids(cells)), None)
+
+
+def _facts(filled: Lines) -> int:
+    """How many facts of people a sheet has columns of."""
+    columns = set(map(fold, filled[_header(filled) or 0][1]))
+    return sum(not columns.isdisjoint(map(fold, names)) for names in FACT_COLUMNS.values())
+
+
+def _merged_rows(path: Path, sheet: str, header: int) -> list[str]:
+    """Merged cells of several rows below the header, such as ``A2:A3``; a file holds the value of the first only."""
+    if not zipfile.is_zipfile(path):
+        return []
+    with zipfile.ZipFile(path) as book:
+        if "xl/workbook.xml" not in book.namelist():
+            return []
+        places = {part.get("Id"): part.get("Target") for part in _parts(book, "xl/_rels/workbook.xml.rels")}
+        own = next(
+            part for part in _parts(book, "xl/workbook.xml") if part.get("name") == sheet and part.get("sheetId")
+        )
+        key = next(value for name, value in own.items() if name.endswith("}id"))
+        place = f"xl/{places[key]}" if not str(places[key]).startswith("/") else str(places[key])[1:]
+        found = re.findall(rb'<mergeCell ref="([A-Z]+(\d+):[A-Z]+(\d+))"', book.read(place))
+    return [cells.decode() for cells, first, last in found if header < int(first) < int(last)]
+
+
+def _parts(book: zipfile.ZipFile, name: str) -> Iterable[ElementTree.Element]:
+    return ElementTree.fromstring(book.read(name)).iter()
 
 
 def _formulas_without_value(path: Path) -> list[str]:
@@ -182,21 +229,15 @@ def _has_ids(cells: Iterable[str]) -> bool:
     return not {fold(cell) for cell in cells}.isdisjoint(map(fold, ID_COLUMNS))
 
 
-def _rows(path: Path, lines: Lines, complain: Complain | None) -> list[Row]:
+def _rows(path: Path, lines: Lines, tell: Complain) -> list[Row]:
     """Lines of cells as rows by the names of the columns.
 
     The first line that is not empty has these, unless one of the next names a column of ids: a title stands above it.
     """
-
-    def tell(who: str, what: str, remedy: str) -> None:
-        if complain is None:
-            raise InputError(f"{path}: {what}; {remedy}")
-        complain(who, what, remedy)
-
-    filled = [(number, cells) for number, cells in lines if any(cells)]
+    filled = _filled(lines)
     if not filled:
         return []
-    filled = filled[next((i for i, (_, cells) in enumerate(filled[:_TITLE_LINES]) if _has_ids(cells)), 0) :]
+    filled = filled[_header(filled) or 0 :]
     names = list(filled[0][1])
     while names and not names[-1]:
         names.pop()

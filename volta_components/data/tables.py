@@ -11,10 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from volta_components.data.columns import (
+    AGE_COLUMNS,
+    DATE_COLUMNS,
+    DIAGNOSIS_COLUMNS,
+    FACT_COLUMNS,
+    ID_COLUMNS,
+    SESSION_COLUMNS,
+    SEX_COLUMNS,
+)
 from volta_components.data.identity import canonical_patient_id, grouped, loose
 from volta_components.data.names import date_in, date_of_cell
 from volta_components.data.sessions import in_order, months_since_baseline, spelled_alike, years_between
-from volta_components.data.spreadsheets import ID_COLUMNS, Complain, Row, fold, read_table
+from volta_components.data.spreadsheets import Complain, Row, fold, read_table
 from volta_components.data.volumes import volume_suffix
 from volta_components.errors import InputError
 
@@ -31,14 +40,6 @@ DEPRESSION SCZ BD ADHD ASD EPILEPSY STROKE TBI GLIOMA
 # Those that are surely not meant by the name of another.
 KNOWN_DIAGNOSES = frozenset(_DIAGNOSES.split())
 _SEXES = {"m": "M", "male": "M", "man": "M", "f": "F", "female": "F", "woman": "F"}
-
-# Columns of the tables that come with the data sets (ADNIMERGE, the image archive's search results, BIDS and others).
-SEX_COLUMNS = ("sex", "PTGENDER", "gender", "M/F")
-AGE_COLUMNS = ("age", "age_bl", "age_at_scan", "Age at scan")
-DIAGNOSIS_COLUMNS = ("diagnosis", "DX_bl", "DX", "diagnosis_sc", "Research Group", "group", "label")
-SITE_COLUMNS = ("site", "site_id", "acquisition_site", "institution", "scanner")
-SESSION_COLUMNS = ("session_id", "session", "ses", "VISCODE", "visit", "visit_id", "timepoint", "wave")
-DATE_COLUMNS = ("acq_time", "scan_date", "EXAMDATE", "examination_date", "Acq Date", "Study Date", "date", "MRI_date")
 
 # A row is of a scan's visit if its date is at most this far from the scan's; visits are half a year apart in ADNI.
 NEAR_DAYS = 90
@@ -108,7 +109,6 @@ def parse_diagnosis(text: str | None) -> str | None:
 
 # --- people ----------------------------------------------------------------------------------------------------------
 
-FACT_COLUMNS = {"sex": SEX_COLUMNS, "age": AGE_COLUMNS, "diagnosis": DIAGNOSIS_COLUMNS, "site": SITE_COLUMNS}
 _PARSERS: dict[str, Callable[[str], Any]] = {"sex": parse_sex, "age": parse_age, "diagnosis": parse_diagnosis}
 
 

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from volta_components.data.columns import DATE_COLUMNS
 from volta_components.data.identity import canonical_patient_id, cohort_of, grouped, is_worldwide
 from volta_components.data.layouts.common import LabelFile, LayoutOptions, Listing, Scan, look, participants, slug
 from volta_components.data.names import OTHER_CONTRASTS, date_in, date_of_cell, parse_name
 from volta_components.data.spreadsheets import Row, read_table
-from volta_components.data.tables import DATE_COLUMNS, is_missing, pick, session_row
+from volta_components.data.tables import is_missing, pick, session_row
 from volta_components.data.volumes import NIFTI_SUFFIXES, conversion, volume_stem
 from volta_components.data.walk import ASIDE, VolumeFile, tidy
 from volta_components.errors import InputError

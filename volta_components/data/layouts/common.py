@@ -12,11 +12,12 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
+from volta_components.data.columns import FACT_COLUMNS
 from volta_components.data.identity import canonical_patient_id, cohort_of, grouped
 from volta_components.data.names import parse_name
 from volta_components.data.sessions import contradictions, in_order, spelled_alike
 from volta_components.data.spreadsheets import Row, fold
-from volta_components.data.tables import FACT_COLUMNS, People, pick, read_fact, read_people
+from volta_components.data.tables import People, pick, read_fact, read_people
 from volta_components.data.volumes import volume_stem, volume_suffix
 from volta_components.data.walk import Tree, is_hidden, tidy, tidy_stem, walk
 from volta_components.files import readable
