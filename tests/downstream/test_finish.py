@@ -15,7 +15,8 @@ from volta_components.downstream.results import FoldResults, Results
 from volta_components.downstream.splits import Parts
 from volta_components.downstream.start import load_model
 from volta_components.errors import InputError
-from volta_components.files import read_json
+from volta_components.files import read_json, write_json
+from volta_components.method.weights import keep_other_weights
 
 
 def test_a_finished_run_is_scored_once_and_not_trained_again(tmp_path):
@@ -95,3 +96,16 @@ def test_models_of_two_runs_are_both_kept_and_a_finished_run_knows_its_own(tmp_p
     model.unlink()
     run(1)
     assert f"{model} is missing; to have this run's again" in caplog.text
+
+
+def test_a_kept_record_is_never_written_over(tmp_path):
+    """Two runs whose weights are the same, such as of a learning rate that changes nothing."""
+    path = tmp_path / "model.pt"
+    for fold in (0, 1, 2, 0):
+        record = {"provenance": {"settings": {"fold": fold}}}
+        keep_other_weights(path, record)
+        path.write_bytes(b"weights")
+        write_json(path.with_suffix(".json"), record)
+    kept = [read_json(place)["provenance"]["settings"]["fold"] for place in tmp_path.glob("model_*.json")]
+    assert sorted(kept) == [0, 1, 2]
+    assert len(list(tmp_path.glob("model_*.pt"))) == 3

@@ -124,7 +124,9 @@ def keep_other_weights(path: str | os.PathLike[str], record: Mapping[str, Any]) 
         before = {}
     if not path.is_file() or is_of_run(before, (record.get("provenance") or {}).get("settings")):
         return None
-    kept = path.with_stem(f"{path.stem}_{file_tag(path)}")
+    kept, beside = path.with_stem(f"{path.stem}_{file_tag(path)}"), file_tag(path.with_suffix(".json"))
+    if beside and file_tag(kept.with_suffix(".json")) not in ("", beside):
+        kept = kept.with_stem(f"{kept.stem}_{beside}")  # the same weights with another record are kept already
     for suffix in (path.suffix, ".json", ".png"):
         if path.with_suffix(suffix).is_file():
             keep_copy(path.with_suffix(suffix), kept.with_suffix(suffix))
