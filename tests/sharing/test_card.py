@@ -220,7 +220,8 @@ def test_metrics_of_a_later_evaluation_come_into_the_card(weights: dict[str, Pat
     assert f"| sex | volta | few | linear | 42 | auroc | {value} |  | 0.50 |" in card
     assert "Not scored" not in card
     numbers = {"mean_dice": 0.5, "mean_dice_low": 0.4, "mean_dice_high": 0.6, "hd95_failures": 1.0}
-    write_json(tmp_path / "metrics.json", {"metrics": numbers, "leak": "allowed", "scored": 7})
+    own = {"model_sha256": sha256_file(weights["harp_hippocampus"]), "datalist_name": "clinic"}
+    write_json(tmp_path / "metrics.json", {"metrics": numbers, "leak": "allowed", "scored": 7, **own})
     folder = assemble(
         ROOT / "bundles" / "harp_hippocampus",
         tmp_path / "b_phantom",
@@ -232,12 +233,9 @@ def test_metrics_of_a_later_evaluation_come_into_the_card(weights: dict[str, Pat
     assert "Scored again, 7 scans; **patients that it was trained on may be among them**" in card
     assert "| mean_dice | 0.5 | 0.400 to 0.600 |" in card and "| hd95_failures | 1 |  |" in card
     assert "mean_dice_low" not in card
-    own = {"model_sha256": sha256_file(weights["harp_hippocampus"]), "datalist_name": "clinic"}
-    for place, named in (("c_phantom", own), ("d_phantom", {"model_sha256": "0" * 64})):
+    # Of another model; a run's own result.json, which does not say of which.
+    for named, message in (({"model_sha256": "0" * 64}, r"another model \(00000000"), ({}, "no model_sha256")):
         write_json(tmp_path / "metrics.json", {"metrics": numbers, "leak": "none", "scored": 7, **named})
-        words = ROOT / "bundles/harp_hippocampus", tmp_path / place, ["tiny"], weights["harp_hippocampus"]
-        if named is own:
-            assemble(*words, tmp_path / "metrics.json")
-        else:
-            with pytest.raises(InputError, match=r"metrics.json: numbers of another model \(00000000"):
-                assemble(*words, tmp_path / "metrics.json")
+        words = ROOT / "bundles/harp_hippocampus", tmp_path / f"c{len(named)}_phantom", ["tiny"]
+        with pytest.raises(InputError, match=rf"metrics.json: .*{message}"):
+            assemble(*words, weights["harp_hippocampus"], tmp_path / "metrics.json")

@@ -53,7 +53,9 @@ def test_one_top_folder_with_what_a_bundle_needs(packed: Path, bundle: str) -> N
     assert not [entry for entry in found if "tiny.json" in entry or "/runs/" in entry or "/eval/" in entry]
 
 
-def test_the_same_content_gives_the_same_bytes(weights: dict[str, Path], packed: Path, tmp_path: Path) -> None:
+def test_the_same_content_gives_the_same_bytes(
+    weights: dict[str, Path], packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Another folder, file times and permissions, another order of directory entries, another hour."""
     copy = tmp_path / "elsewhere" / "pretrain"
     shutil.copytree(ROOT / "bundles" / "pretrain", copy, ignore=shutil.ignore_patterns("models", "runs", "eval"))
@@ -64,6 +66,11 @@ def test_the_same_content_gives_the_same_bytes(weights: dict[str, Path], packed:
     time.sleep(2.1)  # zip's clock ticks every two seconds
     again = pack_bundle(copy, tmp_path / "out", ["tiny"], model=weights["pretrain"])
     assert again.path.read_bytes() == (packed / again.path.name).read_bytes()
+    pack_bundle(copy, tmp_path / "out", ["tiny"], model=weights["pretrain"])
+    assert "replaces one" not in capsys.readouterr().out
+    (copy / "docs" / "README.md").write_text("# Another card\n")
+    pack_bundle(copy, tmp_path / "out", ["tiny"], model=weights["pretrain"])
+    assert f"{again.path}: replaces one of other content ({again.sha256[:8]}...)" in capsys.readouterr().out
 
 
 def test_nothing_depends_on_a_version_of_zlib(packed: Path) -> None:

@@ -24,6 +24,7 @@ from volta_components.errors import InputError
 from volta_components.files import (
     atomic_path,
     copy_file,
+    file_tag,
     hash_file,
     partial_prefix,
     read_json,
@@ -159,8 +160,7 @@ def pack(
 
 
 def _report(packed: Packed) -> None:
-    size = packed.path.stat().st_size / 1e6
-    print(f"{packed.path}: {size:.1f} MB, SHA-256 {packed.sha256}")
+    print(f"{packed.path}: {packed.path.stat().st_size / 1e6:.1f} MB, SHA-256 {packed.sha256}")
     for path in packed.hosted:
         print(f"  host beside it: {path}")
     if packed.other_settings:
@@ -196,11 +196,12 @@ def pack_bundle(
         hosted = _set_aside(top, output, stem, large_files) if large_files else ()
         check_paths(top)
         path = output / f"{stem}.zip"
+        before = file_tag(path)
         write_zip(top, path)
-    digest = sha256_file(path)
-    sha1 = hash_file(path, "sha1")  # what the zoo's entries have
-    address = f"{source.rstrip('/')}/{path.name}" if source else ""
-    _note(output, stem, {"checksum": sha1, "source": address, "sha256": digest})
+    digest, address = sha256_file(path), f"{source.rstrip('/')}/{path.name}" if source else ""
+    if before not in ("", digest[:8]):
+        print(f"{path}: replaces one of other content ({before}...); if that was shared, raise the version instead")
+    _note(output, stem, {"checksum": hash_file(path, "sha1"), "source": address, "sha256": digest})  # as the zoo's
     _write_sums(output, [path, *hosted])
     return Packed(path, digest, hosted, others)
 
@@ -273,9 +274,10 @@ def assemble(
     _write_weights(weights, target / "models" / "model.pt", record)
     _check_fit(target, weights, record, overlays)
     later = None if metrics is None else read_json(metrics)
-    scored = later.get("model_sha256") if isinstance(later, dict) else None
-    if scored not in (None, record["sha256"], sha256_file(target / "models" / "model.pt")):
-        raise InputError(f"{metrics}: numbers of another model ({scored[:8]}...) than {weights}; score this one again")
+    scored = (later.get("model_sha256") or "") if isinstance(later, dict) else record["sha256"]
+    if scored not in (record["sha256"], sha256_file(target / "models" / "model.pt")):
+        other = f"numbers of another model ({scored[:8]}...) than {weights}; score this one again"
+        raise InputError(f"{metrics}: {other if scored else 'no model_sha256; give metrics.json of evaluate.json'}")
     copy_picture(weights, target, record)
     fill_card(target, bundle.resolve().name, _stems(overlays), later)
     return target
