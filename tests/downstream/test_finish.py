@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from ignite.engine import Engine
+from mlflow import MlflowClient
+from monai.handlers import MLFlowHandler
 
 from volta_components.downstream.finish import FinishRun
 from volta_components.downstream.results import FoldResults, Results
@@ -17,6 +19,7 @@ from volta_components.downstream.start import load_model
 from volta_components.errors import InputError
 from volta_components.files import read_json, write_json
 from volta_components.method.weights import keep_other_weights
+from volta_components.training.stores import prepare_store
 
 
 def test_a_finished_run_is_scored_once_and_not_trained_again(tmp_path):
@@ -96,6 +99,35 @@ def test_models_of_two_runs_are_both_kept_and_a_finished_run_knows_its_own(tmp_p
     model.unlink()
     run(1)
     assert f"{model} is missing; to have this run's again" in caplog.text
+
+
+def test_a_run_that_was_finished_without_tracking_is_logged_once(tmp_path):
+    class OneNumber(FoldResults):
+        def __call__(self, engine: Engine) -> Results:
+            return Results({"auroc": 0.5}, [])
+
+    uri = f"sqlite:///{tmp_path}/mlruns.db"
+    prepare_store(uri)
+    client = MlflowClient(uri)
+
+    def run(is_tracked: bool) -> list[Any]:
+        engine: Any = Engine(lambda engine, batch: {"loss": torch.tensor(batch)})
+        engine.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        results = OneNumber(parts=Parts([], [], []), scoring=None, output_dir=tmp_path / "run")
+        FinishRun({"seed": 0}, {"fold": "0"}, results=results).attach(engine)
+        if is_tracked:
+            handler = MLFlowHandler(uri, experiment_name="some", run_name="a", close_on_complete=True)
+            handler.iteration_log = False
+            handler.attach(engine)
+        engine.run([0.0], max_epochs=1)
+        experiment = client.get_experiment_by_name("some")
+        return client.search_runs([experiment.experiment_id], "tags.finished = 'true'") if experiment else []
+
+    assert run(is_tracked=False) == []
+    [first] = run(is_tracked=True)
+    assert first.data.metrics["score/auroc"] == 0.5
+    [again] = run(is_tracked=True)
+    assert read_json(tmp_path / "run" / "result.json")["mlflow_run_id"] == again.info.run_id == first.info.run_id
 
 
 def test_a_kept_record_is_never_written_over(tmp_path):

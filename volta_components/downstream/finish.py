@@ -191,6 +191,9 @@ class FinishRun:
         if process_rank() == 0:
             remove_checkpoints(self.path.parent)
             if handler is not None:
+                if content["mlflow_run_id"] != run_id:  # so that the next start finds it logged
+                    content = {**content, "mlflow_run_id": run_id}
+                    write_json(self.path, content)
                 self._log(handler, engine.state.epoch, content)
 
     def _log(self, handler: Any, epoch: int, content: Mapping[str, Any]) -> None:
