@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
@@ -36,14 +37,15 @@ def test_the_cause_in_a_log_is_found(tmp_path):
     assert not any("earlier" in line for line in lines)
 
 
-def test_a_run_whose_parent_raises_does_not_stop_the_others(monkeypatch):
+def test_a_run_whose_parent_raises_does_not_stop_the_others(monkeypatch, tmp_path):
     def run(run, slot):
-        if run == "b":
+        if run.name == "b":
             raise RuntimeError("database is locked")
         return Outcome(run, "finished", "")
 
     monkeypatch.setattr(module, "execute", run)
-    outcomes = {outcome.run: outcome for outcome in module.run_here(["a", "b", "c"], 1, 0)}
+    runs = [SimpleNamespace(name=name, log=tmp_path / name) for name in ("a", "b", "c")]
+    outcomes = {outcome.run.name: outcome for outcome in module.run_here(runs, 1, 0)}
     assert [outcomes[name].status for name in ("a", "b", "c")] == ["finished", "failed", "finished"]
     assert outcomes["b"].detail == "RuntimeError: database is locked"
 
@@ -126,6 +128,24 @@ def test_runs_of_one_name_side_by_side_log_to_their_own_runs(place, monkeypatch)
     assert [run.data.params["max_epochs"] for run in found] == ["1", "2"]
     assert [run.data.tags["crossval_settings"] for run in found] == [run.settings for run in runs]
     assert len(client.search_runs([found[0].info.experiment_id])) == 2
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_log_is_shown_only_if_the_attempt_wrote_it(place, monkeypatch, capsys, writes):
+    run = planned(place)[0]
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.log.write_text("\n$ first\nof the attempt before\n")
+
+    def fail(run, gpus):
+        if writes:
+            run.log.write_text(run.log.read_text() + "\n$ second\nof this attempt\n")
+        raise InputError("the store is gone")
+
+    monkeypatch.setattr(module, "execute", fail)
+    assert module.follow(module.run_here([run], 1, 0), 1, 0) == 1
+    said = capsys.readouterr().err
+    assert "failed, the store is gone" in said and "attempt before" not in said
+    assert ("| of this attempt" in said) == writes
 
 
 def test_no_slurm_here_is_said(place):

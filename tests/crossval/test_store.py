@@ -45,6 +45,15 @@ def test_a_claim_opens_its_own_run_and_leaves_others_of_its_name_alone(place):
     assert claim(first) is None
 
 
+def test_a_deleted_experiment_is_named_with_the_remedy(place):
+    run = planned(place)[0]
+    claim(run)
+    experiment = _experiment_id(run.tracking_uri, run.experiment)
+    MlflowClient(run.tracking_uri).delete_experiment(experiment)
+    with pytest.raises(InputError, match=rf"restore -x {experiment}.*\(--experiment NAME\)"):
+        claim(run)
+
+
 def test_a_claimed_run_says_what_it_is_and_what_was_planned(place):
     tags = MlflowClient(f"sqlite:///{place}/runs/mlruns.db").get_run(claim(planned(place)[0])).data.tags
     assert [tags[name] for name in ("bundle", "variant", "fold", "fraction")] == ["fake", "volta", "0", "0.5"]

@@ -119,6 +119,18 @@ def test_a_process_of_crossval_logs_to_the_run_that_it_was_given(
         assert handler.cur_run.info.run_id == run_id
 
 
+def test_a_deleted_experiment_is_named_with_the_remedy(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlruns.db"
+    prepare_store(uri)
+    client = MlflowClient(uri)
+    client.delete_experiment(client.create_experiment("some"))
+    engine = Engine(lambda e, b: None)
+    engine.add_event_handler(Events.STARTED, prepare_handlers, settings={})
+    MLFlowHandler(uri, experiment_name="some", run_name="a").attach(engine)
+    with pytest.raises(InputError, match=r"some was deleted; restore it .*--experiment_name NAME"):
+        engine.run([0])
+
+
 def test_an_open_run_is_taken_up_only_with_the_settings_it_has(tmp_path: Path) -> None:
     """An attempt that was killed before its first checkpoint, and one after it with another learning rate."""
     uri = f"sqlite:///{tmp_path}/mlruns.db"

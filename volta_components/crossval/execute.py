@@ -31,11 +31,15 @@ LOG_LINES = 12
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: ``finished``, ``failed`` or ``busy`` (another process works on it)."""
+    """How a run ended: ``finished``, ``failed`` or ``busy`` (another process works on it).
+
+    ``has_log`` is whether this attempt came as far as to write one.
+    """
 
     run: Run
     status: str
     detail: str = ""
+    has_log: bool = True
 
 
 def execute(run: Run, gpus: str | None = None) -> Outcome:
@@ -137,11 +141,12 @@ def run_here(runs: Sequence[Run], jobs: int, gpus_per_run: int) -> Generator[Out
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, joblib.cpu_count() // jobs)))
 
     def work(run: Run) -> Outcome:
-        slot = slots.get()
+        slot, before = slots.get(), _size(run.log)
         try:
             return execute(run, slot)
         except Exception as error:  # of MLflow or the disk: the other runs go on
-            return Outcome(run, "failed", f"{type(error).__name__}: {error}")
+            text = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+            return Outcome(run, "failed", text, has_log=_size(run.log) != before)
         finally:
             slots.put(slot)
 
@@ -206,12 +211,17 @@ def follow(outcomes: Generator[Outcome, None, None], total: int, done: int) -> i
     print(f"{total - len(bad)} of {total} runs are finished, {done} of them from before.")
     for outcome in bad:
         lines = [f"\n{outcome.run.name}: {outcome.status}, {outcome.detail}"]
-        if outcome.status == "failed":
+        # MLflow or the disk may have failed before the attempt had a log.
+        if outcome.status == "failed" and outcome.has_log:
             lines += [f"  {outcome.run.log} ends with:", *(f"  | {line}" for line in _tail(outcome.run.log))]
         print("\n".join(lines), file=sys.stderr)
     if bad:
         print("\nStart the same command again to do what is left.", file=sys.stderr)
     return 1 if bad else 0
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _tail(path: Path) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from volta_components.crossval.plan import Run
 from volta_components.downstream.tracking import PLAN_TAG, RECIPE_TAG, SETTINGS_TAG, share_text
 from volta_components.errors import InputError
-from volta_components.training.stores import prepare_store, share_rows, store_file
+from volta_components.training.stores import check_experiment, prepare_store, share_rows, store_file
 
 
 def mlflow_client(tracking_uri: str) -> Any:
@@ -33,6 +33,7 @@ def _experiment_id(tracking_uri: str, name: str) -> str:
     def find_or_make() -> str:
         client = mlflow_client(tracking_uri)
         found = client.get_experiment_by_name(name)
+        check_experiment(found, "--experiment NAME")
         return str(found.experiment_id if found else client.create_experiment(name, artifact_location=location))
 
     try:

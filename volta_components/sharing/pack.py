@@ -190,9 +190,8 @@ def pack_bundle(
     with tempfile.TemporaryDirectory(dir=output, prefix=partial_prefix()) as temporary:
         top = Path(temporary) / (name or default_name(bundle, overlays, model))
         assemble(bundle, top, overlays, model, metrics, None if plain else make_secret())
-        version = read_json(top / "configs" / "metadata.json")["version"]
         others = tuple(other_settings(top, read_json(top / "models" / "model.json")))
-        stem = f"{top.name}_v{version}"
+        stem = f"{top.name}_v{read_json(top / 'configs' / 'metadata.json')['version']}"
         hosted = _set_aside(top, output, stem, large_files) if large_files else ()
         check_paths(top)
         path = output / f"{stem}.zip"

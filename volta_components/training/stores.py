@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from filelock import FileLock
 
@@ -89,6 +89,19 @@ def prepare_tracking() -> None:
     parser = calling_config("prepare_tracking")
     if "tracking_uri" in parser:  # MONAI adds it where there is tracking; the variable comes first, as MONAI has it
         prepare_store(os.environ.get("MLFLOW_TRACKING_URI") or str(parser.get_parsed_content("tracking_uri")))
+
+
+def check_experiment(experiment: Any, other: str) -> None:
+    """Refuse an experiment that was deleted in MLflow, which keeps its name; ``other`` is how to give another.
+
+    Raises:
+        InputError: with the command that restores it.
+    """
+    if experiment is not None and experiment.lifecycle_stage == "deleted":
+        raise InputError(
+            f"MLflow's experiment {experiment.name} was deleted; restore it (mlflow experiments restore -x "
+            f"{experiment.experiment_id}, with MLFLOW_TRACKING_URI set to its store), or give another ({other})"
+        )
 
 
 def share_rows(write: Callable[[], Result]) -> Result:

@@ -26,7 +26,7 @@ from volta_components.distributed import mean_over_processes, process_rank
 from volta_components.errors import AGAIN, InputError, chain
 from volta_components.files import sha256_json, write_text
 from volta_components.training.record import code_version, other_settings, shown_settings
-from volta_components.training.stores import share_rows
+from volta_components.training.stores import check_experiment, share_rows
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,7 @@ def _begin(
     settings: Mapping[str, Any] | None,
 ) -> None:
     """Set a handler's experiment, and the run of all handlers where there is none yet."""
+    check_experiment(handler.client.get_experiment_by_name(handler.experiment_name), "--experiment_name NAME")
     share_rows(set_experiment)
     if settings is None or handler.run_name is None or handler.cur_run is not None:
         return
