@@ -149,6 +149,21 @@ def test_dates_of_several_rows_that_cannot_be_read_are_named(tmp_path):
     assert [(who, what) for who, what, _ in said] == [("a", "date '05.06.2020' cannot be read for certain")]
 
 
+@pytest.mark.parametrize("column", ["age_at_scan", "Age at scan"])
+@pytest.mark.parametrize(("other", "told"), [("age", True), ("age_bl", False)])
+def test_the_age_at_the_scan_counts_first(tmp_path, column, other, told):
+    (tmp_path / "t.csv").write_text(f"id,{other},{column}\na,50,60\nb,60,60.5\nc,61,\nd,61,old\n")
+    said = []
+    people = read_people(tmp_path / "t.csv", lambda *words: said.append(words))
+    assert [read_fact("age", people.row(who)[0]) for who in "abc"] == [60, 60.5, 61]
+    assert [words[:2] for words in said] == [("a", "age 50, but 60 at the scan")] * told
+
+
+def test_no_years_are_added_to_an_age_at_the_scan(tmp_path):
+    row, _ = people_of(tmp_path, "id,VISCODE,age_bl,age_at_scan\na,m24,60,62\n").row("a")
+    assert row["age"] == "62"
+
+
 def test_a_row_without_an_id_is_named_by_its_content(tmp_path):
     (tmp_path / "t.csv").write_text("id,session,sex,age\na,M0,F,60\n,M12,F,61\n,n/a,,\n")
     said = []

@@ -16,7 +16,9 @@ ID_COLUMNS = (
     "RID",
 )
 SEX_COLUMNS = ("sex", "PTGENDER", "gender", "M/F")
-AGE_COLUMNS = ("age", "age_bl", "age_at_scan", "Age at scan")
+# The age at the scan counts first; the others may be of another day.
+SCAN_AGE = "age_at_scan"
+AGE_COLUMNS = (SCAN_AGE, "age", "age_bl")
 DIAGNOSIS_COLUMNS = ("diagnosis", "DX_bl", "DX", "diagnosis_sc", "Research Group", "group", "label")
 SITE_COLUMNS = ("site", "site_id", "acquisition_site", "institution", "scanner")
 SESSION_COLUMNS = ("session_id", "session", "ses", "VISCODE", "visit", "visit_id", "timepoint", "wave")

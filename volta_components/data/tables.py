@@ -17,6 +17,7 @@ from volta_components.data.columns import (
     DIAGNOSIS_COLUMNS,
     FACT_COLUMNS,
     ID_COLUMNS,
+    SCAN_AGE,
     SESSION_COLUMNS,
     SEX_COLUMNS,
 )
@@ -261,7 +262,8 @@ def _of_own_visits(rows: list[Row]) -> list[Row]:
         own["age"] = pick(row, *AGE_COLUMNS) or ""
         with contextlib.suppress(ValueError):  # the reader of the age says what is wrong with it
             age = parse_age(own["age"])
-            own["age"] = f"{age + years:.2f}" if age is not None and years and is_repeated else own["age"]
+            is_start = age is not None and years and is_repeated and not pick(row, SCAN_AGE)
+            own["age"] = f"{(age or 0) + years:.2f}" if is_start else own["age"]
         result.append(own)
     return result
 
@@ -276,6 +278,14 @@ def _since_baseline(row: Row, start: str | None) -> float:
 
 def _months(row: Row) -> float | None:
     return months_since_baseline(pick(row, *SESSION_COLUMNS) or "")
+
+
+def _compare_ages(row: Row, complain: Callable[[str, str], None]) -> None:
+    """Complain if a row's plain age is not that of its scan: which one is wrong is not known."""
+    with contextlib.suppress(ValueError):  # the reader of the age says what is wrong with it
+        plain, of_scan = parse_age(pick(row, "age")), parse_age(pick(row, SCAN_AGE))
+        if plain is not None and of_scan is not None and abs(plain - of_scan) > 1:
+            complain(f"age {plain:g}, but {of_scan:g} at the scan", "correct one; the age at the scan is used")
 
 
 def read_people(
@@ -302,6 +312,9 @@ def read_people(
                 raise InputError(f"{path}: {what}; {remedy}")
             complain("(all)", what, f"{remedy}; it is left out")
     for patient, several in people.rows.items():
+        if complain:
+            for row in several:
+                _compare_ages(row, functools.partial(complain, people.spelled[patient]))
         for row in several if len(several) > 1 else ():  # of a single row nothing depends on its date
             cell = pick(row, *DATE_COLUMNS)
             if complain and cell and not date_of_cell(cell):
