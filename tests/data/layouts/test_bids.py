@@ -92,6 +92,13 @@ def test_a_session_s_own_table_wins_whatever_its_columns_are_called(tmp_path, co
     assert facts == {"ses-1": (72, "AD", "F"), "ses-2": (74, "AD", "F")} and not found(listing)
 
 
+def test_a_sex_in_which_the_two_tables_differ_is_unknown(tmp_path):
+    own = "sub-1/sub-1_sessions.tsv", "session_id\tsex\nses-1\tM\nses-2\tfemale\n"
+    listing = listed(tmp_path, people("sub-1"), own, t1("sub-1", "ses-1"), t1("sub-1", "ses-2"), sessions=("all",))
+    assert {scan.session: scan.sex for scan in listing.scans} == {"ses-1": None, "ses-2": "F"}
+    assert found(listing) == {("sub-1", "participants.tsv", "sex F here, M in the session's own table")}
+
+
 def test_rows_of_other_visits_are_no_problem_where_the_session_s_own_table_has_all(tmp_path):
     whole = "participants.tsv", "participant_id\tsession_id\tage\tdiagnosis\nsub-1\tses-9\t60\tCN\n"
     own = "sub-1/sub-1_sessions.tsv", "session_id\tage_at_scan\tDX\nses-1\t72\tAD\n"

@@ -338,3 +338,15 @@ def test_sexes_of_one_person_are_compared_in_any_spelling(tmp_path):
     write(tmp_path / "A/MPRAGE", patient="7", PatientSex="male")
     write(tmp_path / "B/MPRAGE", patient="7", PatientSex="FEMALE", date="20070418")
     assert any("2 sexes" in reason for _, _, reason in found(listed(tmp_path)))
+
+
+@pytest.mark.parametrize(("sex", "age"), [("F", 76.5), ("M", 75), ("F", 70)])
+def test_a_header_that_contradicts_the_table_is_a_problem(tmp_path, sex, age):
+    """The header says F, 75 years."""
+    write(tmp_path / "ds/P1/MPRAGE", patient="P1")
+    (tmp_path / "t.csv").write_text(f"id,sex,age\nP1,{sex},{age}\n")
+    listing = listed(tmp_path / "ds", table=tmp_path / "t.csv")
+    assert [(scan.sex, scan.age) for scan in listing.scans] == [(sex, age)]
+    reasons = ["sex M by the table, F by the header (PatientSex)"] * (sex == "M")
+    reasons += ["age 70.0 by the table, 75.0 by the header (PatientAge)"] * (age == 70)
+    assert found(listing) == [("P1", "P1/MPRAGE", reason) for reason in reasons]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -244,6 +245,11 @@ class Listing:
                 facts[name] = None
                 form = {"sex": "M or F", "age": "years"}[name]
                 complain(str(error), f"write {form} in the table; kept without {name}")
+        if facts["sex"] and "sex" in own and row:
+            with contextlib.suppress(ValueError):
+                if (other := read_fact("sex", row) or facts["sex"]) != facts["sex"]:
+                    complain(f"sex {other} here, {facts['sex']} in the session's own table", "correct one; left empty")
+                    facts["sex"] = None
         if facts["site"] is None and cohort_of(patient_id) == "adni":
             facts["site"] = patient_id[:3]
         return facts

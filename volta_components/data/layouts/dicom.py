@@ -59,6 +59,8 @@ _NOBODY = re.compile(
     re.IGNORECASE,
 )
 THIN = 2.0  # mm
+# Ages of a table and a header may differ by so much: rounded, or of a day between two visits.
+_YEARS_APART = 2.0
 
 
 @dataclass(frozen=True)
@@ -407,11 +409,21 @@ def _scan(listing: Listing, patient: str, session: str, series: _Series) -> Scan
     folder, date = series.folders[0], _date(series, listing.root)
     facts = listing.describe(patient, session, date)
     for fact, name, parse in (("sex", "PatientSex", parse_sex), ("age", "PatientAge", parse_age)):
-        if facts[fact] is None:
-            try:
-                facts[fact] = parse(series.text(name)) or None
-            except ValueError as error:
+        try:
+            of_header = parse(series.text(name)) or None
+        except ValueError as error:
+            if facts[fact] is None:
                 listing.note("quirk", patient, folder, f"{error} ({name}); left empty", patient_id=patient)
+            continue
+        known, facts[fact] = facts[fact], of_header if facts[fact] is None else facts[fact]
+        if known is None or of_header is None:
+            continue
+        if known != of_header if fact == "sex" else abs(known - of_header) > _YEARS_APART:
+            reason, remedy = (
+                f"{fact} {known} by the table, {of_header} by the header ({name})",
+                "find out whose scan it is",
+            )
+            listing.note("problem", patient, folder, reason, f"{remedy}; kept as the table says", False, patient)
     return Scan(
         subject_id=subject_of(patient),
         session=session,
