@@ -79,9 +79,16 @@ class Name:
         return self.subject.startswith("sub-")
 
     @property
+    def part(self) -> str:
+        """Which part of a complex image its name says it is, such as ``phase``; ``mag``, the usual one, if none."""
+        return self.entities.get("part", "mag")
+
+    @property
     def is_other(self) -> bool:
         """Whether the name says that this is no T1 scan."""
         if self.contrast:
+            if self.part != "mag":
+                return True
             return self.contrast.lower() != "t1w" if self.is_bids else not _T1.fullmatch(self.contrast)
         return self.subject.lower() in MASKS
 

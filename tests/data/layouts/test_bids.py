@@ -155,6 +155,25 @@ def test_of_several_t1ws_the_rule_decides_or_it_is_a_problem(tmp_path):
     assert "sub-1_acq-A_T1w.nii.gz is used, by name alone" in next(iter(found(listing)))[2]
 
 
+@pytest.mark.parametrize("part", ["phase", "real", "imag"])
+def test_a_part_of_a_complex_image_is_no_t1(tmp_path, part):
+    files = [t1("sub-1", more=f"_part-{part}"), t1("sub-1", more="_part-mag"), t1("sub-2", more=f"_part-{part}")]
+    listing = listed(tmp_path, people("sub-1", "sub-2"), *files)
+    assert [scan.source for scan in listing.scans] == [files[1]]
+    assert {(file, reason) for _, file, reason in found(listing, "skipped")} == {
+        (file, f"no T1 scan by its name (part-{part})") for file in (files[0], files[2])
+    }
+    assert found(listing) == {("sub-2", "sub-2", f"has no T1w image, but sub-2_part-{part}_T1w.nii.gz")}
+
+
+def test_only_a_scan_with_contrast_agent_is_told(tmp_path):
+    files = [t1("sub-1", more="_ce-gd"), t1("sub-2", more="_ce-gd"), t1("sub-2")]
+    listing = listed(tmp_path, people("sub-1", "sub-2"), *files)
+    assert {scan.source for scan in listing.scans} == {files[0], files[2]}
+    told = {(who, why) for who, _, why in found(listing, "quirk") if "agent" in why}
+    assert told == {("sub-1", "with contrast agent, by its name; there is no T1 without")} and not found(listing)
+
+
 def test_an_unpacked_folder_of_a_scans_name_is_the_scan(tmp_path):
     listing = listed(tmp_path, people("sub-1"), f"{t1('sub-1')}/0057_t1.nii")
     assert [scan.image.name for scan in listing.scans] == ["0057_t1.nii"] and not listing.findings

@@ -119,6 +119,11 @@ def _scans(listing: Listing, volumes: Iterable[VolumeFile]) -> list[Scan]:
             listing.note("problem", subject, volume.path, reason, remedy)
             continue
         patient = canonical_patient_id(subject)
+        if name.is_other:
+            listing.note(
+                "skipped", subject, volume.path, f"no T1 scan by its name (part-{name.part})", patient_id=patient
+            )
+            continue
         table = root / subject / f"{subject}_sessions.tsv"
         own = rows_of(subject, table) if session else []
         row = session_row(own, session)
@@ -170,10 +175,10 @@ def _rows_of(listing: Listing, subject: str, path: Path) -> list[Row]:
 
 
 def plainness(scan: Scan) -> tuple[object, ...]:
-    """Of a session's T1w images the lowest is taken: no contrast agent, no phase image, plainest name, first run."""
+    """Of a session's T1w images the lowest is taken: no contrast agent, plainest name, first run."""
     parts = parse_name(VolumeFile.of(scan.image).stem).entities
     numbers = [int(re.sub(r"\D", "", parts.get(key, "")) or 0) for key in ("run", "echo", "inv")]
-    return "ce" in parts, parts.get("part", "mag") != "mag", len(set(parts) - {"run", "echo", "inv"}), *numbers
+    return "ce" in parts, len(set(parts) - {"run", "echo", "inv"}), *numbers
 
 
 def _others(listing: Listing, folders: Iterable[Path], volumes: list[VolumeFile], used: set[Path]) -> None:

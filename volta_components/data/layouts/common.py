@@ -20,7 +20,7 @@ from volta_components.data.sessions import contradictions, in_order, spelled_ali
 from volta_components.data.spreadsheets import Row, fold
 from volta_components.data.tables import People, pick, read_fact, read_people
 from volta_components.data.volumes import volume_stem, volume_suffix
-from volta_components.data.walk import Tree, is_hidden, tidy, tidy_stem, walk
+from volta_components.data.walk import Tree, VolumeFile, is_hidden, tidy, tidy_stem, walk
 from volta_components.files import readable
 
 LEFT, RIGHT = 1, 2  # values of the hippocampi in label maps
@@ -271,6 +271,8 @@ class Listing:
         for group in grouped(scans, lambda scan: (scan.patient_id, scan.session)).values():
             first, *others = sorted(group, key=lambda scan: (rank(scan), scan.image.name, scan.source))
             kept.append(first)
+            if "ce" in parse_name(VolumeFile.of(first.image).stem).entities:
+                self.note_scan("quirk", first, "with contrast agent, by its name; there is no T1 without")
             for other in others:
                 is_beside = other.image.parent == first.image.parent
                 used = f"{readable(first.image.name) if is_beside else first.source} is used"

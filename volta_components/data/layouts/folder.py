@@ -339,6 +339,7 @@ def _other_contrasts(listing: Listing, others: Iterable[VolumeFile], found: list
     visits = {split_visit(stem)[0] for stem in timed}
     for volume in others:
         name, path = parse_name(volume.stem), volume.path
+        what = name.contrast if name.part == "mag" else f"part-{name.part}"
         patient = canonical_patient_id(name.subject)
         if name.contrast.lower() == "t2" and name.subject in visits:
             remedy = "name it ses-2 or T2w"
@@ -346,10 +347,10 @@ def _other_contrasts(listing: Listing, others: Iterable[VolumeFile], found: list
         elif _BRAIN.search(volume.stem):
             listing.note("skipped", name.subject, path, "a mask of the brain, not of structures", patient_id="")
         elif patient in known or name.subject in subjects:
-            listing.note("skipped", name.subject, path, f"no T1 scan by its name ({name.contrast})", patient_id=patient)
+            listing.note("skipped", name.subject, path, f"no T1 scan by its name ({what})", patient_id=patient)
         else:
             remedy = "add the T1 scan, or name this one T1w if it is one"
-            reason = f"has no T1 scan, only {name.contrast or 'a mask'}"
+            reason = f"has no T1 scan, only {what or 'a mask'}"
             listing.note("problem", name.subject, path, reason, remedy, True, patient)
 
 
