@@ -174,6 +174,17 @@ def test_only_a_scan_with_contrast_agent_is_told(tmp_path):
     assert told == {("sub-1", "with contrast agent, by its name; there is no T1 without")} and not found(listing)
 
 
+def test_a_session_may_be_in_the_name_alone(tmp_path):
+    files = [f"sub-1/anat/sub-1_ses-{n}_T1w.nii.gz" for n in (1, 2)]
+    own = "sub-1/sub-1_sessions.tsv", "session_id\tage\nses-1\t60\nses-2\t62\n"
+    listing = listed(tmp_path, people("sub-1"), own, *files, sessions=("all",))
+    assert [(scan.session, scan.source, scan.age) for scan in listing.scans] == [
+        ("ses-1", files[0], 60),
+        ("ses-2", files[1], 62),
+    ]
+    assert not found(listing)
+
+
 def test_an_unpacked_folder_of_a_scans_name_is_the_scan(tmp_path):
     listing = listed(tmp_path, people("sub-1"), f"{t1('sub-1')}/0057_t1.nii")
     assert [scan.image.name for scan in listing.scans] == ["0057_t1.nii"] and not listing.findings

@@ -118,6 +118,7 @@ def _scans(listing: Listing, volumes: Iterable[VolumeFile]) -> list[Scan]:
             remedy = "rename it, or move it to the folder that it belongs to"
             listing.note("problem", subject, volume.path, reason, remedy)
             continue
+        session = session or name.session
         patient = canonical_patient_id(subject)
         if name.is_other:
             listing.note(
