@@ -29,12 +29,12 @@ NAN = float("nan")
         ("validation_fraction", [NAN, 1, -0.1]),
         ("augment_probability", [2, -0.5]),
         ("threshold", [2, "best", NAN]),
-        ("learning_rate", [-1, 0, "abc", NAN, float("inf")]),
+        ("learning_rate", [-1, "abc", NAN, float("inf")]),
         ("final_learning_rate", [-1]),
         ("weight_decay", [-1, NAN, [0, 1]]),
         ("warmup_epochs", [-1]),
         ("checkpoint_minutes", [NAN]),
-        ("spacing", ["abc", 0, [1, 1, 1]]),
+        ("spacing", ["abc", 0, [1, 1], [1, 1, 0]]),
         ("image_size", [48, [48, 48], [48, 48, 0]]),
         ("input_extent_mm", [192, [192, 192, -1]]),
         ("device", ["cud", "cuda:99", None.__class__]),
@@ -54,6 +54,8 @@ def test_what_can_be_is_taken() -> None:
         "device": ["cpu", torch.device("cpu"), "$volta.local_device()"],
         "image_size": [(48, 32, 16)],
         "weight_decay": [0],
+        "learning_rate": [0, 0.1],
+        "spacing": [1, [1, 1, 1.2]],
         "unknown": [-1],
     }
     assert not [value for name, values in taken.items() for value in values if wrong_values({name: value})]

@@ -76,23 +76,17 @@ KINDS: Sequence[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = (
         ),
     ),
     ("between 0 and 1, or 'youden'", lambda value: value == "youden" or _is_in("[0, 1]")(value), ("threshold",)),
-    ("a number above 0", _above, ("learning_rate",)),
     (
         "a number of at least 0",
         _least,
         (
-            *(
-                "final_learning_rate",
-                "weight_decay",
-                "warmup_epochs",
-                "checkpoint_minutes",
-                "clip_norm",
-                "augment_noise",
-            ),
+            # At a learning rate of 0, a pretraining writes an encoder that has learned nothing: a control.
+            *("learning_rate", "final_learning_rate", "weight_decay", "warmup_epochs", "checkpoint_minutes"),
+            *("clip_norm", "augment_noise"),
             *("augment_rotation_degrees", "augment_translation_mm", "teacher_temperature_epochs"),
         ),
     ),
-    ("a number above 0, in mm", _above, ("spacing",)),
+    ("a number above 0, in mm, or three", lambda value: _above(value) or _is_three(_above)(value), ("spacing",)),
     (
         "three whole numbers of at least 1, such as [96, 96, 96]",
         _is_three(_count),
