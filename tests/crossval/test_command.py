@@ -73,3 +73,11 @@ def test_not_of_an_unfinished_crossval_nor_of_a_fold_that_is_not_run(
     assert main([*WORDS, "--adopt", "2"]) == 2
     assert "--adopt 2: not one of the folds that are run" in capsys.readouterr().err
     assert not (place / "fake" / "models" / "model_tiny.pt").exists()
+
+
+def test_a_network_from_scratch_is_not_adopted(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its model has a name of its own, which nothing that uses the bundle looks for."""
+    words = [word if word != "volta,linear_scratch" else "linear_scratch,volta" for word in WORDS]
+    assert main([*words, "--adopt", "0"]) == 2
+    assert "the first of --inits, linear_scratch, is from scratch" in capsys.readouterr().err
+    assert not list(place.glob("runs/fake/*/models"))

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from volta_components.downstream.inits import BASE_INIT
+from volta_components.downstream.inits import BASE_INIT, SCRATCH
 from volta_components.errors import InputError
 from volta_components.files import copy_file
 
@@ -80,8 +80,8 @@ def crossval(
         slurm: SLURM: other options of sbatch, such as qos=high,constraint=a100.
         cluster: SLURM: cluster of submitit. "local" tries the jobs on this machine.
         dry_run: Only write each run's settings, and print its state and command.
-        adopt: A fold whose model becomes the bundle's own once all runs are finished (of the first init and the largest
-            fraction). It is copied to BUNDLE/models, where segment, pack and inference.json look for it.
+        adopt: A fold whose model becomes the bundle's own once all runs are finished (of the first init, a pretrained
+            one, and the largest fraction). It is copied to BUNDLE/models, where segment, pack and inference.json look.
 
     Returns:
         0; 1 if a run failed or another process is still working on it; 130 if interrupted.
@@ -120,6 +120,12 @@ def crossval(
     if adopt not in (None, chosen.fold):
         folds_run = ", ".join(map(str, sorted({run.fold for run in runs})))
         raise InputError(f"--adopt {adopt}: not one of the folds that are run ({folds_run})")
+    if adopt is not None and chosen.variant.endswith(SCRATCH):
+        raise InputError(
+            f"--adopt {adopt}: the first of --inits, {chosen.variant}, is from scratch, and segment, pack and "
+            f"inference.json look for the model of a pretrained init. Name one first, or leave --adopt out: "
+            f"{chosen.folder / 'models'} will have the model"
+        )
     done = finished_runs(store, runs[0].experiment)
     todo = [run for run in runs if (run.name, run.settings) not in done]
     if dry_run:
