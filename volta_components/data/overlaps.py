@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -301,13 +302,14 @@ def merge(
     items, excluded = [], []
     for datalist in loaded:
         kept = {"fold": int(datalist is not first)} if hold_out else {}
-        base = Path(os.path.relpath(datalist.path.resolve().parent, target.resolve().parent))
+        place = functools.cache(functools.partial(_place, datalist.path.resolve().parent, target.resolve().parent))
         for item in datalist.content["training"]:
             patient, cohort = _who(item, datalist)
             entry = {**_with_cohort(item, datalist), **kept}
             for key in PATHS:
                 if key in entry and not is_remote(entry[key]):
-                    entry[key] = (base / entry[key]).as_posix()
+                    folder, file = os.path.split(entry[key])
+                    entry[key] = Path(place(folder), file).as_posix()
             if len(holders[patient, cohort]) > 1:
                 entry.pop("visit", None)  # counted in each datalist on its own
             if patient in clashing or (patient, cohort) in renamed:
@@ -348,6 +350,11 @@ def merge(
     if clashing:
         print(f"{len(clashing)} ids were in two cohorts; the cohort's name was put in front of them")
     return 0
+
+
+def _place(source: Path, target: Path, folder: str) -> str:
+    """A folder of one datalist's volumes as another has to name it, by no folder in between that may be moved away."""
+    return folder if folder.startswith("/") else os.path.relpath((source / folder).resolve(), target)
 
 
 def _contradictions(datalists: Sequence[Datalist]) -> list[tuple[str, str, str]]:

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+import shutil
+
+from volta_components.data.datalist import load_datalist, make_content
+from volta_components.data.overlaps import merge
+from volta_components.files import write_json
+
+
+def write(folder, *patients, **more):
+    """A datalist of a volume for each patient; its name is the folder's."""
+    (folder / "images").mkdir(parents=True)
+    items = [
+        {"image": f"images/{who}.nii", "subject_id": who, "patient_id": who, "fold": 0, "cohort": folder.name, **more}
+        for who in patients
+    ]
+    for item in items:
+        (folder / item["image"]).touch()
+    write_json(folder / "datalist.json", make_content(folder.name, (1, 1, 1), (8, 9, 10), 0, 5, items, []))
+    return folder
+
+
+def test_a_merged_set_of_merged_sets_names_the_volumes_themselves(tmp_path):
+    one, two, three, four = (write(tmp_path / name, name) for name in "abcd")
+    merge(one, two, output=tmp_path / "ab/deep", name="ab")
+    merge(tmp_path / "ab/deep", three, output=tmp_path / "abc", name="abc")
+    images = [entry["image"] for entry in load_datalist(tmp_path / "abc").content["training"]]
+    assert images == ["../a/images/a.nii", "../b/images/b.nii", "../c/images/c.nii"]
+    shutil.rmtree(tmp_path / "ab")
+    merge(tmp_path / "abc", four, output=tmp_path / "all", name="all")
