@@ -47,6 +47,16 @@ def test_swapped_sides_are_put_right_whatever_the_names(place):
     assert "left and right swapped" in quirks[1][1]
 
 
+def test_what_is_odd_in_a_labels_header_is_a_quirk(place, tmp_path):
+    scan, shape, affine, _ = place
+    image = nib.Nifti1Image(tiny.harp_label(shape, affine, -1).astype(np.uint8), affine)
+    image.set_sform(affine, 1)
+    image.set_qform(np.diag([-1, 1, 1, 1]) @ affine, 1)  # left and right exchanged
+    image.to_filename(tmp_path / "flip.nii")
+    quirks = both(scan, (tmp_path / "flip.nii", 1))[2]
+    assert quirks == [("flip.nii", warning) for warning in read_volume(tmp_path / "flip.nii").warnings] != []
+
+
 def test_a_label_in_another_axis_order_shares_the_grid(place, tmp_path):
     scan, shape, affine, _ = place
     image = nib.Nifti1Image(tiny.harp_label(shape, affine, -1).astype(np.uint8), affine)

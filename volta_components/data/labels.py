@@ -63,6 +63,7 @@ def read_labels(
     sides: dict[int, np.ndarray] = {}
     for file in files:
         volume = canonical(read_volume(file.path, assume_orientation))
+        quirks += [(file.path.name, warning) for warning in volume.warnings]
         _same_grid(file.path, volume, grid, scan_path)
         voxels = whole_numbers(file.path, volume)
         values = np.unique(voxels)
