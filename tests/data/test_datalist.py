@@ -19,7 +19,7 @@ from volta_components.data.datalist import (
     load_datalist,
     make_content,
 )
-from volta_components.data.overlaps import check, find_overlaps, merge
+from volta_components.data.overlaps import check, merge
 from volta_components.downstream.leaks import find_overlap
 from volta_components.errors import InputError
 from volta_components.files import sha256_file, write_json
@@ -181,7 +181,11 @@ def test_files_that_are_no_datalist(tmp_path, content, message):
     ("items", "message"),
     [
         ([item(0, "p"), item(1, "p", fold=1)], "patient p is in folds 0 and 1"),
-        ([item(0), item(0)], "is there twice"),
+        ([item(0), item(0)], "is there twice, without a session"),
+        ([{**item(0), "session": "M6"}] * 2, "session M6 is there twice"),
+        ([item(0), {**item(1), "image": "images/0.nii"}], r"image images/0.nii is also that of patient sub-0000"),
+        ([item(0, visit="first")], "visit is 'first', not a whole number from 0 without quotes or null"),
+        ([item(0, age="65Y")], "age is '65Y', not a number of years"),
         ([item(0, fold=7)], "fold 7 where folds 0 to 4 exist"),
         ([{**item(0), "image": None}], "lacks image"),
         ([{**item(0), "fold": None}], "lacks fold"),
@@ -491,9 +495,3 @@ def test_bad_cohort_weights(tmp_path, weights, message):
     with pytest.raises(InputError, match=message):
         datalist = load_datalist(path)
         cohort_weights(datalist, datalist.items, weights)
-
-
-def test_overlaps_of_nothing(tmp_path):
-    one = load_datalist(write(tmp_path / "a", [item(0), item(1)]))
-    found = find_overlaps([one])
-    assert (found.certain, found.look_alikes, found.uncertain, found.near_copies) == ([], [], [], [])

@@ -2,7 +2,7 @@
 import shutil
 
 from volta_components.data.datalist import load_datalist, make_content
-from volta_components.data.overlaps import merge
+from volta_components.data.overlaps import check, find_overlaps, merge
 from volta_components.files import write_json
 
 
@@ -27,3 +27,16 @@ def test_a_merged_set_of_merged_sets_names_the_volumes_themselves(tmp_path):
     assert images == ["../a/images/a.nii", "../b/images/b.nii", "../c/images/c.nii"]
     shutil.rmtree(tmp_path / "ab")
     merge(tmp_path / "abc", four, output=tmp_path / "all", name="all")
+
+
+def test_scans_that_cannot_be_compared_are_counted(tmp_path, capsys):
+    one, two = write(tmp_path / "a", "a", "b"), write(tmp_path / "b", "c", sha256="0" * 64)
+    assert check(one, two) == 0
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "no hash" in line]
+    assert warning.startswith(f"warning: {one / 'datalist.json'}: 2 of 2 scans have no hash")
+
+
+def test_overlaps_of_nothing(tmp_path):
+    one = load_datalist(write(tmp_path / "a", "a", "b"))
+    found = find_overlaps([one])
+    assert (found.certain, found.look_alikes, found.uncertain, found.near_copies) == ([], [], [], [])

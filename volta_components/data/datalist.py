@@ -190,6 +190,7 @@ def check_content(path: Path, content: Mapping[str, Any]) -> None:
     rows: list[tuple[str, str]] = []
     folds: dict[str, int] = {}
     seen: set[tuple[str, Any]] = set()
+    owners: dict[str, str] = {}
     for i, item in enumerate(content["training"]):
         name = f"item {i}"
         if not isinstance(item, dict):
@@ -209,9 +210,11 @@ def check_content(path: Path, content: Mapping[str, Any]) -> None:
             rows.append((name, f"patient {item['patient_id']} is in folds {first} and {item['fold']}"))
         if unfit := unfit_id(item.get(key) for key in ("subject_id", "session", "patient_id", "site", "cohort")):
             rows.append((repr(name), unfit))
-        scan = (item["subject_id"], item.get("session"))
+        if (owner := owners.setdefault(item["image"], item["patient_id"])) != item["patient_id"]:
+            rows.append((name, f"image {item['image']} is also that of patient {owner}"))
+        scan = (item["subject_id"], session := item.get("session"))
         if scan in seen:
-            rows.append((name, f"is there twice (session {item.get('session')})"))
+            rows.append((name, f"session {session} is there twice" if session else "is there twice, without a session"))
         seen.add(scan)
     if rows:
         raise InputError.many(
@@ -235,6 +238,11 @@ def _wrong_types(item: Mapping[str, Any]) -> list[str]:
     for key in ("session", "site", "cohort"):
         if not isinstance(item.get(key), str | None):
             wrong.append(f"{key} is {item[key]!r}, not a text in quotes or null")
+    age, visit = item.get("age"), item.get("visit")
+    if not (age is None or (isinstance(age, int | float) and not isinstance(age, bool) and 0 <= age <= 130)):
+        wrong.append(f"age is {age!r}, not a number of years without quotes or null")
+    if not (visit is None or is_count(visit)):
+        wrong.append(f"visit is {visit!r}, not a whole number from 0 without quotes or null")
     return wrong
 
 

@@ -174,6 +174,13 @@ def check(
                     limit=10,
                 )
             )
+    for datalist in loaded:
+        unknown = sum(not voxel_hashes(item) for item in datalist.content["training"])
+        if unknown and not datalist.content.get("rendered"):
+            print(
+                f"warning: {datalist.path}: {unknown} of {len(datalist)} scans have no hash, so the same scan "
+                "under another id is not found; prepare the data set again"
+            )
     everyone = [_with_cohort(item, d) for d in loaded for item in d.content["training"]]
     if note := uneven_skulls(everyone, ""):
         print(f"warning: {note}")
