@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -157,6 +158,12 @@ class People:
     def knows(self, name: str) -> bool:
         """Whether a name is in the table, in any spelling."""
         return bool(self.rows) and loose(name) in self._loose
+
+    @property
+    def is_adnimerge(self) -> bool:
+        """Whether it is ADNI's own table, by its columns."""
+        columns = {fold(column) for rows in itertools.islice(self.rows.values(), 1) for column in rows[0]}
+        return {"ptid", "rid", "viscode", "colprot"} <= columns
 
     @functools.cached_property
     def _loose(self) -> set[str]:

@@ -350,3 +350,17 @@ def test_a_header_that_contradicts_the_table_is_a_problem(tmp_path, sex, age):
     reasons = ["sex M by the table, F by the header (PatientSex)"] * (sex == "M")
     reasons += ["age 70.0 by the table, 75.0 by the header (PatientAge)"] * (age == 70)
     assert found(listing) == [("P1", "P1/MPRAGE", reason) for reason in reasons]
+
+
+@pytest.mark.parametrize("is_adnimerge", [False, True])
+def test_whoever_has_a_row_and_no_scan_is_named_or_of_adnimerge_counted(tmp_path, is_adnimerge):
+    write(tmp_path / "ds/A/MPRAGE", patient="002_S_0001")
+    more = (",RID,COLPROT,VISCODE", ",1,ADNI1,bl") if is_adnimerge else ("", "")
+    rows = [f"002_S_000{i},F{more[1]}" for i in range(1, 4)]
+    (tmp_path / "t.csv").write_text("\n".join([f"PTID,sex{more[0]}", *rows]))
+    listing = listed(tmp_path / "ds", table=tmp_path / "t.csv")
+    problems = [] if is_adnimerge else ["002_S_0002", "002_S_0003"]
+    assert [(who, why) for who, _, why in found(listing)] == [(who, "has a row but no DICOM files") for who in problems]
+    assert set(listing.people) == {"002_S_0001", *problems}
+    counted = [why for _, _, why in found(listing, "quirk") if "people have rows" in why]
+    assert counted == ["2 people have rows but no DICOM files: 002_S_0002, 002_S_0003"] * is_adnimerge

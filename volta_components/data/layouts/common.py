@@ -255,8 +255,15 @@ class Listing:
         return facts
 
     def note_rows_without_scans(self, patients: Iterable[str], what: str) -> None:
-        """Note everybody in the table who has nothing else."""
-        for patient in self.table.without(patients):
+        """Note everybody in the table who has nothing else; of ADNIMERGE, which has all of ADNI, how many these are."""
+        absent = self.table.without(patients)
+        if self.table.is_adnimerge:
+            if absent:
+                names = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
+                reason, remedy = f"{len(absent)} people have rows but no {what}: {names}", "it has everybody of ADNI"
+                self.note("quirk", "(all)", self.table.file, reason, remedy)
+            return
+        for patient in absent:
             who, remedy = self.table.spelled[patient], f"fetch the {what}, or drop the row"
             self.note("problem", who, self.table.file, f"has a row but no {what}", remedy, True, patient)
 

@@ -156,6 +156,7 @@ def read(options: LayoutOptions) -> Listing:
     for (patient, session), several in sorted(groups.items()):
         _one_of_session(listing, patient, session, several)
     _note_without_t1(listing, tree, series, {patient for patient, _ in groups}, skipped)
+    listing.note_rows_without_scans(listing.people, "DICOM files")
     cohorts = {cohort_of(scan.patient_id) for scan in listing.scans}
     if options.name is None and len(cohorts) == 1 and (only := cohorts.pop()):
         listing.cohort = only
