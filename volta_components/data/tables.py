@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -287,6 +288,48 @@ def _months(row: Row) -> float | None:
     return months_since_baseline(pick(row, *SESSION_COLUMNS) or "")
 
 
+_AGE_UNITS = {
+    **dict.fromkeys(("years", "year", "yrs", "yr", "y"), ""),
+    **dict.fromkeys(("months", "month", "mo", "m"), "m"),
+    **dict.fromkeys(("weeks", "week", "wk", "w"), "w"),
+    **dict.fromkeys(("days", "day", "d"), "d"),
+}
+
+
+def in_units(rows: list[Row], sidecar: Path, complain: Complain | None = None) -> list[Row]:
+    """Rows whose ages have the units of BIDS' JSON file beside a table; ages in units that are not known are left out.
+
+    Raises:
+        InputError: for such units, or if the file cannot be read, without ``complain``.
+    """
+    if not rows or not sidecar.is_file():
+        return rows
+
+    def tell(what: str, remedy: str) -> None:
+        if complain is None:
+            raise InputError(f"{sidecar}: {what}; {remedy}")
+        complain("(all)", f"{sidecar.name}: {what}", remedy)
+
+    try:
+        described = json.loads(sidecar.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError):
+        tell("cannot be read", "mend it; ages are taken for years")
+        return rows
+    ages = set(map(fold, AGE_COLUMNS))
+    for column, facts in described.items() if isinstance(described, dict) else ():
+        if not isinstance(facts, dict) or not facts.get("Units") or fold(column) not in ages:
+            continue
+        unit = _AGE_UNITS.get(str(facts["Units"]).strip().lower())
+        if unit is None:
+            tell(f"{column} in units of {facts['Units']!r}", "write years, months, weeks or days; it is not used")
+        elif not unit:
+            continue
+        for row in rows:
+            for own in [name for name in row if fold(name) == fold(column)]:
+                row[own] = re.sub(r"^[\d.,]+", rf"\g<0>{unit}", row[own].strip()) if unit else ""
+    return rows
+
+
 def _compare_ages(row: Row, complain: Callable[[str, str], None]) -> None:
     """Complain if a row's plain age is not that of its scan: which one is wrong is not known."""
     with contextlib.suppress(ValueError):  # the reader of the age says what is wrong with it
@@ -303,7 +346,7 @@ def read_people(
     Raises:
         InputError: if the table cannot be read or has no column of ids.
     """
-    rows = read_table(path, complain)
+    rows = in_units(read_table(path, complain), path.with_suffix(".json"), complain)
     if not rows or not any(pick(row, *ID_COLUMNS) for row in rows):
         columns = f"no column of subject ids among {', '.join(rows[0])}" if rows else "no rows below its header"
         raise InputError(f"{path}: {columns}; name the column of ids {ID_COLUMNS[0]}, or give another table as --table")

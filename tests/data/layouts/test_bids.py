@@ -92,6 +92,19 @@ def test_a_session_s_own_table_wins_whatever_its_columns_are_called(tmp_path, co
     assert facts == {"ses-1": (72, "AD", "F"), "ses-2": (74, "AD", "F")} and not found(listing)
 
 
+@pytest.mark.parametrize(("units", "age"), [("months", 60), ("Years", 720), ("weeks", 13.7988), ("moons", None)])
+def test_ages_have_the_units_of_the_file_beside_their_table(tmp_path, units, age):
+    whole = "participants.tsv", "participant_id\tage\nsub-1\t720\nsub-2\tn/a\n"
+    own = "sub-2/sub-2_sessions.tsv", "session_id\tage\nses-1\t720\n"
+    sidecars = [(name, f'{{"age": {{"Units": "{units}"}}}}') for name in ("participants.json", "sessions.json")]
+    listing = listed(tmp_path, whole, own, *sidecars, t1("sub-1"), t1("sub-2", "ses-1"))
+    assert [scan.age for scan in listing.scans] == [None if age == 720 else age] * 2
+    told = {(file, why) for _, file, why in found(listing) if "units" in why}
+    why = "age in units of 'moons'"
+    places = ("participants.tsv", "participants.json"), ("sub-2/sub-2_sessions.tsv", "sessions.json")
+    assert told == ({(file, f"{sidecar}: {why}") for file, sidecar in places} if age is None else set())
+
+
 def test_a_sex_in_which_the_two_tables_differ_is_unknown(tmp_path):
     own = "sub-1/sub-1_sessions.tsv", "session_id\tsex\nses-1\tM\nses-2\tfemale\n"
     listing = listed(tmp_path, people("sub-1"), own, t1("sub-1", "ses-1"), t1("sub-1", "ses-2"), sessions=("all",))
