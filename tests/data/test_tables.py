@@ -57,6 +57,16 @@ def test_ids_are_matched_in_other_spellings_unless_somebody_else_has_them(tmp_pa
     assert people.without(["sub-01", "p2", "sub-3"]) == ["4", "sub-03"]
 
 
+def test_two_columns_of_ids_that_match_different_scans_are_refused(tmp_path):
+    people = people_of(tmp_path, "ID,file,sex\n1,p3.nii,F\n2,2.nii,M\n3,p1.nii,M\n")
+    assert people.find(["1", "2", "3"]) == [] and people.find(["p1", "p3"]) == []
+    people = people_of(tmp_path, "ID,file,sex\n1,2.nii.gz,F\n2,1.nii.gz,M\n")
+    with pytest.raises(InputError, match=r"people.csv: somebody has the ids of two scans \(ID '1' and file '2'\)"):
+        people.find(["1", "2"])
+    people = people_of(tmp_path, "participant_id,ID,sex\n1,2,F\n2,1,M\n")
+    assert people.find(["1", "2"]) == []
+
+
 VISITS = "PTID,VISCODE,EXAMDATE,sex,age\na,m12,2007-05-01,F,61\na,bl,2006-04-18,F,60\n"
 
 

@@ -133,12 +133,14 @@ class People:
         file: the table's name, for messages.
         rows: of each canonical patient id.
         spelled: how the table writes each of them.
+        others: of a canonical patient id, those in further columns of ids, with the name of the column.
         also: ids of scans that are spelled in another way than in the table, and how they are spelled there.
     """
 
     file: str = ""
     rows: dict[str, list[Row]] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)
+    others: dict[str, dict[str, str]] = field(default_factory=dict)
     also: dict[str, str] = field(default_factory=dict)
 
     def find(self, patients: Iterable[str]) -> list[tuple[str, str]]:
@@ -146,8 +148,21 @@ class People:
 
         Returns:
             Id of the scan and id of the table, for each that was matched in this way.
+
+        Raises:
+            InputError: if two columns of ids match different scans.
         """
         known = set(patients)
+        scanned = set(map(loose, known))
+        for patient, others in self.others.items():
+            either = {loose(other): f"{column} {other!r}" for other, column in others.items()}
+            both = sorted(set(either) & scanned)
+            if loose(patient) in both and len(both) > 1:
+                names = " and ".join(either[one] for one in both)
+                raise InputError(
+                    f"{self.file}: somebody has the ids of two scans ({names}); remove the column that does not say "
+                    "whose the scans are"
+                )
         scans, table = (grouped(ids, loose) for ids in (known - set(self.rows), set(self.rows) - known))
         # Those that are in both belong to nobody else.
         taken = {loose(patient) for patient in known & set(self.rows)}
@@ -351,11 +366,18 @@ def read_people(
         columns = f"no column of subject ids among {', '.join(rows[0])}" if rows else "no rows below its header"
         raise InputError(f"{path}: {columns}; name the column of ids {ID_COLUMNS[0]}, or give another table as --table")
     people = People(path.name)
+
+    def stem(text: str) -> str:
+        return text[: len(text) - len(volume_suffix(Path(text)) or "")]
+
     for row in rows:
         if text := pick(row, *ID_COLUMNS):
-            text = text[: len(text) - len(volume_suffix(Path(text)) or "")]
+            text = stem(text)
             people.rows.setdefault(name(text), []).append(row)
             people.spelled.setdefault(name(text), text)
+            if not pick(row, ID_COLUMNS[0]):  # BIDS' own; others beside it may be anything
+                more = {column: stem(found) for column in ID_COLUMNS if (found := pick(row, column))}
+                people.others.setdefault(name(text), {}).update({name(found): column for column, found in more.items()})
         elif cells := [f"{column} {cell}" for column, cell in row.items() if not is_missing(cell)]:
             what, remedy = f"a row without an id ({', '.join(cells[:4])})", "fill in its id, or remove the row"
             if complain is None:
