@@ -61,6 +61,24 @@ def test_images_and_probabilities_are_masks_too(tmp_path, kind):
     assert np.array_equal(apply_mask(scan, path).voxels > 20, inside & (scan.voxels > 20))
 
 
+@pytest.mark.parametrize("labels", [(1, 2), (1, 2, 3)])
+def test_a_lesion_or_tissues_in_a_mask_are_brain_too(tmp_path, labels):
+    distance = np.linalg.norm(tiny.world(*SCAN), axis=-1)
+    parts = np.select([distance < 6 * (1 - i / len(labels)) for i in reversed(range(len(labels)))], labels[::-1])
+    scan = Volume(tiny.head(*SCAN).astype(np.float32), SCAN[1], 1.0, 0.0, 1)
+    done = apply_mask(scan, write_mask(tmp_path / "m.nii", voxels=parts))
+    assert np.array_equal(done.voxels > 20, brain(SCAN) & (scan.voxels > 20)) and set(np.unique(parts)) == {0, *labels}
+
+
+def test_a_mask_of_a_part_of_the_brain_is_refused(tmp_path):
+    shape, affine = tiny.grid("RAS", (10.0, 10.0, 10.0))
+    scan = Volume(tiny.head(*tiny.grid("RAS", shape=shape)).astype(np.float32), affine, 1.0, 0.0, 1)
+    distance = np.linalg.norm(tiny.world(shape, affine), axis=-1)
+    with pytest.raises(UnusableVolume, match=r"the brain mask holds \d{3} ml of a head of \d{4} ml"):
+        apply_mask(scan, write_mask(tmp_path / "a.nii", (shape, affine), distance < 36))
+    apply_mask(scan, write_mask(tmp_path / "b.nii", (shape, affine), distance < 52))
+
+
 def test_what_is_no_mask_of_the_scan_is_refused_or_noted(tmp_path):
     scan = Volume(np.round(tiny.head(*SCAN)).astype(np.int16), SCAN[1], 1.0, 0.0, 1)
     for voxels in (np.zeros(SCAN[0]), np.ones(SCAN[0])):

@@ -34,6 +34,10 @@ _FULLEST = 0.8
 _LEAST_WIDTH = 60.0  # mm; no ray is deep enough in what is narrower
 # Share of a brain mask that lies outside of the head, beyond which it is marked, or from which on it is refused.
 _MARKED_OUTSIDE, _REFUSED_OUTSIDE = 0.2, 0.5
+# An image without skull has more values than this, a map of brain and lesion or of tissues fewer.
+_MOST_LABELS = 10
+# A head of this size or more has a brain of this size or more, ml; heads of newborns are smaller.
+_LARGE_HEAD, _SMALLEST_BRAIN = 2500.0, 300.0
 _NO_OTHER_SPACE = ("space-T1w", "space-orig", "space-individual")
 
 
@@ -109,15 +113,18 @@ def apply_mask(volume: Volume, path: Path) -> Volume:
 
     Args:
         volume: the scan.
-        path: the mask, on any grid in the scan's space: two values, or an image that is 0 outside of the brain.
+        path: the mask, on any grid in the scan's space: two values, labels, or an image that is 0 outside of the brain.
 
     Raises:
-        UnusableVolume: if the mask cannot be read, is empty or holds nearly everything, or lies beside the head.
+        UnusableVolume: if the mask cannot be read, is empty or holds nearly everything, lies beside the head or is too
+            small for it.
     """
     given = read_volume(path)
     voxels = given.intensities
-    # FreeSurfer writes 1 where a person has erased something; a probability map is cut at a half.
-    least = 1.0 if voxels.max() > 1 and len(np.unique(voxels)) > 2 else voxels.max() / 2
+    values = np.unique(voxels)
+    is_map = len(values) > 2 and values[-1] > 1 and not (values % 1).any() and len(values) <= _MOST_LABELS
+    # FreeSurfer writes 1 where a person has erased something; a probability map is cut at a half. Labels all count.
+    least = 0.5 if is_map else 1.0 if values[-1] > 1 and len(values) > 2 else values[-1] / 2
     share = resample((voxels > least).astype(np.uint8), given.affine, volume.affine, volume.voxels.shape)
     inside = share > 0.5
     part = float(inside.mean())
@@ -136,6 +143,13 @@ def apply_mask(volume: Volume, path: Path) -> Volume:
     notes = [f"brain mask: {text}" for text in given.warnings]
     head = find_foreground(volume.voxels[::2, ::2, ::2].astype(np.float32))
     brain = inside[::2, ::2, ::2]
+    of_head, of_brain = (8e-3 * float(some.sum() * np.prod(voxel_sizes(volume.affine))) for some in (head, brain))
+    if of_head > _LARGE_HEAD and of_brain < _SMALLEST_BRAIN:
+        raise UnusableVolume(
+            path,
+            f"the brain mask holds {of_brain:.0f} ml of a head of {of_head:.0f} ml",
+            "give the mask of the whole brain, not of a part of it",
+        )
     if head.any() and brain.any() and (outside := float((~head[brain]).mean())) > _MARKED_OUTSIDE:
         if outside >= _REFUSED_OUTSIDE:
             raise UnusableVolume(
