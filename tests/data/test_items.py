@@ -79,7 +79,10 @@ def test_a_large_datalist_takes_little_more_memory_than_its_text(tmp_path: Path)
     folder = make_prepared(tmp_path / "data", 2, 2, (8, 8, 8))
     content = read_json(folder / "datalist.json")
     first = content["training"][0]
-    content["training"] = [{**first, "subject_id": f"s{n}", "patient_id": f"s{n}", "fold": 0} for n in range(4000)]
+    names = [f"s{n}" for n in range(4000)]
+    content["training"] = [
+        {**first, "subject_id": name, "patient_id": name, "image": f"images/{name}.nii", "fold": 0} for name in names
+    ]
     content["training"][0]["fold"] = 1
     write_json(folder / "datalist.json", {**content, "hash": datalist_hash(content)})
     size = sum(len(json.dumps(item)) for item in content["training"])
