@@ -241,6 +241,20 @@ def test_t1s_are_no_localisers(text):
     assert why_not_t1({"SeriesDescription": text}) is None
 
 
+@pytest.mark.parametrize(
+    ("text", "kinds", "reason"),
+    [
+        ("t1_mp2rage_sag_p3_UNI_Images", ["DERIVED", "PRIMARY", "M", "ND", "UNI"], None),
+        ("t1_mp2rage_sag_p3_UNI-DEN", ["DERIVED", "PRIMARY", "M"], None),
+        ("t1_mp2rage_sag_p3_INV1", ["ORIGINAL", "PRIMARY", "M", "ND"], "one of MP2RAGE's inversions, no T1"),
+        ("t1_mp2rage_sag_p3_INV2", ["ORIGINAL", "PRIMARY", "M", "ND"], "one of MP2RAGE's inversions, no T1"),
+        ("t1_mp2rage_T1_Images", ["DERIVED", "T1 MAP"], "derived (ImageType DERIVED/T1 MAP)"),
+    ],
+)
+def test_of_mp2rage_the_uniform_image_is_the_t1(text, kinds, reason):
+    assert why_not_t1({"SeriesDescription": text, "ImageType": kinds}) == reason
+
+
 # --- who -------------------------------------------------------------------------------------------------------------
 
 

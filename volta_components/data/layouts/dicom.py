@@ -50,6 +50,7 @@ _OTHER = re.compile(
     re.IGNORECASE,
 )
 _T1 = re.compile(r"mp.?rage|ir.?f?spgr|f?spgr|bravo|\btfl|tfe|t1|ir-?prep|3d.?mpr", re.IGNORECASE)
+_MP2RAGE = re.compile(r"mp2.?rage", re.IGNORECASE)
 _REPEAT = re.compile(r"rep(eat)?|rpt|_r\d*$", re.IGNORECASE)
 _CONTRAST = re.compile(r"\+ ?c\b|\bc\+|\bgd|gad|contrast|(?<![a-z])(km|ce|post)(?![a-z])", re.IGNORECASE)
 # What anonymisers and test systems write for a PatientID.
@@ -269,7 +270,10 @@ def why_not_t1(facts: dict[str, Any], images: Sequence[Image] = ()) -> str | Non
         return "localiser"
     if images and len(slices(images)) < MIN_SLICES and any(image.places for image in images):
         return f"only {len(slices(images))} slices: a localiser, or incomplete"
-    if "DERIVED" in kinds or "SECONDARY" in kinds:
+    is_uni = "UNI" in kinds or (_MP2RAGE.search(text) is not None and re.search(r"(?<![a-z])uni", text, re.IGNORECASE))
+    if not is_uni and _MP2RAGE.search(text) and re.search(r"(?<![a-z])inv.?[12]", text, re.IGNORECASE):
+        return "one of MP2RAGE's inversions, no T1"
+    if ("DERIVED" in kinds or "SECONDARY" in kinds) and not is_uni:
         return f"derived (ImageType {'/'.join(map(str, facts['ImageType']))})"
     if kinds & {"P", "PHASE", "PHASE MAP"}:
         return "phase image"
