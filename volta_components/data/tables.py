@@ -46,6 +46,8 @@ _SEXES = {"m": "M", "male": "M", "man": "M", "f": "F", "female": "F", "woman": "
 
 # A row is of a scan's visit if its date is at most this far from the scan's; visits are half a year apart in ADNI.
 NEAR_DAYS = 90
+_BASELINE_DIAGNOSES = ("DX_bl", "diagnosis_sc")
+_OF_BASELINE = "diagnosis of the baseline"
 
 # --- cells -----------------------------------------------------------------------------------------------------------
 
@@ -185,6 +187,11 @@ class People:
     def _loose(self) -> set[str]:
         return {loose(patient) for patient in self.rows}
 
+    def is_of_baseline(self, patient: str) -> bool:
+        """Whether one row, of no visit by name, has a diagnosis of the baseline and no other."""
+        rows = self.rows.get(self.also.get(patient, patient), [])
+        return len(rows) == 1 and not pick(rows[0], *SESSION_COLUMNS) and pick(rows[0], _OF_BASELINE) is not None
+
     def without(self, patients: Iterable[str]) -> list[str]:
         """Ids of the table without a scan."""
         return sorted(set(self.rows) - {self.also.get(patient, patient) for patient in patients})
@@ -280,7 +287,7 @@ def _of_own_visits(rows: list[Row]) -> list[Row]:
     for row in rows:
         years = max(0.0, _since_baseline(row, start))
         own = {column: cell for column, cell in row.items() if fold(column) not in repeated}
-        of_visit = (name for name in DIAGNOSIS_COLUMNS if not years or name not in ("DX_bl", "diagnosis_sc"))
+        of_visit = (name for name in DIAGNOSIS_COLUMNS if not years or name not in _BASELINE_DIAGNOSES)
         own["diagnosis"] = pick(row, *of_visit) or ""
         own["age"] = pick(row, *AGE_COLUMNS) or ""
         with contextlib.suppress(ValueError):  # the reader of the age says what is wrong with it
@@ -289,6 +296,13 @@ def _of_own_visits(rows: list[Row]) -> list[Row]:
             own["age"] = f"{(age or 0) + years:.2f}" if is_start else own["age"]
         result.append(own)
     return result
+
+
+def _marked(row: Row) -> Row:
+    """A row that says whether its diagnosis is the baseline's only."""
+    of_visit = [name for name in DIAGNOSIS_COLUMNS if name not in _BASELINE_DIAGNOSES]
+    is_baseline = pick(row, *_BASELINE_DIAGNOSES) and not pick(row, *of_visit)
+    return {**row, _OF_BASELINE: "yes"} if is_baseline else row
 
 
 def _since_baseline(row: Row, start: str | None) -> float:
@@ -370,7 +384,7 @@ def read_people(
     def stem(text: str) -> str:
         return text[: len(text) - len(volume_suffix(Path(text)) or "")]
 
-    for row in rows:
+    for row in map(_marked, rows):
         if text := pick(row, *ID_COLUMNS):
             text = stem(text)
             people.rows.setdefault(name(text), []).append(row)

@@ -105,6 +105,23 @@ def test_ages_have_the_units_of_the_file_beside_their_table(tmp_path, units, age
     assert told == ({(file, f"{sidecar}: {why}") for file, sidecar in places} if age is None else set())
 
 
+@pytest.mark.parametrize("sessions", [("all",), ("ses-M24",)])
+@pytest.mark.parametrize("column", ["diagnosis_sc", "DX_bl"])
+def test_what_is_of_the_baseline_is_not_of_a_later_session(tmp_path, sessions, column):
+    whole = "participants.tsv", f"participant_id\tage_bl\t{column}\nsub-1\t60\tCN\nsub-2\t60\tCN\n"
+    own = "sub-2/sub-2_sessions.tsv", "session_id\tage\tdiagnosis\nses-M00\t60\tCN\nses-M24\t62.5\tCN\n"
+    files = [t1(who, f"ses-{name}") for who in ("sub-1", "sub-2") for name in ("M00", "M06", "M24")]
+    listing = listed(tmp_path, whole, own, *files[:3], files[3], files[5], sessions=sessions)
+    facts = {(scan.subject_id, scan.session): (scan.age, scan.diagnosis) for scan in listing.scans}
+    assert facts[("sub-1", "ses-M24")] == (62, None) and facts[("sub-2", "ses-M24")] == (62.5, "CN")
+    if sessions == ("all",):
+        assert facts[("sub-1", "ses-M00")] == (60, "CN") and facts[("sub-1", "ses-M06")] == (60, None)
+    reason = "diagnosis CN is the baseline's, not surely that of session ses-"
+    later = ("M06", "M24") if sessions == ("all",) else ("M24",)
+    assert {why for _, _, why in found(listing)} == {f"{reason}{name}" for name in later}
+    assert not found(read(LayoutOptions(tmp_path)))
+
+
 def test_a_sex_in_which_the_two_tables_differ_is_unknown(tmp_path):
     own = "sub-1/sub-1_sessions.tsv", "session_id\tsex\nses-1\tM\nses-2\tfemale\n"
     listing = listed(tmp_path, people("sub-1"), own, t1("sub-1", "ses-1"), t1("sub-1", "ses-2"), sessions=("all",))

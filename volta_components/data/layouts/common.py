@@ -16,7 +16,7 @@ from typing import Any, Literal
 from volta_components.data.columns import FACT_COLUMNS
 from volta_components.data.identity import canonical_patient_id, cohort_of, grouped
 from volta_components.data.names import parse_name
-from volta_components.data.sessions import contradictions, in_order, spelled_alike
+from volta_components.data.sessions import contradictions, in_order, months_since_baseline, spelled_alike, years_between
 from volta_components.data.spreadsheets import Row, fold
 from volta_components.data.tables import People, pick, read_fact, read_people
 from volta_components.data.volumes import volume_stem, volume_suffix
@@ -122,6 +122,7 @@ class Listing:
         swapped: subjects whose left and right label files are known to be swapped.
         root: of the data set; findings name files relative to it.
         table: of people; without rows where there is none.
+        of_baseline: patients and sessions whose diagnosis is from a column of the baseline.
     """
 
     cohort: str
@@ -132,6 +133,7 @@ class Listing:
     swapped: frozenset[str] = frozenset()
     root: Path = Path()
     table: People = field(default_factory=People)
+    of_baseline: set[tuple[str, str | None]] = field(default_factory=set)
 
     def meet(self, patient_id: str, subject: str | None = None) -> None:
         """Count somebody among the people found: at the end it must be said what became of everyone."""
@@ -236,6 +238,8 @@ class Listing:
             where = f"session {session}" if session or date else "one row"
             reason = f"{' and '.join(missing)}: rows differ or are of other sessions, and none is surely this scan's"
             complain(reason, f"keep one row, or name its session ({where}); left empty")
+        if "diagnosis" not in own and self.table.is_of_baseline(patient_id):
+            self.of_baseline.add((patient_id, session))
         facts: dict[str, Any] = {}
         for name in FACT_COLUMNS:
             try:
@@ -330,6 +334,8 @@ class Listing:
                     self.note_scan("problem", scan, reason, how)
                 else:
                     self.note_scan("choice", scan, f"session {scan.session} {asked}", remedy)
+            if not unsure:
+                taken = [scan if scan is ordered[0] else self._at_later_session(ordered[0], scan) for scan in taken]
             if len(taken) > 1 and not tied:
                 taken = [replace(scan, visit=visit) for visit, scan in enumerate(taken)]
             kept += taken
@@ -338,6 +344,25 @@ class Listing:
                 if spelled_alike(name) not in met and name not in met:
                     self.note("problem", "(all)", "", f"nobody has a session {name}", "name one that there is", False)
         return kept
+
+    def _at_later_session(self, first: Scan, scan: Scan) -> Scan:
+        """A scan without what is of the first session only; years are added to an age that stands for both."""
+        if scan.diagnosis and (scan.patient_id, scan.session) in self.of_baseline:
+            reason = f"diagnosis {scan.diagnosis} is the baseline's, not surely that of session {scan.session}"
+            self.note_scan("problem", scan, reason, "add a row of this session; left empty", False, self.table.file)
+            scan = replace(scan, diagnosis=None)
+        if scan.age is None or scan.age != first.age:
+            return scan
+        if first.date and scan.date:
+            years = years_between(first.date, scan.date)
+        else:
+            start, end = (months_since_baseline(one.session or "") for one in (first, scan))
+            years = 0.0 if start is None or end is None else (end - start) / 12
+        if years <= 1.1:  # ages may be rounded
+            return scan
+        reason = f"session {scan.session} is {years:.1f} years after {first.session}, and its age is the same"
+        self.note_scan("quirk", scan, reason, "the years are added", file=self.table.file or None)
+        return replace(scan, age=round(scan.age + years, 2))
 
     def _without_doubles(self, scans: Iterable[Scan]) -> list[Scan]:
         """Keep the first of scans that share subject and session; the others are problems."""
