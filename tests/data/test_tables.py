@@ -153,7 +153,7 @@ def test_a_row_of_another_visit_gives_no_age_and_no_diagnosis(tmp_path):
 
 
 def test_dates_of_several_rows_that_cannot_be_read_are_named(tmp_path):
-    (tmp_path / "t.csv").write_text("id,EXAMDATE,age\na,05.06.2020,60\na,25.06.2021,61\n")
+    (tmp_path / "t.csv").write_text("id,EXAMDATE,age\na,05.06.2020,60\na,2021-06-25,61\n")
     said = []
     read_people(tmp_path / "t.csv", lambda *words: said.append(words))
     assert [(who, what) for who, what, _ in said] == [("a", "date '05.06.2020' cannot be read for certain")]
@@ -183,6 +183,18 @@ def test_a_row_without_an_id_is_named_by_its_content(tmp_path):
     ]
     with pytest.raises(InputError, match=r"t.csv: a row without an id"):
         read_people(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("other", "day"), [("5/22/2006", "2006-05-02"), ("22/5/2006", "2006-02-05"), ("5/6/2006", None), (None, None)]
+)
+def test_the_whole_column_tells_the_order_of_day_and_month(tmp_path, other, day):
+    (tmp_path / "t.csv").write_text("id,EXAMDATE,age\na,5/02/2006,60\n" + (f"b,{other},61\n" if other else ""))
+    said = []
+    people = read_people(tmp_path / "t.csv", lambda *words: said.append(words))
+    assert (session_row(people.rows["a"], None, "2006-05-02") is None) is (day is None)
+    assert [day] == [row["EXAMDATE"] for row in people.rows["a"]] if day else said[0][1].startswith("date '5/02/2006'")
+    assert bool(said) is (day is None)
 
 
 def test_columns_are_known_with_units_and_in_other_spellings(tmp_path):

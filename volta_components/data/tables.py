@@ -298,6 +298,22 @@ def _of_own_visits(rows: list[Row]) -> list[Row]:
     return result
 
 
+_TWO_NUMBERS = re.compile(r"(\d{1,2})[-./](\d{1,2})[-./]((?:19|20)\d\d)(?!\d)")
+
+
+def _with_dates(rows: list[Row]) -> list[Row]:
+    """Rows whose dates have day and month in the order that other cells of the column prove, where they agree."""
+    dates = set(map(fold, DATE_COLUMNS))
+    for column in {column for row in rows for column in row if fold(column) in dates}:
+        found = {i: match for i, row in enumerate(rows) if (match := _TWO_NUMBERS.match(row.get(column, "").strip()))}
+        is_day_first, is_month_first = (any(int(match[n]) > 12 for match in found.values()) for n in (1, 2))
+        if is_day_first != is_month_first:
+            for i, match in found.items():
+                day, month = (match[1], match[2]) if is_day_first else (match[2], match[1])
+                rows[i][column] = f"{match[3]}-{int(month):02}-{int(day):02}"
+    return rows
+
+
 def _marked(row: Row) -> Row:
     """A row that says whether its diagnosis is the baseline's only."""
     of_visit = [name for name in DIAGNOSIS_COLUMNS if name not in _BASELINE_DIAGNOSES]
@@ -375,7 +391,7 @@ def read_people(
     Raises:
         InputError: if the table cannot be read or has no column of ids.
     """
-    rows = in_units(read_table(path, complain), path.with_suffix(".json"), complain)
+    rows = _with_dates(in_units(read_table(path, complain), path.with_suffix(".json"), complain))
     if not rows or not any(pick(row, *ID_COLUMNS) for row in rows):
         columns = f"no column of subject ids among {', '.join(rows[0])}" if rows else "no rows below its header"
         raise InputError(f"{path}: {columns}; name the column of ids {ID_COLUMNS[0]}, or give another table as --table")
@@ -401,7 +417,7 @@ def read_people(
         if complain:
             for row in several:
                 _compare_ages(row, functools.partial(complain, people.spelled[patient]))
-        for row in several if len(several) > 1 else ():  # of a single row nothing depends on its date
+        for row in several:
             cell = pick(row, *DATE_COLUMNS)
             if complain and cell and not date_of_cell(cell):
                 complain(people.spelled[patient], f"date {cell!r} cannot be read for certain", "write it as 2020-06-25")
