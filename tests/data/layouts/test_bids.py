@@ -329,3 +329,11 @@ def test_archives_and_links_beside_the_subjects_lose_nobody(tmp_path):
     assert not found(listing) and list(listing.people) == ["sub-1"]
     (tmp_path / "ds/sub-1/anat/more.zip").touch()
     assert {reason for _, _, reason in found(read(LayoutOptions(tmp_path / "ds")))} == {"an archive, not looked into"}
+
+
+def test_a_session_with_two_rows_is_told_so(tmp_path):
+    own = "sub-1/sub-1_sessions.tsv", "session_id\tage\nses-1\t60\nses-1\t61\n"
+    findings = [f for f in listed(tmp_path, t1("sub-1", "ses-1"), own).findings if f.file.endswith("_sessions.tsv")]
+    assert [f.kind for f in findings] == ["problem"]
+    assert findings[0].reason == "none of its rows is surely that of ses-1: ses-1, ses-1"
+    assert findings[0].remedy.startswith("keep one of each")

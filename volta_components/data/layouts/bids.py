@@ -129,9 +129,11 @@ def _scans(listing: Listing, volumes: Iterable[VolumeFile]) -> list[Scan]:
         own = rows_of(subject, table) if session else []
         row = session_row(own, session)
         if own and row is None:
-            known = ", ".join(sorted(str(pick(r, "session_id")) for r in own))
-            reason = f"{session or 'the scan'} has no row of its own among {known}"
-            remedy = "name the session alike in the table; kept with what participants.tsv says"
+            known = sorted(str(pick(r, "session_id")) for r in own)
+            reason, remedy = f"{session} has no row of its own among {', '.join(known)}", "name the session alike in it"
+            if len(set(known)) < len(known):
+                reason, remedy = f"none of its rows is surely that of {session}: {', '.join(known)}", "keep one of each"
+            remedy += "; kept with what participants.tsv says"
             listing.note("problem", subject, table, reason, remedy, False)
         when = pick(row or {}, *DATE_COLUMNS) or _scan_time(volume, rows_of)
         date = date_of_cell(when or "") or date_in(session or "")
