@@ -19,9 +19,10 @@ from volta_components.sharing.registry import register
 
 
 def test_a_registered_model_takes_a_scan_and_gives_its_class(
-    weights: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = mlflow.get_tracking_uri()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", before)  # MLflow writes it, and no later test shall see that
     writer = Writer(tmp_path / "store")
     metrics = read_json(weights["ixi_sex"].with_suffix(".json"))["metrics"]
     writer.run("ixi_sex", "volta", 0, metrics={**metrics, "auroc": 0.6})  # another run of the same init and fold
