@@ -14,7 +14,6 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from volta_components.data.columns import FACT_COLUMNS, ID_COLUMNS
 from volta_components.data.identity import grouped
@@ -146,10 +145,9 @@ def _excel(path: Path, tell: Complain) -> Lines:
         return str(cell).strip()
 
     if unsaved := _formulas_without_value(path):
-        cells = ", ".join(unsaved[:5]) + (f" and {len(unsaved) - 5} more" if len(unsaved) > 5 else "")
         raise InputError(
-            f"{path}: formulas whose values are not in the file ({cells}); open it in Excel or LibreOffice and "
-            "save it, or save it as CSV"
+            f"{path}: formulas whose values are not in the file ({_some(unsaved)}); open it in Excel or "
+            "LibreOffice and save it, or save it as CSV"
         )
     every: dict[str, Lines] = {
         str(name): _filled(
@@ -167,12 +165,15 @@ def _excel(path: Path, tell: Complain) -> Lines:
         tell("(all)", what, "put what counts on one sheet, and save it as a table of its own")
     first = every[read][_header(every[read]) or 0][0]
     if merged := _merged_rows(path, read, first):
-        cells = ", ".join(merged[:5]) + (f" and {len(merged) - 5} more" if len(merged) > 5 else "")
         raise InputError(
-            f"{path}: cells of several rows are merged ({cells}), and only the first row has the value; split them, "
-            "and write the value into each row"
+            f"{path}: cells of several rows are merged ({_some(merged)}), and only the first row has the value; "
+            "split them, and write the value into each row"
         )
     return every[read]
+
+
+def _some(cells: list[str]) -> str:
+    return ", ".join(cells[:5]) + (f" and {len(cells) - 5} more" if len(cells) > 5 else "")
 
 
 def _filled(lines: Lines) -> Lines:
@@ -192,23 +193,13 @@ def _facts(filled: Lines) -> int:
 
 def _merged_rows(path: Path, sheet: str, header: int) -> list[str]:
     """Merged cells of several rows below the header, such as ``A2:A3``; a file holds the value of the first only."""
-    if not zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(path) or "xl/workbook.xml" not in zipfile.ZipFile(path).namelist():
         return []
-    with zipfile.ZipFile(path) as book:
-        if "xl/workbook.xml" not in book.namelist():
-            return []
-        places = {part.get("Id"): part.get("Target") for part in _parts(book, "xl/_rels/workbook.xml.rels")}
-        own = next(
-            part for part in _parts(book, "xl/workbook.xml") if part.get("name") == sheet and part.get("sheetId")
-        )
-        key = next(value for name, value in own.items() if name.endswith("}id"))
-        place = f"xl/{places[key]}" if not str(places[key]).startswith("/") else str(places[key])[1:]
-        found = re.findall(rb'<mergeCell ref="([A-Z]+(\d+):[A-Z]+(\d+))"', book.read(place))
-    return [cells.decode() for cells, first, last in found if header < int(first) < int(last)]
+    import openpyxl
 
-
-def _parts(book: zipfile.ZipFile, name: str) -> Iterable[ElementTree.Element]:
-    return ElementTree.fromstring(book.read(name)).iter()
+    with path.open("rb") as stream:  # a name could end in .tsv
+        ranges = openpyxl.load_workbook(stream)[sheet].merged_cells.ranges
+    return sorted(str(cells) for cells in ranges if header < cells.min_row < cells.max_row)
 
 
 def _formulas_without_value(path: Path) -> list[str]:

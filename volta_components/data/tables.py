@@ -47,7 +47,6 @@ _SEXES = {"m": "M", "male": "M", "man": "M", "f": "F", "female": "F", "woman": "
 # A row is of a scan's visit if its date is at most this far from the scan's; visits are half a year apart in ADNI.
 NEAR_DAYS = 90
 _BASELINE_DIAGNOSES = ("DX_bl", "diagnosis_sc")
-_OF_BASELINE = "diagnosis of the baseline"
 
 # --- cells -----------------------------------------------------------------------------------------------------------
 
@@ -137,6 +136,7 @@ class People:
         spelled: how the table writes each of them.
         others: of a canonical patient id, those in further columns of ids, with the name of the column.
         also: ids of scans that are spelled in another way than in the table, and how they are spelled there.
+        of_baseline: those with one row, of no visit by name, that has a diagnosis of the baseline and no other.
     """
 
     file: str = ""
@@ -144,6 +144,7 @@ class People:
     spelled: dict[str, str] = field(default_factory=dict)
     others: dict[str, dict[str, str]] = field(default_factory=dict)
     also: dict[str, str] = field(default_factory=dict)
+    of_baseline: set[str] = field(default_factory=set)
 
     def find(self, patients: Iterable[str]) -> list[tuple[str, str]]:
         """Match ids that are spelled in another way: ``sub-1``, ``SUB_01`` and ``1`` are ``sub-01`` if nobody else is.
@@ -188,9 +189,8 @@ class People:
         return {loose(patient) for patient in self.rows}
 
     def is_of_baseline(self, patient: str) -> bool:
-        """Whether one row, of no visit by name, has a diagnosis of the baseline and no other."""
-        rows = self.rows.get(self.also.get(patient, patient), [])
-        return len(rows) == 1 and not pick(rows[0], *SESSION_COLUMNS) and pick(rows[0], _OF_BASELINE) is not None
+        """Whether all that is known of a patient's diagnosis is that of the baseline; in any spelling."""
+        return self.also.get(patient, patient) in self.of_baseline
 
     def without(self, patients: Iterable[str]) -> list[str]:
         """Ids of the table without a scan."""
@@ -314,11 +314,10 @@ def _with_dates(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def _marked(row: Row) -> Row:
-    """A row that says whether its diagnosis is the baseline's only."""
+def _is_of_baseline(row: Row) -> bool:
+    """Whether a row of no visit by name has a diagnosis of the baseline and no other."""
     of_visit = [name for name in DIAGNOSIS_COLUMNS if name not in _BASELINE_DIAGNOSES]
-    is_baseline = pick(row, *_BASELINE_DIAGNOSES) and not pick(row, *of_visit)
-    return {**row, _OF_BASELINE: "yes"} if is_baseline else row
+    return bool(pick(row, *_BASELINE_DIAGNOSES)) and not pick(row, *of_visit, *SESSION_COLUMNS)
 
 
 def _since_baseline(row: Row, start: str | None) -> float:
@@ -400,7 +399,7 @@ def read_people(
     def stem(text: str) -> str:
         return text[: len(text) - len(volume_suffix(Path(text)) or "")]
 
-    for row in map(_marked, rows):
+    for row in rows:
         if text := pick(row, *ID_COLUMNS):
             text = stem(text)
             people.rows.setdefault(name(text), []).append(row)
@@ -421,5 +420,7 @@ def read_people(
             cell = pick(row, *DATE_COLUMNS)
             if complain and cell and not date_of_cell(cell):
                 complain(people.spelled[patient], f"date {cell!r} cannot be read for certain", "write it as 2020-06-25")
+        if len(several) == 1 and _is_of_baseline(several[0]):
+            people.of_baseline.add(patient)
         people.rows[patient] = _of_own_visits(several)
     return people

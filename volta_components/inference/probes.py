@@ -332,6 +332,11 @@ class Probes:
         }
 
 
+def interval_patients(row: Mapping[str, Any]) -> int:
+    """How many patients the interval of a report's row rests on; reports of earlier versions do not say it."""
+    return int(row.get("interval_patients", row["patients"]))
+
+
 def probe_report(
     tables: Mapping[str, EmbeddingTable],
     items: Sequence[Mapping[str, Any]],

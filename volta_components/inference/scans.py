@@ -78,8 +78,9 @@ def find_volumes(source: Source, output: PathLike | None = None, required: bool 
             check_outside(part, output, "--output_dir")
             tree, rows = look_through(part)
             files, others = scans_below(tree)
-            rows += without_t1(tree, files, others) + without_volume(tree)
-            rows += [(str(path), "DICOM", "convert it") for path in list(filter(may_be_dicom, tree.files))[:1]]
+            rows += left_out_people(tree, files, others)
+            if dicom := next(filter(may_be_dicom, tree.files), None):
+                rows.append((str(dicom), "DICOM", "convert it"))
             if rows:
                 remedy = (
                     "Mend them, or give the scans themselves. volta3d segment and embed convert DICOM, and have "
@@ -158,7 +159,12 @@ def scans_below(tree: Tree) -> tuple[list[Path], list[Path]]:
     return scans, others
 
 
-def without_t1(tree: Tree, scans: Sequence[Path], others: Sequence[Path]) -> list[Row]:
+def left_out_people(tree: Tree, scans: Sequence[Path], others: Sequence[Path]) -> list[Row]:
+    """Everybody below a folder of whom nothing would be read, with reason and remedy; see ``scans_below``."""
+    return _without_t1(tree, scans, others) + _without_volume(tree)
+
+
+def _without_t1(tree: Tree, scans: Sequence[Path], others: Sequence[Path]) -> list[Row]:
     """A volume of everybody below a folder who has no T1 scan by the names, with reason and remedy."""
     aside = tree.aside()
     images = [
@@ -178,7 +184,7 @@ def without_t1(tree: Tree, scans: Sequence[Path], others: Sequence[Path]) -> lis
     return [(str(path), f"{subject} has no T1 scan by the names", remedy) for subject, path in lost.items()]
 
 
-def without_volume(tree: Tree) -> list[Row]:
+def _without_volume(tree: Tree) -> list[Row]:
     """Folders of people that hold neither a volume nor DICOM, with reason and remedy; see ``note_without_volume``."""
     listing = Listing("", root=tree.root)
     note_without_volume(listing, tree, identified(Listing("", root=tree.root), tree.volumes()))

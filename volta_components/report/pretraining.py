@@ -15,6 +15,7 @@ from PIL import Image
 
 from volta_components.errors import InputError
 from volta_components.files import copy_file, read_json
+from volta_components.inference.probes import interval_patients
 from volta_components.report.figures import STYLE, Picture, write
 from volta_components.report.statistics import Estimate
 from volta_components.report.store import Store
@@ -190,9 +191,7 @@ def _probe_table(found: Sequence[dict[str, Any]]) -> Table:
     )
     texts = []
     for each in found:
-        # Probes of earlier versions do not say how many patients an interval rests on.
-        patients = each.get("interval_patients", each["patients"])
-        shown = Estimate(each["value"], low=each["low"], high=each["high"]).checked(patients)
+        shown = Estimate(each["value"], low=each["low"], high=each["high"]).checked(interval_patients(each))
         table.numbers.append({**each, "low": shown.low, "high": shown.high})
         texts.append(cell(shown))
     named = table.frame.assign(text=texts)

@@ -75,8 +75,8 @@ class Comparison:
     """A paired test between two inits: first minus second, its 95 % interval, and two-sided p values.
 
     DeLong's p is NaN where the test was not made. ``count`` is how many patients entered, ``patients`` how many of them
-    the interval rests on. ``rank`` is which way a test
-    of ranks points, see ``rank_difference``; None for a test of the difference itself.
+    the interval rests on. ``rank`` is which way a test of ranks points, see ``rank_difference``; None for a test of the
+    difference itself.
     """
 
     first: str

@@ -200,15 +200,14 @@ def _interval(ends: Sequence[float]) -> str:
 
 def _believable(probes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of ``probes.json`` without the intervals that rest on too few patients."""
-    # Here, since it imports torch.
+    # Here, since they import torch.
     from volta_components.downstream.metrics import is_believable
+    from volta_components.inference.probes import interval_patients
 
-    rows = []
-    for row in probes:
-        patients = row.get("interval_patients", row["patients"])
-        known = is_believable(row["low"], row["high"], patients)
-        rows.append({**row} if known else {**row, "low": math.nan, "high": math.nan})
-    return rows
+    none = {"low": math.nan, "high": math.nan}
+    return [
+        {**row, **({} if is_believable(row["low"], row["high"], interval_patients(row)) else none)} for row in probes
+    ]
 
 
 def _with_intervals(evaluation: Mapping[str, Any]) -> dict[str, Any]:

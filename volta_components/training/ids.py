@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS
 
 from volta_components.errors import InputError
-from volta_components.training.record import HARMLESS, calling_config, flatten_settings
+from volta_components.training.record import HARMLESS, callers, calling_config, flatten_settings
 from volta_components.training.values import given_as_none, wrong_values
 
 logger = logging.getLogger(__name__)
@@ -114,12 +113,10 @@ def _components(value: Any) -> list[str]:
 def _config_files() -> tuple[list[Path], bool]:
     """Files of the config whose ``initialize`` runs, and whether they are known by name; see ``check_ids``."""
     found: list[Path] = []
-    frame = inspect.currentframe()
-    while frame is not None:
+    for frame in callers():
         if frame.f_code.co_name == "create_workflow" and (given := frame.f_locals.get("config_file")):
             return [Path(given)] if isinstance(given, (str, Path)) else [Path(path) for path in given], True
         workflow = frame.f_locals.get("self")
         if isinstance(workflow, ConfigWorkflow):
             found = sorted(workflow.config_root_path.glob("*.json"))
-        frame = frame.f_back
     return found, False

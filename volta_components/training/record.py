@@ -7,8 +7,9 @@ import functools
 import inspect
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import monai
@@ -83,13 +84,16 @@ def calling_config(caller: str) -> ConfigParser:
 
 def find_calling_config() -> ConfigParser | None:
     """As ``calling_config``; None where no expression is being evaluated."""
+    parsers = (frame.f_locals.get("self") for frame in callers())
+    return next((parser for parser in parsers if isinstance(parser, ConfigParser)), None)
+
+
+def callers() -> Iterator[FrameType]:
+    """Frames of the functions that are running, the innermost first."""
     frame = inspect.currentframe()
     while frame is not None:
-        parser = frame.f_locals.get("self")
-        if isinstance(parser, ConfigParser):
-            return parser
+        yield frame
         frame = frame.f_back
-    return None
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:

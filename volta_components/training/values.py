@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from volta_components.training.record import callers
 
 
 def _is_number(value: Any) -> bool:
@@ -122,8 +123,7 @@ def wrong_values(config: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def given_as_none(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Rows (id, what happens) of what ``monai.bundle run`` was given as None: MONAI leaves the file's value."""
-    frame = inspect.currentframe()
-    while frame is not None:
+    for frame in callers():
         given = frame.f_locals.get("override")
         if frame.f_code.co_name == "run" and isinstance(given, Mapping):
             return [
@@ -131,5 +131,4 @@ def given_as_none(config: Mapping[str, Any]) -> list[tuple[str, str]]:
                 for name, value in given.items()
                 if value is None and config.get(name) is not None
             ]
-        frame = frame.f_back
     return []
