@@ -7,6 +7,7 @@ Everything that needs two processes runs in one pair of them, which writes what 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from volta_components.distributed import (
     gather_objects,
     gather_rows,
     join_processes,
+    leave_processes,
     local_device,
     mean_over_processes,
     process_count,
@@ -104,8 +106,13 @@ def worker(rank: int, folder: str) -> None:
         found["koleo"].append((value.item(), own.grad))
     for kind in TRAINED:
         found[f"train {kind}"] = train(rank, 2, kind)
+    if rank == 0:
+        time.sleep(1)  # what the first process writes at the end
+    arrived = time.monotonic()
+    leave_processes()
+    found["waited"] = time.monotonic() - arrived
+    found["initialized"] = dist.is_initialized()
     torch.save(found, Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
 
 
 def summaries() -> torch.Tensor:
@@ -146,6 +153,12 @@ def test_processes_talk_as_their_device_needs(monkeypatch: pytest.MonkeyPatch, d
     monkeypatch.setattr(dist, "init_process_group", lambda backend: seen.append(backend))
     join_processes(device)
     assert seen == [backend, *([device] if backend == "nccl" else [])]
+
+
+@pytest.mark.slow
+def test_nobody_leaves_before_the_first_process_has_written(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[1]["waited"] > 0.5
+    assert not ranks[0]["initialized"] and not ranks[1]["initialized"]
 
 
 @pytest.mark.slow

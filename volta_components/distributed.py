@@ -90,3 +90,14 @@ def join_processes(device: torch.device | str) -> None:
         dist.init_process_group(backend="nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
+
+def leave_processes() -> None:
+    """Wait for the other processes, then leave their group; for ``multi_gpu_train.json``.
+
+    A process that goes on to its end at once may be aborted there, and ``torchrun`` then stops the others while they
+    write what they have learned: a thread of gloo that still drops the tensors of the last reduction needs an
+    interpreter that is gone (https://github.com/pytorch/pytorch/pull/179291). That thread ends while this one waits.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
