@@ -31,9 +31,10 @@ def test_a_merged_set_of_merged_sets_names_the_volumes_themselves(tmp_path):
 
 def test_scans_that_cannot_be_compared_are_counted(tmp_path, capsys):
     one, two = write(tmp_path / "a", "a", "b"), write(tmp_path / "b", "c", sha256="0" * 64)
-    assert check(one, two) == 0
-    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "no hash" in line]
-    assert warning.startswith(f"warning: {one / 'datalist.json'}: 2 of 2 scans have no hash")
+    for call in (lambda: check(one, two), lambda: merge(one, two, output=tmp_path / "both")):
+        assert call() == 0
+        (warning,) = [line for line in capsys.readouterr().out.splitlines() if "no hash" in line]
+        assert warning.startswith(f"warning: {one / 'datalist.json'}: 2 of 2 scans have no hash")
 
 
 def test_overlaps_of_nothing(tmp_path):

@@ -174,13 +174,7 @@ def check(
                     limit=10,
                 )
             )
-    for datalist in loaded:
-        unknown = sum(not voxel_hashes(item) for item in datalist.content["training"])
-        if unknown and not datalist.content.get("rendered"):
-            print(
-                f"warning: {datalist.path}: {unknown} of {len(datalist)} scans have no hash, so the same scan "
-                "under another id is not found; prepare the data set again"
-            )
+    _warn_of_unknown_voxels(loaded)
     everyone = [_with_cohort(item, d) for d in loaded for item in d.content["training"]]
     if note := uneven_skulls(everyone, ""):
         print(f"warning: {note}")
@@ -209,6 +203,16 @@ def check(
         return 1
     print("no overlap")
     return 0
+
+
+def _warn_of_unknown_voxels(datalists: Iterable[Datalist]) -> None:
+    for datalist in datalists:
+        unknown = sum(not voxel_hashes(item) for item in datalist.content["training"])
+        if unknown and not datalist.content.get("rendered"):
+            print(
+                f"warning: {datalist.path}: {unknown} of {len(datalist)} scans have no hash, so the same scan "
+                "under another id is not found; prepare the data set again"
+            )
 
 
 def merge(
@@ -284,6 +288,7 @@ def merge(
             overlaps.look_alikes,
             "Add --refold, which gives each group one fold, or --accept-look-alikes if they are different people.",
         )
+    _warn_of_unknown_voxels(loaded)
     doubles = [row for row in certain if row[0] == "voxels"]
     if doubles:
         raise InputError.many(
