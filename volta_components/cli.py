@@ -160,7 +160,8 @@ def _option(parameter: inspect.Parameter, hint: Any) -> Any:
     """A parameter's type, with the rule by which words become a value of it."""
     members = _members(hint)
     several = next((kind for kind in members if get_origin(kind) in (Sequence, Mapping)), None)
-    kind = _single(get_args(several)[-1] if several else hint)
+    of_one = _members(get_args(several)[-1] if several else hint)
+    kind = Path if Path in of_one else of_one[0]  # what may be a path or text is a path
     convert: Callable[[Sequence[str]], Any]
     if several is None:
         metavar, convert = _metavar(kind), functools.partial(_read_one, kind)
@@ -187,12 +188,6 @@ def _members(hint: Any) -> list[Any]:
     """The types of a union but for None."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
     return [kind for kind in kinds if kind is not NoneType]
-
-
-def _single(hint: Any) -> Any:
-    """The type of one value; what may be a path or text is a path."""
-    members = _members(hint)
-    return Path if Path in members else members[0]
 
 
 def _metavar(kind: Any) -> str:

@@ -342,7 +342,7 @@ def test_inference_writes_embeddings_and_attention(workplace: Workplace, unbroke
         np.testing.assert_allclose(result.affine, source.affine, atol=1e-5)
         image = torch.from_numpy(source.get_fdata(dtype=np.float32))[None, None]
         with torch.no_grad():
-            weights = network.summary_attention(network.encode(image)).view(2, 2, 2).numpy()
+            weights = network.summariser.attention(network.encode(image)).view(2, 2, 2).numpy()
         # Corners of the map lie beyond the outermost tokens' centres and hold their weights; the mean is 1.
         corners = result.get_fdata()[np.ix_([0, -1], [0, -1], [0, -1])]
         np.testing.assert_allclose(corners, weights * 8, rtol=1e-4)

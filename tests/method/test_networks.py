@@ -157,7 +157,7 @@ def test_attention_sums_to_one_and_its_map_has_the_images_size() -> None:
     image = torch.rand(2, 1, 16, 8, 12)
     with torch.no_grad():
         tokens = network.encode(image)
-        weights = network.summary_attention(tokens)
+        weights = network.summariser.attention(tokens)
         assert weights.shape == (2, 4 * 2 * 3)
         torch.testing.assert_close(weights.sum(dim=1), torch.ones(2))
         assert (weights >= 0).all()

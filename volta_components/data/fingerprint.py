@@ -107,7 +107,9 @@ def near_copies(first: Sequence[str], second: Sequence[str] | None = None) -> li
     prints = [*first, *(second or ())]
     counts = [len(print_) // _DIGITS for print_ in prints]
     owners = np.repeat(np.arange(len(prints)), counts)
-    codes = _words("".join(print_[: count * _DIGITS] for print_, count in zip(prints, counts, strict=True)))
+    digits = "".join(print_[: count * _DIGITS] for print_, count in zip(prints, counts, strict=True))
+    # [8, n] of n pieces
+    codes = np.ascontiguousarray(np.frombuffer(bytes.fromhex(digits), np.uint64).reshape(-1, BITS // 64).T)
     n = len(first)
     common: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for pair in _near_pairs(codes, sum(counts[:n]), second is None):
@@ -123,11 +125,6 @@ def _is_enough(codes: np.ndarray, pieces: Sequence[tuple[int, int]]) -> bool:
     if len({a for a, _ in pieces}) > 1 and len({b for _, b in pieces}) > 1:
         return True
     return any(int(np.bitwise_count(codes[:, a] ^ codes[:, b]).sum()) <= SURE for a, b in pieces)
-
-
-def _words(digits: str) -> np.ndarray:
-    """``[8, n]`` uint64 of n pieces."""
-    return np.ascontiguousarray(np.frombuffer(bytes.fromhex(digits), np.uint64).reshape(-1, BITS // 64).T)
 
 
 def _near_pairs(codes: np.ndarray, n: int, within: bool) -> Iterator[tuple[int, int]]:

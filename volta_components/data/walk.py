@@ -121,7 +121,12 @@ def walk(root: Path, follow_links: bool = False) -> Tree:
     Raises:
         InputError: if the folder is missing, is none, or cannot be listed.
     """
-    check_folder(root)
+    if not root.exists():
+        raise InputError(f"{root}: no such folder; give the data set's root as --source")
+    if not root.is_dir():
+        raise InputError(f"{root}: not a folder; give the data set's root as --source")
+    if not os.access(root, os.R_OK | os.X_OK):
+        raise InputError(f"{root}: permission denied; make it readable (chmod u+rx)")
     tree = Tree(root)
     seen: dict[tuple[int, int], Path] = {}
     for above in (place := root.resolve(), *place.parents):
@@ -211,17 +216,3 @@ def _leave_out_links(tree: Tree) -> None:
         if other is not link and link.exists() and (target in visible or other.name == link.name):
             tree.files.remove(link)
             tree.again.append((link, other))
-
-
-def check_folder(root: Path) -> None:
-    """Refuse a source that is no folder.
-
-    Raises:
-        InputError: if it is missing, no folder, or cannot be listed.
-    """
-    if not root.exists():
-        raise InputError(f"{root}: no such folder; give the data set's root as --source")
-    if not root.is_dir():
-        raise InputError(f"{root}: not a folder; give the data set's root as --source")
-    if not os.access(root, os.R_OK | os.X_OK):
-        raise InputError(f"{root}: permission denied; make it readable (chmod u+rx)")

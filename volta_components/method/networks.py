@@ -185,14 +185,10 @@ class VoltaViT(ViTAutoEnc):
         """Summary ``[B, D]`` of patch tokens ``[B, N, D]``."""
         return self.summariser(tokens)
 
-    def summary_attention(self, tokens: Tensor) -> Tensor:
-        """Where the summary looks: ``[B, N]``, summing to 1."""
-        return self.summariser.attention(tokens)
-
     def attention_on_voxels(self, tokens: Tensor, image: Tensor) -> Tensor:
         """Where the summary looks, on the voxels of the image that the tokens are of: ``[B, 1, D, H, W]``, mean 1."""
         grid = self.token_grid(image)
-        weights = self.summary_attention(tokens).unflatten(1, grid)[:, None] * math.prod(grid)
+        weights = self.summariser.attention(tokens).unflatten(1, grid)[:, None] * math.prod(grid)
         return functional.interpolate(weights.float(), size=image.shape[2:], mode="trilinear", align_corners=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -224,11 +224,6 @@ class IntensityAugment:
         if min(strengths) < 0 or self.gamma < 1 or self.contrast >= 1:
             raise InputError("intensity augmentation: strengths are >= 0, contrast < 1 and gamma >= 1")
 
-    @property
-    def longest_kernel(self) -> int:
-        """Weights of the widest blur."""
-        return len(gaussian_1d(torch.tensor(max(0.2, self.blur)), truncated=3.0))
-
     def draw(self, rng: np.random.Generator) -> IntensityPlan:
         """Draw the few numbers that a change is made of."""
         gamma = math.exp(rng.uniform(-1.0, 1.0) * math.log(self.gamma))
@@ -236,9 +231,10 @@ class IntensityAugment:
         shift = rng.uniform(-self.brightness, self.brightness)
         deviation = rng.uniform(0.0, self.noise)
         field = rng.normal(0.0, self.bias, size=(1, 1, 4, 4, 4)) if self.bias else np.zeros((1, 1, 4, 4, 4))
-        kernel, width = torch.zeros(self.longest_kernel), 0
+        widest = max(0.2, self.blur)
+        kernel, width = torch.zeros_like(gaussian_1d(torch.tensor(widest), truncated=3.0)), 0
         if self.blur and rng.random() < self.blur_probability:
-            weights = gaussian_1d(torch.tensor(rng.uniform(0.2, max(0.2, self.blur))), truncated=3.0)
+            weights = gaussian_1d(torch.tensor(rng.uniform(0.2, widest)), truncated=3.0)
             width = len(weights)
             kernel[:width] = weights
         numbers = torch.tensor([gamma, scale, shift, deviation, width], dtype=torch.float64)
@@ -414,7 +410,8 @@ class ViewGenerator:
         return Views(*(torch.stack(parts, dim=1) for parts in zip(*batch, strict=True)))
 
     def _views_of(self, volume: Tensor, plan: ViewPlan) -> tuple[Tensor, ...]:
-        generator = noise_generator(volume.device, int(plan.seed))
+        # On meta nothing is computed, and there are no generators.
+        generator = None if volume.is_meta else torch.Generator(volume.device).manual_seed(int(plan.seed))
         size = self.global_geometry.size
         both = sample_crops(volume, plan.global_crops, size)
         image, own = both[:, -1:], min(1, both.shape[1] - 1)
@@ -429,11 +426,6 @@ class ViewGenerator:
         student = self.mask.fill(student, labels, hazes[1])
         local = sample_crops(volume[:, own : own + 1], plan.local_crops, self.local_geometry.size)
         return image, teacher, student, labels != VISIBLE, local
-
-
-def noise_generator(device: torch.device, seed: int) -> torch.Generator | None:
-    """A source of noise on a device; None on ``meta``, where nothing is computed."""
-    return None if device.type == "meta" else torch.Generator(device=device).manual_seed(seed)
 
 
 # Fields that the host reads to decide what to compute.

@@ -290,15 +290,14 @@ def _finished_run(item: Any) -> FinishedRun:
         seed=int(tags.get("seed", 0)),
         tags=dict(tags),
         params=dict(item.data.params),
-        metrics={_own_name(name): value for name, value in item.data.metrics.items()},
+        # Of the scored fold as the bundles call them; training curves keep MLflow's names.
+        metrics={
+            name.removeprefix("score/").replace("optimistic/", "optimistic_"): value
+            for name, value in item.data.metrics.items()
+        },
         started=int(item.info.start_time),
         ended=int(item.info.end_time or item.info.start_time),
     )
-
-
-def _own_name(name: str) -> str:
-    """A metric of the scored fold as the bundles call it; training curves keep MLflow's name."""
-    return name.removeprefix("score/").replace("optimistic/", "optimistic_")
 
 
 def _variant(tags: Mapping[str, str], params: Mapping[str, str]) -> str:

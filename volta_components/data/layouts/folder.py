@@ -185,7 +185,7 @@ def _freesurfer_home(volume: VolumeFile) -> Path | None:
 def identified(listing: Listing, images: Sequence[VolumeFile]) -> list[Found]:
     """Who each image below the listing's root is of, by its name or by its folders; guesses are problems."""
     root, people = listing.root, listing.table
-    places = {volume.path: _folders(volume, root) for volume in images}
+    places = {volume.path: tuple(map(tidy, volume.folder.relative_to(root).parts)) for volume in images}
     crowd = Counter(places.values())
     holders = ({places[volume.path] for volume in several} for several in grouped(images, lambda v: v.stem).values())
     # Folders with files of names that other folders have as well: there, names alone do not say who.
@@ -229,11 +229,6 @@ def identified(listing: Listing, images: Sequence[VolumeFile]) -> list[Found]:
         else:
             plain.append(Found(volume, name, name.subject, session, canonical_patient_id(name.subject), date))
     return found + _by_name(listing, plain)
-
-
-def _folders(volume: VolumeFile, root: Path) -> tuple[str, ...]:
-    """The folders below the source that a volume lies in, without the one that it was unpacked into."""
-    return tuple(tidy(part) for part in volume.folder.relative_to(root).parts)
 
 
 def _is_person(folder: str, people: People) -> bool:
