@@ -9,12 +9,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 from ignite.engine import Engine
 
 from volta_components.data.datalist import Datalist
+from volta_components.data.identity import grouped
 from volta_components.data.items import item_name
 from volta_components.data.sessions import in_order, spelled_alike
 from volta_components.distributed import process_rank
@@ -90,11 +92,8 @@ def labelled_items(datalist: Datalist, key: str, classes: Sequence[object], sess
 
 def _in_order_of_time(items: Sequence[Item]) -> list[Item]:
     """Items by patient, each one's scans in the order that ``volta3d prepare`` knew, else by their sessions' names."""
-    patients: dict[str, list[Item]] = {}
-    for item in items:
-        patients.setdefault(str(item["patient_id"]), []).append(item)
     result = []
-    for _, scans in sorted(patients.items()):
+    for _, scans in sorted(grouped(items, lambda item: str(item["patient_id"])).items()):
         if any(scan.get("visit") is None for scan in scans):
             scans = in_order(scans, lambda scan: scan.get("session"), age=lambda scan: scan.get("age"))[0]
         else:
@@ -104,12 +103,9 @@ def _in_order_of_time(items: Sequence[Item]) -> list[Item]:
 
 
 def _reasons(rows: Iterable[tuple[str, str]]) -> str:
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in rows:
-        by_reason.setdefault(reason, []).append(name)
     return "; ".join(
-        f"{reason}: {len(who)} ({', '.join(who[:5])}{', ...' if len(who) > 5 else ''})"
-        for reason, who in sorted(by_reason.items())
+        f"{reason}: {len(found)} ({', '.join(name for name, _ in found[:5])}{', ...' if len(found) > 5 else ''})"
+        for reason, found in sorted(grouped(rows, itemgetter(1)).items())
     )
 
 

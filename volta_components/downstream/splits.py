@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from volta_components.data.fingerprint import near_copies_of
-from volta_components.data.identity import canonical_patient_id, loose_person, same_people, voxel_hashes, who
+from volta_components.data.identity import canonical_patient_id, grouped, loose_person, same_people, voxel_hashes, who
 from volta_components.data.items import item_name
 from volta_components.errors import InputError
 
@@ -104,9 +104,7 @@ def split_items(
         )
     check_disjoint({"scored fold": scored, "other folds": rest}, accept_look_alikes)
     person = same_people(rest)
-    by_patient: dict[str, list[Item]] = defaultdict(list)
-    for item in rest:
-        by_patient[str(person[item["patient_id"]])].append(item)
+    by_patient = grouped(rest, lambda item: str(person[item["patient_id"]]))
     strata: dict[Any, list[str]] = defaultdict(list)
     for patient, scans in by_patient.items():
         values = [scan.get(stratify) for scan in scans] if stratify else [None]

@@ -7,13 +7,14 @@ import json
 import os
 import sys
 import weakref
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from monai.data import Dataset
 
+from volta_components.data.identity import grouped
 from volta_components.data.volumes import volume_stem
 from volta_components.data.walk import size_and_time
 from volta_components.errors import InputError
@@ -124,10 +125,7 @@ class Journal:
 
     def _check_results(self, files: Sequence[str], lines: Mapping[str, Line]) -> None:
         """Refuse what would be written over results of another volume, or over edited ones."""
-        by_name: dict[str, list[Line]] = defaultdict(list)
-        for line in lines.values():
-            if line["name"] is not None:
-                by_name[line["name"]].append(line)
+        by_name = grouped(lines.values(), itemgetter("name"))
         rows = []
         for file in files:
             for line in by_name.get(self._name(file) or "", ()):

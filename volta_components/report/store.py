@@ -19,6 +19,7 @@ from urllib.request import url2pathname
 import pandas as pd
 
 from volta_components.crossval.store import mlflow_client, search_runs
+from volta_components.data.identity import grouped
 from volta_components.downstream.inits import BASE_INIT
 from volta_components.downstream.tracking import PLAN_TAG, RECIPE_TAG
 from volta_components.errors import InputError
@@ -431,19 +432,17 @@ def _find_mixed_rows(study: Study) -> None:
                     f"{text}. Start volta3d crossval again to train all of them with the same settings.",
                 )
             )
-    versions: dict[str, list[str]] = defaultdict(list)
-    for run in study.runs:
-        versions[run.tags.get("code_version", "an unknown version")].append(run.variant)
+    versions = grouped(study.runs, lambda run: run.tags.get("code_version", "an unknown version"))
     if len(versions) > 1:
-        parts = (f"{version} ({_by_variant(study, variants)})" for version, variants in sorted(versions.items()))
+        parts = (f"{version} ({_by_variant(study, runs)})" for version, runs in sorted(versions.items()))
         study.notes.append(
             f"Mixed code: not all runs were trained by the same version of the code: {'; '.join(parts)}. Differences "
             "between them may come from the code."
         )
 
 
-def _by_variant(study: Study, variants: list[str]) -> str:
-    counts = Counter(variants)
+def _by_variant(study: Study, runs: list[FinishedRun]) -> str:
+    counts = Counter(run.variant for run in runs)
     return ", ".join(f"{_runs(counts[variant], '')} of {variant}" for variant in study.variants if counts[variant])
 
 
