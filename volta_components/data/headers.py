@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 
 from volta_components.data.geometry import (
     assumed_affine,
@@ -207,7 +208,7 @@ class _Reader:
             self.notes.append(f"its header says that it is no scan but {_intent(fields, intent)}")
         return VolumeHeader(
             shape=shape,
-            spacing=tuple(np.linalg.norm(affine[:3, :3], axis=0).tolist()),
+            spacing=tuple(voxel_sizes(affine).tolist()),
             affine=affine,
             dtype=dtype,
             offset=offset,
@@ -397,7 +398,7 @@ class _Reader:
                 raise self._refuse(reason, f"{AGAIN}; or, since its qform is sound, set its sform_code to 0")
             if problem:
                 self.notes.append(f"{problem}; the sform was taken")
-        scale = self._to_mm(np.linalg.norm(affine[:3, :3], axis=0))
+        scale = self._to_mm(voxel_sizes(affine))
         to_mm = np.diag([scale, scale, scale, 1.0])
         with np.errstate(invalid="ignore", over="ignore"):  # what is no number is refused by its name
             affine = to_mm @ affine
@@ -457,7 +458,7 @@ class _Reader:
                 "the sform was taken"
             )
         elif qform is None and codes["sform_code"]:
-            spacing = np.linalg.norm(affine[:3, :3], axis=0)
+            spacing = voxel_sizes(affine)
             if not same_size(spacing, pixdim):
                 self.notes.append(
                     f"pixdim says voxels of {by(pixdim)} mm, the sform {by(spacing)} mm; the sform was taken"

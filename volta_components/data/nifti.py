@@ -48,7 +48,7 @@ def nifti_header(
     header = nib.Nifti1Header()
     header.set_data_dtype(voxels.dtype)
     header.set_data_shape(voxels.shape)
-    header.set_zooms(np.linalg.norm(affine[:3, :3], axis=0))
+    header.set_zooms(nib.affines.voxel_sizes(affine))
     header.set_sform(affine, code)
     header.set_qform(affine, code)
     header.set_xyzt_units("mm")

@@ -95,7 +95,7 @@ def header_of(image: str | os.PathLike[str]) -> tuple[tuple[int, ...], tuple[flo
     with named_errors(Path(place.shard)):
         found = image_of(place).header if start.startswith(_GZIP) else nib.Nifti1Header(start)
         affine = found.get_best_affine()
-    return tuple(map(int, found.get_data_shape())), tuple(map(float, np.linalg.norm(affine[:3, :3], axis=0)))
+    return tuple(map(int, found.get_data_shape())), tuple(map(float, nib.affines.voxel_sizes(affine)))
 
 
 def volume_of(image: str | os.PathLike[str]) -> Volume:

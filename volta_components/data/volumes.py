@@ -17,6 +17,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 
@@ -202,7 +203,7 @@ def _converted(path: Path, image: Any, assume_orientation: str | None, is_lost: 
     if is_lost:
         if assume_orientation is None:
             raise UnusableVolume(path, "no orientation in the header (FreeSurfer would take it as LIA)", NO_ORIENTATION)
-        affine = assumed_affine(assume_orientation, image.shape[:3], np.linalg.norm(affine[:3, :3], axis=0))
+        affine = assumed_affine(assume_orientation, image.shape[:3], voxel_sizes(affine))
     shape = check_geometry(path, image.shape, affine)
     try:
         # MINC scales each slice on its own, so stored values alone mean nothing: float32 of the real ones.

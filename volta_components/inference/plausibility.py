@@ -59,7 +59,7 @@ def _misplaced(
     coarse = image[::2, ::2, ::2]
     if not parts or coarse.min() == coarse.max() or not (head := find_foreground(coarse)).any():
         return []
-    mm = np.linalg.norm(image_affine[:3, :3], axis=0)
+    mm = nib.affines.voxel_sizes(image_affine)
     slices = head.sum(axis=(1, 2))
     across = 2 * np.flatnonzero(slices > 0.25 * slices.max()) * mm[0]  # ears do not count
     along = 2 * np.flatnonzero(head.any(axis=(0, 2))) * mm[1]
