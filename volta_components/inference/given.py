@@ -28,9 +28,7 @@ from volta_components.inference.scans import (
     bad_scans,
     check_outside,
     is_datalist,
-    left_out_people,
     look_through,
-    scans_below,
     unusable_scans,
     who_and_when,
 )
@@ -108,12 +106,10 @@ def _scans_of(part: Path, target: Path, follow_links: bool) -> tuple[list[Path],
             remedy = "give .nii, .nii.gz, .mgz, ...; of a pair, its .img; of DICOM, the folder"
             return [], [(str(part), "not a volume", remedy)]
         return [part], []
-    tree, rows = look_through(part, follow_links)
-    volumes, others = scans_below(tree)
+    tree, volumes, others, rows = look_through(part, follow_links)
     if others:
         print(f"{part}: {len(others)} volumes that are no T1w scans are left out, such as {others[0]}")
     has_dicom = any(map(may_be_dicom, tree.files))
-    rows += left_out_people(tree, volumes, others)
     if not volumes and not has_dicom and not rows:
         raise InputError(f"{part}: no scans in it: no volumes (.nii, .nii.gz, .mgz, ...), no DICOM files")
     converted, bad = _convert_dicom(part, target, follow_links) if has_dicom else ([], [])

@@ -76,9 +76,7 @@ def find_volumes(source: Source, output: PathLike | None = None, required: bool 
             continue
         if part.is_dir():
             check_outside(part, output, "--output_dir")
-            tree, rows = look_through(part)
-            files, others = scans_below(tree)
-            rows += left_out_people(tree, files, others)
+            tree, files, _, rows = look_through(part)
             if dicom := next(filter(may_be_dicom, tree.files), None):
                 rows.append((str(dicom), "DICOM", "convert it"))
             if rows:
@@ -134,12 +132,17 @@ def check_outside(folder: Path, output: PathLike | None, option: str) -> None:
         )
 
 
-def look_through(folder: Path, follow_links: bool = False) -> tuple[Tree, list[Row]]:
-    """What a folder holds, and what in it may be a scan but is passed over, with reason and remedy."""
+def look_through(folder: Path, follow_links: bool = False) -> tuple[Tree, list[Path], list[Path], list[Row]]:
+    """What a folder holds; its scans and other volumes (see ``scans_below``); what is passed over, and the remedy.
+
+    Passed over is what may be a scan and is not read, and everybody of whom nothing would be read.
+    """
     listing = Listing("")
     tree = look(listing, folder, follow_links)
     problems = (finding for finding in listing.findings if finding.kind == "problem")
-    return tree, [(str(folder / finding.file), finding.reason, finding.remedy) for finding in problems]
+    rows = [(str(folder / finding.file), finding.reason, finding.remedy) for finding in problems]
+    scans, others = scans_below(tree)
+    return tree, scans, others, rows + _without_t1(tree, scans, others) + _without_volume(tree)
 
 
 def scans_below(tree: Tree) -> tuple[list[Path], list[Path]]:
@@ -157,11 +160,6 @@ def scans_below(tree: Tree) -> tuple[list[Path], list[Path]]:
         name, top = parse_name(volume.stem), volume.path.relative_to(tree.root).parts[0]
         (others if top in aside or name.is_other or volume.path in made else scans).append(volume.path)
     return scans, others
-
-
-def left_out_people(tree: Tree, scans: Sequence[Path], others: Sequence[Path]) -> list[Row]:
-    """Everybody below a folder of whom nothing would be read, with reason and remedy; see ``scans_below``."""
-    return _without_t1(tree, scans, others) + _without_volume(tree)
 
 
 def _without_t1(tree: Tree, scans: Sequence[Path], others: Sequence[Path]) -> list[Row]:
