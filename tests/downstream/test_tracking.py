@@ -124,7 +124,7 @@ def test_tags_tell_everything_that_runs_are_compared_by(tmp_path):
         name="demo", hash="h", content={"training": [{"cohort": "phantom"}, {"cohort": "x"}]}
     )
     settings = {"bundle": "ixi_sex", "init": "volta", "fold": 2, "fraction": 0.2, "seed": 7, "epochs": 3}
-    tags = run_tags(settings, datalist, Origin("e", "p", "allowed", ("a",)))
+    tags = run_tags(settings, datalist, Origin("e", "p", "allowed"))
     expected = {
         "bundle": "ixi_sex",
         "init": "volta",

@@ -32,7 +32,6 @@ class Origin:
         encoder_sha256: hash of the file; empty when training from scratch.
         pretrain_datalist_hash: of the data that the encoder was trained on.
         leak: ``none``, or ``allowed`` when scored patients were, or may have been, pretrained on.
-        leaked: those patients' ids.
         people: everybody pretrained on, as the encoder's record has them (``training.people.FACTS``); its
             ``patient_ids`` are None if the record has no such list.
         phantom: whether the encoder's record says that all of them are phantoms.
@@ -41,7 +40,6 @@ class Origin:
     encoder_sha256: str = ""
     pretrain_datalist_hash: str = ""
     leak: str = "none"
-    leaked: tuple[str, ...] = ()
     people: Mapping[str, Any] = field(default_factory=lambda: {"patient_ids": []})
     phantom: bool = False
 
@@ -184,7 +182,7 @@ def check_origin(
     if leaked:
         logger.warning("%d scored patients were pretrained on; the run is marked: %s", len(leaked), ", ".join(leaked))
     leak = _check_looks(str(path), overlap, accept_look_alikes, allow_leak)
-    return Origin(digest, datalist_hash, "allowed" if leaked else leak, tuple(leaked), people, phantom)
+    return Origin(digest, datalist_hash, "allowed" if leaked else leak, people, phantom)
 
 
 def _people(part: Mapping[str, Any]) -> dict[str, Any]:
