@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -21,6 +19,7 @@ from label_server import CLASSES, HARP, ROOT, SMALL, STARTER, Server, command, e
 from labelled_scans import centred_affine, head
 from monai.bundle import ConfigParser
 from scipy import ndimage
+from unpickled import Call
 from web import free_port
 
 from volta_components.data.labels import SIDES
@@ -346,13 +345,9 @@ def test_what_cannot_be_served_is_said(bundles: dict[str, Path], studies: Path, 
 
 
 def test_a_model_that_runs_code_stops_the_server(bundles: dict[str, Path], studies: Path, tmp_path: Path) -> None:
-    class Bomb:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return os.mkdir, (str(tmp_path / "ran"),)
-
     bundle = tmp_path / "ixi_sex_phantom_tiny"
     shutil.copytree(bundles[bundle.name], bundle)
-    torch.save({"x": Bomb()}, bundle / "models" / "model.pt")
+    torch.save({"x": Call(Path.touch, tmp_path / "ran")}, bundle / "models" / "model.pt")
     (bundle / "models" / "model.json").unlink()
     words = ["--studies", str(studies), "--bundle", str(bundle), "--port", str(free_port())]
     done = subprocess.run(

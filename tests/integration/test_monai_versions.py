@@ -8,7 +8,6 @@ What 1.5 adds to a block (``cross_attn.to_q``, ``to_k``, ``to_v`` and ``out_proj
 from __future__ import annotations
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from monai.networks.blocks import TransformerBlock
 from monai.networks.nets import UNETR
 from torch import Tensor, nn
+from unpickled import Call
 
 from volta_components.downstream.networks import VoltaClassifier, VoltaUNETR
 from volta_components.downstream.start import freeze_encoder, load_model, save_model
@@ -149,19 +149,9 @@ def test_a_stock_network_is_left_as_it_is() -> None:
     stock.load_state_dict(fit_cross_attention(state, stock))
 
 
-class Bomb:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
-
-
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     network = make("vit.", 1)
-    torch.save({**network.state_dict(), "x": Bomb(tmp_path / "ran")}, tmp_path / "model.pt")
+    torch.save({**network.state_dict(), "x": Call(Path.touch, tmp_path / "ran")}, tmp_path / "model.pt")
     with pytest.raises(InputError, match="could run code"):
         load_model(network, tmp_path / "model.pt")
     assert find_start(network, tmp_path) == {}

@@ -7,7 +7,6 @@ import hashlib
 import json
 import pickle
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from scipy import ndimage
 from small_files import error_of_a_full_disk
 from torch import nn
+from unpickled import Call
 
 from volta_components.downstream.start import save_model
 from volta_components.errors import InputError
@@ -157,21 +157,11 @@ def test_damaged_files_are_named(tmp_path: Path, suffix: str, damage: str) -> No
     assert "weights_only" not in str(caught.value)  # PyTorch's advice is to load without protection
 
 
-class Trap:
-    """Unpickling it would create a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Path.touch, (self.path,)
-
-
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".safetensors"])
 @pytest.mark.parametrize("form", ["torch", "legacy", "pickle"])
 def test_a_malicious_file_is_not_executed(tmp_path: Path, suffix: str, form: str) -> None:
     trap, path = tmp_path / "trap", tmp_path / f"weights{suffix}"
-    content = {"weight": torch.ones(2), "evil": Trap(trap)}
+    content = {"weight": torch.ones(2), "evil": Call(Path.touch, trap)}
     if form == "pickle":
         path.write_bytes(pickle.dumps(content))
     else:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from small_files import error_of_a_full_disk
 from torch import nn
+from unpickled import Call
 
 from volta_components.training.archive import DamagedArchiveError, read_archive, write_archive
 
@@ -73,16 +74,6 @@ def test_a_flipped_bit_is_seen_or_changes_nothing(tmp_path: Path) -> None:
         except DamagedArchiveError:
             refused += 1
     assert refused > 100
-
-
-class Call:
-    """Unpickling it calls a function."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> Any:
-        return self.call
 
 
 def repacked(path: Path, change: Any) -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -20,6 +19,7 @@ import torch
 from ignite.engine import Engine, Events
 from method_helpers import HIDDEN, PROTOTYPES, assert_equal_states, tiny_run
 from monai.transforms import Compose, RandGaussianNoised
+from unpickled import Call
 
 from volta_components.errors import InputError
 from volta_components.files import partial_prefix
@@ -258,7 +258,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, whole: SimpleNamespace, d
     path, trap = tmp_path / "c.pt", tmp_path / "trap"
     shutil.copy(whole.checkpoint.path, path)
     if damage == "pickle":
-        torch.save({"settings": Trap(trap), "engine": {}}, path)
+        torch.save({"settings": Call(Path.touch, trap), "engine": {}}, path)
     else:
         path.write_bytes({"empty": b"", "cut": path.read_bytes()[:5000], "text": b"hello"}[damage])
     with pytest.raises(InputError, match=r"(?s)no checkpoint .*c\.pt  .*(damaged|plain tensors).*\nRemove ") as caught:
@@ -267,19 +267,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, whole: SimpleNamespace, d
     assert not trap.exists()
 
 
-class Trap:
-    """Unpickling it would create a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Path.touch, (self.path,)
-
-
 def test_the_trap_works(tmp_path: Path) -> None:
     """Otherwise the tests that it stays shut would say nothing."""
-    pickle.loads(pickle.dumps(Trap(tmp_path / "trap")))
+    pickle.loads(pickle.dumps(Call(Path.touch, tmp_path / "trap")))
     assert (tmp_path / "trap").exists()
 
 
