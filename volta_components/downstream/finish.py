@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from volta_components.files import read_json, write_json
 from volta_components.method.weights import is_of_run, read_record
 from volta_components.training.checkpoint import remove_checkpoints
 from volta_components.training.cost import cost_metrics
-from volta_components.training.record import check_settings, shown_settings
+from volta_components.training.record import check_settings, plain_settings, shown_settings
 from volta_components.training.tracking import (
     describe_run,
     device_of,
@@ -66,8 +65,7 @@ class FinishRun:
     results: FoldResults | None = None
 
     def __post_init__(self) -> None:
-        # As JSON gives them back.
-        self.settings = json.loads(json.dumps(dict(self.settings), default=str))
+        self.settings = plain_settings(self.settings)
         self.history: list[dict[str, float]] = []
         self._losses: list[Tensor] = []
         self._is_described = False

@@ -19,7 +19,7 @@ from volta_components.data.volumes import volume_stem
 from volta_components.data.walk import size_and_time
 from volta_components.errors import InputError
 from volta_components.files import FolderLock, atomic_path, sha256_file, sha256_json
-from volta_components.training.record import code_version
+from volta_components.training.record import code_version, plain_settings
 
 Item = dict[str, Any]
 Line = dict[str, Any]
@@ -53,7 +53,7 @@ class Journal:
         self, path: str | os.PathLike[str], settings: Mapping[str, Any], root: str | os.PathLike[str] | None = None
     ) -> None:
         self.path = Path(path)
-        self.settings = json.loads(json.dumps(dict(settings), default=str))
+        self.settings = plain_settings(settings)
         self.root = root
         self.run = ""
         self._items: dict[str, Item] = {}
