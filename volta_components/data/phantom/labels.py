@@ -108,7 +108,7 @@ BRAIN = is_code(*BRAIN_CODES)  # the fluid around the brain is among it
 TISSUE = is_code(*(code for code in BRAIN_CODES if code != CODES["fluid"]))
 VENTRICLES = is_code(*VENTRICLE_CODES)
 HIPPOCAMPI = ("hippocampus_left", "hippocampus_right")
-_LARGEST = 15_000
+_LARGEST = 15_000  # beyond all numbers that are known
 _LEAST_HIPPOCAMPUS = 300.0  # mm^3; the smallest atrophied ones have about a thousand
 
 
@@ -208,7 +208,6 @@ def read_label_map(name: str, path: Path) -> LabelMap:
         raise UnusableVolume(path, "holds negative numbers, so it is not a label map", "give the segmentation")
     table = _translation()
     known = table[np.minimum(values, _LARGEST)]
-    known = np.where(values > _LARGEST, np.uint8(255), known)
     notes = []
     unknown = np.unique(values[known == 255])
     if len(unknown):
