@@ -123,12 +123,13 @@ def plan(
     last = [find_overlay(configs, name) for name in [*overlays, *(["multi_gpu_train.json"] if processes > 1 else [])]]
     runs = []
     for init in inits:
-        files = [configs / "train.json", *([] if init == BASE_INIT else [find_overlay(configs, init)]), *last]
-        merged = _merged(files)
+        files = [configs / "train.json", *([] if init == BASE_INIT else [find_overlay(configs, init)])]
+        own, files = _merged(files), [*files, *last]
+        merged = _merged(files) if last else own
         _check_ids(merged, settings, shares, files[0])
         if wrong := wrong_values({**merged, **settings}):
             raise InputError.many(f"the config of {init} has values that cannot be", wrong, "Give others by --set.")
-        _check_init(init, {**merged, **settings}, _merged(files[: len(files) - len(last)]))
+        _check_init(init, {**merged, **settings}, own)
         changes = dict(settings)
         if encoder is not None and "encoder_path" in settings:
             raise InputError("--set encoder_path and --encoder: give --encoder alone")
