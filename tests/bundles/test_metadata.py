@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each bundle's metadata against the schema, and each config against MONAI's list of properties.
+"""Each bundle's metadata against the schema.
 
 MONAI's own schema is not part of this repository. Where the variable ``MONAI_META_SCHEMA`` names a copy of it, the
 metadata is verified against that as well, and this project's schema is held against it.
@@ -16,9 +16,8 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft201909Validator
-from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata
+from monai.bundle import ConfigParser, verify_metadata
 from packed import BUNDLES, ROOT
-from prepared import PRETRAIN, TINY_SIZES
 
 # Of meta_schema_20240725.json at https://project-monai.github.io/schema/.
 OFFICIAL_SHA256 = "cd64aa8a5904426f6fc6855dabe46af8c742d5bad644b4e9cfb78ebad09ad678"
@@ -116,27 +115,6 @@ def test_monais_own_schema(bundle: str, official: Path) -> None:
     theirs, content = validator(official), json.loads(metadata(bundle).read_text())
     assert [error.message for error in theirs.iter_errors(content)] == []
     assert [what for what, changed in spoilt(content) if theirs.is_valid(changed)] == []
-
-
-@pytest.mark.parametrize(("name", "kind"), [("train", "train"), ("inference", "infer")])
-def test_pretraining_has_all_properties(name: str, kind: str, prepared: Path, tmp_path: Path) -> None:
-    """Those of the tasks are checked beside their configs; a handler given as a plain reference would be an error."""
-    known = json.loads((PRETRAIN / f"{name}.json").read_text())
-    made = ConfigWorkflow(
-        config_file=str(PRETRAIN / f"{name}.json"),
-        meta_file=str(PRETRAIN / "metadata.json"),
-        logging_file=False,
-        workflow_type=kind,
-        dataset_dir=str(prepared),
-        output_dir=str(tmp_path / "run"),
-        ckpt_dir=str(tmp_path / "models"),
-        device="$torch.device('cpu')",
-        num_workers=0,
-        spacing=1.0,
-        **{key: value for key, value in TINY_SIZES.items() if key in known},
-    )
-    made.initialize()
-    assert made.check_properties() == []
 
 
 @pytest.mark.parametrize("bundle", BUNDLES)
