@@ -203,12 +203,11 @@ def test_a_classifiers_record_says_what_its_head_sees(tmp_path):
         save_model(tmp_path / f"{pool}.pt", network, {})
         assert pool_of(tmp_path / f"{pool}.pt") == pool
     # What packing compares: a config that asks the record itself, and one that does not.
-    record = {"provenance": {"settings": {"pool": "mean"}}}
     asks = {"imports": ["$import volta_components.bundle as volta"], "pool": "$volta.pool_of(@model_path)"}
     for name, rows in (("mean", []), ("summary", [("pool", "mean", "summary")])):
         parser = ConfigParser({**asks, "model_path": str(tmp_path / f"{name}.pt")})
-        assert other_than_trained(record, ids_as_trained(parser)) == rows
-    assert other_than_trained(record, {"pool": "summary"}) == [("pool", "mean", "summary")]
+        assert other_than_trained({"pool": "mean"}, ids_as_trained(parser)) == rows
+    assert other_than_trained({"pool": "mean"}, {"pool": "summary"}) == [("pool", "mean", "summary")]
     save_model(tmp_path / "other.pt", nn.Linear(3, 2), {})
     assert pool_of(tmp_path / "other.pt") == pool_of(tmp_path / "none.pt") == "summary"
 

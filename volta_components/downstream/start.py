@@ -202,17 +202,13 @@ def ids_as_trained(parser: ConfigParser) -> dict[str, Any]:
     return {name: parser.get_parsed_content(name) for name in AS_TRAINED if name in parser}
 
 
-def other_than_trained(record: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def other_than_trained(there: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Rows (id, trained with, here) of ``AS_TRAINED`` that differ; one that either side does not have is left out.
 
     Args:
-        record: the JSON beside the weights.
+        there: settings that weights were trained with.
         values: see ``ids_as_trained``.
     """
-    return _others(trained_settings(record), values)
-
-
-def _others(there: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     here = plain_settings({name: values[name] for name in AS_TRAINED if name in values and name in there})
     return [
         (name, str(there[name]), str(value))
@@ -266,7 +262,8 @@ def load_model(network: nn.Module, path: str | os.PathLike[str]) -> dict[str, An
     if parser is not None and "grid" in parser:
         values["spacing"] = list(parser.get_parsed_content("grid")[0])  # of a datalist, its own
     made, config = record.get("network") or {}, getattr(plain, "config", {})
-    others = other_than_trained(record, values) + _others(made.get("config", made), config)
+    others = other_than_trained(trained_settings(record), values)
+    others += other_than_trained(made.get("config", made), config)
     if others:
         raise InputError.many(
             f"{path} was trained with other settings (id, trained with, here)",

@@ -399,13 +399,14 @@ def _check_fit(folder: Path, weights: Path, record: Mapping[str, Any], overlays:
     from monai.bundle import ConfigParser
 
     from volta_components.downstream.start import ids_as_trained, load_model, other_than_trained
+    from volta_components.method.weights import trained_settings
 
     named = f"overlays {', '.join(_stems(overlays))}" if overlays else "no overlays"
     advice = f"{weights} does not fit the configs with {named}; name those that it was trained with (--overlays)"
     parser = ConfigParser()
     parser.read_config(str(folder / "configs" / "inference.json"))
     parser["bundle_root"] = str(folder)
-    if rows := other_than_trained(record, ids_as_trained(parser)):
+    if rows := other_than_trained(trained_settings(record), ids_as_trained(parser)):
         raise InputError.many(f"{advice}. Id, weights, configs", rows, "")
     try:
         load_model(parser.get_parsed_content("network_def"), folder / "models" / "model.pt")

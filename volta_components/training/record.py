@@ -45,6 +45,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "What comes before and after the training, and MONAI's own metadata.": ("initialize", "finalize", "_meta_"),
     "What MONAI adds for its tracking.": ("tracking_uri", "save_execute_config", "is_not_rank0"),
 }
+_HARMLESS_NAMES = {name.replace("#", ".") for names in HARMLESS.values() for name in names}  # dotted as in settings
 
 # Handlers that only watch: with or without them, the weights are the same.
 WATCHING = ("StatsHandler", "ProgressBar", "MLFlowHandler", "TensorBoardStatsHandler", "TensorBoardImageHandler")
@@ -98,27 +99,21 @@ def callers() -> Iterator[FrameType]:
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a merged config says of a run, without following its expressions; see ``run_settings``."""
-    harmless = _harmless_names()
     values: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for name, value in config.items():
-        if name in harmless or name == "_desc_":
+        if name in _HARMLESS_NAMES or name == "_desc_":
             continue
         for _ in config:  # a reference to an id counts as the value of that id
             if not isinstance(value, str) or value[1:] not in config or value[0] != "@":
                 break
             value = config[value[1:]]
         for path, leaf in flatten_settings({name: _without_watchers(value)}).items():
-            if path in harmless:
+            if path in _HARMLESS_NAMES:
                 continue
             is_text = isinstance(leaf, str) and leaf.startswith(("@", "$", "%"))
             (rest if is_text or name in WORKFLOW else values)[path] = leaf
     return {**values, "config": rest}
-
-
-def _harmless_names() -> set[str]:
-    """``HARMLESS``, dotted as in settings."""
-    return {name.replace("#", ".") for names in HARMLESS.values() for name in names}
 
 
 def _without_watchers(block: Any) -> Any:
@@ -156,8 +151,7 @@ def other_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tu
     absent = object()  # which is not the same as null
     names = sorted(n for n in there.keys() | here.keys() if there.get(n, absent) != here.get(n, absent))
     rows = [(name.removeprefix("config."), str(there.get(name)), str(here.get(name))) for name in names]
-    harmless = _harmless_names()
-    return [row for row in rows if row[0] not in harmless]
+    return [row for row in rows if row[0] not in _HARMLESS_NAMES]
 
 
 def check_settings(there: Mapping[str, Any], here: Mapping[str, Any], reason: str, remains: str) -> None:
