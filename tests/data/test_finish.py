@@ -4,7 +4,7 @@ from volta_components.data.layouts import Finding
 
 
 def test_what_is_the_same_of_many_people_hides_nothing_else(capsys):
-    code = ("participants.tsv", "unknown sex code '1'", "write M or F in the table")
+    code = ("participants.tsv", "unknown sex code '1'", "write M, F or n/a in the table")
     same = [Finding("problem", f"sub-{i:03d}", *code) for i in range(500)]
     three = [Finding("problem", f"sub-{i}", f"{i}.nii", "empty file", "fetch it again") for i in range(3)]
     print_findings([*same, *three, Finding("quirk", "sub-4", "", "odd")])

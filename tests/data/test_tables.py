@@ -20,7 +20,7 @@ def test_words_for_nothing_are_nothing(cell):
 
 
 @pytest.mark.parametrize(
-    ("cell", "years"), [("61,5", 61.5), ("90+", 90), ("070Y", 70), ("018M", 1.5), ("61 years", 61), ("n/a", None)]
+    ("cell", "years"), [("61,5", 61.5), ("90+", 90), ("> 89", 89), ("070Y", 70), ("018M", 1.5), ("61 years", 61), ("n/a", None)]
 )
 def test_ages(cell, years):
     assert parse_age(cell) == years
@@ -65,6 +65,16 @@ def test_two_columns_of_ids_that_match_different_scans_are_refused(tmp_path):
         people.find(["1", "2"])
     people = people_of(tmp_path, "participant_id,ID,sex\n1,2,F\n2,1,M\n")
     assert people.find(["1", "2"]) == []
+
+
+def test_ids_that_are_names_of_files_say_who_these_are_of(tmp_path):
+    people = people_of(tmp_path, "file,sex\nraw/anna_T1.nii.gz,F\nsub-02_ses-1_T1w.nii.gz,M\np3.nii,F\n")
+    assert people.without(["anna", "sub-02", "p3"]) == []
+
+
+def test_the_socioeconomic_status_of_oasis_is_no_session(tmp_path):
+    people = people_of(tmp_path, "Subject ID,Visit,M/F,Age,SES\nOAS2_0001,1,F,87,2\nOAS2_0001,2,F,88,2\n")
+    assert [people.row("OAS2_0001", f"ses-MR{visit}")[0]["Age"] for visit in (1, 2)] == ["87", "88"]
 
 
 VISITS = "PTID,VISCODE,EXAMDATE,sex,age\na,m12,2007-05-01,F,61\na,bl,2006-04-18,F,60\n"

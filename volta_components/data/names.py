@@ -173,13 +173,13 @@ def date_in(text: str) -> str | None:
 def date_of_cell(text: str) -> str | None:
     """The date in a table's cell, as ``YYYY-MM-DD``; None where it is none, or where day and month may be swapped.
 
-    Read are ``2020-06-25``, ``25.06.2020``, ``6/25/2020``, ``5/5/2020``, ``20-Jun-2020``, ``Jun 20, 2020``, and dates
-    that were moved to before 1926, as BIDS hides them (``1877-06-15``).
+    Read are ``2020-06-25``, ``2020/6/5``, ``25.06.2020``, ``6/25/2020``, ``5/5/2020``, ``20-Jun-2020``,
+    ``Jun 20, 2020``, and dates that were moved to before 1926, as BIDS hides them (``1877-06-15``).
     """
     if found := date_in(text):
         return found
     text = text.strip().lower()
-    if match := re.match(r"(1[0-8]\d\d)-(\d\d)-(\d\d)(?!\d)", text):
+    if match := re.match(r"((?:1\d|20)\d\d)[-./](\d{1,2})[-./](\d{1,2})(?!\d)", text):
         return _date(*match.groups())
     if match := re.match(r"(\d{1,2})[-./](\d{1,2})[-./]((?:19|20)\d\d)(?!\d)", text):
         one, other, year = map(int, match.groups())

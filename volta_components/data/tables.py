@@ -24,10 +24,10 @@ from volta_components.data.columns import (
     SEX_COLUMNS,
 )
 from volta_components.data.identity import canonical_patient_id, grouped, loose
-from volta_components.data.names import date_in, date_of_cell
+from volta_components.data.names import date_in, date_of_cell, parse_name
 from volta_components.data.sessions import in_order, months_since_baseline, spelled_alike, years_between
 from volta_components.data.spreadsheets import Complain, Row, fold, read_table
-from volta_components.data.volumes import volume_suffix
+from volta_components.data.volumes import volume_stem, volume_suffix
 from volta_components.errors import InputError
 
 MISSING = {"", "-", "--", ".", "?", "-1", "-4", "n/a", "n.a.", "na", "#n/a", "nan", "nat"}
@@ -84,14 +84,14 @@ def parse_sex(text: str | None, codes: Mapping[str, str] | None = None) -> str |
 
 
 def parse_age(text: str | None) -> float | None:
-    """Years, or None where it is missing; HIPAA's ``90+`` is 90, DICOM's ``018M`` one and a half.
+    """Years, or None where it is missing; HIPAA's ``90+`` is 90, ``>89`` 89, DICOM's ``018M`` one and a half.
 
     Raises:
         ValueError: if it is no number of years.
     """
     if text is None or is_missing(text):
         return None
-    match = re.fullmatch(r"(-?\d+(?:[.,]\d+)?|[.,]\d+)\s*(y|m|w|d|years?|yrs?)?\+?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"[>≥]?\s*(-?\d+(?:[.,]\d+)?|[.,]\d+)\s*(y|m|w|d|years?|yrs?)?\+?", text.strip(), re.IGNORECASE)
     if match is None:
         raise ValueError(f"age {text!r} is not a number")
     years = float(match[1].replace(",", ".")) / {"m": 12, "w": 365.25 / 7, "d": 365.25}.get((match[2] or "").lower(), 1)
@@ -370,7 +370,7 @@ def in_units(rows: list[Row], sidecar: Path, complain: Complain | None = None) -
             continue
         for row in rows:
             for own in [name for name in row if fold(name) == fold(column)]:
-                row[own] = re.sub(r"^[\d.,]+", rf"\g<0>{unit}", row[own].strip()) if unit else ""
+                row[own] = re.sub(r"^[>≥]?\s*[\d.,]+(?=\+?$)", rf"\g<0>{unit}", row[own].strip()) if unit else ""
     return rows
 
 
@@ -396,16 +396,18 @@ def read_people(
         raise InputError(f"{path}: {columns}; name the column of ids {ID_COLUMNS[0]}, or give another table as --table")
     people = People(path.name)
 
-    def stem(text: str) -> str:
-        return text[: len(text) - len(volume_suffix(Path(text)) or "")]
+    def subject(text: str) -> str:
+        """An id; of the name of a file, who it is of."""
+        return parse_name(volume_stem(Path(text))).subject if volume_suffix(Path(text)) else text
 
     for row in rows:
+        row.pop("SES", None)  # OASIS' socioeconomic status; BIDS' session is in lower case
         if text := pick(row, *ID_COLUMNS):
-            text = stem(text)
+            text = subject(text)
             people.rows.setdefault(name(text), []).append(row)
             people.spelled.setdefault(name(text), text)
             if not pick(row, ID_COLUMNS[0]):  # BIDS' own; others beside it may be anything
-                more = {column: stem(found) for column in ID_COLUMNS if (found := pick(row, column))}
+                more = {column: subject(found) for column in ID_COLUMNS if (found := pick(row, column))}
                 people.others.setdefault(name(text), {}).update({name(found): column for column, found in more.items()})
         elif cells := [f"{column} {cell}" for column, cell in row.items() if not is_missing(cell)]:
             what, remedy = f"a row without an id ({', '.join(cells[:4])})", "fill in its id, or remove the row"

@@ -105,6 +105,13 @@ def test_ages_have_the_units_of_the_file_beside_their_table(tmp_path, units, age
     assert told == ({(file, f"{sidecar}: {why}") for file, sidecar in places} if age is None else set())
 
 
+@pytest.mark.parametrize(("cell", "age"), [("89+", 7.4167), (">89", 7.4167), ("60y", 60), ("720 d", 1.9713)])
+def test_a_unit_of_the_cells_own_counts_first(tmp_path, cell, age):
+    table = "participants.tsv", f"participant_id\tage\nsub-1\t{cell}\n"
+    listing = listed(tmp_path, table, ("participants.json", '{"age": {"Units": "months"}}'), t1("sub-1"))
+    assert listing.scans[0].age == age and not found(listing)
+
+
 @pytest.mark.parametrize("sessions", [("all",), ("ses-M24",)])
 @pytest.mark.parametrize("column", ["diagnosis_sc", "DX_bl"])
 def test_what_is_of_the_baseline_is_not_of_a_later_session(tmp_path, sessions, column):

@@ -247,7 +247,7 @@ class Listing:
                 facts[name] = read_fact(name, (more if name in own else row) or {})
             except ValueError as error:
                 facts[name] = None
-                form = {"sex": "M or F", "age": "years"}[name]
+                form = {"sex": "M, F or n/a", "age": "years"}[name]
                 complain(str(error), f"write {form} in the table; kept without {name}")
         if facts["sex"] and "sex" in own and row:
             with contextlib.suppress(ValueError):
