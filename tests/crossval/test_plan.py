@@ -98,6 +98,8 @@ def test_several_processes_go_through_torchrun(place):
         ({"settings": {"experiment_name": "a"}}, "--set experiment_name  give --experiment"),
         ({"settings": {"dataset_dir": "a"}}, "--set dataset_dir  give --datalist"),
         ({"settings": {"ckpt_dir": "a"}}, "--set ckpt_dir  give --output"),
+        ({"settings": {"model_path": "a"}}, "--set model_path  give --output"),
+        ({"seed": -1}, "--seed -1: a whole number of at least 0"),
         ({"settings": {"bundle_root": "a"}}, "--set bundle_root  give --bundle"),
         ({"settings": {"encoder_path": "a"}, "encoder": Path("fake")}, "give --encoder alone"),
         ({"settings": {"epochs": 0, "encoder_path": "x"}}, "--epochs  0: must be a whole number of at least 1"),

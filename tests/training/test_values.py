@@ -37,7 +37,9 @@ NAN = float("nan")
         ("spacing", ["abc", 0, [1, 1], [1, 1, 0]]),
         ("image_size", [48, [48, 48], [48, 48, 0]]),
         ("input_extent_mm", [192, [192, 192, -1]]),
-        ("device", ["cud", "cuda:99", None.__class__]),
+        ("device", ["cud", "cuda:99", "cpu:7", "meta", None.__class__]),
+        ("classes", ["M", ["M"], ["M", "M"], ["CN", "MCI", "AD"]]),
+        ("class_names", ["ab", ["a"], ["a", "a"]]),
     ],
 )
 def test_what_cannot_be_is_named(name: str, values: list[Any]) -> None:
@@ -56,6 +58,7 @@ def test_what_can_be_is_taken() -> None:
         "weight_decay": [0],
         "learning_rate": [0, 0.1],
         "spacing": [1, [1, 1, 1.2]],
+        "classes": [[0, 1], ("CN", "AD"), "$['CN', 'AD']"],
         "unknown": [-1],
     }
     assert not [value for name, values in taken.items() for value in values if wrong_values({name: value})]
@@ -65,6 +68,11 @@ def test_some_depend_on_others() -> None:
     assert wrong_values({"learning_rate": 0.1, "final_learning_rate": 0.1, "bundle": "pretrain"}) == []
     [(name, said)] = wrong_values({"learning_rate": 0.1, "final_learning_rate": 1})
     assert name == "--final_learning_rate" and "no more than the learning_rate, 0.1" in said
+    # A rate of 0 alone would rise to the last one.
+    assert len(wrong_values({"learning_rate": 0, "final_learning_rate": 1e-6})) == 1
+    assert wrong_values({"learning_rate": 0, "final_learning_rate": 0}) == []
+    [(name, said)] = wrong_values({"classes": ["M", "F"], "class_names": ["a", "b", "c"]})
+    assert name == "--class_names" and "one name for each of the classes, ['M', 'F']" in said
     assert wrong_values({"bundle": "pretrain", "weight_decay": [0, 0.4]}) == []
     assert len(wrong_values({"bundle": "pretrain", "weight_decay": 0.4})) == 1
 

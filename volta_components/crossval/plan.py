@@ -27,7 +27,7 @@ OPTIONS = {
     "fold": "--folds",
     "fraction": "--fractions",
     "seed": "--seed",
-    **dict.fromkeys(("run_name", "output_dir", "ckpt_dir"), "--output"),
+    **dict.fromkeys(("run_name", "output_dir", "ckpt_dir", "model_path"), "--output"),
     **dict.fromkeys(("datalist_path", "dataset_dir"), "--datalist"),
     "bundle_root": "--bundle",
     "experiment_name": "--experiment",
@@ -117,6 +117,8 @@ def plan(
     for name, values in {"--inits": inits, "--fractions": shares, "--folds": wanted}.items():
         if len({*values}) < len(values) or not values:
             raise InputError(f"{name} {','.join(map(str, values))}: name each one once")
+    if seed < 0:
+        raise InputError(f"--seed {seed}: a whole number of at least 0")
     if not re.fullmatch(r"[\w.-]+", experiment or "x"):
         raise InputError(f"--experiment {experiment}: letters, digits, '_', '-' and '.' only")
 

@@ -36,12 +36,16 @@ def _is_three(each: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, (list, tuple)) and len(value) == 3 and all(map(each, value))
 
 
+def _are_different(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(set(map(str, value))) == len(value) > 1
+
+
 def _is_device(value: Any) -> bool:
     try:
         device = torch.device(value)
-    except (RuntimeError, TypeError):
+        return (device.index or 0) < int(getattr(torch, device.type).device_count())
+    except (AttributeError, RuntimeError, TypeError):  # a kind of devices that is not computed on, such as meta
         return False
-    return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
 
 
 _whole, _count, _above, _least = _is_whole(0), _is_whole(1), _is_in("(0, inf)"), _is_in("[0, inf)")
@@ -94,6 +98,8 @@ KINDS: Sequence[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = (
         ("volume_size", "image_size", "patch_size", "global_size", "local_size"),
     ),
     ("three numbers above 0, in mm", _is_three(_above), ("input_extent_mm", "global_extent_mm")),
+    ("two different values, such as ['CN', 'AD']", lambda value: _are_different(value) and len(value) == 2, ("classes",)),
+    ("different names, such as ['healthy', 'AD']", _are_different, ("class_names",)),
     ("'cpu', or 'cuda:N' of a GPU that is there", _is_device, ("device", "render_device")),
 )
 RULES = {name: (words, test) for words, test, names in KINDS for name in names}
@@ -115,8 +121,11 @@ def wrong_values(config: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         if not test(value):
             rows.append((f"--{name}", f"{value!r}: must be {words}"))
-    first, last = (config.get(name, 0) for name in ("learning_rate", "final_learning_rate"))
-    if _above(first) and _above(last) and last > first:
+    classes, names = (config.get(name) for name in ("classes", "class_names"))
+    if _are_different(classes) and _are_different(names) and len(names) != len(classes):
+        rows.append(("--class_names", f"{names!r}: must be one name for each of the classes, {classes!r}"))
+    first, last = (config.get(name) for name in ("learning_rate", "final_learning_rate"))
+    if _least(first) and _least(last) and last > first:
         rows.append(("--final_learning_rate", f"{last!r}: must be no more than the learning_rate, {first!r}"))
     return rows
 
