@@ -272,6 +272,10 @@ def test_columns_that_may_be_meant_are_named(tmp_path):
     listing = listed(tmp_path, "p1_T1w.nii", "p2_T1w.nii", table=table)
     assert [scan.age for scan in listing.scans] == [None, None]
     assert found(listing, "quirk") == {("(all)", "age is not read from Age (months)")}
+    table = "participant_id,age,Gender (1=M; 2=F),Dx group,Site name\np1,72,1,CN,A\np2,73,2,AD,B\n"
+    told = {reason for _, reason in found(listed(tmp_path, "p1_T1w.nii", "p2_T1w.nii", table=table), "quirk")}
+    columns = {"sex": "Gender (1=M; 2=F)", "diagnosis": "Dx group", "site": "Site name"}
+    assert told == {f"{fact} is not read from {column}" for fact, column in columns.items()}
 
 
 def test_scans_of_formats_that_are_not_read_are_named_with_the_conversion(tmp_path):

@@ -207,10 +207,11 @@ class Listing:
 
         self.table = read_people(path, complain, name)
         columns = sorted({column for rows in self.table.rows.values() for row in rows for column in row})
-        for fact in ("sex", "age"):
-            words = [column for column in columns if fact in re.split(r"[\W_]+", column.casefold())]
-            if words and not {fold(column) for column in columns} & set(map(fold, FACT_COLUMNS[fact])):
-                reason = f"{fact} is not read from {', '.join(words[:4])}"
+        for fact, names in FACT_COLUMNS.items():
+            words = {name.casefold() for name in names}
+            found = [column for column in columns if not words.isdisjoint(re.split(r"[\W_]+", column.casefold()))]
+            if found and {fold(column) for column in columns}.isdisjoint(map(fold, names)):
+                reason = f"{fact} is not read from {', '.join(found[:4])}"
                 self.note("quirk", "(all)", path.name, reason, f"name the column {fact} if it is")
 
     def match_ids(self, patients: Iterable[str]) -> None:
