@@ -382,6 +382,11 @@ def _compare_ages(row: Row, complain: Callable[[str, str], None]) -> None:
             complain(f"age {plain:g}, but {of_scan:g} at the scan", "correct one; the age at the scan is used")
 
 
+def contents(row: Row) -> str:
+    """The first cells of a row, by which it can be found; empty if all are missing."""
+    return ", ".join([f"{column} {cell}" for column, cell in row.items() if not is_missing(cell)][:4])
+
+
 def read_people(
     path: Path, complain: Complain | None = None, name: Callable[[str], str] = canonical_patient_id
 ) -> People:
@@ -409,8 +414,8 @@ def read_people(
             if not pick(row, ID_COLUMNS[0]):  # BIDS' own; others beside it may be anything
                 more = {column: subject(found) for column in ID_COLUMNS if (found := pick(row, column))}
                 people.others.setdefault(name(text), {}).update({name(found): column for column, found in more.items()})
-        elif cells := [f"{column} {cell}" for column, cell in row.items() if not is_missing(cell)]:
-            what, remedy = f"a row without an id ({', '.join(cells[:4])})", "fill in its id, or remove the row"
+        elif what := contents(row):
+            what, remedy = f"a row without an id ({what})", "fill in its id, or remove the row"
             if complain is None:
                 raise InputError(f"{path}: {what}; {remedy}")
             complain("(all)", what, f"{remedy}; it is left out")

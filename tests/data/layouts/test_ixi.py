@@ -27,3 +27,11 @@ def test_two_tables_that_may_be_ixis_are_an_error(tmp_path):
         InputError, match=r"which of IXI_a\.csv, IXI_b\.csv is IXI's table is not known; give it as --table"
     ):
         ages(tmp_path, IXI_a=TABLE, IXI_b=TABLE)
+
+
+def test_a_row_without_an_id_is_named_and_the_sex_read_from_usual_columns(tmp_path):
+    (tmp_path / "IXI002-Guys-0828-T1.nii.gz").touch()
+    (tmp_path / "IXI.csv").write_text("IXI_ID,Gender,AGE\n,2,50\n2,Female,35\n")
+    listing = read(LayoutOptions(tmp_path))
+    assert [(scan.sex, scan.age) for scan in listing.scans] == [("F", 35)]
+    assert [f.reason for f in listing.findings] == ["a row without an id (Gender 2, AGE 50)"]

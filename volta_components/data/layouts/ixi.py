@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from volta_components.data.columns import AGE_COLUMNS, SEX_COLUMNS
 from volta_components.data.layouts.common import LayoutOptions, Listing, Scan, look
 from volta_components.data.spreadsheets import Row, read_table
-from volta_components.data.tables import parse_age, parse_sex, pick
+from volta_components.data.tables import contents, parse_age, parse_sex, pick
 from volta_components.data.walk import Tree
 from volta_components.errors import InputError
 
@@ -87,18 +88,20 @@ def _people(listing: Listing, table: Path) -> dict[str, tuple[str | None, float 
         listing.note("problem", who, table.name, what, remedy, False, patient)
 
     rows = read_table(table, functools.partial(note, patient=""))
-    if not rows or pick(rows[0], *_IDS) is None:
+    if not any(pick(row, *_IDS) for row in rows):
         raise InputError(f"{table}: no column IXI_ID; is it IXI's own table?")
-    sex_column = next((key for key in rows[0] if key.upper().startswith("SEX")), "SEX_ID (1=m, 2=f)")
+    sex_columns = [key for key in rows[0] if key.upper().startswith("SEX")] + [*SEX_COLUMNS]
     parsers: dict[str, Callable[[Row], Any]] = {
-        "sex": lambda row: parse_sex(pick(row, sex_column), _CODES),
-        "age": lambda row: parse_age(pick(row, "AGE")),
+        "sex": lambda row: parse_sex(pick(row, *sex_columns), _CODES),
+        "age": lambda row: parse_age(pick(row, *AGE_COLUMNS)),
     }
     found: dict[str, dict[str, list[Any]]] = {}
     counts: Counter[str] = Counter()
     for row in rows:
         number = re.sub(r"\D", "", (pick(row, *_IDS) or "").split(".")[0])
         if not number:
+            if what := contents(row):
+                note("(all)", f"a row without an id ({what})", "fill in its id, or remove the row", "")
             continue
         person = f"IXI{int(number):03d}"
         counts[person] += 1
