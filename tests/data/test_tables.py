@@ -20,7 +20,8 @@ def test_words_for_nothing_are_nothing(cell):
 
 
 @pytest.mark.parametrize(
-    ("cell", "years"), [("61,5", 61.5), ("90+", 90), ("> 89", 89), ("070Y", 70), ("018M", 1.5), ("61 years", 61), ("n/a", None)]
+    ("cell", "years"),
+    [("61,5", 61.5), ("90+", 90), ("> 89", 89), ("070Y", 70), ("018M", 1.5), ("61 years", 61), ("n/a", None)],
 )
 def test_ages(cell, years):
     assert parse_age(cell) == years

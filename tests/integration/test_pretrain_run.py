@@ -306,6 +306,7 @@ def test_evaluation_probes_the_encoder(workplace: Workplace, unbroken: str) -> N
     assert process.wait() == 0, process.output[-5000:]
     rows = read_json(folder / "probes.json")
     assert {row["leak"] for row in rows} == {"allowed"}
+    assert {row["model_sha256"] for row in rows} == {sha256_file(workplace.encoder(unbroken))}
     assert {(row["label"], row["encoder"], row["probe"]) for row in rows} == {
         (label, encoder, probe)
         for label in ("sex", "diagnosis")

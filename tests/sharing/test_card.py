@@ -206,6 +206,7 @@ def test_metrics_of_a_later_evaluation_come_into_the_card(weights: dict[str, Pat
     probes = probe_report({"volta": table}, items, {"sex": ["M", "F"]}, tmp_path / "probes.json")
     [row] = [row for row in probes if (row["embedding"], row["probe"]) == ("summary", "linear")]
     assert 0.5 < row["low"] < row["value"] < row["high"] < 1
+    row["model_sha256"] = sha256_file(weights["pretrain"])
     few = {**row, "embedding": "few", "interval_patients": 4}
     warning = "out of fold; **patients that it was pretrained on may be among them**:"
     for leak in ("none", "allowed"):
@@ -233,6 +234,13 @@ def test_metrics_of_a_later_evaluation_come_into_the_card(weights: dict[str, Pat
     assert "Scored again, 7 scans; **patients that it was trained on may be among them**" in card
     assert "| mean_dice | 0.5 | 0.400 to 0.600 |" in card and "| hd95_failures | 1 |  |" in card
     assert "mean_dice_low" not in card
+    # Rows without a hash are of an earlier version; other JSON files are no numbers.
+    other = row | {"model_sha256": "0" * 64}
+    for rows, message in (([row, other], "another model"), (probes, "no model_sha256"), ([1], "no model"), ("x", "no")):
+        write_json(tmp_path / "probes.json", rows)
+        with pytest.raises(InputError, match=rf"probes.json: .*{message}"):
+            assemble(source, tmp_path / "d_phantom", ["tiny"], weights["pretrain"], tmp_path / "probes.json")
+        shutil.rmtree(tmp_path / "d_phantom")
     # Of another model; a run's own result.json, which does not say of which.
     for named, message in (({"model_sha256": "0" * 64}, r"another model \(00000000"), ({}, "no model_sha256")):
         write_json(tmp_path / "metrics.json", {"metrics": numbers, "leak": "none", "scored": 7, **named})

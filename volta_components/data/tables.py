@@ -91,7 +91,9 @@ def parse_age(text: str | None) -> float | None:
     """
     if text is None or is_missing(text):
         return None
-    match = re.fullmatch(r"[>≥]?\s*(-?\d+(?:[.,]\d+)?|[.,]\d+)\s*(y|m|w|d|years?|yrs?)?\+?", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(
+        r"[>≥]?\s*(-?\d+(?:[.,]\d+)?|[.,]\d+)\s*(y|m|w|d|years?|yrs?)?\+?", text.strip(), re.IGNORECASE
+    )
     if match is None:
         raise ValueError(f"age {text!r} is not a number")
     years = float(match[1].replace(",", ".")) / {"m": 12, "w": 365.25 / 7, "d": 365.25}.get((match[2] or "").lower(), 1)

@@ -347,6 +347,7 @@ def probe_report(
     leak: str = "none",
     numbers: Sequence[str] = (),
     tokens: Mapping[str, TokenTable] | None = None,
+    model: str = "",
 ) -> list[dict[str, Any]]:
     """Probe several encoders on the same scans, print the comparison and write it as JSON.
 
@@ -364,6 +365,7 @@ def probe_report(
         numbers: keys of items that hold numbers, such as ``age``; those without are left out.
         tokens: tokens by encoder, of the same items; where these have label maps, the volume of the hippocampi and what
             fills a patch are asked too.
+        model: hash of the encoder that is asked about; in every row.
 
     Returns:
         A row for each question, encoder, kind of embedding and probe: ``measure`` (``auroc``, ``share`` or
@@ -393,7 +395,7 @@ def probe_report(
             f"no label of {', '.join(targets)} has both classes in the datalist, two of each without any fold; give "
             "--targets, or use fewer folds or more subjects"
         )
-    rows = [row | {"leak": leak} for row in rows]
+    rows = [row | {"leak": leak, "model_sha256": model} for row in rows]
     write_json(path, rows)
     columns = "{label:<25} {encoder:<8} {embedding:<13} {probe:<8} {measure:<8} "
     head = {name: name for name in ("label", "encoder", "embedding", "probe", "measure")}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -140,6 +141,20 @@ def _facts(folder: Path, bundle: str, overlays: Sequence[str], later: Any) -> di
         "cost": record.get("cost") or {},
         "picture": PICTURE if (folder / "docs" / PICTURE).is_file() else "",
     }
+
+
+def check_numbers(path: str | os.PathLike[str], numbers: Any, weights: Path, hashes: set[str]) -> None:
+    """Make sure that numbers for a card say that they are of its weights, whose file has one of the hashes.
+
+    Raises:
+        InputError: naming the file of the numbers.
+    """
+    rows = numbers if isinstance(numbers, list) and numbers else [numbers]
+    scored = {str(row.get("model_sha256") or "") if isinstance(row, Mapping) else "" for row in rows}
+    if "" in scored:
+        raise InputError(f"{path}: no model_sha256; give metrics.json or probes.json, as evaluate.json writes it now")
+    if others := sorted(scored - hashes):
+        raise InputError(f"{path}: numbers of another model ({others[0][:8]}...) than {weights}; score this one again")
 
 
 def _packed_rows(folder: Path) -> Callable[[str], str]:

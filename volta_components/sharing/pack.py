@@ -34,7 +34,7 @@ from volta_components.files import (
     write_text,
 )
 from volta_components.inference.trust import check_trust
-from volta_components.sharing.card import copy_picture, fill_card, is_phantom, other_settings, voxel_mm
+from volta_components.sharing.card import check_numbers, copy_picture, fill_card, is_phantom, other_settings, voxel_mm
 from volta_components.sharing.hub import destination
 from volta_components.sharing.hub import push as upload
 from volta_components.training.people import make_secret, sealed_record
@@ -273,10 +273,8 @@ def assemble(
     _write_weights(weights, target / "models" / "model.pt", record)
     _check_fit(target, weights, record, overlays)
     later = None if metrics is None else read_json(metrics)
-    scored = (later.get("model_sha256") or "") if isinstance(later, dict) else record["sha256"]
-    if scored not in (record["sha256"], sha256_file(target / "models" / "model.pt")):
-        other = f"numbers of another model ({scored[:8]}...) than {weights}; score this one again"
-        raise InputError(f"{metrics}: {other if scored else 'no model_sha256; give metrics.json of evaluate.json'}")
+    if metrics is not None:
+        check_numbers(metrics, later, weights, {record["sha256"], sha256_file(target / "models" / "model.pt")})
     copy_picture(weights, target, record)
     fill_card(target, bundle.resolve().name, _stems(overlays), later)
     return target

@@ -98,7 +98,11 @@ KINDS: Sequence[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = (
         ("volume_size", "image_size", "patch_size", "global_size", "local_size"),
     ),
     ("three numbers above 0, in mm", _is_three(_above), ("input_extent_mm", "global_extent_mm")),
-    ("two different values, such as ['CN', 'AD']", lambda value: _are_different(value) and len(value) == 2, ("classes",)),
+    (
+        "two different values, such as ['CN', 'AD']",
+        lambda value: _are_different(value) and len(value) == 2,
+        ("classes",),
+    ),
     ("different names, such as ['healthy', 'AD']", _are_different, ("class_names",)),
     ("'cpu', or 'cuda:N' of a GPU that is there", _is_device, ("device", "render_device")),
 )
