@@ -30,6 +30,7 @@ ENCODINGS = {
     "utf-16": lambda text: text.encode("utf-16"),
     "utf-16 without mark": lambda text: text.encode("utf-16-le"),
     "utf-16, big end first": lambda text: codecs.BOM_UTF16_BE + text.encode("utf-16-be"),
+    "with the end of a file of DOS": lambda text: text.encode() + b"\x1a",
     "utf-32": lambda text: text.encode("utf-32"),
     "old Windows": lambda text: text.encode("cp1252"),
 }
@@ -118,7 +119,7 @@ def test_a_table_that_was_not_fetched_names_what_fetches_it(tmp_path):
         read_table(tmp_path / "participants.tsv")
 
 
-@pytest.mark.parametrize("above", ["# exported 2020\n", "\tDemographics\t\n", "My study, all sites\n\n"])
+@pytest.mark.parametrize("above", ["# exported 2020\n", "\tDemographics\t\n", "My study, all sites\n\n", "Subject\n"])
 @pytest.mark.parametrize("separator", ["\t", ";", ","])
 def test_titles_above_the_header_are_left_out(tmp_path, above, separator):
     path = tmp_path / "participants.csv"

@@ -78,6 +78,18 @@ def test_the_socioeconomic_status_of_oasis_is_no_session(tmp_path):
     assert [people.row("OAS2_0001", f"ses-MR{visit}")[0]["Age"] for visit in (1, 2)] == ["87", "88"]
 
 
+def test_headings_of_groups_above_the_header_are_no_header(tmp_path):
+    people = people_of(tmp_path, "Subject,,,Cognition,\nID,age_yrs,Sex,MMSE,CDR\n1,60,M,30,0\n")
+    row, _ = people.row("1")
+    assert (read_fact("age", row), read_fact("sex", row)) == (60, "M")
+
+
+def test_years_since_the_first_date_are_added_to_the_age_at_the_baseline(tmp_path):
+    """Where neither a column nor the name of a visit says which one is the baseline."""
+    people = people_of(tmp_path, "ID,session,scan_date,age_bl\n1,2,2018-01-01,60\n1,1,2015-01-01,60\n")
+    assert [read_fact("age", people.row("1", name)[0]) for name in ("ses-1", "ses-2")] == [60, 63]
+
+
 VISITS = "PTID,VISCODE,EXAMDATE,sex,age\na,m12,2007-05-01,F,61\na,bl,2006-04-18,F,60\n"
 
 

@@ -102,7 +102,7 @@ Lines = list[tuple[int, list[str]]]
 def _delimited(path: Path, content: bytes) -> Lines:
     """Cells of a text, with the number of each line."""
     try:
-        text = _decoded(content)
+        text = _decoded(content).rstrip("\x1a")  # the end of a file of DOS
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not text in UTF-8, UTF-16 or of Windows; save it as CSV in UTF-8") from error
     if re.search(r"[\0-\x08\x0e-\x1f]", text):
@@ -114,7 +114,8 @@ def _delimited(path: Path, content: bytes) -> Lines:
     if text.startswith("<"):
         raise InputError(f"{path}: not a table but a web page (HTML or XML); open it and save it as CSV or Excel sheet")
     first = [line for line in text.split("\n", 20)[:20] if line.strip()][:_TITLE_LINES]
-    header = next((line for line in first if _has_ids(re.split(r'[\t;,|"]+', line))), first[0] if first else "")
+    place = _header([(0, re.split(r'[\t;,|"]+', line)) for line in first])
+    header = first[place or 0] if first else ""
     header = re.sub(r'"[^"]*"', "", header)
     separator = hint[1] if hint else max("\t;,|", key=header.count)
     for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
@@ -135,7 +136,10 @@ def _excel(path: Path, tell: Complain) -> Lines:
     try:
         sheets = pd.read_excel(path, dtype=object, header=None, sheet_name=None)
     except Exception as error:  # xlrd and openpyxl raise anything at a damaged workbook
-        raise InputError(f"{path}: not a readable Excel sheet ({error}); download it again") from error
+        raise InputError(
+            f"{path}: not a readable Excel sheet ({error}); save it as .xlsx or CSV, without a password, or "
+            "download it again"
+        ) from error
 
     def text(cell: Any) -> str:
         if cell is None or cell is pd.NaT or (isinstance(cell, float) and math.isnan(cell)):
@@ -159,7 +163,7 @@ def _excel(path: Path, tell: Complain) -> Lines:
     with_ids = [name for name, lines in every.items() if _header(lines) is not None]
     if not with_ids:
         return next(iter(every.values()))
-    read = max(with_ids, key=lambda name: _facts(every[name]))
+    read = max(with_ids, key=lambda name: _facts(every[name][_header(every[name]) or 0][1]))
     if others := [repr(name) for name in with_ids if name != read]:
         what = f"of several sheets with ids {read!r} is read, but not {', '.join(others)}"
         tell("(all)", what, "put what counts on one sheet, and save it as a table of its own")
@@ -181,13 +185,14 @@ def _filled(lines: Lines) -> Lines:
 
 
 def _header(filled: Lines) -> int | None:
-    """Which of the first lines names a column of ids."""
-    return next((i for i, (_, cells) in enumerate(filled[:_TITLE_LINES]) if _has_ids(cells)), None)
+    """Which of the first lines names a column of ids, and most facts of people: headings of groups may be above it."""
+    rows = [i for i, (_, cells) in enumerate(filled[:_TITLE_LINES]) if _has_ids(cells)]
+    return max(rows, key=lambda i: _facts(filled[i][1]), default=None)
 
 
-def _facts(filled: Lines) -> int:
-    """How many facts of people a sheet has columns of."""
-    columns = set(map(fold, filled[_header(filled) or 0][1]))
+def _facts(cells: Iterable[str]) -> int:
+    """How many facts of people columns of these names have."""
+    columns = set(map(fold, cells))
     return sum(not columns.isdisjoint(map(fold, names)) for names in FACT_COLUMNS.values())
 
 
@@ -255,6 +260,9 @@ def _rows(path: Path, lines: Lines, tell: Complain) -> list[Row]:
 
 @functools.lru_cache(1000)
 def fold(column: str) -> str:
-    """A column's name without case, separators, and what it says of its values: ``age`` of ``Age (years)``."""
-    plain = re.sub(r"[(\[](in )?(years?|yrs?|y|[mf]\s?/\s?[mf]|(fe)?male\s?/\s?(fe)?male)[)\]]", "", column.casefold())
+    """A column's name without case, separators, and what it says of its values: ``age`` of ``Age (years)``, ``age_yrs``."""
+    units = (
+        r"[(\[](in )?(years?|yrs?\.?|y|[mf]\s?/\s?[mf]|(fe)?male\s?/\s?(fe)?male)[)\]]|[\W_]+(in[\W_]+)?(years?|yrs?)$"
+    )
+    plain = re.sub(units, "", column.casefold())
     return re.sub(r"[\W_]+", "", plain) or column.casefold()

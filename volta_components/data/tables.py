@@ -280,9 +280,10 @@ def _of_own_visits(rows: list[Row]) -> list[Row]:
     columns = {fold(column) for column in rows[0]}
     if columns.isdisjoint(map(fold, ("DX_bl", "age_bl", "EXAMDATE_bl", "Years_bl"))):
         return rows
-    start = date_of_cell(pick(rows[0], "EXAMDATE_bl") or "") or next(
-        (_date_of(r) for r in rows if _months(r) == 0), None
-    )
+    start = date_of_cell(pick(rows[0], "EXAMDATE_bl") or "")
+    if not start and all(_months(row) is None for row in rows):
+        start = min(filter(None, map(_date_of, rows)), default=None)
+    start = start or next((_date_of(row) for row in rows if _months(row) == 0), None)
     is_repeated = len({pick(row, *AGE_COLUMNS) for row in rows} - {None}) == 1 and not columns >= {"age", "agebl"}
     repeated = {fold(column) for column in (*AGE_COLUMNS, *DIAGNOSIS_COLUMNS)}
     result = []
