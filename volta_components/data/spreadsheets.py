@@ -260,7 +260,7 @@ def _rows(path: Path, lines: Lines, tell: Complain) -> list[Row]:
 
 @functools.lru_cache(1000)
 def fold(column: str) -> str:
-    """A column's name without case, separators and what it says of its values: ``age`` of ``Age (years)``, ``age_yrs``."""
+    """A column's name without case, separators and units of its values: ``age`` of ``Age (years)`` and ``age_yrs``."""
     units = (
         r"[(\[](in )?(years?|yrs?\.?|y|[mf]\s?/\s?[mf]|(fe)?male\s?/\s?(fe)?male)[)\]]|[\W_]+(in[\W_]+)?(years?|yrs?)$"
     )

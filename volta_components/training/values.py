@@ -125,10 +125,10 @@ def wrong_values(config: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         if not test(value):
             rows.append((f"--{name}", f"{value!r}: must be {words}"))
-    classes, names = (config.get(name) for name in ("classes", "class_names"))
+    classes, names = (config.get(name, ()) for name in ("classes", "class_names"))
     if _are_different(classes) and _are_different(names) and len(names) != len(classes):
         rows.append(("--class_names", f"{names!r}: must be one name for each of the classes, {classes!r}"))
-    first, last = (config.get(name) for name in ("learning_rate", "final_learning_rate"))
+    first, last = (config.get(name, -1) for name in ("learning_rate", "final_learning_rate"))
     if _least(first) and _least(last) and last > first:
         rows.append(("--final_learning_rate", f"{last!r}: must be no more than the learning_rate, {first!r}"))
     return rows
