@@ -90,6 +90,19 @@ def test_years_since_the_first_date_are_added_to_the_age_at_the_baseline(tmp_pat
     assert [read_fact("age", people.row("1", name)[0]) for name in ("ses-1", "ses-2")] == [60, 63]
 
 
+@pytest.mark.parametrize(
+    ("columns", "cells", "facts"),
+    [
+        ("age_bl,DX_bl", "60,CN", {"age", "diagnosis"}),
+        ("age_bl,age,DX_bl,DX", "60,62,CN,MCI", set()),
+        ("age_bl,Years_bl,DX_bl", "60,2,CN", {"diagnosis"}),
+        ("age_bl,DX_bl,visit", "60,CN,m24", set()),
+    ],
+)
+def test_what_is_known_of_the_baseline_only(tmp_path, columns, cells, facts):
+    assert people_of(tmp_path, f"ID,{columns}\n1,{cells}\n").baseline_facts("1") == facts
+
+
 VISITS = "PTID,VISCODE,EXAMDATE,sex,age\na,m12,2007-05-01,F,61\na,bl,2006-04-18,F,60\n"
 
 

@@ -46,7 +46,7 @@ _SEXES = {"m": "M", "male": "M", "man": "M", "f": "F", "female": "F", "woman": "
 
 # A row is of a scan's visit if its date is at most this far from the scan's; visits are half a year apart in ADNI.
 NEAR_DAYS = 90
-_BASELINE_DIAGNOSES = ("DX_bl", "diagnosis_sc")
+_OF_BASELINE = {"diagnosis": ("DX_bl", "diagnosis_sc"), "age": ("age_bl",)}
 
 # --- cells -----------------------------------------------------------------------------------------------------------
 
@@ -138,7 +138,7 @@ class People:
         spelled: how the table writes each of them.
         others: of a canonical patient id, those in further columns of ids, with the name of the column.
         also: ids of scans that are spelled in another way than in the table, and how they are spelled there.
-        of_baseline: those with one row, of no visit by name, that has a diagnosis of the baseline and no other.
+        of_baseline: of those with one row, of no visit by name, the facts that it has of the baseline only.
     """
 
     file: str = ""
@@ -146,7 +146,7 @@ class People:
     spelled: dict[str, str] = field(default_factory=dict)
     others: dict[str, dict[str, str]] = field(default_factory=dict)
     also: dict[str, str] = field(default_factory=dict)
-    of_baseline: set[str] = field(default_factory=set)
+    of_baseline: dict[str, set[str]] = field(default_factory=dict)
 
     def find(self, patients: Iterable[str]) -> list[tuple[str, str]]:
         """Match ids that are spelled in another way: ``sub-1``, ``SUB_01`` and ``1`` are ``sub-01`` if nobody else is.
@@ -190,9 +190,9 @@ class People:
     def _loose(self) -> set[str]:
         return {loose(patient) for patient in self.rows}
 
-    def is_of_baseline(self, patient: str) -> bool:
-        """Whether all that is known of a patient's diagnosis is that of the baseline; in any spelling."""
-        return self.also.get(patient, patient) in self.of_baseline
+    def baseline_facts(self, patient: str) -> set[str]:
+        """Which of diagnosis and age are known of the baseline only; of a patient in any spelling."""
+        return self.of_baseline.get(self.also.get(patient, patient), set())
 
     def without(self, patients: Iterable[str]) -> list[str]:
         """Ids of the table without a scan."""
@@ -290,7 +290,7 @@ def _of_own_visits(rows: list[Row]) -> list[Row]:
     for row in rows:
         years = max(0.0, _since_baseline(row, start))
         own = {column: cell for column, cell in row.items() if fold(column) not in repeated}
-        of_visit = (name for name in DIAGNOSIS_COLUMNS if not years or name not in _BASELINE_DIAGNOSES)
+        of_visit = (name for name in DIAGNOSIS_COLUMNS if not years or name not in _OF_BASELINE["diagnosis"])
         own["diagnosis"] = pick(row, *of_visit) or ""
         own["age"] = pick(row, *AGE_COLUMNS) or ""
         with contextlib.suppress(ValueError):  # the reader of the age says what is wrong with it
@@ -317,10 +317,14 @@ def _with_dates(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def _is_of_baseline(row: Row) -> bool:
-    """Whether a row of no visit by name has a diagnosis of the baseline and no other."""
-    of_visit = [name for name in DIAGNOSIS_COLUMNS if name not in _BASELINE_DIAGNOSES]
-    return bool(pick(row, *_BASELINE_DIAGNOSES)) and not pick(row, *of_visit, *SESSION_COLUMNS)
+def _baseline_facts(row: Row) -> set[str]:
+    """Which of diagnosis and age a row has in columns of the baseline only; none if it is of a visit by name."""
+    if pick(row, *SESSION_COLUMNS):
+        return set()
+    # A date may have added years to the age: see _of_own_visits.
+    of_visit = {name: {*FACT_COLUMNS[name]} - {*columns} for name, columns in _OF_BASELINE.items()}
+    of_visit["age"] |= {"Years_bl", *DATE_COLUMNS}
+    return {name for name, columns in _OF_BASELINE.items() if pick(row, *columns) and not pick(row, *of_visit[name])}
 
 
 def _since_baseline(row: Row, start: str | None) -> float:
@@ -430,7 +434,7 @@ def read_people(
             cell = pick(row, *DATE_COLUMNS)
             if complain and cell and not date_of_cell(cell):
                 complain(people.spelled[patient], f"date {cell!r} cannot be read for certain", "write it as 2020-06-25")
-        if len(several) == 1 and _is_of_baseline(several[0]):
-            people.of_baseline.add(patient)
+        if len(several) == 1:
+            people.of_baseline[patient] = _baseline_facts(several[0])
         people.rows[patient] = _of_own_visits(several)
     return people

@@ -122,11 +122,18 @@ def test_what_is_of_the_baseline_is_not_of_a_later_session(tmp_path, sessions, c
     facts = {(scan.subject_id, scan.session): (scan.age, scan.diagnosis) for scan in listing.scans}
     assert facts[("sub-1", "ses-M24")] == (62, None) and facts[("sub-2", "ses-M24")] == (62.5, "CN")
     if sessions == ("all",):
-        assert facts[("sub-1", "ses-M00")] == (60, "CN") and facts[("sub-1", "ses-M06")] == (60, None)
+        assert facts[("sub-1", "ses-M00")] == (60, "CN") and facts[("sub-1", "ses-M06")] == (60.5, None)
     reason = "diagnosis CN is the baseline's, not surely that of session ses-"
     later = ("M06", "M24") if sessions == ("all",) else ("M24",)
     assert {why for _, _, why in found(listing)} == {f"{reason}{name}" for name in later}
     assert not found(read(LayoutOptions(tmp_path)))
+
+
+def test_the_first_scan_that_there_is_may_be_of_a_later_session(tmp_path):
+    table = "participants.tsv", "participant_id\tage_bl\tdiagnosis_sc\nsub-1\t60\tCN\n"
+    listing = listed(tmp_path, table, t1("sub-1", "ses-M24"))
+    assert [(scan.age, scan.diagnosis) for scan in listing.scans] == [(62, None)]
+    assert {why.partition(",")[0] for _, _, why in found(listing)} == {"diagnosis CN is the baseline's"}
 
 
 def test_a_sex_in_which_the_two_tables_differ_is_unknown(tmp_path):

@@ -239,7 +239,8 @@ class Listing:
             where = f"session {session}" if session or date else "one row"
             reason = f"{' and '.join(missing)}: rows differ or are of other sessions, and none is surely this scan's"
             complain(reason, f"keep one row, or name its session ({where}); left empty")
-        if "diagnosis" not in own and self.table.is_of_baseline(patient_id):
+        of_baseline = self.table.baseline_facts(patient_id) - own
+        if "diagnosis" in of_baseline:
             self.of_baseline.add((patient_id, session))
         facts: dict[str, Any] = {}
         for name in FACT_COLUMNS:
@@ -250,6 +251,8 @@ class Listing:
                 facts[name] = None
                 form = {"sex": "M, F or n/a", "age": "years"}[name]
                 complain(str(error), f"write {form} in the table; kept without {name}")
+        if facts["age"] and "age" in of_baseline:
+            facts["age"] = round(facts["age"] + (months_since_baseline(session or "") or 0) / 12, 2)
         if facts["sex"] and "sex" in own and row:
             with contextlib.suppress(ValueError):
                 if (other := read_fact("sex", row) or facts["sex"]) != facts["sex"]:
@@ -336,7 +339,7 @@ class Listing:
                 else:
                     self.note_scan("choice", scan, f"session {scan.session} {asked}", remedy)
             if not unsure:
-                taken = [scan if scan is ordered[0] else self._at_later_session(ordered[0], scan) for scan in taken]
+                taken = [self._at_later_session(ordered[0], scan) for scan in taken]
             if len(taken) > 1 and not tied:
                 taken = [replace(scan, visit=visit) for visit, scan in enumerate(taken)]
             kept += taken
@@ -348,7 +351,8 @@ class Listing:
 
     def _at_later_session(self, first: Scan, scan: Scan) -> Scan:
         """A scan without what is of the first session only; years are added to an age that stands for both."""
-        if scan.diagnosis and (scan.patient_id, scan.session) in self.of_baseline:
+        is_later = scan is not first or (months_since_baseline(scan.session or "") or 0) > 0
+        if is_later and scan.diagnosis and (scan.patient_id, scan.session) in self.of_baseline:
             reason = f"diagnosis {scan.diagnosis} is the baseline's, not surely that of session {scan.session}"
             self.note_scan("problem", scan, reason, "add a row of this session; left empty", False, self.table.file)
             scan = replace(scan, diagnosis=None)
