@@ -145,6 +145,12 @@ def test_adnis_baseline_is_no_later_visits(tmp_path, more, session, date, age, d
     assert (float(row["age"]), row["diagnosis"]) == (pytest.approx(float(age), abs=0.02), diagnosis) and not unknown
 
 
+def test_a_visit_does_not_have_the_diagnosis_of_another_one(tmp_path):
+    people = people_of(tmp_path, "ID,VISCODE,sex,age,DX\na,bl,F,60,CN\na,m12,,61,\n")
+    row, unknown = people.row("a", "ses-M12")
+    assert (row["age"], row["sex"], row["DX"], unknown) == ("61", "F", "", ["diagnosis"])
+
+
 def test_a_single_later_row_of_adnis_is_not_the_baseline(tmp_path):
     text = "PTID,VISCODE,DX_bl,AGE,DX\nb,m24,CN,60,MCI to Dementia\n"
     row, _ = people_of(tmp_path, text).row("b")

@@ -203,7 +203,7 @@ class People:
 
         Of several rows the session's own counts (:func:`session_row`); without a session the first one. Where that
         cannot be told, and for the sex, only what all rows agree on is taken. Age and diagnosis are not taken from rows
-        that are all of other sessions.
+        of other sessions.
 
         Returns:
             Cells by column, or None if there is no row; and what is unknown because the rows differ in it, or are of
@@ -218,11 +218,12 @@ class People:
                 if is_missing(merged.get(column)):
                     merged[column] = cell
         differ = [name for name in FACT_COLUMNS if len({_plain(name, row) for row in rows} - {None}) > 1]
-        own = session_row(rows, session, date)
-        if session is not None and own is None and all(pick(row, *SESSION_COLUMNS) for row in rows):
-            # Every row is of another visit: age and diagnosis may have been others then.
-            others = [name for name in ("age", "diagnosis") if name not in differ]
-            differ += [name for name in others if pick(merged, *FACT_COLUMNS[name])]
+        own, elsewhere = session_row(rows, session, date), []
+        if session is not None and all(pick(row, *SESSION_COLUMNS) for row in rows):
+            # What only rows of other visits have: age and diagnosis may have been others then.
+            others = {name for name in ("age", "diagnosis") if not pick(own or {}, *FACT_COLUMNS[name])} - {*differ}
+            elsewhere = sorted(name for name in others if pick(merged, *FACT_COLUMNS[name]))
+        differ += elsewhere
         if not differ:
             return merged, []
         if session is None and date is None:
@@ -234,7 +235,7 @@ class People:
             return merged, differ
         sexes = set(map(fold, SEX_COLUMNS)) if "sex" in differ else set()
         own = {column: cell for column, cell in own.items() if not is_missing(cell) and fold(column) not in sexes}
-        return merged | own, [name for name in differ if name == "sex"]
+        return merged | own, [name for name in differ if name in ("sex", *elsewhere)]
 
 
 def _plain(name: str, row: Row) -> object:
