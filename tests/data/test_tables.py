@@ -41,6 +41,7 @@ def test_a_number_below_zero_is_told_to_be_out_of_range():
 def test_sexes_and_diagnoses():
     assert [parse_sex(word) for word in ("male", "F", "n/a")] == ["M", "F", None]
     assert [parse_diagnosis(word) for word in ("Control", "Dementia", "mci", "")] == ["CN", "AD", "MCI", None]
+    assert parse_diagnosis("Alzheimer’s disease") == "AD"  # as Word writes it
 
 
 # --- people ----------------------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def parse_diagnosis(text: str | None) -> str | None:
     """
     if text is None or is_missing(text):
         return None
-    key = text.strip().upper().split(" TO ")[-1]
+    key = text.strip().upper().replace("’", "'").split(" TO ")[-1]
     return DIAGNOSES.get(key, key)
 
 

@@ -238,7 +238,7 @@ class Listing:
         if missing := [name for name in differ if name not in own]:
             where = f"session {session}" if session or date else "one row"
             reason = f"{' and '.join(missing)}: rows differ or are of other sessions, and none is surely this scan's"
-            complain(reason, f"keep one row, or name its session ({where}); left empty")
+            complain(reason, f"keep one row, or fill in one of its own ({where}); left empty")
         of_baseline = self.table.baseline_facts(patient_id) - own
         if "diagnosis" in of_baseline:
             self.of_baseline.add((patient_id, session))
