@@ -356,8 +356,9 @@ def test_diagnoses_and_required_labels(tmp_path):
     datalist = load_datalist(tmp_path / "a")
     assert [(item["subject_id"], item["diagnosis"]) for item in datalist.items] == [("sub-ADNI002S0296", "CN")]
     assert status == 1
-    prepare("bids", str(root), str(tmp_path / "b"), **OPTIONS, labels="none")
+    assert prepare("bids", str(root), str(tmp_path / "b"), **OPTIONS, labels="none", diagnoses=["CN", "ADD"]) == 1
     assert not any("label" in item for item in load_datalist(tmp_path / "b").items)
+    assert "nobody has the diagnosis ADD" in {row["reason"] for row in findings(tmp_path / "b")}
 
 
 def test_small_types_read_back_as_zero_to_one(tmp_path):

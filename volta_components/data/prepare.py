@@ -336,6 +336,8 @@ def _select(
 ) -> list[Scan]:
     kept = []
     wanted_diagnoses = {parse_diagnosis(word) for word in diagnoses}
+    for absent in sorted(filter(None, wanted_diagnoses - {scan.diagnosis for scan in listing.scans})):
+        listing.note("problem", "(all)", "", f"nobody has the diagnosis {absent}", "name one that there is", False)
     some_labels = any(scan.labels for scan in listing.scans)
     for scan in sorted(listing.scans, key=lambda scan: scan.key):
         lacking = [word for word in require if getattr(scan, word) is None]

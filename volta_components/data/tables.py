@@ -340,12 +340,8 @@ def _months(row: Row) -> float | None:
     return months_since_baseline(pick(row, *SESSION_COLUMNS) or "")
 
 
-_AGE_UNITS = {
-    **dict.fromkeys(("years", "year", "yrs", "yr", "y"), ""),
-    **dict.fromkeys(("months", "month", "mo", "m"), "m"),
-    **dict.fromkeys(("weeks", "week", "wk", "w"), "w"),
-    **dict.fromkeys(("days", "day", "d"), "d"),
-}
+# Years, months, weeks and days; the first letter is that of DICOM's ages.
+_AGE_UNIT = re.compile(r"\b(y(?:(?:ea)?rs?)?|m(?:o(?:nth)?s?)?|w(?:(?:ee)?ks?)?|d(?:ays?)?)\b", re.IGNORECASE)
 
 
 def in_units(rows: list[Row], sidecar: Path, complain: Complain | None = None) -> list[Row]:
@@ -369,13 +365,14 @@ def in_units(rows: list[Row], sidecar: Path, complain: Complain | None = None) -
         return rows
     ages = set(map(fold, AGE_COLUMNS))
     for column, facts in described.items() if isinstance(described, dict) else ():
-        if not isinstance(facts, dict) or not facts.get("Units") or fold(column) not in ages:
+        if not isinstance(facts, dict) or is_missing(str(facts.get("Units") or "")) or fold(column) not in ages:
             continue
-        unit = _AGE_UNITS.get(str(facts["Units"]).strip().lower())
-        if unit is None:
+        units = {found[0].lower() for found in _AGE_UNIT.findall(str(facts["Units"]))}
+        if units == {"y"}:
+            continue
+        unit = units.pop() if len(units) == 1 else ""
+        if not unit:
             tell(f"{column} in units of {facts['Units']!r}", "write years, months, weeks or days; it is not used")
-        elif not unit:
-            continue
         for row in rows:
             for own in [name for name in row if fold(name) == fold(column)]:
                 row[own] = re.sub(r"^[>≥]?\s*[\d.,]+(?=\+?$)", rf"\g<0>{unit}", row[own].strip()) if unit else ""

@@ -92,7 +92,10 @@ def test_a_session_s_own_table_wins_whatever_its_columns_are_called(tmp_path, co
     assert facts == {"ses-1": (72, "AD", "F"), "ses-2": (74, "AD", "F")} and not found(listing)
 
 
-@pytest.mark.parametrize(("units", "age"), [("months", 60), ("Years", 720), ("weeks", 13.7988), ("moons", None)])
+@pytest.mark.parametrize(
+    ("units", "age"),
+    [("months", 60), ("Mo", 60), ("Years", 720), ("year(s)", 720), ("n/a", 720), ("weeks", 13.7988), ("moons", None)],
+)
 def test_ages_have_the_units_of_the_file_beside_their_table(tmp_path, units, age):
     whole = "participants.tsv", "participant_id\tage\nsub-1\t720\nsub-2\tn/a\n"
     own = "sub-2/sub-2_sessions.tsv", "session_id\tage\nses-1\t720\n"
