@@ -53,12 +53,18 @@ def labelled_items(datalist: Datalist, key: str, classes: Sequence[object], sess
         sessions: which scans of a patient: ``first`` (the baseline, whatever its class), ``all``, or a session's name.
 
     Raises:
-        InputError: if no item has ``key`` at all, or a class has nobody.
+        InputError: if no item has ``key`` or the session at all, or a class has nobody.
     """
     names = [str(name) for name in classes]
     items: list[Item] = []
     left_out: list[tuple[str, str]] = []
     seen: set[str] = set()
+    there = {str(item.get("session") or "(none)") for item in datalist.items}
+    if there and sessions not in SESSIONS and spelled_alike(sessions) not in map(spelled_alike, there):
+        raise InputError(
+            f"{datalist.path}: no scan has the session {sessions}, but {', '.join(sorted(there)[:10])}; set sessions to "
+            "one of these, to first or all"
+        )
     for item in _in_order_of_time(datalist.items):
         first = item["patient_id"] not in seen
         seen.add(item["patient_id"])
