@@ -43,6 +43,7 @@ def test_a_session_is_found_in_any_spelling():
     scans = [scan("a", "ses-M006"), scan("a", "ses-M012"), scan("b", "ses-M06")]
     labelled = labelled_items(datalist(*scans), "sex", ["M", "F"], "M6")
     assert [item["session"] for item in labelled.items] == ["ses-M006", "ses-M06"]
+    assert len(labelled_items(datalist(scan("a", "ses-01"), scan("b", "ses-1")), "sex", ["M", "F"], 1).items) == 2
     with pytest.raises(InputError, match="no scan has the session M60, but ses-M006, ses-M012, ses-M06; set sessions"):
         labelled_items(datalist(*scans), "sex", ["M", "F"], "M60")
 

@@ -39,6 +39,8 @@ NAN = float("nan")
         ("input_extent_mm", [192, [192, 192, -1]]),
         ("device", ["cud", "cuda:99", "cpu:7", "meta", None.__class__]),
         ("classes", ["M", ["M"], ["M", "M"], ["CN", "MCI", "AD"]]),
+        ("suffix", [7, None.__class__]),
+        ("dataset_dir", [2024]),
         ("class_names", ["ab", ["a"], ["a", "a"]]),
     ],
 )

@@ -43,7 +43,7 @@ class Labelled:
     left_out: list[tuple[str, str]]
 
 
-def labelled_items(datalist: Datalist, key: str, classes: Sequence[object], sessions: str = "first") -> Labelled:
+def labelled_items(datalist: Datalist, key: str, classes: Sequence[object], sessions: str | int = "first") -> Labelled:
     """The datalist's items that belong to one of the classes.
 
     Args:
@@ -56,14 +56,15 @@ def labelled_items(datalist: Datalist, key: str, classes: Sequence[object], sess
         InputError: if no item has ``key`` or the session at all, or a class has nobody.
     """
     names = [str(name) for name in classes]
+    sessions = str(sessions)  # --sessions 1
     items: list[Item] = []
     left_out: list[tuple[str, str]] = []
     seen: set[str] = set()
     there = {str(item.get("session") or "(none)") for item in datalist.items}
     if there and sessions not in SESSIONS and spelled_alike(sessions) not in map(spelled_alike, there):
         raise InputError(
-            f"{datalist.path}: no scan has the session {sessions}, but {', '.join(sorted(there)[:10])}; set sessions to "
-            "one of these, to first or all"
+            f"{datalist.path}: no scan has the session {sessions}, but {', '.join(sorted(there)[:10])}; set sessions "
+            "to one of these, to first or to all"
         )
     for item in _in_order_of_time(datalist.items):
         first = item["patient_id"] not in seen

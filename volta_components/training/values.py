@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -104,6 +105,14 @@ KINDS: Sequence[tuple[str, Callable[[Any], bool], tuple[str, ...]]] = (
         ("classes",),
     ),
     ("different names, such as ['healthy', 'AD']", _are_different, ("class_names",)),
+    (
+        "a text; of digits, in two kinds of quotes (\"'7'\")",
+        lambda value: isinstance(value, (str, os.PathLike)),
+        (
+            *("suffix", "label_key", "dataset_dir", "datalist_path", "encoder_path", "ckpt_dir", "output_dir"),
+            "model_path",
+        ),
+    ),
     ("'cpu', or 'cuda:N' of a GPU that is there", _is_device, ("device", "render_device")),
 )
 RULES = {name: (words, test) for words, test, names in KINDS for name in names}
