@@ -197,6 +197,7 @@ def test_files_that_are_no_datalist(tmp_path, content, message):
         ([item(0, label=None)], "label is null; leave it out"),
         ([{**item(0), "session": 1}], "session is 1, not a text in quotes or null"),
         ([{**item(0), "patient_id": 7}], "patient_id is 7, not a text in quotes"),
+        ([{**item(0), "patient_id": ""}], "patient_id is '', not a text in quotes"),
     ],
 )
 def test_datalists_that_contradict_themselves(tmp_path, items, message):

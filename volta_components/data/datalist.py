@@ -231,7 +231,7 @@ def _wrong_types(item: Mapping[str, Any]) -> list[str]:
     """What of an item that was written by hand is of another type than ``volta3d prepare`` writes."""
     wrong = [] if is_count(item["fold"]) else [f"fold is {item['fold']!r}, not a whole number without quotes"]
     for key in ("image", "subject_id", "patient_id"):
-        if not isinstance(item[key], str):
+        if not isinstance(item[key], str) or not item[key].strip():
             wrong.append(f"{key} is {item[key]!r}, not a text in quotes")
     if "label" in item and item["label"] is None:  # a number may be the class, for a bundle of the user's own
         wrong.append("label is null; leave it out where there is none")
