@@ -77,6 +77,8 @@ def test_ids_that_are_names_of_files_say_who_these_are_of(tmp_path):
 def test_the_socioeconomic_status_of_oasis_is_no_session(tmp_path):
     people = people_of(tmp_path, "Subject ID,Visit,M/F,Age,SES\nOAS2_0001,1,F,87,2\nOAS2_0001,2,F,88,2\n")
     assert [people.row("OAS2_0001", f"ses-MR{visit}")[0]["Age"] for visit in (1, 2)] == ["87", "88"]
+    people = people_of(tmp_path, "ID,SES,age\n1,ses-1,60\n1,ses-2,62\n")
+    assert people.row("1", "ses-2")[0]["age"] == "62"
 
 
 def test_headings_of_groups_above_the_header_are_no_header(tmp_path):

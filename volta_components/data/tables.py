@@ -305,7 +305,7 @@ def _of_own_visits(rows: list[Row]) -> list[Row]:
 _TWO_NUMBERS = re.compile(r"(\d{1,2})[-./](\d{1,2})[-./]((?:19|20)\d\d)(?!\d)")
 
 
-def _with_dates(rows: list[Row]) -> list[Row]:
+def with_dates(rows: list[Row]) -> list[Row]:
     """Rows whose dates have day and month in the order that other cells of the column prove, where they agree."""
     dates = set(map(fold, DATE_COLUMNS))
     for column in {column for row in rows for column in row if fold(column) in dates}:
@@ -400,7 +400,7 @@ def read_people(
     Raises:
         InputError: if the table cannot be read or has no column of ids.
     """
-    rows = _with_dates(in_units(read_table(path, complain), path.with_suffix(".json"), complain))
+    rows = with_dates(in_units(read_table(path, complain), path.with_suffix(".json"), complain))
     if not rows or not any(pick(row, *ID_COLUMNS) for row in rows):
         columns = f"no column of subject ids among {', '.join(rows[0])}" if rows else "no rows below its header"
         raise InputError(f"{path}: {columns}; name the column of ids {ID_COLUMNS[0]}, or give another table as --table")
@@ -411,7 +411,8 @@ def read_people(
         return parse_name(volume_stem(Path(text))).subject if volume_suffix(Path(text)) else text
 
     for row in rows:
-        row.pop("SES", None)  # OASIS' socioeconomic status; BIDS' session is in lower case
+        if re.fullmatch(r"[\d.]+", row.get("SES", "")):  # OASIS' socioeconomic status; BIDS' session is in lower case
+            del row["SES"]
         if text := pick(row, *ID_COLUMNS):
             text = subject(text)
             people.rows.setdefault(name(text), []).append(row)

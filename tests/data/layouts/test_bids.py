@@ -132,6 +132,12 @@ def test_what_is_of_the_baseline_is_not_of_a_later_session(tmp_path, sessions, c
     assert not found(read(LayoutOptions(tmp_path)))
 
 
+def test_dates_of_a_session_s_table_tell_the_order_of_day_and_month(tmp_path):
+    own = "sub-1/sub-1_sessions.tsv", "session_id\tacq_time\nses-1\t05.06.2020\nses-2\t25.06.2022\n"
+    listing = listed(tmp_path, people("sub-1"), own, t1("sub-1", "ses-1"), t1("sub-1", "ses-2"), sessions=("all",))
+    assert [scan.date for scan in listing.scans] == ["2020-06-05", "2022-06-25"] and not found(listing)
+
+
 def test_the_first_scan_that_there_is_may_be_of_a_later_session(tmp_path):
     table = "participants.tsv", "participant_id\tage_bl\tdiagnosis_sc\nsub-1\t60\tCN\n"
     listing = listed(tmp_path, table, t1("sub-1", "ses-M24"))

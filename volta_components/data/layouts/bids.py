@@ -19,7 +19,7 @@ from volta_components.data.identity import canonical_patient_id, cohort_of, grou
 from volta_components.data.layouts.common import LabelFile, LayoutOptions, Listing, Scan, look, participants, slug
 from volta_components.data.names import OTHER_CONTRASTS, date_in, date_of_cell, parse_name
 from volta_components.data.spreadsheets import Row, read_table
-from volta_components.data.tables import in_units, is_missing, pick, session_row
+from volta_components.data.tables import in_units, is_missing, pick, session_row, with_dates
 from volta_components.data.volumes import NIFTI_SUFFIXES, conversion, volume_stem
 from volta_components.data.walk import ASIDE, VolumeFile, tidy
 from volta_components.errors import InputError
@@ -174,7 +174,7 @@ def _rows_of(listing: Listing, subject: str, path: Path) -> list[Row]:
         rows = read_table(path, complain)
         sidecar = path.with_suffix(".json")
         sidecar = sidecar if sidecar.is_file() else listing.root / f"{path.stem.split('_')[-1]}.json"
-        return in_units(rows, sidecar, complain)
+        return with_dates(in_units(rows, sidecar, complain))
     except InputError as error:
         complain(subject, str(error).removeprefix(f"{path}: "), "mend it; kept without it")
         return []
