@@ -272,6 +272,9 @@ def test_columns_that_may_be_meant_are_named(tmp_path):
     listing = listed(tmp_path, "p1_T1w.nii", "p2_T1w.nii", table=table)
     assert [scan.age for scan in listing.scans] == [None, None]
     assert found(listing, "quirk") == {("(all)", "age is not read from Age (months)")}
+    table = "ID,Alter,Geschlecht\np1,72,w\np2,73,m\n"
+    told = {reason for _, reason in found(listed(tmp_path, "p1_T1w.nii", "p2_T1w.nii", table=table), "quirk")}
+    assert told == {"no sex, no age, no diagnosis, no site is read of its columns Alter, Geschlecht, ID"}
     table = "participant_id,age,Gender (1=M; 2=F),Dx group,Site name\np1,72,1,CN,A\np2,73,2,AD,B\n"
     told = {reason for _, reason in found(listed(tmp_path, "p1_T1w.nii", "p2_T1w.nii", table=table), "quirk")}
     columns = {"sex": "Gender (1=M; 2=F)", "diagnosis": "Dx group", "site": "Site name"}

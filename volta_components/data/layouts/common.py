@@ -207,10 +207,15 @@ class Listing:
 
         self.table = read_people(path, complain, name)
         columns = sorted({column for rows in self.table.rows.values() for row in rows for column in row})
+        read = {fact for fact, names in FACT_COLUMNS.items() if {*map(fold, columns)} & {*map(fold, names)}}
+        if not read and len(columns) > 1:
+            reason = f"no {', no '.join(FACT_COLUMNS)} is read of its columns {', '.join(columns[:8])}"
+            self.note("quirk", "(all)", path.name, reason, "name columns so if they have these")
+            return
         for fact, names in FACT_COLUMNS.items():
             words = {name.casefold() for name in names}
             found = [column for column in columns if not words.isdisjoint(re.split(r"[\W_]+", column.casefold()))]
-            if found and {fold(column) for column in columns}.isdisjoint(map(fold, names)):
+            if found and fact not in read:
                 reason = f"{fact} is not read from {', '.join(found[:4])}"
                 self.note("quirk", "(all)", path.name, reason, f"name the column {fact} if it is")
 
