@@ -219,6 +219,7 @@ def test_a_path_that_is_there_may_have_a_comma(tmp_path: Path) -> None:
         ("greet --name Ada --set a=1 --set a=2", "volta3d greet: --set a=1 a=2: a is given twice"),
         ("greet --name Ada --fail=perhaps", "volta3d greet: --fail: takes no value"),
         ("greet --name Ada --fail True", "volta3d greet: --fail takes no value, but True follows"),
+        ("greet Ada --name Ada", "volta3d greet: Ada stands without an option; volta3d greet --help lists them"),
         ("greet Ada", "volta3d greet: Ada stands without an option; volta3d greet --help lists them"),
         (
             "greet --name Ada --rooms a.nii b.nii c.nii d.nii",

@@ -309,8 +309,9 @@ def _explain(error: CycloptsError, app: App, words: Sequence[str]) -> str:
 
 def _explain_extra(extra: Sequence[str], arguments: Iterable[Argument], words: Sequence[str]) -> str:
     """Words that belong to no option: most often the rest of a pattern that the shell has expanded."""
-    # The word itself may also be the value of an option before.
-    place = max(place for place, word in enumerate(words) if word == extra[0])
+    # The word itself may also be the value of an option, before or behind.
+    places = (place for place, word in enumerate(words) if word == extra[0])
+    place = max(places, key=lambda place: (not words[place - 1].startswith("-"), place))
     option = next((word for word in reversed(words[:place]) if word.startswith("-")), None)
     if option is None:
         return f"{extra[0]} stands without an option; volta3d {words[0]} --help lists them"
