@@ -93,6 +93,20 @@ def test_longer_trainings_have_names_of_their_own_and_the_same_encoders(size, tm
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_people_are_held_back_of_each_training_that_has_three(size, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = replace(study_of(tmp_path, size), longer=4, held_back=True)
+    study.write_overlays()
+    assert study.fractions() == [fraction for fraction in study.size.fractions if 16 * fraction >= 3]
+    for task in TASKS:
+        parser = ConfigParser()
+        parser.read_config(study.configs(task))
+        assert parser["validation_fraction"] == 0.25 and study.experiment(task) == f"study_{task}_x4_held_back"
+        assert parser["train#dataset#data"] == "$@parts.training"
+        assert parser["validate#dataset#data"] == "$@parts.validation"
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_every_step_is_a_command_that_a_user_could_type(size, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     study = study_of(tmp_path, size)
@@ -365,3 +379,13 @@ def test_steps_run_in_order_and_the_first_that_fails_ends_the_study(tmp_path, mo
     assert main(folder, size="tiny", output=tmp_path / "study") == 3
     assert [words[1] for words in done] == [*(3 * ["phantom", "prepare"]), "merge"]
     assert "step 7 ended with 3; started again, it resumes there" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_page_of_a_study_that_holds_people_back_has_their_scores(tmp_path):
+    study = replace(study_of(tmp_path, "tiny"), held_back=True)
+    fill(Writer(study.root), study, tmp_path)
+    page = write_results(study).read_text()
+    assert page.count("| held-back people |") == len(TASKS) and page.count(" | 0.500 |\n") == 2 * (4 + 5 + 5)
+    with (study.root / "results_held_back.csv").open() as stream:
+        assert {row["held_back_people"] for row in csv.DictReader(stream)} == {"0.5"}

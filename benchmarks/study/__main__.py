@@ -29,6 +29,7 @@ def main(
     output: Path | None = None,
     jobs: int = 2,
     longer: int = 1,
+    held_back: bool = False,
     plan: bool = False,
 ) -> int:
     """Run the study.
@@ -39,6 +40,8 @@ def main(
         output: Folder of all that is made; runs/study/SIZE by default.
         jobs: Fine-tunings at a time.
         longer: Fine-tune for so many times the epochs, beside what is there, from the same encoders.
+        held_back: Train without a quarter of the people, whose curves are drawn: choose by them how long to train an
+            init.
         plan: Only print the plan and what it will take.
     """
     try:
@@ -46,7 +49,7 @@ def main(
             raise InputError("give a folder of label maps, ANATOMIES=DIR; volta3d fetch anatomies downloads 20")
         if longer < 1:
             raise InputError(f"--longer {longer}: give a whole number from 1")
-        study = Study(output or Path("runs") / "study" / size, anatomies, Size.named(size), jobs, longer)
+        study = Study(output or Path("runs") / "study" / size, anatomies, Size.named(size), jobs, longer, held_back)
         training, scored = split_anatomies(anatomies)
         steps = study.steps()
         read_label_maps(anatomies)  # all of them can be used

@@ -108,7 +108,7 @@ def fine_tuning(study: Study, task: str, init: str) -> float:
 
     one_step, one_pass = seconds(step), seconds(score)
     total = 0.0
-    for fraction in study.size.fractions:
+    for fraction in study.fractions():
         parser = _parser(study.configs(task, *overlays), fraction=fraction)
         epochs, interval = (parser.get_parsed_content(name) for name in ("epochs", "val_interval"))
         heads = max(1.0, fraction * study.size.training_heads)
@@ -121,7 +121,7 @@ def fine_tuning(study: Study, task: str, init: str) -> float:
 def table(study: Study) -> list[tuple[str, int, float]]:
     """What is trained, number of runs, and hours of one run after the other."""
     rows = [("pretraining", study.size.pretrainings, study.size.pretrainings * pretraining(study) / 3600)]
-    each = study.size.seeds * len(study.size.fractions)
+    each = study.size.seeds * len(study.fractions())
     for task, scratch in TASKS.items():
         inits = [(init, study.size.pretrainings + (init in study.size.untrained)) for init in study.size.pretrained]
         inits += product(scratch, [1])

@@ -32,6 +32,8 @@ LEARNS_NOTHING = {"epochs": 1, "warmup_epochs": 0, "learning_rate": 0, "final_le
 # Nothing is chosen, so nobody is held out for it: the last model is the result. What would be the validation's curve is
 # that of the scored heads.
 NOTHING_CHOSEN = {"validation_fraction": 0.0, "validate#dataset#data": "$@parts.scored"}
+# Or a quarter of the people is held back, and their curve tells after how many epochs an init is at its best.
+HELD_BACK = 0.25
 OWN_IDS: dict[str, dict[str, Any]] = {
     # An anatomy is a patient, and its heads are that patient's sessions.
     "classification": {**NOTHING_CHOSEN, "threshold": 0.5, "sessions": "all"},
@@ -117,6 +119,7 @@ class Study:
         size: see ``Size``.
         jobs: fine-tunings at a time.
         longer: how many times the epochs of fine-tuning; such runs stand beside the others, of the same encoders.
+        held_back: train without ``HELD_BACK`` of the people, whose curves are drawn; such runs stand beside the others.
     """
 
     root: Path
@@ -124,11 +127,12 @@ class Study:
     size: Size
     jobs: int = 2
     longer: int = 1
+    held_back: bool = False
 
     @property
     def tag(self) -> str:
-        """What names of longer fine-tunings end with."""
-        return "" if self.longer == 1 else f"_x{self.longer}"
+        """What names of such fine-tunings end with."""
+        return ("" if self.longer == 1 else f"_x{self.longer}") + ("_held_back" if self.held_back else "")
 
     @property
     def store(self) -> str:
@@ -177,6 +181,9 @@ class Study:
             ids = {**getattr(self.size, kind), **OWN_IDS.get(kind, {})}
             if self.longer > 1 and kind != "pretrain":
                 ids["epochs"] = f"${self.longer} * {ids['epochs'].removeprefix('$')}"
+            if self.held_back and kind != "pretrain":
+                ids["validation_fraction"] = HELD_BACK
+                del ids["validate#dataset#data"]
             path.write_text(json.dumps(ids, indent=4) + "\n", encoding="utf-8")
 
     def steps(self) -> list[Step]:
@@ -233,9 +240,14 @@ class Study:
         title = "An encoder that learns nothing" if number == UNTRAINED else f"Pretraining, seed {number}"
         return Step(title, (*words, *options))
 
+    def fractions(self) -> list[float]:
+        """Shares of the training anatomies; of fewer than three people nobody can be held back."""
+        least = 3 / len(split_anatomies(self.anatomies)[0]) if self.held_back else 0.0
+        return [fraction for fraction in self.size.fractions if fraction >= least]
+
     def _crossval(self, task: str, number: int | str, inits: Sequence[str], seed: int) -> Step:
         words = ["crossval", "--bundle", f"bundles/{task}", "--datalist", str(self.datalist(task)), "--folds", "1"]
-        words += ["--inits", ",".join(inits), "--fractions", ",".join(map(str, self.size.fractions))]
+        words += ["--inits", ",".join(inits), "--fractions", ",".join(map(str, self.fractions()))]
         words += ["--overlays", ",".join([*self.size.overlays, str(self.overlay(task))]), "--seed", str(seed)]
         words += ["--encoder", str(self.encoder(number)), "--jobs", str(self.jobs), "--output", str(self.root)]
         words += ["--tracking-uri", self.store, "--experiment", self.experiment(task, number)]

@@ -11,6 +11,7 @@ the weights alone differ. *From scratch* trains the encoder like everything else
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +180,7 @@ def score_rows(task: str, cells: Mapping[tuple[str, float], Cell], samples: int 
 
 
 def curves(cells: Mapping[tuple[str, float], Cell], store: Store) -> dict[tuple[str, float], tuple[Array, Array]]:
-    """Epochs and mean score of the scored heads over all runs, by init and fraction."""
+    """Epochs and mean score over all runs of the heads that the curves are of, by init and fraction."""
     found = {}
     for key, cell in cells.items():
         points = [store.history(run.run_id, CURVE[cell.metric]) for run in cell.runs.values()]
@@ -261,29 +262,41 @@ def write_results(study: Study) -> Path:
         metric = next(iter(cells.values())).metric
         picture = f"curves_{task}{study.tag}.png"
         draw_curves(study.root / picture, metric, found)
-        gains = {key: last_gain(*points) for key, points in found.items()}
+        if study.held_back:
+            about, last = "held-back people", {key: float(values[-1]) for key, (_, values) in found.items()}
+        else:
+            about, last = "last quarter", {key: last_gain(*points) for key, points in found.items()}
         lines += [
             "",
             f"## {task}",
             "",
-            f"| anatomies | init | {METRICS[metric]} (95 %) | beside scratch | beside untrained | last quarter |",
+            f"| anatomies | init | {METRICS[metric]} (95 %) | beside scratch | beside untrained | {about} |",
             "|---|---|---|---|---|---|",
         ]
         for row in score_rows(task, cells):
-            gain = gains.get((row["init"], row["fraction"]), float("nan"))
-            rows.append({**row, "last_quarter": gain})
+            more = last.get((row["init"], row["fraction"]), float("nan"))
+            rows.append({**row, re.sub(r"\W", "_", about): more})
             beside = [
                 f"{row[name]:+.3f} ({row[f'{name}_low']:+.3f} to {row[f'{name}_high']:+.3f})" if name in row else "–"
                 for name in ("difference", "untrained")
             ]
             scored = "{value:.3f} ({low:.3f} to {high:.3f})".format(**row)
-            texts = (f"{row['fraction']:.0%}", called(row["init"]), scored, *beside, f"{gain:+.3f}")
+            texts = (
+                f"{row['fraction']:.0%}",
+                called(row["init"]),
+                scored,
+                *beside,
+                f"{more:.3f}" if study.held_back else f"{more:+.3f}",
+            )
             lines.append(f"| {' | '.join(texts)} |")
-        lines += ["", f"![Score of the held-out heads by epoch]({picture})"]
+        lines += ["", f"![Score of {'held-back' if study.held_back else 'scored'} heads by epoch]({picture})"]
     lines += [
         "",
-        "`last quarter`: what the curve has gained over the last quarter of the epochs. The learning rate is near 0 "
-        "there: a small gain alone does not say that more epochs would give no more (`--longer 4`).",
+        "`held-back people`: the score, at the end, of people who are neither trained on nor scored; choose by it how "
+        "long to train an init (`--longer`)."
+        if study.held_back
+        else "`last quarter`: what the curve has gained over the last quarter of the epochs. The learning rate is near "
+        "0 there: a small gain alone does not say that more epochs would give no more (`--longer 4`).",
     ]
     for name, table in (("results", pd.DataFrame(rows)), ("scores", pd.concat(scores))):
         with atomic_path(study.root / f"{name}{study.tag}.csv") as temporary:
