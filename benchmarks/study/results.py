@@ -12,7 +12,7 @@ the weights alone differ. *From scratch* trains the encoder like everything else
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,31 @@ def last_gain(epochs: Array, values: Array) -> float:
     return float(values[-1] - np.interp(0.75 * epochs[-1], epochs, values))
 
 
+def last_score(epochs: Array, values: Array) -> float:
+    """The last value of a curve."""
+    return float(values[-1])
+
+
+# What the last column of the tables says of a curve: its heading, the number and its form, a note; where people are
+# held back, and where not.
+OF_CURVES: dict[bool, tuple[str, Callable[[Array, Array], float], str, str]] = {
+    True: (
+        "held-back people",
+        last_score,
+        ".3f",
+        "`held-back people`: the score, at the end, of people who are neither trained on nor scored; choose by it how "
+        "long to train an init (`--longer`).",
+    ),
+    False: (
+        "last quarter",
+        last_gain,
+        "+.3f",
+        "`last quarter`: what the curve has gained over the last quarter of the epochs. The learning rate is near 0 "
+        "there: a small gain alone does not say that more epochs would give no more (`--longer 4`).",
+    ),
+}
+
+
 def score_tables(task: str, cells: Mapping[tuple[str, float], Cell]) -> list[pd.DataFrame]:
     """The scores of every head by every run, for those who would compute other intervals."""
     tables = []
@@ -255,6 +280,7 @@ def write_results(study: Study) -> Path:
     rows: list[dict[str, Any]] = []
     scores: list[pd.DataFrame] = []
     lines = ["# The study", "", *(__doc__ or "").split("\n\n", 1)[1].strip().splitlines()]
+    about, of_curve, form, note = OF_CURVES[study.held_back]
     for task in TASKS:
         cells = read_cells(study, store, task)
         found = curves(cells, store)
@@ -262,10 +288,7 @@ def write_results(study: Study) -> Path:
         metric = next(iter(cells.values())).metric
         picture = f"curves_{task}{study.tag}.png"
         draw_curves(study.root / picture, metric, found)
-        if study.held_back:
-            about, last = "held-back people", {key: float(values[-1]) for key, (_, values) in found.items()}
-        else:
-            about, last = "last quarter", {key: last_gain(*points) for key, points in found.items()}
+        ends = {key: of_curve(*points) for key, points in found.items()}
         lines += [
             "",
             f"## {task}",
@@ -274,30 +297,17 @@ def write_results(study: Study) -> Path:
             "|---|---|---|---|---|---|",
         ]
         for row in score_rows(task, cells):
-            more = last.get((row["init"], row["fraction"]), float("nan"))
-            rows.append({**row, re.sub(r"\W", "_", about): more})
+            end = ends.get((row["init"], row["fraction"]), float("nan"))
+            rows.append({**row, re.sub(r"\W", "_", about): end})
             beside = [
                 f"{row[name]:+.3f} ({row[f'{name}_low']:+.3f} to {row[f'{name}_high']:+.3f})" if name in row else "–"
                 for name in ("difference", "untrained")
             ]
             scored = "{value:.3f} ({low:.3f} to {high:.3f})".format(**row)
-            texts = (
-                f"{row['fraction']:.0%}",
-                called(row["init"]),
-                scored,
-                *beside,
-                f"{more:.3f}" if study.held_back else f"{more:+.3f}",
-            )
+            texts = (f"{row['fraction']:.0%}", called(row["init"]), scored, *beside, format(end, form))
             lines.append(f"| {' | '.join(texts)} |")
         lines += ["", f"![Score of {'held-back' if study.held_back else 'scored'} heads by epoch]({picture})"]
-    lines += [
-        "",
-        "`held-back people`: the score, at the end, of people who are neither trained on nor scored; choose by it how "
-        "long to train an init (`--longer`)."
-        if study.held_back
-        else "`last quarter`: what the curve has gained over the last quarter of the epochs. The learning rate is near "
-        "0 there: a small gain alone does not say that more epochs would give no more (`--longer 4`).",
-    ]
+    lines += ["", note]
     for name, table in (("results", pd.DataFrame(rows)), ("scores", pd.concat(scores))):
         with atomic_path(study.root / f"{name}{study.tag}.csv") as temporary:
             table.to_csv(temporary, index=False)
