@@ -170,6 +170,10 @@ def date_in(text: str) -> str | None:
     return next((found for match in matches if (found := _date(*match))), None)
 
 
+# Day and month in either order, and the year.
+DAY_MONTH_YEAR = re.compile(r"(\d{1,2})[-./](\d{1,2})[-./]((?:19|20)\d\d)(?!\d)")
+
+
 def date_of_cell(text: str) -> str | None:
     """The date in a table's cell, as ``YYYY-MM-DD``; None where it is none, or where day and month may be swapped.
 
@@ -181,7 +185,7 @@ def date_of_cell(text: str) -> str | None:
     text = text.strip().lower()
     if match := re.match(r"((?:1\d|20)\d\d)[-./](\d{1,2})[-./](\d{1,2})(?!\d)", text):
         return _date(*match.groups())
-    if match := re.match(r"(\d{1,2})[-./](\d{1,2})[-./]((?:19|20)\d\d)(?!\d)", text):
+    if match := DAY_MONTH_YEAR.match(text):
         one, other, year = map(int, match.groups())
         pairs = {(month, day) for month, day in ((one, other), (other, one)) if month <= 12}
         return _date(year, *pairs.pop()) if len(pairs) == 1 else None

@@ -24,7 +24,7 @@ from volta_components.data.columns import (
     SEX_COLUMNS,
 )
 from volta_components.data.identity import canonical_patient_id, grouped, loose
-from volta_components.data.names import date_in, date_of_cell, parse_name
+from volta_components.data.names import DAY_MONTH_YEAR, date_in, date_of_cell, parse_name
 from volta_components.data.sessions import in_order, months_since_baseline, spelled_alike, years_between
 from volta_components.data.spreadsheets import Complain, Row, fold, read_table
 from volta_components.data.volumes import volume_stem, volume_suffix
@@ -302,14 +302,12 @@ def _of_own_visits(rows: list[Row]) -> list[Row]:
     return result
 
 
-_TWO_NUMBERS = re.compile(r"(\d{1,2})[-./](\d{1,2})[-./]((?:19|20)\d\d)(?!\d)")
-
-
 def with_dates(rows: list[Row]) -> list[Row]:
     """Rows whose dates have day and month in the order that other cells of the column prove, where they agree."""
     dates = set(map(fold, DATE_COLUMNS))
     for column in {column for row in rows for column in row if fold(column) in dates}:
-        found = {i: match for i, row in enumerate(rows) if (match := _TWO_NUMBERS.match(row.get(column, "").strip()))}
+        cells = {i: row.get(column, "").strip() for i, row in enumerate(rows)}
+        found = {i: match for i, cell in cells.items() if (match := DAY_MONTH_YEAR.match(cell))}
         is_day_first, is_month_first = (any(int(match[n]) > 12 for match in found.values()) for n in (1, 2))
         if is_day_first != is_month_first:
             for i, match in found.items():
